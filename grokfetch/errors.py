@@ -1,0 +1,168 @@
+"""Everything that can go wrong, one class a cause, each with its own exit code.
+
+The README prints this table; a test compares the two. Codes 0, 1 and 2 are success, an unforeseen
+failure and click's own usage error; 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+__all__ = [
+    "CheckpointInvalid",
+    "Contradiction",
+    "Damaged",
+    "GrokfetchError",
+    "ManifestInvalid",
+    "MeshInvalid",
+    "NoModel",
+    "NotProven",
+    "OutOfReach",
+    "ShardInvalid",
+    "SourceInvalid",
+    "Stalled",
+    "StateLocked",
+    "StateMissing",
+    "StorageFailed",
+    "TokenizerMissing",
+    "TorrentInvalid",
+]
+
+
+class GrokfetchError(Exception):
+    """An error a person can act on.
+
+    Args:
+        what: what happened, in one sentence without a full stop.
+        path: the file or folder it happened to.
+        hint: what to do next, as a command where there is one.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, what: str, *, path: str | os.PathLike[str] | None = None, hint: str = ""
+    ) -> None:
+        self.what = what
+        self.path = None if path is None else os.fspath(path)
+        self.hint = hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = self.what if self.path is None else f"{self.path}: {self.what}"
+        return f"{text}\n  {self.hint}" if self.hint else text
+
+
+class SourceInvalid(GrokfetchError):
+    """The SOURCE argument is no magnet link, torrent, manifest or checkpoint folder."""
+
+    exit_code = 10
+
+
+class TorrentInvalid(GrokfetchError):
+    """A torrent's metadata is malformed, unsafe, or does not match its info hash."""
+
+    exit_code = 11
+
+
+class ManifestInvalid(GrokfetchError):
+    """A manifest is malformed; the message names the field."""
+
+    exit_code = 12
+
+
+class Contradiction(GrokfetchError):
+    """A torrent is not what the manifest says it must be."""
+
+    exit_code = 13
+
+
+class StateMissing(GrokfetchError):
+    """A folder holds nothing that says what it must contain."""
+
+    exit_code = 14
+
+
+class StateLocked(GrokfetchError):
+    """Another process is writing this checkpoint folder."""
+
+    exit_code = 15
+
+
+class StorageFailed(GrokfetchError):
+    """The disk is full, read-only, gone, or failing."""
+
+    exit_code = 16
+
+
+class Stalled(GrokfetchError):
+    """No peer or mirror sent anything for longer than the time allowed."""
+
+    exit_code = 17
+
+
+class OutOfReach(GrokfetchError):
+    """This installation lacks a part that the command needs, such as libtorrent."""
+
+    exit_code = 18
+
+
+class Damaged(GrokfetchError):
+    """Verification found something wrong."""
+
+    exit_code = 20
+
+
+class NotProven(GrokfetchError):
+    """Bytes are asked for that no hash has vouched for since they were last written."""
+
+    exit_code = 21
+
+
+class ShardInvalid(GrokfetchError):
+    """A shard file is not a pickled array of the official form.
+
+    Args:
+        what: what is wrong.
+        path: the shard file.
+        offset: the byte offset of the opcode that is wrong.
+        opcode: its name in `pickletools`, or its value in hexadecimal.
+    """
+
+    exit_code = 22
+
+    def __init__(
+        self, what: str, *, path: str | os.PathLike[str], offset: int, opcode: str
+    ) -> None:
+        self.offset = offset
+        self.opcode = opcode
+        super().__init__(
+            f"not a Grok-1 shard: {what} (byte {offset}, opcode {opcode})",
+            path=path,
+            hint="nothing in the file was executed; fetch it again with: grokfetch fetch DIR",
+        )
+
+
+class CheckpointInvalid(GrokfetchError):
+    """The shards are well formed but are not the tensors that the model needs."""
+
+    exit_code = 23
+
+
+class NoModel(GrokfetchError):
+    """The folder's manifest describes files only, no model."""
+
+    exit_code = 24
+
+
+class MeshInvalid(GrokfetchError):
+    """The devices cannot be arranged so that every sharded dimension divides."""
+
+    exit_code = 25
+
+
+class TokenizerMissing(GrokfetchError):
+    """No tokenizer, or one that is not the one the manifest names."""
+
+    exit_code = 26

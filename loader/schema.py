@@ -1,0 +1,216 @@
+"""What a Grok-1 checkpoint contains: one table, from which everything else is derived.
+
+`GrokConfig` holds the hyperparameters (the defaults are the official model's) and
+`parameters(config)` lists every tensor in file order: its name, file, shape, dtype, the meaning of
+each axis and how many rows of scales it has. Index checks, manifests, placement and synthetic
+checkpoints all read this table; no shape is written anywhere else.
+
+Source of names, shapes and order: the official checkpoint, xai-org/grok-1 `model.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal
+
+from grokfetch.errors import ManifestInvalid
+
+__all__ = ["Axis", "GrokConfig", "ParamSpec", "parameters", "shard_name"]
+
+Axis = Literal["vocab", "embed", "q_heads", "kv_heads", "expert", "ff", "router"]
+"""The meaning of one dimension.
+
+vocab: token ids. embed: the residual stream. q_heads, kv_heads: heads times head size. expert: the
+expert a weight belongs to. ff: an expert's hidden width. router: the router's scores, one an expert,
+which every device needs in full.
+"""
+
+
+SCALE_GROUPS = 8
+"""Scale rows of a weight whose contracted axis was split over the 8 devices of training."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GrokConfig:
+    """Hyperparameters under the names of the reference's configuration; defaults are Grok-1's.
+
+    `key_size` is the size of one head; `sequence_len` the longest context in tokens;
+    `widening_factor` gives the expert width through `ff_size`.
+    """
+
+    vocab_size: int = 128 * 1024
+    pad_token: int = 0
+    bos_token: int = 1
+    eos_token: int = 2
+    sequence_len: int = 8192
+    output_multiplier_scale: float = 0.5773502691896257
+    embedding_multiplier_scale: float = 78.38367176906169
+    emb_size: int = 48 * 128
+    widening_factor: float = 8
+    key_size: int = 128
+    num_q_heads: int = 48
+    num_kv_heads: int = 8
+    num_layers: int = 64
+    attn_output_multiplier: float = 0.08838834764831845
+    num_experts: int = 8
+    num_selected_experts: int = 2
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size",
+            "sequence_len",
+            "emb_size",
+            "key_size",
+            "num_q_heads",
+            "num_kv_heads",
+            "num_layers",
+            "num_experts",
+            "num_selected_experts",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ManifestInvalid(f"model.{name} must be at least 1")
+        if not 0 < self.widening_factor < 1024:
+            raise ManifestInvalid("model.widening_factor must lie between 0 and 1024")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ManifestInvalid("model.num_q_heads must be a multiple of model.num_kv_heads")
+        if self.num_selected_experts > self.num_experts:
+            raise ManifestInvalid("model.num_selected_experts exceeds model.num_experts")
+        if self.key_size % 2:
+            raise ManifestInvalid("model.key_size must be even: rotary embeddings pair its halves")
+        if self.num_q_heads * self.key_size % SCALE_GROUPS:
+            raise ManifestInvalid(
+                f"model.num_q_heads times model.key_size must be a multiple of {SCALE_GROUPS}"
+            )
+        for name in ("pad_token", "bos_token", "eos_token"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ManifestInvalid(f"model.{name} is no token id of the vocabulary")
+
+    @property
+    def ff_size(self) -> int:
+        """Hidden width of one expert: two thirds of the widened embedding, rounded up to 8."""
+        width = int(self.widening_factor * self.emb_size) * 2 // 3
+        return width + -width % 8
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, object]) -> GrokConfig:
+        """The config with the given fields; keys that do not concern the forward pass are ignored.
+
+        Every field but `bos_token` must be present, so that a misspelt one is noticed.
+
+        Raises:
+            ManifestInvalid: naming the field that is missing, of the wrong type, or out of range.
+        """
+        values: dict[str, int | float] = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in fields:
+                if field.name == "bos_token":
+                    continue
+                raise ManifestInvalid(f"model.{field.name} is missing")
+            values[field.name] = _number(field.name, fields[field.name], whole=field.type == "int")
+        return cls(**values)  # type: ignore[arg-type]  # each value was checked against its field
+
+    def to_mapping(self) -> dict[str, int | float]:
+        """The fields as a JSON object; `from_mapping` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def _number(name: str, value: object, *, whole: bool) -> int | float:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        kind = "a whole number" if whole else "a finite number"
+        raise ManifestInvalid(f"model.{name} must be {kind}, not {value!r:.80}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One tensor of the checkpoint.
+
+    A quantised tensor (`scale_groups` set) is int8 `[..., K, N]` with bfloat16 scales `[..., G, N]`:
+    scale row g applies to the contiguous weight rows `g * K / G` to `(g + 1) * K / G`. G is 8 where
+    training split the contracted axis over 8 devices, else 1.
+    """
+
+    name: str
+    index: int
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int8"]
+    axes: tuple[Axis, ...]
+    scale_groups: int | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of the shard file, without its folder."""
+        return shard_name(self.index)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...] | None:
+        """Shape of the bfloat16 scales, None where there are none."""
+        if self.scale_groups is None:
+            return None
+        return (*self.shape[:-2], self.scale_groups, self.shape[-1])
+
+
+def shard_name(index: int) -> str:
+    """The official name of the shard that holds tensor `index`."""
+    return f"tensor{index:05d}_000"
+
+
+@cache
+def parameters(config: GrokConfig) -> tuple[ParamSpec, ...]:
+    """Every tensor of a checkpoint of `config`, in file order.
+
+    The order is that of JAX's sorted dictionary keys, hence layers sort as strings
+    (0, 1, 10, 11, ..., 2, 20, ...) and names within a layer alphabetically.
+    """
+    names = sorted(f"decoder_layer_{layer}" for layer in range(config.num_layers))
+    specs = [*_outer(config)]
+    for name in names:
+        specs += [
+            dataclasses.replace(spec, name=f"transformer/{name}/{spec.name}")
+            for spec in _layer(config)
+        ]
+    return tuple(dataclasses.replace(spec, index=index) for index, spec in enumerate(specs))
+
+
+def _outer(config: GrokConfig) -> tuple[ParamSpec, ...]:
+    vocab, embed = config.vocab_size, config.emb_size
+    return (
+        _plain("language_model/in_out_embed/embeddings", (vocab, embed), ("vocab", "embed")),
+        _plain("language_model/rms_norm/scale", (embed,), ("embed",)),
+    )
+
+
+def _layer(config: GrokConfig) -> tuple[ParamSpec, ...]:
+    embed, ff, experts = config.emb_size, config.ff_size, config.num_experts
+    queries = config.num_q_heads * config.key_size
+    keys = config.num_kv_heads * config.key_size
+    up: tuple[Axis, ...] = ("expert", "embed", "ff")
+    down: tuple[Axis, ...] = ("expert", "ff", "embed")
+    attention = "multi_head_attention"
+    return (
+        _int8("moe/linear/w", (experts, embed, ff), up, 1),
+        _int8("moe/linear_1/w", (experts, ff, embed), down, SCALE_GROUPS),
+        _int8("moe/linear_v/w", (experts, embed, ff), up, 1),
+        _int8(f"{attention}/key/w", (embed, keys), ("embed", "kv_heads"), 1),
+        _int8(f"{attention}/linear/w", (queries, embed), ("q_heads", "embed"), SCALE_GROUPS),
+        _int8(f"{attention}/query/w", (embed, queries), ("embed", "q_heads"), 1),
+        _int8(f"{attention}/value/w", (embed, keys), ("embed", "kv_heads"), 1),
+        _plain("rms_norm/scale", (embed,), ("embed",)),
+        _plain("rms_norm_1/scale", (embed,), ("embed",)),
+        _plain("rms_norm_2/scale", (embed,), ("embed",)),
+        _plain("rms_norm_3/scale", (embed,), ("embed",)),
+        _plain("router/w", (embed, experts), ("embed", "router")),
+    )
+
+
+def _plain(name: str, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> ParamSpec:
+    return ParamSpec(name, -1, shape, "float32", axes)
+
+
+def _int8(name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], groups: int) -> ParamSpec:
+    return ParamSpec(name, -1, shape, "int8", axes, groups)
