@@ -23,9 +23,9 @@ __all__ = ["Axis", "GrokConfig", "ParamSpec", "parameters", "shard_name"]
 Axis = Literal["vocab", "embed", "q_heads", "kv_heads", "expert", "ff", "router"]
 """The meaning of one dimension.
 
-vocab: token ids. embed: the residual stream. q_heads, kv_heads: heads times head size. expert: the
-expert a weight belongs to. ff: an expert's hidden width. router: the router's scores, one an expert,
-which every device needs in full.
+vocab: token ids. embed: the residual stream. q_heads, kv_heads: heads times head size.
+expert: the expert a weight belongs to. ff: an expert's hidden width. router: the router's scores,
+one an expert, which every device needs in full.
 """
 
 
@@ -130,9 +130,9 @@ def _number(name: str, value: object, *, whole: bool) -> int | float:
 class ParamSpec:
     """One tensor of the checkpoint.
 
-    A quantised tensor (`scale_groups` set) is int8 `[..., K, N]` with bfloat16 scales `[..., G, N]`:
-    scale row g applies to the contiguous weight rows `g * K / G` to `(g + 1) * K / G`. G is 8 where
-    training split the contracted axis over 8 devices, else 1.
+    A quantised tensor (`scale_groups` set) is int8 `[..., K, N]` with bfloat16 scales
+    `[..., G, N]`: scale row g applies to the contiguous weight rows `g * K / G` to
+    `(g + 1) * K / G`. G is 8 where training split the contracted axis over 8 devices, else 1.
     """
 
     name: str
