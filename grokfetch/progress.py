@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Never, Self, TextIO
 
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ class Bar:
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
         self._label = label
         self._stream = stream or sys.stderr
-        self._tqdm: tqdm[None] | None = None
+        self._tqdm: tqdm[Never] | None = None
         self._start = time.monotonic()
         self._next_line = self._start + LINE_INTERVAL_S
         self._terminal = self._stream.isatty()

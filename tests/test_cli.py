@@ -1,0 +1,73 @@
+"""The program as its users meet it: help, imports, errors and their exit codes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from grokfetch import cli, errors
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"jax", "jaxlib", "numpy", "libtorrent"}
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after running `code`."""
+    probe = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def help_of(*arguments: str) -> str:
+    """Code that prints the help of a command and goes on."""
+    call = f"main({[*arguments, '--help']})"
+    return f"from grokfetch.cli import main\ntry: {call}\nexcept SystemExit: pass"
+
+
+def test_help_imports_nothing_heavy():
+    assert not imported_by(help_of()) & HEAVY
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself_without_importing_anything_heavy(command):
+    assert not imported_by(help_of(command)) & HEAVY
+
+
+def test_fetching_needs_neither_jax_nor_numpy():
+    code = "import grokfetch.commands.fetch, grokfetch.fetch, grokfetch.swarm, libtorrent"
+    assert not imported_by(code) & (HEAVY - {"libtorrent"})
+
+
+def test_python_m_grokfetch_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "grokfetch", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: grokfetch ")
+    assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+def test_an_unknown_command_is_a_usage_error():
+    assert CliRunner().invoke(cli.main, ["fly"]).exit_code == 2
+
+
+def test_every_error_has_its_own_exit_code_and_the_readme_lists_it():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {kind.exit_code: kind for kind in kinds if issubclass(kind, errors.GrokfetchError)}
+    assert len(codes) == len([kind for kind in kinds if issubclass(kind, errors.GrokfetchError)])
+    table = dict(
+        re.findall(r"^\| (\d+) \| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
+    del codes[1]
+    assert {int(code): name for code, name in table.items()} == {
+        code: kind.__name__ for code, kind in codes.items()
+    }
+
+
+def test_an_error_says_what_where_and_what_to_do_next():
+    error = errors.NotProven("2 pieces are not proven", path="a/b", hint="run: grokfetch verify a")
+    assert str(error) == "a/b: 2 pieces are not proven\n  run: grokfetch verify a"
