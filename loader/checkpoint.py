@@ -1,0 +1,123 @@
+"""Binds the table of parameters to the bytes on disk: names to lazy, read-only, mapped arrays.
+
+Opening a checkpoint looks only at the frames of its files, some hundred bytes each; an array is
+mapped when it is first asked for and never copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from grokfetch.errors import CheckpointInvalid, StorageFailed
+from loader.schema import GrokConfig, ParamSpec, parameters
+from loader.shardfile import ArraySpan, read_shard
+
+__all__ = ["Checkpoint", "Tensor", "open_folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One parameter in its file; nothing is mapped before `weight` or `scales` is read.
+
+    Both arrays are views into one read-only mapping, at offsets that need not be aligned. The
+    mapping lives as long as the tensor or any view. A file that shrinks meanwhile kills the process
+    (SIGBUS), which is why writers hold the folder's lock.
+    """
+
+    spec: ParamSpec
+    path: Path
+    array: ArraySpan
+    scale_span: ArraySpan | None = None
+
+    @functools.cached_property
+    def weight(self) -> npt.NDArray[np.generic]:
+        """float32 of `spec.shape`, or int8 if the tensor is quantised.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
+        """
+        return self._view(self.array)
+
+    @functools.cached_property
+    def scales(self) -> npt.NDArray[np.generic] | None:
+        """bfloat16 of `spec.scale_shape`, None if the tensor is not quantised.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
+        """
+        return None if self.scale_span is None else self._view(self.scale_span)
+
+    def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
+        if span.offset + span.nbytes > len(self._mapped):
+            raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)
+        dtype = np.dtype(ml_dtypes.bfloat16 if span.dtype == "bfloat16" else span.dtype)
+        return np.ndarray(span.shape, dtype, self._mapped, span.offset, order=span.order)
+
+    @functools.cached_property
+    def _mapped(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Every parameter of a model by name, in file order."""
+
+    def __init__(self, config: GrokConfig, tensors: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoint:
+    """The checkpoint of `config` whose shards lie in `folder` under their official names.
+
+    Only the structure of the files is checked, their content is not.
+
+    Raises:
+        StorageFailed: a shard is missing or unreadable.
+        ShardInvalid: a file is no shard.
+        CheckpointInvalid: a shard holds something else than the parameter it should.
+    """
+    specs = parameters(config)
+    return Checkpoint(config, {spec.name: _bind(spec, Path(folder) / spec.file) for spec in specs})
+
+
+def _bind(spec: ParamSpec, path: Path) -> Tensor:
+    shard = read_shard(path)
+    expected = _describe(spec.dtype, spec.shape, spec.scale_shape)
+    scale_shape = None if shard.scales is None else shard.scales.shape
+    found = _describe(shard.array.dtype, shard.array.shape, scale_shape)
+    spans = [shard.array] if shard.scales is None else [shard.array, shard.scales]
+    if any(span.order == "F" and math.prod(span.shape) > 1 for span in spans):
+        found += " in Fortran order"
+    if found != expected:
+        raise CheckpointInvalid(f"{spec.name} must be {expected}, found {found}", path=path)
+    return Tensor(spec, path, shard.array, shard.scales)
+
+
+def _describe(dtype: str, shape: tuple[int, ...], scale_shape: tuple[int, ...] | None) -> str:
+    scales = "without scales" if scale_shape is None else f"with scales {scale_shape}"
+    return f"{dtype} {shape} {scales}"
