@@ -19,6 +19,7 @@ __all__ = [
     "NoModel",
     "NotProven",
     "OutOfReach",
+    "PromptInvalid",
     "ShardInvalid",
     "SourceInvalid",
     "Stalled",
@@ -166,3 +167,9 @@ class TokenizerMissing(GrokfetchError):
     """No tokenizer, or one that is not the one the manifest names."""
 
     exit_code = 26
+
+
+class PromptInvalid(GrokfetchError):
+    """A prompt is empty, too long for the model, or holds ids outside its vocabulary."""
+
+    exit_code = 27
