@@ -1,0 +1,333 @@
+"""Grok-1's forward pass and KV cache: pure functions from arrays to arrays.
+
+Every function runs on each device of a mesh with the axes `expert` and `model` (under
+`jax.shard_map`) and sees that device's blocks: some of the heads, its slice of each of its experts,
+its part of the vocabulary. The residual stream is the same on every device; what the devices
+compute in part is summed over the mesh. One device is a mesh of size one.
+
+Letters in shapes: B rows, T tokens of this step, S places in the cache, D width, Q query heads, K
+key/value heads, d head size, E experts, V vocabulary; of Q, K, E and V it is this device's share.
+
+Source of the formulas and of everything unusual: xai-org/grok-1 `model.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from loader.placement import Layer, Params
+from loader.quantized import Quantized, product, select
+from loader.schema import GrokConfig
+
+__all__ = [
+    "KeyValues",
+    "Window",
+    "attention",
+    "embed",
+    "experts",
+    "feed_forward",
+    "forward",
+    "group_queries",
+    "layer",
+    "logits",
+    "norm",
+    "rotate",
+    "route",
+    "soft_cap",
+]
+
+NORM_EPSILON = 1e-5
+ROPE_BASE = 10_000.0
+SCORE_CAP = 30.0
+MASKED_SCORE = -1e30
+LARGEST_BLOCK = 128
+"""Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeyValues:
+    """One layer's cache: keys (already rotated) and values, each `[B, S, K, d]`."""
+
+    keys: Array
+    values: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """Where this step's tokens stand; rows may have different lengths.
+
+    positions: int32 `[B, T]`, each token's place in its row and in the cache.
+    real: bool `[B, T]`, False for the tokens that only fill up the step.
+    visible: bool `[B, S]`, the places of the cache that may be attended to, this step's included.
+    """
+
+    positions: Array
+    real: Array
+    visible: Array
+
+
+def forward(
+    params: Params,
+    cache: tuple[KeyValues, ...],
+    tokens: Array,
+    window: Window,
+    config: GrokConfig,
+) -> tuple[Array, tuple[KeyValues, ...]]:
+    """The whole model over one step; `generate` compiles its parts one by one instead.
+
+    Args:
+        params: all weights.
+        cache: one entry a layer; its dtype is the dtype of activations.
+        tokens: int32 `[B, T]`.
+        window: where the tokens stand.
+        config: the hyperparameters.
+
+    Returns:
+        float32 logits `[B, T, V]` and the cache with this step's keys and values.
+    """
+    x = embed(params.embedding, tokens, config, cache[0].keys.dtype)
+    filled = []
+    for weights, entry in zip(params.layers, cache, strict=True):
+        x, entry = layer(weights, entry, x, window, config)  # noqa: PLW2901
+        filled.append(entry)
+    return logits(params.embedding, params.norm, x, config), tuple(filled)
+
+
+def embed(table: Array, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
+    """Token ids `[B, T]` to the residual stream `[B, T, D]`; table float32 `[V, D]`."""
+    rows = table.shape[0]
+    local = tokens - lax.axis_index("model") * rows
+    mine = (local >= 0) & (local < rows)
+    found = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0)
+    x = _sum_over(found, "model").astype(dtype)
+    # The model was trained with the multiplier rounded to the dtype of activations (78.5 in bf16).
+    return x * jnp.asarray(config.embedding_multiplier_scale, dtype)
+
+
+def layer(
+    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+) -> tuple[Array, KeyValues]:
+    """One decoder layer over the residual stream `[B, T, D]`.
+
+    Each half is normed twice, before it and after it, so what is added to the stream has the size
+    that the second norm's scale gives it.
+    """
+    attended, cache = attention(weights, cache, norm(x, weights.before_attention), window, config)
+    x = x + norm(attended, weights.after_attention, x.dtype)
+    mixed = experts(weights, norm(x, weights.before_experts), window.real, config)
+    return x + norm(mixed, weights.after_experts, x.dtype), cache
+
+
+def logits(table: Array, scale: Array, x: Array, config: GrokConfig) -> Array:
+    """The residual stream `[..., D]` to float32 scores `[..., V]` over this device's vocabulary."""
+    x = norm(x, scale)
+    scores = jnp.einsum(
+        "...d,vd->...v",
+        x,
+        table.astype(x.dtype),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    # Rounded like the embedding's multiplier: 0.578125 in bf16.
+    return scores * jnp.asarray(config.output_multiplier_scale, x.dtype).astype(jnp.float32)
+
+
+def norm(x: Array, scale: Array, dtype: jnp.dtype | None = None) -> Array:
+    """RMS norm over the last axis in float32, returned in `dtype`, by default that of `x`."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(dtype or x.dtype)
+
+
+def rotate(x: Array, positions: Array) -> Array:
+    """Rotary embedding of `[B, T, heads, d]` at int32 positions `[B, T]`, in float32.
+
+    Dimension i is paired with i + d/2 (split halves, not neighbours). Phases are float32: bf16
+    cannot tell neighbouring positions apart beyond 256.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    phases = positions.astype(jnp.float32)[..., None, None] * frequencies
+    cosine, sine = jnp.cos(phases), jnp.sin(phases)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        (first * cosine - second * sine, second * cosine + first * sine), axis=-1
+    )
+
+
+def group_queries(queries: Array, kv_heads: int) -> Array:
+    """`[B, T, Q, d]` to `[B, T, K, Q / K, d]`: query head h reads key/value head h // (Q / K)."""
+    batch, steps, heads, size = queries.shape
+    return queries.reshape(batch, steps, kv_heads, heads // kv_heads, size)
+
+
+def soft_cap(scores: Array) -> Array:
+    """Attention scores squeezed smoothly into -30 to 30, as the model was trained."""
+    return SCORE_CAP * jnp.tanh(scores / SCORE_CAP)
+
+
+def attention(
+    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+) -> tuple[Array, KeyValues]:
+    """Causal attention over the cache for this device's heads, summed over all devices.
+
+    Returns:
+        float32 `[B, T, D]` and the cache with this step's keys and values in their places.
+    """
+
+    def heads(matrix: Quantized) -> Array:
+        return product(x, matrix).reshape(*x.shape[:2], -1, config.key_size)
+
+    queries = rotate(heads(weights.query), window.positions).astype(x.dtype)
+    keys = rotate(heads(weights.key), window.positions)
+    cache = _store(cache, keys, heads(weights.value), window)
+    scores = jnp.einsum(
+        "btkgd,bskd->bkgts",
+        group_queries(queries, keys.shape[2]),
+        cache.keys,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    scores = soft_cap(scores * config.attn_output_multiplier)
+    # The cap comes before the mask: after it, a masked score would be no lower than -30.
+    scores = jnp.where(_allowed(window)[:, None, None], scores, MASKED_SCORE)
+    mixed = jnp.einsum(
+        "bkgts,bskd->btkgd",
+        jax.nn.softmax(scores, axis=-1).astype(x.dtype),
+        cache.values,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    partial = product(mixed.reshape(*x.shape[:2], -1).astype(x.dtype), weights.output)
+    return _sum_over(partial, "model"), cache
+
+
+def _sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
+    total: Array = lax.psum(partial, axes)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _store(cache: KeyValues, keys: Array, values: Array, window: Window) -> KeyValues:
+    # A place outside the cache is dropped, so that filling tokens leave no trace in it.
+    places = jnp.where(window.real, window.positions, cache.keys.shape[1])
+    rows = jnp.arange(places.shape[0])[:, None]
+
+    def write(into: Array, new: Array) -> Array:
+        return into.at[rows, places].set(new.astype(into.dtype), mode="drop")
+
+    return KeyValues(write(cache.keys, keys), write(cache.values, values))
+
+
+def _allowed(window: Window) -> Array:
+    """Which places each token may attend to, bool `[B, T, S]`."""
+    places = jnp.arange(window.visible.shape[1])
+    return window.visible[:, None, :] & (places <= window.positions[:, :, None])
+
+
+def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
+    """The experts of each token and the weight of their outputs.
+
+    The weights are the probabilities of a softmax over all experts, used as they are: they are not
+    made to sum to one over the chosen experts.
+
+    Args:
+        x: `[N, D]`; the product with the router is float32 whatever its dtype.
+        router: float32 `[D, E]`, of all experts.
+        chosen: experts a token.
+
+    Returns:
+        int32 `[N, chosen]` and float32 `[N, chosen]`, most probable first.
+    """
+    scores = jnp.einsum("nd,de->ne", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+    weights, choices = lax.top_k(jax.nn.softmax(scores, axis=-1), chosen)
+    return choices, weights
+
+
+def feed_forward(x: Array, up: Quantized, gate: Quantized, down: Quantized) -> Array:
+    """One expert over `[N, D]`: float32 `[N, D]`, still to be summed over the `model` axis."""
+    hidden = jax.nn.gelu(product(x, up), approximate=True) * product(x, gate)
+    return product(hidden.astype(x.dtype), down)
+
+
+def experts(weights: Layer, x: Array, real: Array, config: GrokConfig) -> Array:
+    """Each token's chosen experts, weighted and summed; no other expert's weights are read.
+
+    Pairs of token and choice are sorted by expert and cut into blocks of one expert each. A loop
+    runs over the blocks that there are, and reads the weights of its block's expert; how many
+    there are, and whose, is known only at run time.
+
+    Args:
+        weights: the layer; this device holds some of the experts, and part of each.
+        x: `[B, T, D]`.
+        real: bool `[B, T]`; filling tokens get no expert.
+        config: the hyperparameters.
+
+    Returns:
+        float32 `[B, T, D]`, the same on all devices.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    choices, gates = route(flat, weights.router, config.num_selected_experts)
+    held = weights.up.weight.shape[0]
+    local = choices - lax.axis_index("expert") * held
+    nobody = (local < 0) | (local >= held) | ~real.reshape(-1, 1)
+    size = _block_size(choices.size, config.num_experts)
+    plan = _plan(jnp.where(nobody, held, local).reshape(-1), held, size)
+
+    def block(index: Array, total: Array) -> Array:
+        expert, pairs, live = _block(plan, index, size)
+        # Places beyond the group's end point outside: they read some row and add to none.
+        rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
+        output = feed_forward(
+            flat.at[rows].get(mode="clip"),
+            select(weights.up, expert),
+            select(weights.gate, expert),
+            select(weights.down, expert),
+        )
+        return total.at[rows].add(gates.reshape(-1)[pairs][:, None] * output, mode="drop")
+
+    total = lax.fori_loop(0, plan.ends[-1], block, jnp.zeros(flat.shape, jnp.float32))
+    return _sum_over(total, ("expert", "model")).reshape(x.shape)
+
+
+def _block_size(pairs: int, num_experts: int) -> int:
+    """Tokens in a block: about what an expert gets on average, one for a single token."""
+    average = max(1, pairs // num_experts)
+    return min(LARGEST_BLOCK, 1 << (average.bit_length() - 1))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """Pairs sorted by expert, and where each expert's pairs start, how many, and its last block."""
+
+    order: Array
+    starts: Array
+    counts: Array
+    blocks: Array
+    ends: Array
+
+
+def _plan(choices: Array, held: int, size: int) -> _Plan:
+    counts = jnp.sum(choices[:, None] == jnp.arange(held), axis=0)
+    blocks = -(-counts // size)
+    return _Plan(
+        order=jnp.argsort(choices, stable=True),
+        starts=jnp.cumsum(counts) - counts,
+        counts=counts,
+        blocks=blocks,
+        ends=jnp.cumsum(blocks),
+    )
+
+
+def _block(plan: _Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
+    """A block's expert (scalar), its pairs `[size]`, and which of those are the expert's at all."""
+    expert = jnp.searchsorted(plan.ends, index, side="right")
+    first = index - (plan.ends - plan.blocks)[expert]
+    ranks = first * size + jnp.arange(size)
+    live = ranks < plan.counts[expert]
+    return expert, plan.order[jnp.where(live, plan.starts[expert] + ranks, 0)], live

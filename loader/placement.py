@@ -1,0 +1,188 @@
+"""From mapped tensors to device arrays: each device receives only its own block.
+
+The parameters of each layer are separate arrays, so that one compiled layer serves all of them and
+a layer can be placed, or dropped, without touching another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grokfetch.errors import MeshInvalid
+from loader.quantized import Quantized
+from loader.schema import GrokConfig, ParamSpec
+from loader.sharding import (
+    MeshShape,
+    check_mesh,
+    choose_mesh,
+    mesh_axes,
+    scale_shape,
+    source_rows,
+)
+
+__all__ = ["Layer", "Params", "Source", "Stored", "load", "make_mesh"]
+
+
+class Stored(Protocol):
+    """One tensor on the host: `loader.checkpoint.Tensor`, or anything shaped like it."""
+
+    @property
+    def spec(self) -> ParamSpec:
+        """What the tensor is."""
+
+    @property
+    def weight(self) -> np.ndarray[Any, Any]:
+        """float32 or int8, of `spec.shape`; may be a read-only map at any alignment."""
+
+    @property
+    def scales(self) -> np.ndarray[Any, Any] | None:
+        """bfloat16 of `spec.scale_shape`, None where the tensor is not quantised."""
+
+
+class Source(Protocol):
+    """A checkpoint on the host: tensors by the names of `loader.schema.parameters`."""
+
+    @property
+    def config(self) -> GrokConfig:
+        """The hyperparameters of the model that the tensors make up."""
+
+    def __getitem__(self, name: str, /) -> Stored:
+        """The tensor of that name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one decoder layer; D is the width of the residual stream.
+
+    The four norms are float32 `[D]`, named for what they stand before or after. query
+    `[D, Q * d]`, key and value `[D, K * d]`, output `[Q * d, D]` (Q query heads and K key/value
+    heads of size d), up and gate `[E, D, F]`, down `[E, F, D]` (E experts of width F); router
+    float32 `[D, E]`. The reference calls output `linear`, and the experts' up, gate and down
+    `linear`, `linear_v` and `linear_1`.
+    """
+
+    before_attention: Array
+    after_attention: Array
+    before_experts: Array
+    after_experts: Array
+    query: Quantized
+    key: Quantized
+    value: Quantized
+    output: Quantized
+    router: Array
+    up: Quantized
+    gate: Quantized
+    down: Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Params:
+    """All weights: embedding float32 `[V, D]`, final norm float32 `[D]`, the layers in order."""
+
+    embedding: Array
+    norm: Array
+    layers: tuple[Layer, ...]
+
+
+_LAYER_NAMES: Mapping[str, str] = {
+    "before_attention": "rms_norm/scale",
+    "after_attention": "rms_norm_1/scale",
+    "before_experts": "rms_norm_2/scale",
+    "after_experts": "rms_norm_3/scale",
+    "query": "multi_head_attention/query/w",
+    "key": "multi_head_attention/key/w",
+    "value": "multi_head_attention/value/w",
+    "output": "multi_head_attention/linear/w",
+    "router": "router/w",
+    "up": "moe/linear/w",
+    "gate": "moe/linear_v/w",
+    "down": "moe/linear_1/w",
+}
+
+
+def make_mesh(
+    config: GrokConfig,
+    shape: MeshShape | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `expert` and `model`.
+
+    Args:
+        config: the model that must fit the mesh.
+        shape: the mesh wanted; by default `choose_mesh` for all of `devices`.
+        devices: the devices to use, by default all that jax sees; the first ones are taken.
+
+    Raises:
+        MeshInvalid: if a dimension does not divide, or there are too few devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    shape = shape or choose_mesh(config, len(found))
+    check_mesh(config, shape)
+    if shape.devices > len(found):
+        raise MeshInvalid(
+            f"a mesh of expert {shape.expert} x model {shape.model} needs {shape.devices} devices,"
+            f" and there are {len(found)}"
+        )
+    grid = np.array(found[: shape.devices], object).reshape(shape.expert, shape.model)
+    return Mesh(grid, ("expert", "model"))
+
+
+def load(
+    checkpoint: Source, mesh: Mesh, *, on_bytes: Callable[[int], None] | None = None
+) -> Params:
+    """Place every tensor of a checkpoint, layer by layer.
+
+    Weights stay int8 and scales bfloat16. A block is copied from the source to its device; the
+    host never holds a whole tensor that is split, and one tensor is in flight at a time.
+
+    Args:
+        checkpoint: the tensors on the host.
+        mesh: from `make_mesh`, for the config of the checkpoint.
+        on_bytes: called after each tensor with the bytes it takes in the checkpoint.
+    """
+
+    def place(name: str) -> Any:
+        tensor = checkpoint[name]
+        placed = _place(tensor, mesh)
+        jax.block_until_ready(placed)  # type: ignore[no-untyped-call]
+        if on_bytes is not None:
+            on_bytes(tensor.weight.nbytes + (0 if tensor.scales is None else tensor.scales.nbytes))
+        return placed
+
+    def layer(number: int) -> Layer:
+        prefix = f"transformer/decoder_layer_{number}"
+        return Layer(**{field: place(f"{prefix}/{name}") for field, name in _LAYER_NAMES.items()})
+
+    return Params(
+        embedding=place("language_model/in_out_embed/embeddings"),
+        norm=place("language_model/rms_norm/scale"),
+        layers=tuple(layer(number) for number in range(checkpoint.config.num_layers)),
+    )
+
+
+def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
+    spec, scales = tensor.spec, tensor.scales
+    split = PartitionSpec(*mesh_axes(spec))  # type: ignore[no-untyped-call]
+    sharding = NamedSharding(mesh, split)
+    weight = jax.make_array_from_callback(spec.shape, sharding, lambda block: tensor.weight[block])
+    if scales is None:
+        return weight
+    shape = MeshShape(mesh.shape["expert"], mesh.shape["model"])
+
+    def rows(block: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+        assert scales is not None
+        assert block is not None
+        *outer, groups, columns = block
+        return scales[(*outer, slice(None), columns)][..., source_rows(spec, shape, groups), :]
+
+    expanded = scale_shape(spec, shape)
+    return Quantized(weight, jax.make_array_from_callback(expanded, sharding, rows))

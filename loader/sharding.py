@@ -1,0 +1,212 @@
+"""Which block of a tensor each device of a mesh holds: rules and arithmetic, no arrays.
+
+A mesh has two axes: `model` splits heads, expert widths and the vocabulary (tensor parallel),
+`expert` splits the experts (expert parallel). Devices are numbered row by row, `model` fastest. The
+module imports neither jax nor numpy, so that a fetch can ask for one host's share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from grokfetch.errors import MeshInvalid
+from loader.schema import Axis, GrokConfig, ParamSpec, parameters
+
+__all__ = [
+    "RULES",
+    "Block",
+    "MeshAxis",
+    "MeshShape",
+    "Position",
+    "check_mesh",
+    "choose_mesh",
+    "mesh_axes",
+    "positions",
+    "scale_block",
+    "scale_rows",
+    "scale_shape",
+    "source_rows",
+    "weight_block",
+]
+
+MeshAxis = Literal["expert", "model"]
+Block = tuple[slice, ...]
+"""One slice with whole start and stop for every dimension of a tensor."""
+
+RULES: Mapping[Axis, MeshAxis | None] = MappingProxyType(
+    {
+        "vocab": "model",
+        "embed": None,
+        "q_heads": "model",
+        "kv_heads": "model",
+        "expert": "expert",
+        "ff": "model",
+        "router": None,
+    }
+)
+"""The mesh axis that splits each logical axis; None where every device holds all of it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MeshShape:
+    """How many devices stand along each mesh axis."""
+
+    expert: int = 1
+    model: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Number of devices in the mesh."""
+        return self.expert * self.model
+
+
+class Position(NamedTuple):
+    """Where one device stands in a mesh."""
+
+    expert: int
+    model: int
+
+
+def positions(shape: MeshShape) -> Iterator[Position]:
+    """Every position of a mesh, in device order."""
+    for expert in range(shape.expert):
+        for model in range(shape.model):
+            yield Position(expert, model)
+
+
+def mesh_axes(
+    spec: ParamSpec, rules: Mapping[Axis, MeshAxis | None] = RULES
+) -> tuple[MeshAxis | None, ...]:
+    """The mesh axis that splits each dimension of a tensor.
+
+    Raises:
+        MeshInvalid: if a logical axis has no rule, or one mesh axis would split two dimensions.
+    """
+    for axis in spec.axes:
+        if axis not in rules:
+            raise MeshInvalid(f"no sharding rule for the axis {axis!r} of {spec.name}")
+    axes = tuple(rules[axis] for axis in spec.axes)
+    used = [axis for axis in axes if axis is not None]
+    if len(set(used)) != len(used):
+        raise MeshInvalid(f"one mesh axis would split two dimensions of {spec.name}: {spec.axes}")
+    return axes
+
+
+def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
+    """The mesh for a number of devices: as many on `model` as divide, the others on `expert`.
+
+    Raises:
+        MeshInvalid: if no arrangement divides; names a dimension and the largest count that works.
+    """
+    if devices < 1:
+        raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
+    found = _arrangement(config, devices)
+    if found is None:
+        misfit = _misfit(config, MeshShape(model=devices))
+        raise MeshInvalid(
+            f"{devices} devices cannot share this model: {misfit}", hint=_hint(config, devices)
+        )
+    return found
+
+
+def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
+    """Make sure that a mesh divides every dimension that it splits, in whole heads and experts.
+
+    Raises:
+        MeshInvalid: naming the tensor and the dimension that does not divide.
+    """
+    if min(shape.expert, shape.model) < 1:
+        raise MeshInvalid(f"both mesh axes must be at least 1, not {shape.expert} x {shape.model}")
+    misfit = _misfit(config, shape)
+    if misfit:
+        what = f"a mesh of expert {shape.expert} x model {shape.model} does not fit: {misfit}"
+        raise MeshInvalid(what, hint=_hint(config, shape.devices))
+
+
+def weight_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:
+    """The block of a tensor that the device at `position` holds.
+
+    `shape` must have passed `check_mesh`.
+    """
+    return _block(spec, spec.shape, shape, position)
+
+
+def scale_rows(spec: ParamSpec, shape: MeshShape) -> int:
+    """Scale rows that a quantised tensor needs on this mesh, over all devices.
+
+    If the contracted axis is split over n devices and there are G scale groups, every device gets
+    whole rows only once there are lcm(G, n) of them: a device may hold part of a group.
+    """
+    assert spec.scale_groups is not None, spec.name
+    return math.lcm(spec.scale_groups, _count(shape, mesh_axes(spec)[-2]))
+
+
+def scale_shape(spec: ParamSpec, shape: MeshShape) -> tuple[int, ...]:
+    """Shape of a tensor's scales once expanded to `scale_rows`."""
+    return (*spec.shape[:-2], scale_rows(spec, shape), spec.shape[-1])
+
+
+def scale_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:
+    """The block of the expanded scales that the device at `position` holds."""
+    return _block(spec, scale_shape(spec, shape), shape, position)
+
+
+def source_rows(spec: ParamSpec, shape: MeshShape, rows: slice) -> list[int]:
+    """The scale row of the file that each of the expanded `rows` repeats."""
+    assert spec.scale_groups is not None, spec.name
+    expanded = scale_rows(spec, shape)
+    return [row * spec.scale_groups // expanded for row in range(*rows.indices(expanded))]
+
+
+def _block(spec: ParamSpec, sizes: tuple[int, ...], shape: MeshShape, position: Position) -> Block:
+    def cut(size: int, axis: MeshAxis | None) -> slice:
+        if axis is None:
+            return slice(0, size)
+        width = size // _count(shape, axis)
+        start = getattr(position, axis) * width
+        return slice(start, start + width)
+
+    return tuple(cut(size, axis) for size, axis in zip(sizes, mesh_axes(spec), strict=True))
+
+
+def _count(shape: MeshShape, axis: MeshAxis | None) -> int:
+    if axis is None:
+        return 1
+    return shape.expert if axis == "expert" else shape.model
+
+
+def _units(config: GrokConfig, axis: Axis, size: int) -> int:
+    """What is dealt out along an axis: heads cannot be cut, everything else can."""
+    return size // config.key_size if axis in {"q_heads", "kv_heads"} else size
+
+
+def _misfit(config: GrokConfig, shape: MeshShape) -> str:
+    """The first dimension that the mesh does not divide, in words; empty if all do."""
+    for spec in parameters(config):
+        for size, axis, split in zip(spec.shape, spec.axes, mesh_axes(spec), strict=True):
+            units, parts = _units(config, axis, size), _count(shape, split)
+            if units % parts:
+                return f"{axis} of {spec.name} counts {units}, not divisible by {parts}"
+    return ""
+
+
+def _arrangement(config: GrokConfig, devices: int) -> MeshShape | None:
+    for model in range(devices, 0, -1):
+        shape = MeshShape(devices // model, model)
+        if devices % model == 0 and not _misfit(config, shape):
+            return shape
+    return None
+
+
+def _hint(config: GrokConfig, devices: int) -> str:
+    best = next(
+        shape for count in range(devices - 1, 0, -1) if (shape := _arrangement(config, count))
+    )
+    return (
+        f"the largest smaller count that works is {best.devices}: "
+        f"expert {best.expert} x model {best.model}"
+    )
