@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -111,7 +110,7 @@ def _bind(spec: ParamSpec, path: Path) -> Tensor:
     scale_shape = None if shard.scales is None else shard.scales.shape
     found = _describe(shard.array.dtype, shard.array.shape, scale_shape)
     spans = [shard.array] if shard.scales is None else [shard.array, shard.scales]
-    if any(span.order == "F" and math.prod(span.shape) > 1 for span in spans):
+    if any(span.order == "F" for span in spans):
         found += " in Fortran order"
     if found != expected:
         raise CheckpointInvalid(f"{spec.name} must be {expected}, found {found}", path=path)
