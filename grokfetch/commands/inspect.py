@@ -1,0 +1,107 @@
+"""`grokfetch inspect`: what tensors a shard, or a checkpoint folder, holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch.errors import CheckpointInvalid, GrokfetchError, ShardInvalid
+
+if TYPE_CHECKING:
+    from loader.shardfile import Shard
+
+SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
+
+
+@click.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a tensor and line.")
+def inspect(path: Path, *, as_json: bool) -> None:
+    """List the tensors of a shard FILE or a checkpoint DIR.
+
+    Prints name, dtype, shape, shape of the scales, bytes, byte offset and file of each tensor.
+    Nothing is unpickled and only a few hundred bytes of each file are read.
+    """
+    rows = []
+    refused: list[GrokfetchError] = []
+    for name, file in _tensors(path):
+        try:
+            rows.append(_row(name, file, path))
+        except GrokfetchError as error:
+            refused.append(error)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+    elif rows:
+        _print_table(rows)
+    for error in refused[:-1]:
+        click.echo(f"error: {error}", err=True)
+    if refused:
+        raise refused[-1]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str | None, Path]]:
+    """(name, shard) of every tensor; a name only where a manifest says it."""
+    from grokfetch.store import Store
+
+    if not path.is_dir():
+        yield None, path
+        return
+    manifest = Store(path).find_manifest()
+    if manifest is not None and manifest.tensors:
+        yield from ((tensor.name, path / tensor.file) for tensor in manifest.tensors)
+        return
+    shards = sorted(path.rglob(SHARDS))
+    if not shards:
+        raise CheckpointInvalid("no shard named like tensor00000_000 lies here", path=path)
+    yield from ((None, shard) for shard in shards)
+
+
+def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
+    from loader.shardfile import read_shard
+
+    shard = read_shard(file)
+    return {
+        "name": name or _official_name(file, shard) or "-",
+        "dtype": shard.array.dtype,
+        "shape": shard.array.shape,
+        "scales": None if shard.scales is None else shard.scales.shape,
+        "bytes": shard.array.nbytes,
+        "offset": shard.array.offset,
+        "file": str(file.relative_to(root) if root.is_dir() else file.name),
+    }
+
+
+def _official_name(file: Path, shard: Shard) -> str | None:
+    """The name that the official model gives a tensor of this number, if the shapes are its."""
+    from loader.schema import GrokConfig, parameters
+
+    for spec in parameters(GrokConfig()):
+        scales = None if shard.scales is None else shard.scales.shape
+        if (spec.file, spec.shape, spec.scale_shape) == (file.name, shard.array.shape, scales):
+            return spec.name
+    return None
+
+
+def _print_table(rows: list[dict[str, object]]) -> None:
+    titles = list(rows[0])
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    for line in (titles, *cells):
+        aligned = (
+            cell.rjust(width) if title in ("bytes", "offset") else cell.ljust(width)
+            for title, cell, width in zip(titles, line, widths, strict=True)
+        )
+        click.echo("  ".join(aligned).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
