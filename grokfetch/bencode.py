@@ -1,0 +1,139 @@
+"""Bencoding, BitTorrent's notation: a strict reader and a writer. Pure: no I/O here.
+
+Integers must be canonical, keys must be byte strings that occur once, nothing may follow the value,
+and nesting is bounded. Keys need not be sorted: other programs' torrents are read as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from grokfetch.errors import TorrentInvalid
+
+__all__ = ["Value", "decode", "encode", "member_spans"]
+
+Value = int | bytes | list["Value"] | dict[bytes, "Value"]
+
+DEEPEST = 64
+"""Nested lists and dictionaries; a path of a v2 torrent costs one a folder."""
+
+LARGEST_INPUT = 256 * 1024 * 1024
+"""Bytes; ten times the metadata of the largest torrents known."""
+
+_INTEGER = re.compile(rb"i(0|-?[1-9][0-9]{0,18})e")
+_LENGTH = re.compile(rb"(0|[1-9][0-9]{0,9}):")
+
+
+def decode(data: bytes) -> Value:
+    """The value that `data` encodes.
+
+    Raises:
+        TorrentInvalid: naming the byte at which it stops being bencoding.
+    """
+    value, end = _value(data, 0, 0)
+    if end != len(data):
+        _refuse(end, "something follows the value")
+    return value
+
+
+def member_spans(data: bytes) -> dict[bytes, tuple[int, int]]:
+    """Where the value of each key of a top-level dictionary begins and ends, in bytes.
+
+    Raises:
+        TorrentInvalid: `data` is no dictionary.
+    """
+    if data[:1] != b"d":
+        raise TorrentInvalid("not a torrent: it is no bencoded dictionary")
+    spans = {}
+    for key, _, start, end in _members(data, 1, 0):
+        spans[key] = (start, end)
+    return spans
+
+
+def encode(value: Value) -> bytes:
+    """The canonical encoding, with sorted keys."""
+    parts: list[bytes] = []
+    _write(value, parts)
+    return b"".join(parts)
+
+
+def _write(value: Value, parts: list[bytes]) -> None:
+    if isinstance(value, int):
+        parts.append(b"i%de" % value)
+    elif isinstance(value, bytes):
+        parts += (b"%d:" % len(value), value)
+    elif isinstance(value, list):
+        parts.append(b"l")
+        for item in value:
+            _write(item, parts)
+        parts.append(b"e")
+    else:
+        parts.append(b"d")
+        for key in sorted(value):
+            _write(key, parts)
+            _write(value[key], parts)
+        parts.append(b"e")
+
+
+def _refuse(position: int, why: str) -> None:
+    raise TorrentInvalid(f"not bencoding: {why} (byte {position:,})")
+
+
+def _value(data: bytes, position: int, depth: int) -> tuple[Value, int]:
+    if len(data) > LARGEST_INPUT:
+        _refuse(LARGEST_INPUT, "it is too long")
+    if depth > DEEPEST:
+        _refuse(position, f"nested deeper than {DEEPEST}")
+    mark = data[position : position + 1]
+    if mark == b"i":
+        return _integer(data, position)
+    if mark == b"l":
+        return _list(data, position, depth)
+    if mark == b"d":
+        members: dict[bytes, Value] = {}
+        position += 1
+        for key, value, _, end in _members(data, position, depth):
+            members[key] = value
+            position = end
+        return members, position + 1
+    return _string(data, position)
+
+
+def _integer(data: bytes, position: int) -> tuple[int, int]:
+    found = _INTEGER.match(data, position)
+    if found is None:
+        raise TorrentInvalid(f"not bencoding: a malformed integer (byte {position:,})")
+    return int(found[1]), found.end()
+
+
+def _string(data: bytes, position: int) -> tuple[bytes, int]:
+    found = _LENGTH.match(data, position)
+    if found is None:
+        raise TorrentInvalid(f"not bencoding: no value begins here (byte {position:,})")
+    end = found.end() + int(found[1])
+    if end > len(data):
+        _refuse(position, "a string reaches beyond the end")
+    return data[found.end() : end], end
+
+
+def _list(data: bytes, position: int, depth: int) -> tuple[list[Value], int]:
+    items: list[Value] = []
+    position += 1
+    while data[position : position + 1] != b"e":
+        item, position = _value(data, position, depth + 1)
+        items.append(item)
+    return items, position + 1
+
+
+def _members(data: bytes, position: int, depth: int) -> Iterator[tuple[bytes, Value, int, int]]:
+    """Key, value, start and end of each member of a dictionary, the first at `position`."""
+    seen = set()
+    while data[position : position + 1] != b"e":
+        key, start = _string(data, position)
+        if key in seen:
+            _refuse(position, f"the key {key[:40]!r} stands there twice")
+        seen.add(key)
+        value, end = _value(data, start, depth + 1)
+        yield key, value, start, end
+        position = end

@@ -1,0 +1,223 @@
+"""Arithmetic between pieces and files over a torrent's layout. Pure: no I/O here.
+
+A torrent is a stream of bytes cut into pieces of equal length. In BitTorrent v1 the files follow
+each other without gaps, a piece may span several of them, and its hash is the SHA-1 of its bytes.
+In v2 every file begins a new piece, the last piece of a file is as short as the file leaves it,
+and a piece's hash is the root of a SHA-256 tree over blocks of 16 KiB (BEP 52). A hybrid torrent
+carries both over one stream in which pad files align the others; its v1 hashes are the ones used
+here, and its pads are zeros that never exist on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Literal, Protocol
+
+__all__ = [
+    "BLOCK",
+    "HASH_SIZES",
+    "Layout",
+    "LayoutFile",
+    "PieceHasher",
+    "Segment",
+    "merkle_root",
+    "piece_hasher",
+    "power_of_two_above",
+]
+
+BLOCK = 16 * 1024
+"""Bytes of a leaf of the v2 hash tree, and of the smallest piece."""
+
+HASH_SIZES = {1: 20, 2: 32}
+"""Bytes of a piece's hash, by version."""
+
+Data = bytes | bytearray | memoryview
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayoutFile:
+    """A file in the stream: path relative to the checkpoint folder, size and start in bytes.
+
+    The path includes the torrent's top folder. A pad is zeros and never exists on disk.
+    """
+
+    path: PurePosixPath
+    size: int
+    start: int
+    pad: bool = False
+
+    @property
+    def end(self) -> int:
+        """The byte of the stream after the last one of this file."""
+        return self.start + self.size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """The part of a piece that lies in one file: offset in the file, and length, in bytes."""
+
+    file: LayoutFile
+    offset: int
+    length: int
+
+
+class PieceHasher(Protocol):
+    """What hashes one piece, fed in order."""
+
+    def update(self, data: Data, /) -> None:
+        """Hash the next bytes."""
+
+    def digest(self) -> bytes:
+        """The piece's hash, 20 bytes for v1 and 32 for v2."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """A torrent's files in stream order and the hashes of its pieces.
+
+    `hashes` holds the hashes of all pieces one after another. `version` says how they are made;
+    a hybrid torrent has version 1 here.
+    """
+
+    name: str
+    version: Literal[1, 2]
+    piece_length: int
+    files: tuple[LayoutFile, ...]
+    hashes: bytes = dataclasses.field(repr=False)
+    _starts: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _by_path: dict[PurePosixPath, LayoutFile] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_starts", tuple(file.start for file in self.files))
+        object.__setattr__(
+            self, "_by_path", {file.path: file for file in self.files if not file.pad}
+        )
+
+    @property
+    def piece_count(self) -> int:
+        """How many pieces there are."""
+        return len(self.hashes) // HASH_SIZES[self.version]
+
+    @property
+    def payload(self) -> tuple[LayoutFile, ...]:
+        """The files that exist on disk: all but the pads."""
+        return tuple(self._by_path.values())
+
+    def file(self, path: PurePosixPath) -> LayoutFile | None:
+        """The file of that path, None if the torrent has none."""
+        return self._by_path.get(path)
+
+    def expected(self, piece: int) -> bytes:
+        """The hash that the torrent gives for a piece."""
+        width = HASH_SIZES[self.version]
+        return self.hashes[piece * width : (piece + 1) * width]
+
+    def segments(self, piece: int) -> Iterator[Segment]:
+        """The parts of a piece in stream order, pads included."""
+        start = piece * self.piece_length
+        stop = start + self.piece_length
+        for index in range(bisect_right(self._starts, start) - 1, len(self.files)):
+            file = self.files[index]
+            if file.start >= stop:
+                return
+            first, last = max(start, file.start), min(stop, file.end)
+            if first < last:
+                yield Segment(file, first - file.start, last - first)
+
+    def piece_size(self, piece: int) -> int:
+        """Bytes of a piece, pads included."""
+        return sum(segment.length for segment in self.segments(piece))
+
+    def pieces_over(self, file: LayoutFile, offset: int = 0, length: int | None = None) -> range:
+        """The pieces that hold a span of a file, all of the file by default."""
+        size = file.size - offset if length is None else length
+        if size <= 0:
+            return range(0)
+        first = file.start + offset
+        return range(first // self.piece_length, (first + size - 1) // self.piece_length + 1)
+
+    def hasher(self, piece: int) -> PieceHasher:
+        """A fresh hasher for a piece."""
+        if self.version == 1:
+            return piece_hasher(1, 0)
+        segment = next(self.segments(piece))
+        blocks = self.piece_length // BLOCK
+        if segment.file.size <= self.piece_length:
+            # The tree of a file that fits into one piece is only as wide as the file.
+            blocks = power_of_two_above(-(-segment.file.size // BLOCK))
+        return piece_hasher(2, blocks)
+
+
+# --- hashing ---------------------------------------------------------------------------------
+
+
+def piece_hasher(version: Literal[1, 2], blocks: int) -> PieceHasher:
+    """A hasher for one piece.
+
+    Args:
+        version: of the piece hashes.
+        blocks: for v2, the leaves of the piece's tree, a power of two.
+    """
+    return hashlib.sha1(usedforsecurity=False) if version == 1 else _MerkleHasher(blocks)
+
+
+class _MerkleHasher:
+    """Hashes blocks of 16 KiB into leaves and the leaves into the root."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._leaves: list[bytes] = []
+        self._open = hashlib.sha256()
+        self._filled = 0
+
+    def update(self, data: Data, /) -> None:
+        view = memoryview(data)
+        while view.nbytes:
+            taken = view[: BLOCK - self._filled]
+            self._open.update(taken)
+            self._filled += taken.nbytes
+            view = view[taken.nbytes :]
+            if self._filled == BLOCK:
+                self._close()
+
+    def _close(self) -> None:
+        self._leaves.append(self._open.digest())
+        self._open = hashlib.sha256()
+        self._filled = 0
+
+    def digest(self) -> bytes:
+        if self._filled:
+            self._close()
+        return merkle_root(self._leaves, self._blocks)
+
+
+def merkle_root(leaves: Iterable[bytes], width: int, padding: bytes = bytes(32)) -> bytes:
+    """The root of a SHA-256 tree.
+
+    Args:
+        leaves: hashes of 32 bytes.
+        width: the leaves of the full tree, a power of two; those not given equal `padding`.
+        padding: the hash of a missing leaf.
+    """
+    layer = list(leaves)
+    while width > 1:
+        if len(layer) % 2:
+            layer.append(padding)
+        layer = [
+            hashlib.sha256(layer[index] + layer[index + 1]).digest()
+            for index in range(0, len(layer), 2)
+        ]
+        padding = hashlib.sha256(padding + padding).digest()
+        width //= 2
+    return layer[0] if layer else padding
+
+
+def power_of_two_above(count: int) -> int:
+    """The smallest power of two that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()
