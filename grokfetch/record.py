@@ -1,0 +1,128 @@
+"""What is proven, by what, and how each file looked then. Pure: no I/O here.
+
+A proof belongs to a stamp, the (size, mtime_ns) of its file at that time. A file whose stamp has
+changed since has nothing proven, with one exception: a file that we ourselves had open for writing
+bears the `writing` mark. Our writing changes its stamp, so after our own crash its proven pieces
+stay proven unless it has shrunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+__all__ = ["SCHEMA", "FileProof", "Record", "RecordDamaged", "Stamp", "decode", "encode"]
+
+SCHEMA = 1
+
+
+class RecordDamaged(ValueError):
+    """The bytes are no record that this version of grokfetch wrote."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stamp:
+    """How a file looks from outside: size in bytes, time of its last change in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileProof:
+    """What a file's proofs rest on.
+
+    `sha256` is the digest of the whole file where one was computed. `writing` says that we have,
+    or had when we were killed, the file open for writing.
+    """
+
+    stamp: Stamp
+    sha256: str | None = None
+    writing: bool = False
+
+    def holds(self, now: Stamp | None) -> bool:
+        """Whether the proofs made under `stamp` still speak for a file that looks like `now`."""
+        if now is None:
+            return False
+        if self.writing:
+            return now.size >= self.stamp.size
+        return now == self.stamp
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """Which pieces of the torrent `info_hash` and which whole files are proven."""
+
+    info_hash: str | None = None
+    pieces: frozenset[int] = frozenset()
+    files: Mapping[PurePosixPath, FileProof] = dataclasses.field(default_factory=dict)
+
+
+def encode(record: Record) -> bytes:
+    """The record as JSON: its schema, a digest of what follows, and the rest."""
+    body = {
+        "info_hash": record.info_hash,
+        "pieces": _bits(record.pieces),
+        "files": {
+            str(path): [
+                proof.stamp.size,
+                proof.stamp.mtime_ns,
+                proof.sha256,
+                "writing" if proof.writing else "",
+            ]
+            for path, proof in sorted(record.files.items())
+        },
+    }
+    top = {"schema": SCHEMA, "digest": _digest(body), **body}
+    return (json.dumps(top, separators=(",", ":")) + "\n").encode()
+
+
+def decode(text: bytes) -> Record:
+    """The record that `text` encodes.
+
+    Raises:
+        RecordDamaged: it is truncated, altered, of another program or of another schema.
+    """
+    try:
+        top = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordDamaged(f"not JSON: {error}") from None
+    if not isinstance(top, dict) or "schema" not in top:
+        raise RecordDamaged("not a record")
+    if top.pop("schema") != SCHEMA:
+        raise RecordDamaged("written by another version of grokfetch")
+    if top.pop("digest", None) != _digest(top):
+        raise RecordDamaged("its digest is wrong")
+    return Record(
+        top["info_hash"],
+        _numbers(top["pieces"]),
+        {PurePosixPath(path): _proof(fields) for path, fields in top["files"].items()},
+    )
+
+
+def _proof(fields: list[Any]) -> FileProof:
+    size, mtime_ns, sha256, mark = fields
+    return FileProof(Stamp(size, mtime_ns), sha256, writing=mark == "writing")
+
+
+def _digest(body: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+
+
+def _bits(numbers: Iterable[int]) -> str:
+    field = bytearray()
+    top = max(numbers, default=-1)
+    field.extend(bytes(top // 8 + 1))
+    for number in numbers:
+        field[number // 8] |= 128 >> number % 8
+    return field.hex()
+
+
+def _numbers(text: str) -> frozenset[int]:
+    bits = bin(int("1" + text, 16))[3:]
+    return frozenset(match.start() for match in re.finditer("1", bits))

@@ -1,0 +1,336 @@
+"""The checkpoint directory: what lies where, who may write, what is proven.
+
+    DIR/                     the payload as the torrent lays it down, top folder kept
+    DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
+        lock                 locked (flock) exclusively while payload or record are written, shared
+                             by readers that ask; holds the owner's {"pid", "host"} as JSON. The
+                             kernel drops the lock of a dead owner, so that it never blocks
+        manifest.json        the manifest in force (`manifest.SCHEMA`), its paths those of the
+                             torrent
+        metadata.torrent     a torrent file: the info dictionary as the swarm gave it, and its v2
+                             piece layers. The format is BitTorrent's own
+        record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
+                             the proven pieces in hexadecimal (piece 0 is the highest bit), and for
+                             each file: size, mtime_ns, sha256 or null, "writing" or ""
+        resume               libtorrent's hint; never trusted, nothing is lost with it
+        *.damaged-N          a state file that could not be read, set aside
+
+Every file of ours but the lock is written beside its target, flushed, renamed over it, and its
+folder is flushed. A reader meets the old or the new one, never half of either. One that is damaged,
+truncated, foreign or from a later version counts as absent, with a warning; whoever holds the
+exclusive lock renames it out of the way. The payload cannot be renamed into place, so that only the
+record makes its bytes trustworthy.
+
+A folder that cannot be written is read without a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from grokfetch import manifest as manifests
+from grokfetch import record as records
+from grokfetch.errors import (
+    ManifestInvalid,
+    NotProven,
+    StateMissing,
+    TorrentInvalid,
+)
+from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile
+from grokfetch.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
+from grokfetch.pieces import Layout, LayoutFile
+from grokfetch.record import Record, RecordDamaged, Stamp
+from grokfetch.storage import folder_lock, replacing, storage_failed
+
+__all__ = ["Store"]
+
+
+class Store:
+    """One checkpoint directory.
+
+    Opening it reads nothing and writes nothing. What is read is kept until the lock is taken.
+
+    Args:
+        root: the checkpoint folder; need not exist yet.
+        state: where our own files are; `root/.grokfetch` by default.
+
+    Attributes:
+        root: the checkpoint folder.
+        state: the folder of our own files.
+        warnings: what a person should know about state that could not be used.
+    """
+
+    def __init__(self, root: Path, state: Path | None = None) -> None:
+        self.root = root
+        self.state = root / STATE_FOLDER if state is None else state
+        self.warnings: list[str] = []
+        self._owner = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._manifest: Manifest | None = None
+        self._torrent: TorrentFile | None = None
+        self._layout: Layout | None = None
+        self._record: Record | None = None
+        self._entries: dict[PurePosixPath, ManifestFile] = {}
+
+    def payload(self, path: PurePosixPath) -> Path:
+        """Where a payload file lies on this machine."""
+        return self.root / path
+
+    def stamp(self, path: PurePosixPath) -> Stamp | None:
+        """How a payload file looks now, links followed; None if it is not there."""
+        try:
+            status = os.stat(self.payload(path))  # noqa: PTH116 - half the time of Path.stat
+        except OSError:
+            return None
+        return Stamp(status.st_size, status.st_mtime_ns)
+
+    # --- the lock ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self, *, exclusive: bool = True) -> Iterator[None]:
+        """Hold the folder: alone in order to write it, or with other readers.
+
+        A shared lock on a folder that cannot be written is no lock.
+
+        Raises:
+            StateLocked: another process holds it; names that process where it is known.
+            StorageFailed: the folder cannot be written, or its file system knows no locks.
+        """
+        with folder_lock(self.state, exclusive=exclusive):
+            self._forget()
+            self._owner = exclusive
+            try:
+                yield
+            finally:
+                self._owner = False
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest:
+        """The manifest in force.
+
+        Raises:
+            StateMissing: there is none.
+        """
+        found = self.manifest_or_none()
+        if found is None:
+            raise StateMissing(
+                "nothing here says what this folder must hold",
+                path=self.root,
+                hint=f"run: grokfetch fetch SOURCE --to {self.root}, "
+                f"or for files that came another way: grokfetch manifest {self.root}",
+            )
+        return found
+
+    def manifest_or_none(self) -> Manifest | None:
+        """The manifest in force, None if there is none."""
+        if self._manifest is None:
+            path = self.state / "manifest.json"
+            text = self._read(path)
+            if text is not None:
+                try:
+                    self._manifest = manifests.parse(text, str(path))
+                except ManifestInvalid as error:
+                    self._set_aside(path, error.what)
+                else:
+                    self._entries = {file.path: file for file in self._manifest.files}
+        return self._manifest
+
+    def torrent(self) -> TorrentFile | None:
+        """The torrent's metadata, None if there is none."""
+        if self._torrent is None:
+            path = self.state / "metadata.torrent"
+            data = self._read(path)
+            if data is not None:
+                try:
+                    torrent = parse_torrent(data)
+                    self._layout = parse_info(torrent.info, torrent.piece_layers)
+                    self._torrent = torrent
+                except TorrentInvalid as error:
+                    self._set_aside(path, error.what)
+        return self._torrent
+
+    def layout(self) -> Layout | None:
+        """The torrent's layout, None if there is no torrent."""
+        self.torrent()
+        return self._layout
+
+    def record(self) -> Record:
+        """What is proven; empty if nothing is.
+
+        Pieces of another torrent than the one in `metadata.torrent` do not count.
+        """
+        if self._record is None:
+            path = self.state / "record.json"
+            record = Record()
+            text = self._read(path)
+            if text is not None:
+                try:
+                    record = records.decode(text)
+                except RecordDamaged as error:
+                    self._set_aside(path, str(error))
+            self._record = self._of_this_torrent(record)
+        return self._record
+
+    def _of_this_torrent(self, record: Record) -> Record:
+        torrent, layout = self.torrent(), self.layout()
+        if torrent is None or layout is None or record.info_hash != torrent.info_hash:
+            return Record(None if torrent is None else torrent.info_hash, files=record.files)
+        if any(piece >= layout.piece_count for piece in record.pieces):
+            self.warnings.append(f"{self.state / 'record.json'}: it names pieces there are not")
+            return Record(torrent.info_hash)
+        return record
+
+    def resume(self) -> bytes | None:
+        """The swarm's hint from last time, None if there is none."""
+        return self._read(self.state / "resume")
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.warnings.append(f"{path}: cannot be read ({error.strerror})")
+            return None
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        if not self._owner:
+            self._warn(f"{path} is ignored: {why}")
+            return
+        aside = next(
+            name
+            for number in range(1, 1_000_000)
+            if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists()
+        )
+        path.replace(aside)
+        self._warn(f"{path} is set aside as {aside.name}: {why}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    # --- writing, under the exclusive lock ----------------------------------------------------
+
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Put a manifest in force.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._write("manifest.json", manifests.encode(manifest))
+        self._manifest = manifest
+        self._entries = {file.path: file for file in manifest.files}
+
+    def save_torrent(self, torrent: TorrentFile) -> None:
+        """Keep a torrent's metadata.
+
+        Raises:
+            TorrentInvalid: it has no sound layout.
+            StorageFailed: the state folder cannot be written.
+        """
+        layout = parse_info(torrent.info, torrent.piece_layers)
+        self._write("metadata.torrent", encode_torrent(torrent))
+        self._torrent, self._layout, self._record = torrent, layout, None
+
+    def save_record(self, record: Record) -> None:
+        """Keep what is proven. The data it speaks of must be on the disk by now.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._write("record.json", records.encode(record))
+        self._record = record
+
+    def save_resume(self, hint: bytes) -> None:
+        """Keep the swarm's hint.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._write("resume", hint)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self.state / name
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(data)
+        except OSError as error:
+            raise storage_failed(error, path) from error
+
+    # --- what is proven -----------------------------------------------------------------------
+
+    def pieces_speak_for(self, path: PurePosixPath) -> bool:
+        """Whether the torrent's piece hashes prove this file of the manifest in force.
+
+        They do if the manifest names that torrent, or knows no sha256 of the file. Where it knows
+        one and does not name the torrent, only the sha256 tells whether the file is the right one.
+
+        Raises:
+            StateMissing: there is no manifest.
+        """
+        torrent, manifest = self.torrent(), self.manifest()
+        if torrent is None:
+            return False
+        entry = self._entries.get(path)
+        return torrent.known_as(manifest.info_hash) or entry is None or entry.sha256 is None
+
+    def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
+        """Return if a span of a payload file, all of it by default, is proven.
+
+        Args:
+            path: as in the manifest.
+            start: the first byte.
+            length: how many bytes.
+
+        Raises:
+            NotProven: a byte of it is not, or the file has changed since.
+            StateMissing: there is no manifest.
+        """
+        self.manifest()
+        reason = self._doubt(path, start, length)
+        if reason is not None:
+            raise NotProven(
+                reason,
+                path=self.payload(path),
+                hint=f"run: grokfetch verify {self.root}, "
+                f"and where it finds something missing or bad: grokfetch fetch {self.root}",
+            )
+
+    def _doubt(self, path: PurePosixPath, start: int, length: int | None) -> str | None:
+        """Why a span is not proven, None if it is."""
+        entry = self._entries.get(path)
+        if entry is None:
+            return "the manifest in force does not name it"
+        stop = entry.size if length is None else start + length
+        now = self.stamp(path)
+        if now is None:
+            return "it is not there"
+        if now.size > entry.size or stop > now.size or start < 0:
+            return f"it has {now.size:,} bytes, {entry.size:,} would be right"
+        proof = self.record().files.get(path)
+        if proof is None or not proof.holds(now):
+            return f"it has {'changed since it was' if proof else 'never been'} verified"
+        if entry.sha256 is not None and proof.sha256 == entry.sha256 and not proof.writing:
+            return None
+        return self._piece_doubt(path, start, stop)
+
+    def _piece_doubt(self, path: PurePosixPath, start: int, stop: int) -> str | None:
+        layout, file = self.layout(), self._layout_file(path)
+        if layout is None or file is None or not self.pieces_speak_for(path):
+            return "its sha256 is not verified"
+        proven = self.record().pieces
+        for piece in layout.pieces_over(file, start, stop - start):
+            if piece not in proven:
+                return f"piece {piece} is not verified"
+        return None
+
+    def _layout_file(self, path: PurePosixPath) -> LayoutFile | None:
+        layout = self.layout()
+        return None if layout is None else layout.file(path)
