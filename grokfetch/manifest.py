@@ -95,7 +95,9 @@ class Manifest:
     `info_hash` is the torrent's (40 hexadecimal digits for BitTorrent v1, 64 for v2) and makes its
     piece hashes speak for this manifest; None where there is no torrent. `mirrors` are URLs in
     which `{path}` stands for a file's path. `model` holds the hyperparameters as
-    `loader.schema.GrokConfig` reads them; None for a torrent that is no checkpoint.
+    `loader.schema.GrokConfig` reads them; None for a torrent that is no checkpoint. `measured` is
+    the date on which the digests were taken from files that lay on somebody's disk: they then prove
+    only that a file is unchanged since.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Manifest:
     tensors: tuple[ManifestTensor, ...] = ()
     model: Mapping[str, int | float] | None = None
     tokenizer: TokenizerSource | None = None
+    measured: str | None = None
 
     @property
     def size(self) -> int:
@@ -192,6 +195,7 @@ def encode(manifest: Manifest) -> bytes:
         "info_hash": manifest.info_hash,
         "magnet": manifest.magnet,
         "mirrors": list(manifest.mirrors),
+        "measured": manifest.measured,
         "model": None if manifest.model is None else dict(manifest.model),
         "tokenizer": None if manifest.tokenizer is None else _entry(manifest.tokenizer),
     }
@@ -253,6 +257,7 @@ def _manifest(top: _Field) -> Manifest:
         tensors=tuple(top.optional("tensors", lambda field: [*map(_tensor, field.items())]) or ()),
         model=top.optional("model", _model),
         tokenizer=top.optional("tokenizer", _tokenizer),
+        measured=top.optional("measured", _date),
     )
     _check_files(manifest)
     _check_tensors(manifest)
@@ -344,6 +349,10 @@ def _info_hash(field: _Field) -> str:
 
 def _magnet(field: _Field) -> str:
     return field.matching(r"magnet:\?\S+", "must be a magnet link")
+
+
+def _date(field: _Field) -> str:
+    return field.matching(r"\d{4}-\d\d-\d\d", "must be a date like 2024-03-17")
 
 
 def _url(field: _Field) -> str:

@@ -42,6 +42,7 @@ SMALL = Manifest(
     ),
     model={"num_layers": 1, "widening_factor": 2.5},
     tokenizer=TokenizerSource(Path("tokenizer.model"), 9, "cd" * 32, "https://x.example/t"),
+    measured="2026-11-23",
 )
 
 
@@ -94,6 +95,7 @@ def test_a_plain_torrent_has_a_manifest_without_a_model():
         ("tensors.0.offset", 400, "tensors[0]"),
         ("tensors.1.scales.offset", 169, "tensors[1]"),
         ("tensors.1.name", "embed", "tensors[1].name"),
+        ("measured", "yesterday", "measured"),
         ("model", [], "model"),
         ("model.num_layers", "many", "model.num_layers"),
         ("tokenizer.sha256", None, "tokenizer.sha256"),

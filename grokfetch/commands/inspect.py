@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.errors import CheckpointInvalid, GrokfetchError, ShardInvalid
+from grokfetch.errors import CheckpointInvalid, GrokfetchError
 
 if TYPE_CHECKING:
     from loader.shardfile import Shard
@@ -38,8 +38,8 @@ def inspect(path: Path, *, as_json: bool) -> None:
             click.echo(json.dumps(row))
     elif rows:
         _print_table(rows)
-    for error in refused[:-1]:
-        click.echo(f"error: {error}", err=True)
+    for refusal in refused[:-1]:
+        click.echo(f"error: {refusal}", err=True)
     if refused:
         raise refused[-1]
 
@@ -51,9 +51,10 @@ def _tensors(path: Path) -> Iterator[tuple[str | None, Path]]:
     if not path.is_dir():
         yield None, path
         return
-    manifest = Store(path).find_manifest()
+    store = Store(path)
+    manifest = store.manifest_or_none()
     if manifest is not None and manifest.tensors:
-        yield from ((tensor.name, path / tensor.file) for tensor in manifest.tensors)
+        yield from ((tensor.name, store.payload(tensor.file)) for tensor in manifest.tensors)
         return
     shards = sorted(path.rglob(SHARDS))
     if not shards:

@@ -1,0 +1,207 @@
+"""`grokfetch run`: proven files become a model on the devices, a prompt becomes text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from grokfetch.errors import TokenizerMissing
+from grokfetch.progress import Bar, bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.manifest import TokenizerSource
+    from grokfetch.store import Store
+    from loader.generate import Engine, Sampling
+    from loader.sharding import MeshShape
+    from loader.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.model"
+Dtype = Literal["bfloat16", "float32"]
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--tokens", metavar="IDS", help='Token ids as the prompt, "181 13 437"; prints ids.')
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="SentencePiece model; the one beside the weights if not given.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the most probable token.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=1))
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of activations and the KV cache; weights stay int8.",
+)
+@click.option("--mesh", metavar="expert=N,model=M", help="Devices to use; all of them by default.")
+@click.option(
+    "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
+)
+def run(
+    folder: Path,
+    prompt: str | None,
+    tokens: str | None,
+    tokenizer: Path | None,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int,
+    dtype: Dtype,
+    mesh: str | None,
+    unproven: bool,
+) -> None:
+    """Continue PROMPT with the model in DIR.
+
+    The text goes to stdout as it is generated, timings go to stderr.
+    """
+    from grokfetch.store import Store
+    from loader.generate import Sampling
+
+    if (prompt is None) == (tokens is None):
+        raise click.UsageError("give either a PROMPT or --tokens")
+    ids = None if tokens is None else _ids(tokens)
+    shape = None if mesh is None else _mesh_shape(mesh)
+    store = Store(folder)
+    # Everything that can be refused is refused before the weights are loaded.
+    words = None if prompt is None else _tokenizer(store, tokenizer)
+    with store.lock(exclusive=False):
+        engine = load(store, dtype=dtype, shape=shape, proven=not unproven)
+        if words is not None and prompt is not None:
+            ids = words.encode(prompt)
+        assert ids is not None
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        generated = _timed(engine.generate(ids, max_tokens, sampling))
+        for text in _numbers(generated) if words is None else words.stream(generated):
+            click.echo(text, nl=False)
+        click.echo()
+
+
+def load(store: Store, *, dtype: Dtype, shape: MeshShape | None, proven: bool) -> Engine:
+    """The checkpoint of a folder on the devices, ready to generate; says how long it took."""
+    from loader import placement
+    from loader.checkpoint import open_checkpoint
+    from loader.generate import Engine
+
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(store, proven=proven)
+    mesh = placement.make_mesh(checkpoint.config, shape)
+    total = sum(length for tensor in store.manifest().tensors for _, length in tensor.spans())
+    done = 0
+    with Bar("load") as bar:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.show(done, total)
+
+        params = placement.load(checkpoint, checkpoint.config, mesh, on_bytes=count)
+    kinds = {device.platform.upper() for device in mesh.devices.flat}
+    click.echo(
+        f"loaded {bytes_text(total)} onto {mesh.size} {'/'.join(sorted(kinds))} "
+        f"{'device' if mesh.size == 1 else 'devices'} "
+        f"in {seconds_text(time.perf_counter() - start)}",
+        err=True,
+    )
+    return Engine(checkpoint.config, params, mesh, dtype)
+
+
+def _timed(tokens: Iterator[int]) -> Iterator[int]:
+    """The same tokens; says at the end how long the first took, and how many came a second."""
+    start = first = time.perf_counter()
+    count = 0
+    for token in tokens:
+        count += 1
+        if count == 1:
+            first = time.perf_counter()
+        yield token
+    now = time.perf_counter()
+    click.echo(err=True)
+    if count == 0:
+        click.echo(f"end of sequence at once, after {seconds_text(now - start)}", err=True)
+    elif count == 1:
+        click.echo(f"1 token after {seconds_text(first - start)}", err=True)
+    else:
+        click.echo(
+            f"first token after {seconds_text(first - start)}, "
+            f"then {count - 1} at {(count - 1) / (now - first):.2f} tokens/s",
+            err=True,
+        )
+
+
+def _numbers(tokens: Iterable[int]) -> Iterator[str]:
+    for index, token in enumerate(tokens):
+        yield f" {token}" if index else str(token)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(f"not token ids: {text!r:.80}", param_hint="--tokens") from None
+
+
+def _mesh_shape(text: str) -> MeshShape:
+    from loader.sharding import MeshShape
+
+    found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
+    if not text or found is None:
+        raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
+    expert, model = (int(digits or 1) for digits in found.groups())
+    return MeshShape(expert, model)
+
+
+def _tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
+    """The tokenizer a person chose, or the one beside the weights if it is the right one."""
+    from loader.tokenizer import Tokenizer
+
+    source = store.manifest().tokenizer
+    if chosen is not None:
+        if source is not None and _sha256(chosen) != source.sha256:
+            click.echo(f"warning: {chosen} is not the tokenizer that the manifest names", err=True)
+        return Tokenizer.load(chosen)
+    beside = store.root / (TOKENIZER if source is None else source.path)
+    if source is not None and beside.exists() and _sha256(beside) != source.sha256:
+        raise TokenizerMissing(
+            f"this is not the tokenizer of the model (its sha256 is not {source.sha256})",
+            path=beside,
+            hint=_where(source),
+        )
+    if not beside.exists():
+        raise TokenizerMissing("the tokenizer is not there", path=beside, hint=_where(source))
+    return Tokenizer.load(beside)
+
+
+def _where(source: TokenizerSource | None) -> str:
+    alternative = "or use --tokenizer FILE, or give token ids with --tokens"
+    if source is None or source.url is None:
+        return f"put it there, {alternative}"
+    return f"it is published at {source.url} (sha256 {source.sha256}): put it there, {alternative}"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TokenizerMissing(f"cannot be read: {error.strerror}", path=path) from error
