@@ -17,11 +17,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import CheckpointInvalid, StorageFailed
+from grokfetch.errors import CheckpointInvalid, NoModel, StorageFailed
+from grokfetch.manifest import Manifest, ManifestTensor, Scales
+from grokfetch.store import Store
 from loader.schema import GrokConfig, ParamSpec, parameters
 from loader.shardfile import ArraySpan, read_shard
 
-__all__ = ["Checkpoint", "Tensor", "open_folder"]
+__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "open_folder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,90 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def open_checkpoint(store: Store, *, proven: bool = True) -> Checkpoint:
+    """The checkpoint that the store's manifest describes.
+
+    No file is looked into before it is proven whole, then its frame is compared with the table of
+    parameters and with the manifest.
+
+    Args:
+        store: the checkpoint directory; hold its shared lock while the checkpoint is in use.
+        proven: False to accept files that no hash vouches for, if their structure is right.
+
+    Raises:
+        StateMissing: the folder has no manifest.
+        NoModel: the manifest names files only.
+        ManifestInvalid: its model section is not a configuration.
+        NotProven: a file is not proven.
+        StorageFailed: a shard is missing or unreadable.
+        ShardInvalid: a file is no shard.
+        CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
+    """
+    manifest = store.manifest()
+    if manifest.model is None:
+        raise NoModel("the manifest describes files, not a model", path=store.root)
+    config = GrokConfig.from_mapping(manifest.model)
+    sizes = {file.path: file.size for file in manifest.files}
+    tensors = {}
+    for spec, entry in _entries(manifest, config):
+        path = store.payload(entry.file)
+        if proven:
+            store.require(entry.file, 0, sizes[entry.file])
+        _check_size(spec, path, sizes[entry.file])
+        tensors[spec.name] = _bind(spec, path)
+        _check_entry(tensors[spec.name], entry)
+    return Checkpoint(config, tensors)
+
+
+def _entries(manifest: Manifest, config: GrokConfig) -> Iterator[tuple[ParamSpec, ManifestTensor]]:
+    specs = parameters(config)
+    entries = {entry.name: entry for entry in manifest.tensors}
+    unknown = entries.keys() - {spec.name for spec in specs}
+    if unknown:
+        raise CheckpointInvalid(f"the model has no tensor {min(unknown)}, but the manifest has")
+    for spec in specs:
+        if spec.name not in entries:
+            raise CheckpointInvalid(f"the model has a tensor {spec.name}, but the manifest has not")
+        yield spec, entries[spec.name]
+
+
+def _check_size(spec: ParamSpec, path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise StorageFailed(f"cannot be read: {error.strerror}", path=path) from error
+    if found != expected:
+        raise CheckpointInvalid(
+            f"the file of {spec.name} must have {expected:,} bytes, found {found:,}", path=path
+        )
+
+
+def _check_entry(tensor: Tensor, entry: ManifestTensor) -> None:
+    """Compare what the file holds with what its manifest says."""
+    array, scales = tensor.array, tensor.scale_span
+    found = dataclasses.replace(
+        entry,
+        dtype=array.dtype,
+        shape=array.shape,
+        offset=array.offset,
+        scales=None if scales is None else Scales(scales.shape, scales.offset),
+    )
+    if found != entry:
+        raise CheckpointInvalid(
+            f"by the manifest {entry.name} must be {_describe_entry(entry)}, "
+            f"found {_describe_entry(found)}",
+            path=tensor.path,
+        )
+
+
+def _describe_entry(entry: ManifestTensor) -> str:
+    shape = None if entry.scales is None else entry.scales.shape
+    places = f"at {entry.offset:,}"
+    if entry.scales is not None:
+        places += f" and {entry.scales.offset:,}"
+    return f"{_describe(entry.dtype, entry.shape, shape)} {places}"
 
 
 def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoint:
