@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,16 @@ from loader.model import KeyValues, Window
 from loader.placement import Params
 from loader.schema import GrokConfig
 
-__all__ = ["Engine", "Sampling", "State", "draw"]
+__all__ = ["Choice", "Engine", "Sampling", "State", "draw"]
 
 SMALLEST_STEP = 16
 """Tokens that a prompt is padded to at least."""
 
 SMALLEST_CACHE = 256
 """Places that a cache starts with, where the model's context is not shorter still."""
+
+COLDEST = 1e-30
+"""Lowest temperature that float32 can still divide by safely."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Engine:
         config: the hyperparameters.
         params: from `loader.placement.load`, on `mesh`.
         mesh: from `loader.placement.make_mesh`.
-        dtype: of activations and cache. Sums are float32 either way.
+        dtype: of the cache and the products; sums and activations are float32 either way.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Engine:
             PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
         """
         x, counts, state = self._read(prompts)
-        return self._last_logits(self.params.embedding, self.params.norm, x, counts), state
+        return self._score(x, counts), state
 
     def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
@@ -109,7 +112,8 @@ class Engine:
             PromptInvalid: as `prefill`.
         """
         x, _, _ = self._read(prompts)
-        return self._all_logits(self.params.embedding, self.params.norm, x)
+        scores: Array = self._all_logits(self.params.embedding, self.params.norm, x)
+        return scores
 
     def decode(self, state: State, tokens: Array) -> tuple[Array, State]:
         """Append one token to every row.
@@ -133,7 +137,7 @@ class Engine:
             state = self._grown(state)
         ones = np.ones(len(tokens), np.int32)
         x, state = self._advance(state, tokens[:, None], ones, ones[:, None] > 0, 1)
-        return self._last_logits(self.params.embedding, self.params.norm, x, ones), state
+        return self._score(x, ones), state
 
     def generate(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
@@ -163,15 +167,17 @@ class Engine:
             step: how many tokens were chosen before; with the seed it fixes the random numbers.
         """
         if sampling.temperature == 0:
-            return self._greedy(logits)
-        return self._draw(
-            logits,
-            np.uint32(sampling.seed & 0xFFFFFFFF),
-            step,
-            sampling.temperature,
-            self.config.vocab_size if sampling.top_k is None else sampling.top_k,
-            sampling.top_p,
+            best: Array = self._greedy(logits)
+            return best
+        choice = Choice(
+            jnp.uint32(sampling.seed & 0xFFFFFFFF),
+            jnp.int32(step),
+            jnp.float32(sampling.temperature),
+            jnp.int32(self.config.vocab_size if sampling.top_k is None else sampling.top_k),
+            jnp.float32(sampling.top_p),
         )
+        drawn: Array = self._draw(logits, choice)
+        return drawn
 
     def _stream(self, prompt: Sequence[int], limit: int, sampling: Sampling) -> Iterator[int]:
         if limit < 1:
@@ -185,6 +191,10 @@ class Engine:
             yield number
             if step + 1 < limit:
                 logits, state = self.decode(state, token)
+
+    def _score(self, x: Array, counts: Any) -> Array:
+        scores: Array = self._last_logits(self.params.embedding, self.params.norm, x, counts)
+        return scores
 
     def _compile(self) -> None:
         config, dtype = self.config, self.dtype
@@ -207,16 +217,18 @@ class Engine:
             donate=(1,),
         )
         self._all_logits = self._spread(
-            lambda table, scale, x: model.logits(table, scale, x, config),
+            lambda table, scale, x: model.logits(table, scale, x, config, dtype),
             (embedding, final, everywhere),
             _spec(None, None, "model"),
         )
         self._last_logits = self._spread(
-            lambda table, scale, x, counts: model.logits(table, scale, _last(x, counts), config),
+            lambda table, scale, x, counts: model.logits(
+                table, scale, _last(x, counts), config, dtype
+            ),
             (embedding, final, everywhere, everywhere),
             _spec(None, "model"),
         )
-        self._window = jax.jit(_window)
+        self._window = jax.jit(_window, static_argnames="fresh")
         self._greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
         self._draw = jax.jit(draw)
 
@@ -248,7 +260,9 @@ class Engine:
         self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
     ) -> tuple[Array, State]:
         """One step of `[B, T]` tokens, `counts` of them real; `longest` is the largest count."""
-        window, lengths = self._window(state.visible, state.lengths, counts, shown)
+        window, lengths = self._window(
+            state.visible, state.lengths, counts, shown, fresh=state.longest == 0
+        )
         x = self._embed(self.params.embedding, tokens)
         filled = []
         for weights, entry in zip(self.params.layers, state.cache, strict=True):
@@ -275,7 +289,8 @@ class Engine:
 
         def pad(array: Array) -> Array:
             padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
-            return jax.device_put(padded, self._heads)
+            grown: Array = jax.device_put(padded, self._heads)
+            return grown
 
         return dataclasses.replace(
             state,
@@ -304,9 +319,17 @@ class Engine:
                 )
 
 
-def draw(  # noqa: PLR0913  # one compiled function, and each of these varies from call to call
-    logits: Array, seed: Array, step: Array, temperature: Array, top_k: Array, top_p: Array
-) -> Array:
+class Choice(NamedTuple):
+    """`Sampling` as scalars on the device, so that one compiled function serves all its values."""
+
+    seed: Array
+    step: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+
+
+def draw(logits: Array, choice: Choice) -> Array:
     """Sample from logits `[B, V]`: temperature, then the top k, then the nucleus of share top_p.
 
     The most probable token is always among the candidates. Nucleus sampling: Holtzman et al. 2020.
@@ -316,20 +339,21 @@ def draw(  # noqa: PLR0913  # one compiled function, and each of these varies fr
     """
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    # Relative to the best, so that a tiny temperature gives minus infinity and not a NaN.
-    cold = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
-    scaled = (ranked - ranked[:, :1]) / cold
+    # Relative to the best, and never divided by zero: a tiny temperature must not give a NaN.
+    scaled = (ranked - ranked[:, :1]) / jnp.maximum(choice.temperature, COLDEST)
     ranks = jnp.arange(logits.shape[-1])
-    scaled = jnp.where(ranks < jnp.maximum(top_k, 1), scaled, -jnp.inf)
+    scaled = jnp.where(ranks < jnp.maximum(choice.top_k, 1), scaled, -jnp.inf)
     shares = jax.nn.softmax(scaled, axis=-1)
     better = jnp.cumsum(shares, axis=-1) - shares
-    scaled = jnp.where((better < top_p) | (ranks == 0), scaled, -jnp.inf)
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    scaled = jnp.where((better < choice.top_p) | (ranks == 0), scaled, -jnp.inf)
+    key = jax.random.fold_in(jax.random.key(choice.seed), choice.step)
     pick = jax.random.categorical(key, scaled, axis=-1)
     return jnp.take_along_axis(order, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _window(visible: Array, lengths: Array, counts: Array, shown: Array) -> tuple[Window, Array]:
+def _window(
+    visible: Array, lengths: Array, counts: Array, shown: Array, *, fresh: bool
+) -> tuple[Window, Array]:
     """Where a step's tokens stand after rows of `lengths`, and the lengths after it."""
     batch, width = shown.shape
     steps = jnp.arange(width)
@@ -337,7 +361,7 @@ def _window(visible: Array, lengths: Array, counts: Array, shown: Array) -> tupl
     positions = lengths[:, None] + steps
     places = jnp.where(real, positions, visible.shape[1])
     visible = visible.at[jnp.arange(batch)[:, None], places].set(shown, mode="drop")
-    return Window(positions, real, visible), lengths + counts
+    return Window(positions, real, visible, fresh), lengths + counts
 
 
 def _last(x: Array, counts: Array) -> Array:

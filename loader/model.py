@@ -5,6 +5,10 @@ Every function runs on each device of a mesh with the axes `expert` and `model` 
 its part of the vocabulary. The residual stream is the same on every device; what the devices
 compute in part is summed over the mesh. One device is a mesh of size one.
 
+Activations are float32 between the products. `dtype` is that of the cache and of what the products
+multiply; in bfloat16 the reference rounds activations too, and then near ties of its router fall
+the other way.
+
 Letters in shapes: B rows, T tokens of this step, S places in the cache, D width, Q query heads, K
 key/value heads, d head size, E experts, V vocabulary; of Q, K, E and V it is this device's share.
 
@@ -65,11 +69,13 @@ class Window:
     positions: int32 `[B, T]`, each token's place in its row and in the cache.
     real: bool `[B, T]`, False for the tokens that only fill up the step.
     visible: bool `[B, S]`, the places of the cache that may be attended to, this step's included.
+    fresh: the cache held nothing before, so every row starts at position 0.
     """
 
     positions: Array
     real: Array
     visible: Array
+    fresh: bool = dataclasses.field(metadata={"static": True})
 
 
 def forward(
@@ -83,7 +89,7 @@ def forward(
 
     Args:
         params: all weights.
-        cache: one entry a layer; its dtype is the dtype of activations.
+        cache: one entry a layer; its dtype is the one to compute in.
         tokens: int32 `[B, T]`.
         window: where the tokens stand.
         config: the hyperparameters.
@@ -96,57 +102,58 @@ def forward(
     for weights, entry in zip(params.layers, cache, strict=True):
         x, entry = layer(weights, entry, x, window, config)  # noqa: PLW2901
         filled.append(entry)
-    return logits(params.embedding, params.norm, x, config), tuple(filled)
+    return logits(params.embedding, params.norm, x, config, cache[0].keys.dtype), tuple(filled)
 
 
 def embed(table: Array, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
-    """Token ids `[B, T]` to the residual stream `[B, T, D]`; table float32 `[V, D]`."""
+    """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`; table float32 `[V, D]`."""
     rows = table.shape[0]
     local = tokens - lax.axis_index("model") * rows
     mine = (local >= 0) & (local < rows)
     found = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0)
-    x = _sum_over(found, "model").astype(dtype)
-    # The model was trained with the multiplier rounded to the dtype of activations (78.5 in bf16).
-    return x * jnp.asarray(config.embedding_multiplier_scale, dtype)
+    return _sum_over(found, "model") * _rounded(config.embedding_multiplier_scale, dtype)
+
+
+def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:
+    """A multiplier as the model was trained with it: rounded to bf16, 78.38 is 78.5."""
+    return jnp.asarray(multiplier, dtype).astype(jnp.float32)
 
 
 def layer(
     weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
 ) -> tuple[Array, KeyValues]:
-    """One decoder layer over the residual stream `[B, T, D]`.
+    """One decoder layer over the residual stream, float32 `[B, T, D]`.
 
     Each half is normed twice, before it and after it, so what is added to the stream has the size
     that the second norm's scale gives it.
     """
     attended, cache = attention(weights, cache, norm(x, weights.before_attention), window, config)
-    x = x + norm(attended, weights.after_attention, x.dtype)
-    mixed = experts(weights, norm(x, weights.before_experts), window.real, config)
-    return x + norm(mixed, weights.after_experts, x.dtype), cache
+    x = x + norm(attended, weights.after_attention)
+    dtype = cache.keys.dtype
+    mixed = experts(weights, norm(x, weights.before_experts), window.real, config, dtype)
+    return x + norm(mixed, weights.after_experts), cache
 
 
-def logits(table: Array, scale: Array, x: Array, config: GrokConfig) -> Array:
+def logits(table: Array, scale: Array, x: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """The residual stream `[..., D]` to float32 scores `[..., V]` over this device's vocabulary."""
-    x = norm(x, scale)
     scores = jnp.einsum(
         "...d,vd->...v",
-        x,
-        table.astype(x.dtype),
+        norm(x, scale).astype(dtype),
+        table.astype(dtype),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    # Rounded like the embedding's multiplier: 0.578125 in bf16.
-    return scores * jnp.asarray(config.output_multiplier_scale, x.dtype).astype(jnp.float32)
+    return scores * _rounded(config.output_multiplier_scale, dtype)
 
 
-def norm(x: Array, scale: Array, dtype: jnp.dtype | None = None) -> Array:
-    """RMS norm over the last axis in float32, returned in `dtype`, by default that of `x`."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(dtype or x.dtype)
+def norm(x: Array, scale: Array) -> Array:
+    """RMS norm over the last axis, float32."""
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * lax.rsqrt(mean_square + NORM_EPSILON) * scale
 
 
 def rotate(x: Array, positions: Array) -> Array:
-    """Rotary embedding of `[B, T, heads, d]` at int32 positions `[B, T]`, in float32.
+    """Rotary embedding of float32 `[B, T, heads, d]` at int32 positions `[B, T]`.
 
     Dimension i is paired with i + d/2 (split halves, not neighbours). Phases are float32: bf16
     cannot tell neighbouring positions apart beyond 256.
@@ -155,7 +162,7 @@ def rotate(x: Array, positions: Array) -> Array:
     frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
     phases = positions.astype(jnp.float32)[..., None, None] * frequencies
     cosine, sine = jnp.cos(phases), jnp.sin(phases)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate(
         (first * cosine - second * sine, second * cosine + first * sine), axis=-1
     )
@@ -180,32 +187,40 @@ def attention(
     Returns:
         float32 `[B, T, D]` and the cache with this step's keys and values in their places.
     """
+    dtype = cache.keys.dtype
 
     def heads(matrix: Quantized) -> Array:
-        return product(x, matrix).reshape(*x.shape[:2], -1, config.key_size)
+        return product(x, matrix, dtype).reshape(*x.shape[:2], -1, config.key_size)
 
-    queries = rotate(heads(weights.query), window.positions).astype(x.dtype)
-    keys = rotate(heads(weights.key), window.positions)
-    cache = _store(cache, keys, heads(weights.value), window)
+    queries = rotate(heads(weights.query), window.positions)
+    step = KeyValues(rotate(heads(weights.key), window.positions), heads(weights.value))
+    cache = _store(cache, step, window)
+    # A first step needs no cache: its own keys are all there are, and are not rounded yet.
+    mixed = _attend(queries, step if window.fresh else cache, window, config)
+    partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
+    return _sum_over(partial, "model"), cache
+
+
+def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig) -> Array:
+    """Queries `[B, T, Q, d]` over keys and values `[B, S, K, d]`: float32 `[B, T, K, Q / K, d]`."""
     scores = jnp.einsum(
         "btkgd,bskd->bkgts",
-        group_queries(queries, keys.shape[2]),
-        cache.keys,
+        group_queries(queries, held.keys.shape[2]).astype(held.keys.dtype),
+        held.keys,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     scores = soft_cap(scores * config.attn_output_multiplier)
     # The cap comes before the mask: after it, a masked score would be no lower than -30.
-    scores = jnp.where(_allowed(window)[:, None, None], scores, MASKED_SCORE)
-    mixed = jnp.einsum(
+    allowed = _allowed(window, held.keys.shape[1])[:, None, None]
+    scores = jnp.where(allowed, scores, MASKED_SCORE)
+    return jnp.einsum(
         "bkgts,bskd->btkgd",
-        jax.nn.softmax(scores, axis=-1).astype(x.dtype),
-        cache.values,
+        jax.nn.softmax(scores, axis=-1).astype(held.values.dtype),
+        held.values,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    partial = product(mixed.reshape(*x.shape[:2], -1).astype(x.dtype), weights.output)
-    return _sum_over(partial, "model"), cache
 
 
 def _sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
@@ -213,7 +228,7 @@ def _sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
     return total
 
 
-def _store(cache: KeyValues, keys: Array, values: Array, window: Window) -> KeyValues:
+def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
     # A place outside the cache is dropped, so that filling tokens leave no trace in it.
     places = jnp.where(window.real, window.positions, cache.keys.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
@@ -221,13 +236,13 @@ def _store(cache: KeyValues, keys: Array, values: Array, window: Window) -> KeyV
     def write(into: Array, new: Array) -> Array:
         return into.at[rows, places].set(new.astype(into.dtype), mode="drop")
 
-    return KeyValues(write(cache.keys, keys), write(cache.values, values))
+    return KeyValues(write(cache.keys, step.keys), write(cache.values, step.values))
 
 
-def _allowed(window: Window) -> Array:
-    """Which places each token may attend to, bool `[B, T, S]`."""
-    places = jnp.arange(window.visible.shape[1])
-    return window.visible[:, None, :] & (places <= window.positions[:, :, None])
+def _allowed(window: Window, places: int) -> Array:
+    """Which of the first `places` each token may attend to, bool `[B, T, places]`."""
+    causal = jnp.arange(places) <= window.positions[:, :, None]
+    return window.visible[:, None, :places] & causal
 
 
 def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
@@ -237,25 +252,28 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     made to sum to one over the chosen experts.
 
     Args:
-        x: `[N, D]`; the product with the router is float32 whatever its dtype.
+        x: float32 `[N, D]`.
         router: float32 `[D, E]`, of all experts.
         chosen: experts a token.
 
     Returns:
         int32 `[N, chosen]` and float32 `[N, chosen]`, most probable first.
     """
-    scores = jnp.einsum("nd,de->ne", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+    scores = jnp.einsum("nd,de->ne", x, router, precision=lax.Precision.HIGHEST)
     weights, choices = lax.top_k(jax.nn.softmax(scores, axis=-1), chosen)
     return choices, weights
 
 
-def feed_forward(x: Array, up: Quantized, gate: Quantized, down: Quantized) -> Array:
-    """One expert over `[N, D]`: float32 `[N, D]`, still to be summed over the `model` axis."""
-    hidden = jax.nn.gelu(product(x, up), approximate=True) * product(x, gate)
-    return product(hidden.astype(x.dtype), down)
+def feed_forward(
+    x: Array, up: Quantized, gate: Quantized, down: Quantized, dtype: jnp.dtype
+) -> Array:
+    """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
+    # The reference's GELU is the tanh approximation.
+    hidden = jax.nn.gelu(product(x, up, dtype), approximate=True) * product(x, gate, dtype)
+    return product(hidden, down, dtype)
 
 
-def experts(weights: Layer, x: Array, real: Array, config: GrokConfig) -> Array:
+def experts(weights: Layer, x: Array, real: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """Each token's chosen experts, weighted and summed; no other expert's weights are read.
 
     Pairs of token and choice are sorted by expert and cut into blocks of one expert each. A loop
@@ -264,9 +282,10 @@ def experts(weights: Layer, x: Array, real: Array, config: GrokConfig) -> Array:
 
     Args:
         weights: the layer; this device holds some of the experts, and part of each.
-        x: `[B, T, D]`.
+        x: float32 `[B, T, D]`.
         real: bool `[B, T]`; filling tokens get no expert.
         config: the hyperparameters.
+        dtype: of the products.
 
     Returns:
         float32 `[B, T, D]`, the same on all devices.
@@ -288,6 +307,7 @@ def experts(weights: Layer, x: Array, real: Array, config: GrokConfig) -> Array:
             select(weights.up, expert),
             select(weights.gate, expert),
             select(weights.down, expert),
+            dtype,
         )
         return total.at[rows].add(gates.reshape(-1)[pairs][:, None] * output, mode="drop")
 

@@ -44,28 +44,43 @@ def select(weights: Quantized, index: Array) -> Quantized:
     )
 
 
-def product(x: Array, weights: Quantized) -> Array:
+def product(x: Array, weights: Quantized, dtype: jnp.dtype) -> Array:
     """`x @ dequantised(weights)`, without a dequantised matrix in memory.
 
-    Every int8 value is exact in bfloat16, so the weights take the dtype of `x`; products are
-    summed in float32 and each group's sum is scaled once, which is also more accurate than scaling
-    the weights first as the reference does.
+    Every int8 value is exact in bfloat16. Products are summed in float32 and each group's sum is
+    scaled once; the reference scales the weights first, and rounds them. In bfloat16, `x` is split
+    into its rounded value and the rest, and both are multiplied at once: twice the rows over the
+    same weights, which decoding does not notice, and no rounding of `x` to speak of.
 
     Args:
-        x: `[..., K]`, float32 or bfloat16.
+        x: float32 `[..., K]`.
         weights: weight `[K, N]`, scales `[G, N]`.
+        dtype: float32 or bfloat16, what is multiplied.
 
     Returns:
         float32 `[..., N]`.
     """
-    groups = weights.scales.shape[0]
-    rows, columns = weights.weight.shape
-    sums = jnp.einsum(
-        "...gk,gkn->...gn",
-        x.reshape(*x.shape[:-1], groups, rows // groups),
-        weights.weight.reshape(groups, rows // groups, columns).astype(x.dtype),
-        # Accelerators would otherwise multiply float32 in fewer bits than asked for.
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return jnp.sum(sums * weights.scales.astype(jnp.float32), axis=-2)
+    if dtype == jnp.float32:
+        return _grouped(x, weights)
+    # A conversion to bfloat16 and back may be dropped by the compiler; this may not.
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.sum(_grouped(jnp.stack((high, x - high)).astype(dtype), weights), axis=0)
+
+
+def _grouped(x: Array, weights: Quantized) -> Array:
+    groups, rows = weights.scales.shape[0], weights.weight.shape[0]
+    total = jnp.zeros((), jnp.float32)
+    # One product a group, not one batched over groups: XLA's CPU backend has no batched product of
+    # bfloat16 with a float32 result.
+    for group in range(groups):
+        part = slice(group * rows // groups, (group + 1) * rows // groups)
+        sums = jnp.einsum(
+            "...k,kn->...n",
+            x[..., part],
+            weights.weight[part].astype(x.dtype),
+            # Accelerators would otherwise multiply float32 in fewer bits than asked for.
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        total = total + sums * weights.scales[group].astype(jnp.float32)
+    return total
