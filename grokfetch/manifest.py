@@ -11,11 +11,11 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any, NoReturn, TypeVar
 
 from grokfetch.errors import Contradiction, ManifestInvalid
+from grokfetch.fields import Field
 
 __all__ = [
     "ITEM_SIZES",
@@ -32,8 +32,6 @@ __all__ = [
     "plain",
     "unsafe_name",
 ]
-
-T = TypeVar("T")
 
 SCHEMA = 1
 STATE_FOLDER = ".grokfetch"
@@ -234,12 +232,12 @@ def parse(text: bytes, origin: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not JSON: {error}", path=origin) from None
     try:
-        return _manifest(_Field(value, "manifest"))
+        return _manifest(Field(value, "manifest"))
     except ManifestInvalid as error:
         raise ManifestInvalid(error.what, path=origin, hint=error.hint) from None
 
 
-def _manifest(top: _Field) -> Manifest:
+def _manifest(top: Field) -> Manifest:
     schema = top.get("schema").whole(minimum=1)
     if schema != SCHEMA:
         raise ManifestInvalid(
@@ -247,7 +245,7 @@ def _manifest(top: _Field) -> Manifest:
         )
     manifest = Manifest(
         name=top.get("name").text(),
-        licence=top.optional("licence", _Field.text),
+        licence=top.optional("licence", Field.text),
         info_hash=top.optional("info_hash", _info_hash),
         magnet=top.optional("magnet", _magnet),
         mirrors=tuple(
@@ -292,19 +290,19 @@ def _check_tensors(manifest: Manifest) -> None:
                 )
 
 
-def _file(field: _Field) -> ManifestFile:
+def _file(field: Field) -> ManifestFile:
     return ManifestFile(
-        field.get("path").path(), field.get("size").whole(), field.optional("sha256", _sha256)
+        _path(field.get("path")), field.get("size").whole(), field.optional("sha256", _sha256)
     )
 
 
-def _tensor(field: _Field) -> ManifestTensor:
+def _tensor(field: Field) -> ManifestTensor:
     dtype = field.get("dtype").text()
     if dtype not in ITEM_SIZES:
         field.get("dtype").refuse(f"must be one of {', '.join(ITEM_SIZES)}")
     return ManifestTensor(
         name=field.get("name").text(),
-        file=field.get("file").path(),
+        file=_path(field.get("file")),
         dtype=dtype,
         shape=_shape(field.get("shape")),
         offset=field.get("offset").whole(),
@@ -312,20 +310,20 @@ def _tensor(field: _Field) -> ManifestTensor:
     )
 
 
-def _scales(field: _Field) -> Scales:
+def _scales(field: Field) -> Scales:
     return Scales(_shape(field.get("shape")), field.get("offset").whole())
 
 
-def _tokenizer(field: _Field) -> TokenizerSource:
+def _tokenizer(field: Field) -> TokenizerSource:
     return TokenizerSource(
-        field.get("path").path(),
+        _path(field.get("path")),
         field.get("size").whole(),
         _sha256(field.get("sha256")),
         field.optional("url", _url),
     )
 
 
-def _model(field: _Field) -> dict[str, int | float]:
+def _model(field: Field) -> dict[str, int | float]:
     model = field.members()
     for key, value in model.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -333,88 +331,37 @@ def _model(field: _Field) -> dict[str, int | float]:
     return model
 
 
-def _shape(field: _Field) -> tuple[int, ...]:
+def _shape(field: Field) -> tuple[int, ...]:
     return tuple(item.whole() for item in field.items())
 
 
-def _sha256(field: _Field) -> str:
+def _sha256(field: Field) -> str:
     return field.matching(r"[0-9a-f]{64}", "must be 64 lowercase hexadecimal digits")
 
 
-def _info_hash(field: _Field) -> str:
+def _info_hash(field: Field) -> str:
     return field.matching(
         r"[0-9a-f]{40}|[0-9a-f]{64}", "must be 40 or 64 lowercase hexadecimal digits"
     )
 
 
-def _magnet(field: _Field) -> str:
+def _magnet(field: Field) -> str:
     return field.matching(r"magnet:\?\S+", "must be a magnet link")
 
 
-def _date(field: _Field) -> str:
+def _date(field: Field) -> str:
     return field.matching(r"\d{4}-\d\d-\d\d", "must be a date like 2024-03-17")
 
 
-def _url(field: _Field) -> str:
+def _url(field: Field) -> str:
     return field.matching(r"https?://\S+", "must be an http or https address")
 
 
-LARGEST = 2**63 - 1
-"""No file system holds a larger file; sums and products of what passes stay exact in Python."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Field:
-    """A JSON value that knows its own name, so that every refusal can say which field it means."""
-
-    value: Any
-    name: str
-
-    def refuse(self, why: str) -> NoReturn:
-        raise ManifestInvalid(f"{self.name} {why}, not {json.dumps(self.value):.80}")
-
-    def members(self) -> dict[str, Any]:
-        if not isinstance(self.value, dict):
-            self.refuse("must be an object")
-        return dict(self.value)
-
-    def get(self, key: str) -> _Field:
-        name = key if self.name == "manifest" else f"{self.name}.{key}"
-        members = self.members()
-        if key not in members:
-            raise ManifestInvalid(f"{name} is missing")
-        return _Field(members[key], name)
-
-    def optional(self, key: str, read: Callable[[_Field], T]) -> T | None:
-        return None if self.members().get(key) is None else read(self.get(key))
-
-    def items(self) -> Iterator[_Field]:
-        if not isinstance(self.value, list):
-            self.refuse("must be a list")
-        return (_Field(item, f"{self.name}[{index}]") for index, item in enumerate(self.value))
-
-    def text(self) -> str:
-        if not isinstance(self.value, str) or not self.value:
-            self.refuse("must be a text that is not empty")
-        return str(self.value)
-
-    def matching(self, pattern: str, why: str) -> str:
-        if not re.fullmatch(pattern, self.text()):
-            self.refuse(why)
-        return self.text()
-
-    def whole(self, minimum: int = 0) -> int:
-        if isinstance(self.value, bool) or not isinstance(self.value, int):
-            self.refuse("must be a whole number")
-        if not minimum <= self.value <= LARGEST:
-            self.refuse(f"must lie between {minimum} and 2**63 - 1")
-        return int(self.value)
-
-    def path(self) -> PurePosixPath:
-        reason = unsafe_name(self.text())
-        if reason is not None:
-            self.refuse(f"must be a plain relative path: {reason}")
-        return PurePosixPath(self.text())
+def _path(field: Field) -> PurePosixPath:
+    reason = unsafe_name(field.text())
+    if reason is not None:
+        field.refuse(f"must be a plain relative path: {reason}")
+    return PurePosixPath(field.text())
 
 
 def unsafe_name(path: str) -> str | None:

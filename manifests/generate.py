@@ -1,6 +1,7 @@
 """Writes grok-1.json beside it, the manifest of the official checkpoint.
 
-Run: python manifests/generate.py. Names, shapes, sizes and offsets come from `loader.schema`; only what no table can know stands here.
+Run: python manifests/generate.py. Names, shapes, sizes and offsets come from `loader.schema`;
+only what no table can know stands here.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from grokfetch.progress import Bar, bytes_text, seconds_text
 if TYPE_CHECKING:
     from grokfetch.manifest import TokenizerSource
     from grokfetch.store import Store
-    from loader.generate import Engine, Sampling
+    from loader.generate import Engine
     from loader.sharding import MeshShape
     from loader.tokenizer import Tokenizer
 

@@ -1,0 +1,197 @@
+"""`grokfetch manifest`: describe a checkpoint that is already on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
+from grokfetch.manifest import Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.progress import Bar, bytes_text
+
+if TYPE_CHECKING:
+    from grokfetch.record import FileProof
+    from grokfetch.store import Store
+    from loader.checkpoint import Checkpoint
+    from loader.schema import GrokConfig
+
+FIRST_SHARD = "tensor00000_000"
+TOKENIZER = PurePosixPath("tokenizer.model")
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Hyperparameters as JSON; the official model's if not given.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the manifest here as well.")
+def manifest(folder: Path, config: Path | None, output: Path | None) -> None:
+    """Write the manifest of the checkpoint in DIR, with the sha256 of every file.
+
+    For files that came another way than by `grokfetch fetch`: they can be verified and run from
+    then on. The digests prove only that a file is unchanged since.
+    """
+    from grokfetch.store import Store
+
+    store = Store(folder)
+    checkpoint = _open(folder, _config(config))
+    with store.lock():
+        made, proofs = _measure(store, _describe(store, checkpoint))
+        store.save_manifest(made)
+        store.save_record(dataclasses.replace(store.record(), files=proofs))
+    if output is not None:
+        _write(output, encode(made))
+    click.echo(
+        f"{store.state / 'manifest.json'}: {len(made.files)} files, "
+        f"{len(made.tensors)} tensors, {bytes_text(made.size)}"
+    )
+
+
+def _config(path: Path | None) -> GrokConfig:
+    from loader.schema import GrokConfig
+
+    if path is None:
+        return GrokConfig()
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"not JSON: {error}", path=path) from None
+    if not isinstance(fields, dict):
+        raise ManifestInvalid("must be an object", path=path)
+    try:
+        return GrokConfig.from_mapping(fields)
+    except ManifestInvalid as error:
+        raise ManifestInvalid(error.what, path=path) from None
+
+
+def _open(folder: Path, config: GrokConfig) -> Checkpoint:
+    from loader.checkpoint import open_folder
+
+    homes = sorted({shard.parent for shard in folder.rglob(FIRST_SHARD)})
+    if len(homes) != 1:
+        found = ", ".join(map(str, homes)) or "none"
+        raise CheckpointInvalid(
+            f"one folder must hold {FIRST_SHARD}, here it is: {found}", path=folder
+        )
+    try:
+        return open_folder(homes[0], config)
+    except CheckpointInvalid as error:
+        raise CheckpointInvalid(
+            error.what, path=error.path, hint="is --config the config of this checkpoint?"
+        ) from None
+
+
+def _describe(store: Store, checkpoint: Checkpoint) -> Manifest:
+    """The manifest of the checkpoint, without digests that only reading the files can tell."""
+    from grokfetch.shipped import grok_1
+    from loader.inventory import found
+
+    official = grok_1()
+    files, tensors = found(checkpoint, store.root)
+    model = checkpoint.config.to_mapping()
+    base = official if model == official.model else Manifest(store.root.resolve().name, ())
+    fetched = _fetched(store)
+    names = {file.path for file in files}
+    extra = () if fetched is None else [file for file in fetched.files if file.path not in names]
+    return dataclasses.replace(
+        base,
+        files=(*_with_known_digests(files, base), *extra),
+        tensors=tensors,
+        model=model,
+        tokenizer=base.tokenizer or _tokenizer(store.root),
+        info_hash=None if fetched is None else fetched.info_hash,
+        magnet=None if fetched is None else fetched.magnet,
+        measured=None if fetched is not None else f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+    )
+
+
+def _fetched(store: Store) -> Manifest | None:
+    """The manifest of a folder that a torrent laid down, once all of it is proven.
+
+    Only then may its info hash stand beside digests that are measured here.
+    """
+    if store.torrent() is None:
+        return None
+    fetched = store.manifest()
+    for file in fetched.files:
+        store.require(file.path)
+    return fetched
+
+
+def _with_known_digests(files: Sequence[ManifestFile], base: Manifest) -> list[ManifestFile]:
+    known = {file.path.name: file.sha256 for file in base.files}
+    return [dataclasses.replace(file, sha256=known.get(file.path.name)) for file in files]
+
+
+def _tokenizer(root: Path) -> TokenizerSource | None:
+    path = root / TOKENIZER
+    if not path.is_file():
+        return None
+    from grokfetch.hashing import CHUNK, sha256_of
+
+    digest = sha256_of(path, memoryview(bytearray(CHUNK)))
+    if digest.sha256 is None:
+        raise StorageFailed(f"cannot be read: {digest.detail}", path=path)
+    return TokenizerSource(TOKENIZER, path.stat().st_size, digest.sha256)
+
+
+def _measure(
+    store: Store, described: Manifest
+) -> tuple[Manifest, Mapping[PurePosixPath, FileProof]]:
+    """The manifest with the digest of every file, and what is thereby proven.
+
+    Raises:
+        Damaged: a file has another sha256 than the one that is published.
+        StorageFailed: a file cannot be read, or changed meanwhile.
+    """
+    from grokfetch.hashing import FileResult, Hashers, sha256_of
+    from grokfetch.record import FileProof
+
+    def hashed(file: ManifestFile, buffer: memoryview) -> tuple[ManifestFile, FileProof]:
+        path = store.payload(file.path)
+        before = store.stamp(file.path)
+        result: FileResult = sha256_of(path, buffer)
+        if result.sha256 is None or before is None:
+            raise StorageFailed(f"cannot be read: {result.detail}", path=path)
+        if store.stamp(file.path) != before:
+            raise StorageFailed("it changed while it was read", path=path)
+        if file.sha256 not in (None, result.sha256):
+            raise Damaged(
+                f"its sha256 is {result.sha256}, published is {file.sha256}",
+                path=path,
+                hint="get this file again",
+            )
+        return dataclasses.replace(file, sha256=result.sha256), FileProof(before, result.sha256)
+
+    measured: dict[PurePosixPath, tuple[ManifestFile, FileProof]] = {}
+    done = 0
+    hashers: Hashers[tuple[ManifestFile, FileProof]] = Hashers()
+    with Bar("hash") as bar, hashers:
+        for file, proof in hashers.run(partial(hashed, file) for file in described.files):
+            measured[file.path] = (file, proof)
+            done += file.size
+            bar.show(done, described.size)
+    files = tuple(measured[file.path][0] for file in described.files)
+    proofs = {path: proof for path, (_, proof) in measured.items()}
+    return dataclasses.replace(described, files=files), proofs
+
+
+def _write(path: Path, text: bytes) -> None:
+    from grokfetch.storage import replacing, storage_failed
+
+    try:
+        with replacing(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise storage_failed(error, path) from error

@@ -1,0 +1,74 @@
+"""JSON values that know their own name, so that every refusal can say which field it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+from grokfetch.errors import ManifestInvalid
+
+__all__ = ["Field"]
+
+T = TypeVar("T")
+
+LARGEST = 2**63 - 1
+"""No file system holds a larger file; sums and products of what passes stay exact in Python."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """A JSON value that knows its own name, so that every refusal can say which field it means."""
+
+    value: Any
+    name: str
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise ManifestInvalid: this field `why`, and what it is instead."""
+        raise ManifestInvalid(f"{self.name} {why}, not {json.dumps(self.value):.80}")
+
+    def members(self) -> dict[str, Any]:
+        """The members of an object; anything else is refused."""
+        if not isinstance(self.value, dict):
+            self.refuse("must be an object")
+        return dict(self.value)
+
+    def get(self, key: str) -> Field:
+        """The member `key`, refused if it is missing."""
+        name = key if self.name == "manifest" else f"{self.name}.{key}"
+        members = self.members()
+        if key not in members:
+            raise ManifestInvalid(f"{name} is missing")
+        return Field(members[key], name)
+
+    def optional(self, key: str, read: Callable[[Field], T]) -> T | None:
+        """The member `key` as `read` sees it, None if it is missing or null."""
+        return None if self.members().get(key) is None else read(self.get(key))
+
+    def items(self) -> Iterator[Field]:
+        """The items of a list; anything else is refused."""
+        if not isinstance(self.value, list):
+            self.refuse("must be a list")
+        return (Field(item, f"{self.name}[{index}]") for index, item in enumerate(self.value))
+
+    def text(self) -> str:
+        """A text that is not empty; anything else is refused."""
+        if not isinstance(self.value, str) or not self.value:
+            self.refuse("must be a text that is not empty")
+        return str(self.value)
+
+    def matching(self, pattern: str, why: str) -> str:
+        """A text that matches a regular expression as a whole."""
+        if not re.fullmatch(pattern, self.text()):
+            self.refuse(why)
+        return self.text()
+
+    def whole(self, minimum: int = 0) -> int:
+        """A whole number from `minimum` to `LARGEST`."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int):
+            self.refuse("must be a whole number")
+        if not minimum <= self.value <= LARGEST:
+            self.refuse(f"must lie between {minimum} and {LARGEST}")
+        return int(self.value)
