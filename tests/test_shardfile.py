@@ -23,6 +23,7 @@ from loader.shardwriter import frame_layout
 
 DATA = Path(__file__).parent / "data"
 NUMPY_1 = DATA / "numpy-1.26"
+QUANTIZED = b"\x8c\x08__main__\x8c\x13QuantizedWeight8bit\x93"
 GOLDEN = sorted((DATA / "tiny" / "ckpt-0").iterdir())
 
 
@@ -386,6 +387,8 @@ def test_pickle_cut_between_frames_is_refused():
         (b"\x80\x04NN\x93.", "STACK_GLOBAL"),
         (b"\x80\x04\x8c\x02\xff\xff.", "SHORT_BINUNICODE"),
         (b"\x80\x04))\x81.", "NEWOBJ"),
+        (b"\x80\x04" + QUANTIZED + b"N\x85\x81.", "NEWOBJ"),
+        (b"\x80\x04}(\x8c\x01aNu(\x8c\x01bNu.", "SETITEMS"),
     ],
 )
 def test_malformed_pickle_is_refused_at_the_opcode_that_is_wrong(data, opcode):
@@ -446,7 +449,7 @@ FRAGMENTS = [
     *(b"K" + bytes([number]) for number in (0, 1, 3, 4)),
     b"\x8c\x15numpy.core.multiarray\x8c\x0c_reconstruct\x93",
     b"\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02f4\x89\x88\x87R",
-    b"\x8c\x08__main__\x8c\x13QuantizedWeight8bit\x93)\x81",
+    QUANTIZED + b")\x81",
     b"(K\x03\x8c\x01<NNNK\x04K\x04K\x00tb",
     b"C\x01b",
     b"C\x04abcd",

@@ -197,6 +197,13 @@ def test_quantised_weights_equal_the_real_pickle(columns, rows_and_groups):
     assert written(array, scales) == pickled(array, scales)
 
 
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**32, 2**39, 2**40, 2**55])
+def test_sizes_beyond_32_bits_are_spelt_as_the_real_pickle_spells_them(size):
+    spelt = pickle.dumps(size, protocol=4)[len(b"\x80\4\x95") + 8 : -1]
+    before, _ = frame_layout("int8", (size,)).around
+    assert before.count(b"(K\1" + spelt + b"\x85\x94") == 1
+
+
 def test_every_place_where_a_frame_may_end_is_where_cpython_ends_it():
     # A frame that fills up just before, within or after the scales' own header ends in each case
     # elsewhere, and the rest may be so short that it gets no header.
