@@ -17,13 +17,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import CheckpointInvalid, NoModel, StorageFailed
+from grokfetch.errors import CheckpointInvalid, GrokfetchError, NoModel, StorageFailed
 from grokfetch.manifest import Manifest, ManifestTensor, Scales
 from grokfetch.store import Store
 from loader.schema import GrokConfig, ParamSpec, parameters
 from loader.shardfile import ArraySpan, read_shard
 
-__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "open_folder"]
+__all__ = ["Checkpoint", "Tensor", "faults", "open_checkpoint", "open_folder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,28 +115,62 @@ def open_checkpoint(store: Store, *, proven: bool = True) -> Checkpoint:
     if manifest.model is None:
         raise NoModel("the manifest describes files, not a model", path=store.root)
     config = GrokConfig.from_mapping(manifest.model)
-    sizes = {file.path: file.size for file in manifest.files}
     tensors = {}
-    for spec, entry in _entries(manifest, config):
-        path = store.payload(entry.file)
+    for spec, entry, size in _entries(manifest, config):
         if proven:
-            store.require(entry.file, 0, sizes[entry.file])
-        _check_size(spec, path, sizes[entry.file])
-        tensors[spec.name] = _bind(spec, path)
-        _check_entry(tensors[spec.name], entry)
+            store.require(entry.file, 0, size)
+        tensors[spec.name] = _open_tensor(store, spec, entry, size)
     return Checkpoint(config, tensors)
 
 
-def _entries(manifest: Manifest, config: GrokConfig) -> Iterator[tuple[ParamSpec, ManifestTensor]]:
+def faults(store: Store) -> Iterator[GrokfetchError]:
+    """Every tensor whose file is not what the parameters and the manifest say, as an error.
+
+    Files that are missing or of another size are passed over: reading the bytes back tells that.
+    Nothing is wrong where the manifest describes no model.
+
+    Raises:
+        StateMissing: the folder has no manifest.
+    """
+    manifest = store.manifest()
+    if manifest.model is None:
+        return
+    try:
+        entries = _entries(manifest, GrokConfig.from_mapping(manifest.model))
+    except GrokfetchError as error:
+        yield error
+        return
+    for spec, entry, size in entries:
+        stamp = store.stamp(entry.file)
+        if stamp is None or stamp.size != size:
+            continue
+        try:
+            _open_tensor(store, spec, entry, size)
+        except GrokfetchError as error:
+            yield error
+
+
+def _open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Tensor:
+    path = store.payload(entry.file)
+    _check_size(spec, path, size)
+    tensor = _bind(spec, path)
+    _check_entry(tensor, entry)
+    return tensor
+
+
+def _entries(manifest: Manifest, config: GrokConfig) -> list[tuple[ParamSpec, ManifestTensor, int]]:
+    """Every parameter with what the manifest says of it and the size of its file in bytes."""
     specs = parameters(config)
+    sizes = {file.path: file.size for file in manifest.files}
     entries = {entry.name: entry for entry in manifest.tensors}
     unknown = entries.keys() - {spec.name for spec in specs}
     if unknown:
         raise CheckpointInvalid(f"the model has no tensor {min(unknown)}, but the manifest has")
-    for spec in specs:
-        if spec.name not in entries:
-            raise CheckpointInvalid(f"the model has a tensor {spec.name}, but the manifest has not")
-        yield spec, entries[spec.name]
+    missing = [spec.name for spec in specs if spec.name not in entries]
+    if missing:
+        raise CheckpointInvalid(f"the model has a tensor {missing[0]}, but the manifest has not")
+    bound = ((spec, entries[spec.name]) for spec in specs)
+    return [(spec, entry, sizes[entry.file]) for spec, entry in bound]
 
 
 def _check_size(spec: ParamSpec, path: Path, expected: int) -> None:

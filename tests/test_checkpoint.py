@@ -24,7 +24,7 @@ from grokfetch.errors import (
 )
 from grokfetch.manifest import Manifest, Scales
 from grokfetch.store import Store
-from loader.checkpoint import open_checkpoint, open_folder
+from loader.checkpoint import faults, open_checkpoint, open_folder
 from loader.inventory import expected
 from loader.schema import GrokConfig, parameters
 from loader.shardfile import read_shard
@@ -283,6 +283,36 @@ def test_file_that_is_no_shard_is_a_typed_error(store):
     path.write_bytes(b"\x80\x04cos\nsystem\n".ljust(path.stat().st_size))
     with pytest.raises(ShardInvalid, match="GLOBAL"):
         open_checkpoint(store)
+
+
+def test_faults_names_every_tensor_that_is_wrong_and_goes_on(store):
+    assert list(faults(store)) == []
+    folder = store.root / "ckpt-0"
+    for name in (NORM, LINEAR):
+        path = folder / SPECS[name].file
+        path.write_bytes(b"\x80\x04cos\nsystem\n".ljust(path.stat().st_size))
+    changed(store, "transformer/decoder_layer_0/router/w", offset=1)
+    kinds = [type(fault) for fault in faults(store)]
+    assert kinds == [ShardInvalid, CheckpointInvalid, ShardInvalid]
+
+
+def test_faults_leaves_missing_and_cut_files_to_whoever_reads_the_bytes(store):
+    (store.root / "ckpt-0" / SPECS[NORM].file).unlink()
+    os.truncate(store.root / "ckpt-0" / SPECS[LINEAR].file, 1000)
+    assert list(faults(store)) == []
+
+
+def test_faults_includes_a_manifest_that_is_not_the_models(store):
+    manifest = store.manifest()
+    manifested(store, dataclasses.replace(manifest, tensors=manifest.tensors[1:]))
+    assert [type(fault) for fault in faults(store)] == [CheckpointInvalid]
+    manifested(store, dataclasses.replace(manifest, model={"num_layers": 2}))
+    assert [type(fault) for fault in faults(store)] == [ManifestInvalid]
+
+
+def test_files_without_a_model_have_no_faults(store):
+    manifested(store, dataclasses.replace(store.manifest(), model=None))
+    assert list(faults(store)) == []
 
 
 def test_bare_folder_opens_by_its_config(written):
