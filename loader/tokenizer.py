@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ class Tokenizer:
             serialized = Path(path).read_bytes()
         except OSError as error:
             raise TokenizerMissing(f"no tokenizer: {error.strerror}", path=path) from error
+        if not serialized:
+            raise TokenizerMissing("the file is empty", path=path)
         with warnings.catch_warnings():
             # The types that SWIG generates lack __module__, which Python 3.12 deprecates.
             warnings.filterwarnings("ignore", "builtin type .*", DeprecationWarning)
@@ -56,10 +57,6 @@ class Tokenizer:
         """Token ids of a text, without begin- or end-of-sequence ids."""
         return [int(token) for token in self._processor.encode(text)]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a whole sequence."""
-        return str(self._processor.decode(list(tokens)))
-
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""
         return TextStream(self._processor)
@@ -77,7 +74,13 @@ class TextStream:
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that a token completes; empty for control ids and parts of a character."""
+        """The text that a token completes; empty for control ids and parts of a character.
+
+        An id that the tokenizer lacks becomes a replacement character.
+        """
+        if token >= self._processor.get_piece_size():
+            # A model's vocabulary may be padded beyond the tokenizer's.
+            return self._bytes.decode("\ufffd".encode())
         if self._processor.is_control(token):
             return ""
         piece: str = self._processor.id_to_piece(token)

@@ -1,0 +1,108 @@
+"""`grokfetch verify`: read everything back, say what is proven and what is wrong."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch.errors import Damaged, GrokfetchError
+from grokfetch.progress import Bar, bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.manifest import Manifest
+    from grokfetch.store import Store
+    from grokfetch.verify import Finding, Summary
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+def verify(folder: Path) -> None:
+    """Read back every byte of DIR and compare it with the torrent or the manifest.
+
+    Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
+    is what the manifest says; files that the manifest does not name are listed and do no harm.
+    """
+    from grokfetch.store import Store
+
+    store = Store(folder)
+    start = time.perf_counter()
+    summary = check_bytes(store)
+    faults = check_tensors(store) if summary.proven else 0
+    manifest = store.manifest()
+    click.echo(
+        f"{bytes_text(summary.proven)} of {bytes_text(summary.total)} proven"
+        f"{_by_what(summary, manifest)} in {seconds_text(time.perf_counter() - start)}"
+    )
+    if not summary.recorded:
+        click.echo(f"note: {store.state} cannot be written, nothing is recorded", err=True)
+    if faults or not summary.complete:
+        raise Damaged(
+            f"{summary.failures + faults} findings, "
+            f"{bytes_text(summary.total - summary.proven)} not proven",
+            path=folder,
+            hint=_hint(folder, manifest),
+        )
+
+
+def check_bytes(store: Store) -> Summary:
+    """Read back a checkpoint with a bar, print the findings, return the summary."""
+    from grokfetch import verify as verification
+
+    with Bar("verify") as bar:
+        for event in verification.verify(store):
+            match event:
+                case verification.Progress():
+                    bar.show(event.done, event.total)
+                case verification.Finding():
+                    click.echo(finding_line(event))
+                case verification.Summary():
+                    summary = event
+        for warning in store.warnings:
+            bar.say(f"warning: {warning}")
+    return summary
+
+
+def finding_line(finding: Finding) -> str:
+    """A finding in one line: what, where, why, and which tensors it concerns."""
+    piece = "" if finding.piece is None else f" piece {finding.piece}"
+    detail = f": {finding.detail}" if finding.detail else ""
+    tensor = f" [{finding.tensor}]" if finding.tensor else ""
+    return f"{finding.kind}{piece} {finding.path}{detail}{tensor}"
+
+
+def check_tensors(store: Store) -> int:
+    """Compare the frames of all shards with the manifest; print and count what differs."""
+    from loader.checkpoint import faults
+
+    count = 0
+    for fault in faults(store):
+        click.echo(f"wrong {fault}")
+        count += 1
+    return count
+
+
+def _by_what(summary: Summary, manifest: Manifest) -> str:
+    ways = []
+    if summary.by_pieces:
+        ways.append(f"by the piece hashes of {summary.info_hash}")
+    if summary.by_sha256:
+        ways.append(
+            "by the manifest's sha256"
+            if manifest.measured is None
+            else f"by the manifest's sha256 (measured on {manifest.measured} from files on disk, "
+            "hence only: unchanged since)"
+        )
+    return "".join(f", {way}" for way in ways)
+
+
+def _hint(folder: Path, manifest: Manifest) -> str:
+    if manifest.info_hash is not None:
+        return f"get what is wrong again: grokfetch fetch {folder}"
+    if manifest.measured is not None:
+        return f"get these files again; if they are meant to differ: grokfetch manifest {folder}"
+    return "get these files again"

@@ -1,0 +1,397 @@
+"""From a source of pieces to proven bytes on disk: plan, download, read back, ask again.
+
+A `PieceSource` brings pieces to the disk; it is believed in nothing. Its metadata is checked against
+the info hash, and every piece is read back and hashed here before the record claims it. Whatever
+ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Literal
+
+from grokfetch.errors import Contradiction, Stalled, StorageFailed
+from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, may_be_on_disk
+from grokfetch.manifest import Manifest, ManifestFile, bind, plain
+from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
+from grokfetch.pieces import Layout, LayoutFile
+from grokfetch.proofs import Proofs
+from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
+from grokfetch.store import Store
+from grokfetch.targets import check_room, cut_long_files, make_empty_files, refuse_links
+from grokfetch.verify import Finding, TensorIndex, corrupt, hash_files
+
+__all__ = [
+    "Event",
+    "Limits",
+    "Outcome",
+    "Status",
+    "fetch",
+    "in_force",
+]
+
+Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """How far it is: proven bytes of all bytes, bytes a second, peers, proven pieces of all.
+
+    While the phase is "checking" or "hashing", `done` and `total` are bytes read back.
+    """
+
+    phase: Phase
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    peers: int = 0
+    pieces_done: int = 0
+    pieces_total: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """The last value of a fetch that ended well.
+
+    Args:
+        total: bytes of the payload, all proven.
+        fetched: pieces that the source brought.
+        rehashed: pieces found on the disk and read back.
+    """
+
+    total: int
+    fetched: int
+    rehashed: int
+
+
+Event = Status | Finding | Notice | Outcome
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How long, in seconds, to wait for what; how often a piece is asked for in vain.
+
+    `metadata_s` without metadata and `stall_s` without a byte end the fetch. `save_s` passes
+    between two writings of the record. `attempts` rounds without one new piece end the fetch too.
+    """
+
+    metadata_s: float = 300.0
+    stall_s: float = 600.0
+    save_s: float = 3.0
+    attempts: int = 3
+
+
+def fetch(
+    store: Store,
+    source: PieceSource,
+    *,
+    manifest: Manifest | None = None,
+    limits: Limits | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Generator[Event, None, None]:
+    """Bring a checkpoint to the disk and prove every byte of it.
+
+    Close the generator (`contextlib.closing`) to end early; what is proven is recorded first.
+
+    Args:
+        store: where to.
+        source: where from.
+        manifest: what it must be; by default the manifest in force, or else whatever the torrent
+            holds.
+        limits: patience.
+        clock: monotonic seconds.
+
+    Yields:
+        Status, findings and notices, then one Outcome.
+
+    Raises:
+        TorrentInvalid: the metadata is not the one asked for, or unsafe.
+        Contradiction: the torrent is not what the manifest says, or not the one begun here.
+        Stalled: no metadata, or not a byte, for too long.
+        StateLocked: another process uses the folder.
+        StorageFailed: the disk is full, read-only, gone or failing.
+    """
+    with store.lock():
+        yield from _Fetch(store, source, manifest, limits or Limits(), clock).run()
+
+
+def in_force(
+    manifest: Manifest | None, torrent: TorrentFile, layout: Layout, magnet: str | None
+) -> Manifest:
+    """The manifest to put in force for a torrent.
+
+    A manifest without digests adopts the torrent: its piece hashes are all there is.
+
+    Args:
+        manifest: what the payload must be; None if nothing is known.
+        torrent: its metadata.
+        layout: its files.
+        magnet: the link it came by.
+
+    Raises:
+        Contradiction: the files are others, or the manifest is about another torrent and has no
+            sha256 to tell that the content is the same.
+    """
+    files = [(file.path, file.size) for file in layout.payload]
+    if manifest is None:
+        entries = (ManifestFile(path, size) for path, size in files)
+        return plain(layout.name, torrent.info_hash, magnet, entries)
+    named = manifest.info_hash
+    undigested = [file for file in manifest.files if file.sha256 is None]
+    if named is not None and not torrent.known_as(named) and undigested:
+        raise Contradiction(
+            f"the manifest is about torrent {named}, this is {torrent.info_hash}, and the manifest "
+            f"has no sha256 of {undigested[0].path} to tell whether that is the same file"
+        )
+    bound = bind(manifest, files)
+    if named is None and len(undigested) == len(manifest.files):
+        bound = dataclasses.replace(bound, info_hash=torrent.info_hash)
+    return bound if bound.magnet else dataclasses.replace(bound, magnet=magnet)
+
+
+class _Fetch:
+    """One fetch, with the lock held."""
+
+    def __init__(
+        self,
+        store: Store,
+        source: PieceSource,
+        manifest: Manifest | None,
+        limits: Limits,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._wanted = manifest
+        self._limits = limits
+        self._clock = clock
+        self._fetched = 0
+        self._rehashed = 0
+        self._save_at = clock() + limits.save_s
+
+    def run(self) -> Iterator[Event]:
+        self._torrent = yield from self._metadata()
+        self._layout = self._settle()
+        self._tensors = TensorIndex(self._store.manifest())
+        self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
+        self._total = sum(self._weights)
+        for file in cut_long_files(self._store, self._layout):
+            yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
+        self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
+        self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
+        yield from self._bring_all()
+        make_empty_files(self._store, self._layout)
+        yield from self._check_digests()
+        if self._store.record() != self._proofs.record():
+            self._proofs.end_writing()
+        yield self._status("done")
+        yield Outcome(self._total, self._fetched, self._rehashed)
+
+    # --- metadata -----------------------------------------------------------------------------
+
+    def _metadata(self) -> Generator[Event, None, TorrentFile]:
+        known = self._store.torrent()
+        asked = self._source.info_hash
+        if known is not None:
+            if not known.known_as(asked):
+                raise Contradiction(
+                    f"this folder was begun with torrent {known.info_hash}, this is {asked}",
+                    path=self._store.root,
+                    hint="choose another folder: --to DIR",
+                )
+            return known
+        deadline = self._clock() + self._limits.metadata_s
+        with contextlib.closing(self._source.metadata()) as stream:
+            for event in stream:
+                if isinstance(event, TorrentFile):
+                    check_info_hash(event, asked)
+                    return event
+                yield event if isinstance(event, Notice) else Status("metadata", peers=event.peers)
+                if self._clock() > deadline:
+                    break
+        raise Stalled(
+            f"no metadata of {asked} within {self._limits.metadata_s:.0f} s",
+            hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
+        )
+
+    def _settle(self) -> Layout:
+        """Put the manifest in force, and only then keep the torrent: a contradiction keeps none."""
+        torrent = self._torrent
+        begun = self._store.layout()
+        layout = begun or parse_info(torrent.info, torrent.piece_layers)
+        earlier = self._store.manifest_or_none()
+        if self._wanted is not None or earlier is None or begun is None:
+            manifest = in_force(self._wanted or earlier, torrent, layout, self._source.magnet)
+            if manifest != earlier:
+                self._store.save_manifest(manifest)
+        if begun is None:
+            self._store.save_torrent(torrent)
+        return layout
+
+    # --- pieces -------------------------------------------------------------------------------
+
+    def _bring_all(self) -> Iterator[Event]:
+        in_vain = 0
+        while True:
+            yield from self._check_disk()
+            missing = self._proofs.missing
+            if not missing:
+                return
+            if in_vain == self._limits.attempts:
+                raise StorageFailed(
+                    f"piece {missing[0]} did not read back right after {in_vain} attempts "
+                    f"({len(missing)} such pieces): the disk, or memory, is failing",
+                    path=self._store.root,
+                )
+            before = len(self._proofs.pieces)
+            yield from self._download(missing)
+            in_vain = in_vain + 1 if len(self._proofs.pieces) == before else 0
+
+    def _check_disk(self) -> Iterator[Event]:
+        """Read back what is not proven and may be on the disk already."""
+        root, layout = self._store.root, self._layout
+        pieces = list(may_be_on_disk(root, layout, self._proofs.missing))
+        total = sum(self._weights[piece] for piece in pieces)
+        read = 0
+        with Hashers[list[PieceResult]]() as hashers:
+            batches = in_batches(layout, pieces)
+            for results in hashers.run(partial(check_pieces, root, layout, b) for b in batches):
+                for result in results:
+                    self._rehashed += 1
+                    read += self._weights[result.piece]
+                    self._count(result)
+                self._save_if_due()
+                yield dataclasses.replace(self._status("checking"), done=read, total=total)
+
+    def _download(self, missing: list[int]) -> Iterator[Event]:
+        files = _files_of(self._layout, missing)
+        refuse_links(self._store, files)
+        check_room(self._store, files)
+        self._proofs.mark_writing(file.path for file in files)
+        order = Order(
+            self._torrent,
+            self._layout,
+            self._store.root,
+            frozenset(self._proofs.pieces),
+            frozenset(missing),
+        )
+        stream = self._source.download(order)
+        with Hashers[list[PieceResult]]() as hashers:
+            try:
+                yield from self._follow(stream, hashers)
+            finally:
+                # Only when nobody writes any more may the proofs be tied to the files as they look;
+                # if closing fails, the marks stay, and the next fetch trusts what was saved.
+                stream.close()
+                for results in hashers.take():
+                    for result in results:
+                        self._count(result)
+                self._proofs.end_writing()
+
+    def _follow(
+        self,
+        stream: Iterator[Arrived | Traffic | Notice],
+        hashers: Hashers[list[PieceResult]],
+    ) -> Iterator[Event]:
+        traffic = Traffic(0, 0.0, 0)
+        alive = self._clock()
+        for event in stream:
+            if isinstance(event, Notice):
+                yield event
+            elif isinstance(event, Arrived):
+                alive = self._clock()
+                self._fetched += len(event.pieces)
+                for batch in in_batches(self._layout, event.pieces):
+                    hashers.submit(partial(check_pieces, self._store.root, self._layout, batch))
+            else:
+                alive = self._clock() if event.received > traffic.received else alive
+                traffic = event
+            yield from self._collect(hashers, traffic, wait=False)
+            self._check_alive(alive, traffic)
+        while hashers.busy:
+            yield from self._collect(hashers, traffic, wait=True)
+
+    def _check_alive(self, alive: float, traffic: Traffic) -> None:
+        if self._clock() - alive > self._limits.stall_s:
+            raise Stalled(
+                f"no data for {self._limits.stall_s:.0f} s from {traffic.peers} peers",
+                path=self._store.root,
+                hint=f"what has arrived is kept; go on with: grokfetch fetch {self._store.root}",
+            )
+
+    def _collect(
+        self, hashers: Hashers[list[PieceResult]], traffic: Traffic, *, wait: bool
+    ) -> Iterator[Event]:
+        for results in hashers.take(None if wait else 0):
+            for result in results:
+                self._count(result)
+                if result.verdict != "good":
+                    yield from corrupt(self._layout, result, self._tensors)
+        self._save_if_due()
+        yield dataclasses.replace(
+            self._status("downloading"), rate=traffic.rate, peers=traffic.peers
+        )
+
+    def _count(self, result: PieceResult) -> None:
+        if result.verdict == "good":
+            self._done += self._weights[result.piece]
+            self._proofs.add(result.piece)
+
+    def _save_if_due(self) -> None:
+        if self._clock() >= self._save_at:
+            self._proofs.save()
+            self._save_at = self._clock() + self._limits.save_s
+
+    # --- digests ------------------------------------------------------------------------------
+
+    def _check_digests(self) -> Iterator[Event]:
+        """Hash whole files where the manifest's sha256 decides and not the torrent."""
+        files = [
+            file
+            for file in self._store.manifest().files
+            if not self._store.pieces_speak_for(file.path)
+            and self._proofs.sha256(file.path) != file.sha256
+        ]
+        total = sum(file.size for file in files)
+        read = 0
+        wrong: list[ManifestFile] = []
+        for file, stamp, result in hash_files(self._store, files):
+            read += file.size
+            if stamp is not None and result.sha256 == file.sha256:
+                self._proofs.add_file(file.path, stamp, result.sha256)
+            else:
+                wrong.append(file)
+            yield dataclasses.replace(self._status("hashing"), done=read, total=total)
+        if wrong:
+            self._proofs.end_writing()
+            raise Contradiction(
+                f"{wrong[0].path} is as the torrent has it, but not the file whose sha256 the "
+                f"manifest gives ({len(wrong)} such files)",
+                path=self._store.root,
+            )
+
+    def _status(self, phase: Phase) -> Status:
+        return Status(
+            phase,
+            self._done,
+            self._total,
+            pieces_done=len(self._proofs.pieces),
+            pieces_total=self._layout.piece_count,
+        )
+
+
+def _payload_size(layout: Layout, piece: int) -> int:
+    return sum(part.length for part in layout.segments(piece) if not part.file.pad)
+
+
+def _files_of(layout: Layout, pieces: list[int]) -> list[LayoutFile]:
+    """The files on disk in which these pieces lie."""
+    return list(
+        dict.fromkeys(
+            part.file for piece in pieces for part in layout.segments(piece) if not part.file.pad
+        )
+    )

@@ -1,0 +1,150 @@
+"""The record at work: what a fetch or a verification has proven so far, and saving it.
+
+Proofs come from reading back only. Data is flushed to the disk before the record claims it, so that
+a power cut cannot leave a claim without its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from grokfetch.pieces import Layout, LayoutFile
+from grokfetch.record import FileProof, Record, Stamp
+from grokfetch.storage import storage_failed
+from grokfetch.store import Store
+
+__all__ = ["Proofs", "flush"]
+
+
+class Proofs:
+    """What is proven of a torrent's payload, with the store's exclusive lock held.
+
+    Args:
+        store: the checkpoint folder.
+        layout: the torrent's.
+        info_hash: the torrent's.
+
+    Attributes:
+        pieces: the proven ones, including those not yet saved.
+    """
+
+    def __init__(self, store: Store, layout: Layout, info_hash: str) -> None:
+        self._store = store
+        self._layout = layout
+        self._info_hash = info_hash
+        record = store.record()
+        self._files = dict(record.files)
+        self.pieces = set(record.pieces)
+        self._unsaved: set[int] = set()
+        for file in layout.payload:
+            self._distrust_if_changed(file)
+
+    def _distrust_if_changed(self, file: LayoutFile) -> None:
+        proof = self._files.get(file.path)
+        now = self._store.stamp(file.path)
+        if proof is not None and proof.holds(now):
+            return
+        self._files.pop(file.path, None)
+        if now is not None:
+            self._files[file.path] = FileProof(now)
+        self.pieces.difference_update(self._layout.pieces_over(file))
+
+    @property
+    def missing(self) -> list[int]:
+        """The pieces that are not proven, in order."""
+        return [piece for piece in range(self._layout.piece_count) if piece not in self.pieces]
+
+    def add(self, piece: int) -> None:
+        """Count a piece whose read-back was right."""
+        if piece not in self.pieces:
+            self.pieces.add(piece)
+            self._unsaved.add(piece)
+
+    def mark_writing(self, paths: Iterable[PurePosixPath]) -> None:
+        """Say on disk, before it happens, that we shall write these files.
+
+        Raises:
+            StorageFailed: the record cannot be written.
+        """
+        for path in paths:
+            now = self._store.stamp(path) or Stamp(0, 0)
+            self._files[path] = FileProof(now, writing=True)
+        self.save()
+
+    def save(self) -> None:
+        """Flush the data of newly proven pieces, then write the record.
+
+        Raises:
+            StorageFailed: either failed.
+        """
+        paths = {
+            segment.file.path
+            for piece in self._unsaved
+            for segment in self._layout.segments(piece)
+            if not segment.file.pad
+        }
+        flush(self._store.payload(path) for path in paths)
+        for path, proof in self._files.items():
+            now = self._store.stamp(path)
+            if proof.writing and now is not None:
+                self._files[path] = FileProof(now, writing=True)
+        self._write()
+
+    def end_writing(self) -> None:
+        """Save, and tie the proofs to the files as they look now that nobody writes them.
+
+        Raises:
+            StorageFailed: it cannot be written.
+        """
+        self.save()
+        for path, proof in list(self._files.items()):
+            if proof.writing:
+                now = self._store.stamp(path)
+                del self._files[path]
+                if now is not None:
+                    self._files[path] = FileProof(now)
+        self._write()
+
+    def sha256(self, path: PurePosixPath) -> str | None:
+        """The digest of a file computed earlier, None if there is none or the file was written."""
+        proof = self._files.get(path)
+        return None if proof is None else proof.sha256
+
+    def add_file(self, path: PurePosixPath, stamp: Stamp, sha256: str) -> None:
+        """Count a whole file whose sha256 was computed while it looked like `stamp`."""
+        self._files[path] = FileProof(stamp, sha256)
+
+    def record(self) -> Record:
+        """The record of all this."""
+        return Record(self._info_hash, frozenset(self.pieces), self._files.copy())
+
+    def _write(self) -> None:
+        self._store.save_record(self.record())
+        self._unsaved.clear()
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Force files, and the folders that name them, to the disk.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    folders = set()
+    for path in paths:
+        folders.add(path.parent)
+        _flush(path)
+    for folder in folders:
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise storage_failed(error, path) from error

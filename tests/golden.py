@@ -1,0 +1,46 @@
+"""The reference's checkpoint and outputs in tests/data/tiny, and engines over it to share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from loader.checkpoint import open_folder
+from loader.generate import Engine
+from loader.placement import load, make_mesh
+from loader.schema import GrokConfig
+from loader.sharding import MeshShape
+
+TINY = Path(__file__).parent / "data" / "tiny"
+CONFIG = GrokConfig.from_mapping(json.loads((TINY / "config.json").read_text()))
+CHECKPOINT = open_folder(TINY / "ckpt-0", CONFIG)
+ONE = MeshShape()
+PROMPTS = ("p0", "p1", "p2", "pz")
+CONTINUED = ("p0", "p1", "p2")
+"""The prompts whose continuation we match: in pz the reference forgets what is padding."""
+
+
+@functools.cache
+def arrays():
+    with np.load(TINY / "golden.npz") as file:
+        return dict(file)
+
+
+def prompt(name):
+    return arrays()[f"{name}_prompt"].tolist()
+
+
+@functools.cache
+def placed(shape):
+    """Mesh and parameters of the golden checkpoint."""
+    mesh = make_mesh(CONFIG, shape)
+    return mesh, load(CHECKPOINT, mesh)
+
+
+@functools.cache
+def engine(shape=ONE, dtype="float32"):
+    mesh, params = placed(shape)
+    return Engine(CONFIG, params, mesh, dtype)
