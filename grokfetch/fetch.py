@@ -1,8 +1,8 @@
 """From a source of pieces to proven bytes on disk: plan, download, read back, ask again.
 
-A `PieceSource` brings pieces to the disk; it is believed in nothing. Its metadata is checked against
-the info hash, and every piece is read back and hashed here before the record claims it. Whatever
-ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
+A `PieceSource` brings pieces to the disk; it is believed in nothing. Its metadata is checked
+against the info hash, and every piece is read back and hashed here before the record claims it.
+Whatever ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ class _Fetch:
         wrong: list[ManifestFile] = []
         for file, stamp, result in hash_files(self._store, files):
             read += file.size
-            if stamp is not None and result.sha256 == file.sha256:
+            if stamp and result.sha256 and result.sha256 == file.sha256:
                 self._proofs.add_file(file.path, stamp, result.sha256)
             else:
                 wrong.append(file)
