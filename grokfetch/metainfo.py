@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "encode_torrent",
     "parse_info",
     "parse_torrent",
+    "torrent_file",
 ]
 
 T = TypeVar("T")
@@ -78,16 +79,34 @@ def parse_torrent(data: bytes) -> TorrentFile:
     start, end = spans[b"info"]
     info = data[start:end]
     layers = _expect(top.get(b"piece layers", {}), dict, "piece layers")
+    return torrent_file(
+        info,
+        {root: _expect(layer, bytes, "a piece layer") for root, layer in layers.items()},
+        trackers=_trackers(top),
+        web_seeds=_texts(top.get(b"url-list", []), "url-list"),
+    )
+
+
+def torrent_file(
+    info: bytes,
+    piece_layers: Mapping[bytes, bytes],
+    *,
+    trackers: Iterable[str] = (),
+    web_seeds: Iterable[str] = (),
+) -> TorrentFile:
+    """The value for an info dictionary and what is known around it.
+
+    Raises:
+        TorrentInvalid: the info dictionary is none.
+    """
     v1, v2 = _info_hashes(info)
     return TorrentFile(
         info,
         v1,
         v2,
-        trackers=tuple(dict.fromkeys(_trackers(top))),
-        web_seeds=tuple(dict.fromkeys(_texts(top.get(b"url-list", []), "url-list"))),
-        piece_layers={
-            root: _expect(layer, bytes, "a piece layer") for root, layer in layers.items()
-        },
+        tuple(dict.fromkeys(trackers)),
+        tuple(dict.fromkeys(web_seeds)),
+        dict(piece_layers),
     )
 
 

@@ -12,7 +12,6 @@
         record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
                              the proven pieces in hexadecimal (piece 0 is the highest bit), and for
                              each file: size, mtime_ns, sha256 or null, "writing" or ""
-        resume               libtorrent's hint; never trusted, nothing is lost with it
         *.damaged-N          a state file that could not be read, set aside
 
 Every file of ours but the lock is written beside its target, flushed, renamed over it, and its
@@ -186,10 +185,6 @@ class Store:
             return Record(torrent.info_hash)
         return record
 
-    def resume(self) -> bytes | None:
-        """The swarm's hint from last time, None if there is none."""
-        return self._read(self.state / "resume")
-
     def _read(self, path: Path) -> bytes | None:
         try:
             return path.read_bytes()
@@ -246,14 +241,6 @@ class Store:
         """
         self._write("record.json", records.encode(record))
         self._record = record
-
-    def save_resume(self, hint: bytes) -> None:
-        """Keep the swarm's hint.
-
-        Raises:
-            StorageFailed: the state folder cannot be written.
-        """
-        self._write("resume", hint)
 
     def _write(self, name: str, data: bytes) -> None:
         path = self.state / name

@@ -1,0 +1,211 @@
+"""`grokfetch fetch`: from a magnet link, a torrent or a manifest to proven bytes on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch.commands.verify import finding_line
+from grokfetch.errors import SourceInvalid, TorrentInvalid
+from grokfetch.progress import Bar, bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.fetch import Outcome, Status
+    from grokfetch.magnet import Magnet
+    from grokfetch.manifest import Manifest
+    from grokfetch.metainfo import TorrentFile
+    from grokfetch.source import PieceSource
+    from grokfetch.store import Store
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """What SOURCE stands for: where the pieces come from, and what they must be if that is known.
+
+    `begun` is the folder of an earlier fetch if SOURCE is one.
+    """
+
+    origin: Magnet | TorrentFile
+    manifest: Manifest | None
+    begun: Path | None = None
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option("--to", "folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--manifest",
+    "manifest_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
+)
+@click.option("--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Give up after so long without a byte.",
+)
+def fetch(
+    source: str | None,
+    folder: Path | None,
+    manifest_file: Path | None,
+    peers: tuple[str, ...],
+    timeout: float,
+) -> None:
+    """Bring a checkpoint to DIR and prove every byte of it.
+
+    SOURCE is a magnet link, a .torrent file, a manifest, or the DIR of a fetch begun before; without
+    one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
+    """
+    from grokfetch.store import Store
+    from grokfetch.swarm import Swarm, SwarmSettings
+
+    wanted = resolve(source, None if manifest_file is None else read_manifest(manifest_file))
+    target = folder or wanted.begun
+    if target is None:
+        raise click.UsageError("say where to: --to DIR")
+    store = Store(target)
+    start = time.perf_counter()
+    swarm = Swarm(wanted.origin, SwarmSettings(peers=peers))
+    outcome = bring(store, swarm, wanted.manifest, timeout_s=timeout)
+    if outcome.fetched or outcome.rehashed:
+        click.echo(
+            f"{target}: {bytes_text(outcome.total)} proven in "
+            f"{seconds_text(time.perf_counter() - start)}"
+        )
+    else:
+        click.echo(f"{target}: complete, all {bytes_text(outcome.total)} were proven before")
+
+
+def bring(
+    store: Store, source: PieceSource, manifest: Manifest | None, *, timeout_s: float
+) -> Outcome:
+    """Fetch with a bar; findings and notices go above it."""
+    from grokfetch import fetch as fetching
+    from grokfetch.source import Notice
+    from grokfetch.verify import Finding
+
+    limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
+    events = fetching.fetch(store, source, manifest=manifest, limits=limits)
+    with Bar("fetch") as bar, contextlib.closing(events):
+        for event in events:
+            match event:
+                case fetching.Status():
+                    bar.show(event.done, event.total, _note(event))
+                case Finding():
+                    bar.say(finding_line(event))
+                case Notice():
+                    bar.say(event.text)
+                case fetching.Outcome():
+                    outcome = event
+        for warning in store.warnings:
+            bar.say(f"warning: {warning}")
+    return outcome
+
+
+def _note(status: Status) -> str:
+    if status.phase == "metadata":
+        return f"metadata, {status.peers} peers"
+    if status.phase != "downloading":
+        return status.phase
+    return f"{status.pieces_done}/{status.pieces_total} pieces proven, {status.peers} peers"
+
+
+def resolve(source: str | None, manifest: Manifest | None) -> Wanted:
+    """What a SOURCE argument means.
+
+    Args:
+        source: a magnet link, or the path of a torrent, a manifest or a folder; None for Grok-1.
+        manifest: what a person says the payload must be.
+
+    Raises:
+        SourceInvalid: it is none of these.
+        TorrentInvalid, ManifestInvalid: it is one, but malformed.
+    """
+    from grokfetch.magnet import parse_magnet
+    from grokfetch.shipped import grok_1
+
+    if source is None:
+        return _from_manifest(manifest or grok_1(), "the manifest")
+    if source.startswith("magnet:"):
+        magnet = parse_magnet(source)
+        return Wanted(magnet, manifest or _shipped(magnet.info_hash))
+    path = Path(source)
+    if path.is_dir():
+        return dataclasses.replace(_from_folder(path, manifest), begun=path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SourceInvalid(
+            f"no magnet link, and cannot be read as a file ({error.strerror})", path=source
+        ) from None
+    return _from_file(data, source, manifest)
+
+
+def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
+    from grokfetch.manifest import parse
+    from grokfetch.metainfo import parse_torrent
+
+    if data.lstrip()[:1] == b"{":
+        return _from_manifest(parse(data, name) if manifest is None else manifest, name)
+    try:
+        torrent = parse_torrent(data)
+    except TorrentInvalid as error:
+        raise TorrentInvalid(error.what, path=name) from None
+    return Wanted(torrent, manifest or _shipped(torrent.v1) or _shipped(torrent.v2))
+
+
+def _from_folder(path: Path, manifest: Manifest | None) -> Wanted:
+    from grokfetch.store import Store
+
+    store = Store(path)
+    torrent, earlier = store.torrent(), store.manifest_or_none()
+    if torrent is not None:
+        return Wanted(torrent, manifest)
+    if earlier is None:
+        raise SourceInvalid(
+            "no fetch was begun in this folder", path=path, hint="name a SOURCE, and --to DIR"
+        )
+    return _from_manifest(manifest or earlier, str(path))
+
+
+def _from_manifest(manifest: Manifest, name: str) -> Wanted:
+    from grokfetch.magnet import parse_magnet
+
+    if manifest.magnet is None:
+        raise SourceInvalid(
+            "the manifest has no magnet link",
+            path=name,
+            hint="name a SOURCE, and the manifest with --manifest",
+        )
+    return Wanted(parse_magnet(manifest.magnet), manifest)
+
+
+def _shipped(info_hash: str | None) -> Manifest | None:
+    from grokfetch.shipped import shipped
+
+    return next((known for known in shipped() if info_hash and known.info_hash == info_hash), None)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file.
+
+    Raises:
+        ManifestInvalid: it is malformed.
+        SourceInvalid: it cannot be read.
+    """
+    from grokfetch.manifest import parse
+
+    try:
+        return parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SourceInvalid(f"cannot be read: {error.strerror}", path=path) from None

@@ -1,0 +1,256 @@
+"""`PieceSource` over libtorrent: metadata from peers, pieces that are on the disk when named."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid
+from grokfetch.magnet import Magnet
+from grokfetch.metainfo import TorrentFile, encode_torrent, torrent_file
+from grokfetch.pieces import Layout
+from grokfetch.source import Arrived, Notice, Order, Traffic
+from grokfetch.storage import storage_failed
+from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
+
+__all__ = ["Swarm"]
+
+FLUSH_INTERVAL_S = 0.5
+"""How often finished pieces are flushed, so that they can be read back."""
+
+TRAFFIC_INTERVAL_S = 0.5
+
+LAYERS_PATIENCE_S = 5.0
+"""How long a hybrid torrent waits for v2 hashes, which peers that speak v1 only cannot send."""
+
+NOWHERE = "/dev/null/nowhere"
+"""A place where nothing can be written, not even by root."""
+
+PAD = 1
+
+
+class Swarm:
+    """Pieces and metadata from BitTorrent peers. libtorrent is imported when it is needed.
+
+    Args:
+        origin: a magnet link, or a torrent whose metadata is known.
+        settings: how to take part.
+
+    Raises:
+        SourceInvalid: a peer of the settings or the link is no HOST:PORT.
+    """
+
+    def __init__(self, origin: Magnet | TorrentFile, settings: SwarmSettings | None = None) -> None:
+        self._origin = origin
+        self._settings = settings or SwarmSettings()
+        named = origin.peers if isinstance(origin, Magnet) else ()
+        self._peers = [address(peer) for peer in (*self._settings.peers, *named)]
+
+    @property
+    def info_hash(self) -> str:
+        """Of the torrent, 40 or 64 hexadecimal digits."""
+        return self._origin.info_hash
+
+    @property
+    def magnet(self) -> str | None:
+        """The magnet link, None if the swarm was made from a torrent."""
+        return self._origin.text if isinstance(self._origin, Magnet) else None
+
+    def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
+        """Ask peers for the metadata; a torrent that is known already is handed out at once.
+
+        Raises:
+            OutOfReach: libtorrent is not installed.
+            TorrentInvalid: libtorrent refuses the magnet link.
+        """
+        if isinstance(self._origin, TorrentFile):
+            yield self._origin
+            return
+        lt = libtorrent()
+        with Session(self._settings) as session:
+            handle = session.add(self._metadata_params(lt, self._origin), self._peers)
+            yield from _Inquiry(lt, session, handle).run()
+            # Their addresses spare the download another search.
+            self._peers = list(dict.fromkeys((*self._peers, *_callable_peers(lt, handle))))
+
+    def _metadata_params(self, lt: Any, magnet: Magnet) -> Any:
+        try:
+            params = lt.parse_magnet_uri(magnet.text)
+        except RuntimeError as error:
+            raise TorrentInvalid(f"libtorrent refuses the magnet link: {error}") from None
+        params.save_path = NOWHERE
+        params.flags |= lt.torrent_flags.default_dont_download | lt.torrent_flags.no_verify_files
+        return params
+
+    def download(self, order: Order) -> Generator[Arrived | Traffic | Notice, None, None]:
+        """Bring the wanted pieces; each is flushed before it is said to have arrived.
+
+        Raises:
+            OutOfReach: libtorrent is not installed.
+            StorageFailed: the disk does not take them.
+            TorrentInvalid: libtorrent understands the torrent otherwise than we do.
+        """
+        lt = libtorrent()
+        with Session(self._settings) as session:
+            handle = session.add(self._download_params(lt, order), self._peers)
+            yield from _Download(lt, session, handle, order).run()
+
+    def _download_params(self, lt: Any, order: Order) -> Any:
+        try:
+            params = lt.load_torrent_buffer(encode_torrent(order.torrent))
+        except RuntimeError as error:
+            raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
+        _check_layout(params.ti, order.layout)
+        pieces = range(order.layout.piece_count)
+        params.save_path = str(order.root)
+        # Together these say: what is proven is there, nothing else is, and no file is to be read.
+        params.have_pieces = [piece in order.have for piece in pieces]
+        params.flags |= lt.torrent_flags.no_verify_files
+        params.piece_priorities = [4 if piece in order.want else 0 for piece in pieces]
+        if isinstance(self._origin, Magnet):
+            params.trackers = list(dict.fromkeys((*params.trackers, *self._origin.trackers)))
+            params.url_seeds = list(dict.fromkeys((*params.url_seeds, *self._origin.web_seeds)))
+        return params
+
+
+class _Inquiry:
+    """The search for a torrent's metadata."""
+
+    def __init__(self, lt: Any, session: Session, handle: Any) -> None:
+        self._lt = lt
+        self._session = session
+        self._handle = handle
+        self._asked = False
+        self._give_up_layers_at: float | None = None
+
+    def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
+        while True:
+            for alert in self._session.alerts():
+                if isinstance(alert, self._lt.save_resume_data_alert):
+                    torrent = self._torrent(alert.params)
+                    if torrent is not None:
+                        yield torrent
+                        return
+                    self._asked = False
+                elif isinstance(alert, self._lt.save_resume_data_failed_alert):
+                    self._asked = False
+                elif isinstance(alert, self._lt.metadata_failed_alert):
+                    yield Notice("a peer sent metadata that is not the torrent's")
+            status = self._handle.status()
+            if status.has_metadata and not self._asked:
+                self._handle.save_resume_data(self._lt.torrent_handle.save_info_dict)
+                self._asked = True
+            yield Traffic(0, 0.0, status.num_peers)
+
+    def _torrent(self, params: Any) -> TorrentFile | None:
+        """The metadata, with the link's trackers and web seeds; None while v2 hashes are to come.
+
+        libtorrent has the piece layers only after the info dictionary, and fails to write the
+        torrent until it has all of them.
+        """
+        now = time.monotonic()
+        if self._give_up_layers_at is None:
+            self._give_up_layers_at = now + LAYERS_PATIENCE_S
+        lt = self._lt
+        # A hybrid torrent can be had without its v2 hashes.
+        patient = now < self._give_up_layers_at or not params.info_hashes.has_v1()
+        flags = 0 if patient else lt.write_flags.allow_missing_piece_layer
+        try:
+            layers = lt.write_torrent_file(params, flags).get(b"piece layers", {})
+        except RuntimeError:
+            return None
+        return torrent_file(
+            params.ti.info_section(), layers, trackers=params.trackers, web_seeds=params.url_seeds
+        )
+
+
+class _Download:
+    """One order under way."""
+
+    def __init__(self, lt: Any, session: Session, handle: Any, order: Order) -> None:
+        self._lt = lt
+        self._session = session
+        self._handle = handle
+        self._order = order
+        self._left = set(order.want)
+        self._finished: list[int] = []
+        self._flushing: list[int] = []
+        self._flush_at = 0.0
+        self._traffic_at = 0.0
+
+    def run(self) -> Iterator[Arrived | Traffic | Notice]:
+        while self._left:
+            for alert in self._session.alerts():
+                yield from self._take(alert)
+            now = time.monotonic()
+            if self._finished and not self._flushing and now >= self._flush_at:
+                self._flush_at = now + FLUSH_INTERVAL_S
+                self._flushing, self._finished = self._finished, []
+                self._handle.flush_cache()
+            if now >= self._traffic_at:
+                self._traffic_at = now + TRAFFIC_INTERVAL_S
+                yield self._traffic()
+
+    def _traffic(self) -> Traffic:
+        status = self._handle.status()
+        if status.is_finished and not self._finished and not self._flushing:
+            # An alert was dropped from a queue that had run full.
+            had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
+            self._finished = [piece for piece in self._left if had[piece]]
+        return Traffic(
+            status.total_payload_download, float(status.download_payload_rate), status.num_peers
+        )
+
+    def _take(self, alert: Any) -> Iterator[Arrived | Notice]:
+        lt = self._lt
+        if isinstance(alert, lt.piece_finished_alert):
+            # It comes for the pieces of `have`, too.
+            if alert.piece_index in self._left:
+                self._finished.append(alert.piece_index)
+        elif isinstance(alert, lt.cache_flushed_alert):
+            arrived, self._flushing = self._flushing, []
+            self._left.difference_update(arrived)
+            if arrived:
+                yield Arrived(tuple(arrived))
+        elif isinstance(alert, lt.hash_failed_alert):
+            yield Notice(f"piece {alert.piece_index} came with a wrong hash and is asked for again")
+        elif isinstance(alert, lt.peer_ban_alert):
+            yield Notice(f"peer {alert.endpoint[0]}:{alert.endpoint[1]} is banned for bad data")
+        elif isinstance(alert, lt.file_error_alert):
+            raise _file_error(alert)
+        elif isinstance(alert, lt.torrent_error_alert):
+            raise StorageFailed(alert.message(), path=self._order.root)
+
+
+def _callable_peers(lt: Any, handle: Any) -> list[tuple[str, int]]:
+    """The addresses of the peers that we have called ourselves."""
+    ours = lt.peer_info.outgoing_connection
+    return [peer.ip for peer in handle.get_peer_info() if peer.flags & ours]
+
+
+def _check_layout(theirs: Any, ours: Layout) -> None:
+    """Make sure that libtorrent will write the files that we shall read."""
+    layout = theirs.layout()
+    found = [
+        (layout.file_path(index), layout.file_size(index), layout.file_offset(index))
+        for index in range(layout.num_files())
+        if not layout.file_flags(index) & PAD
+    ]
+    same = len(found) == len(ours.payload) and all(
+        (path, size) == (str(file.path), file.size) and (start == file.start or not size)
+        for (path, size, start), file in zip(found, ours.payload, strict=True)
+    )
+    pieces = (theirs.piece_length(), theirs.num_pieces())
+    if not same or pieces != (ours.piece_length, ours.piece_count):
+        raise TorrentInvalid("libtorrent would lay its files down otherwise than we read them")
+
+
+def _file_error(alert: Any) -> GrokfetchError:
+    number = alert.error.value()
+    path = Path(alert.filename())
+    if number in errno.errorcode:
+        return storage_failed(OSError(number, alert.error.message()), path)
+    return StorageFailed(alert.error.message(), path=path)

@@ -1,0 +1,187 @@
+"""A libtorrent session: settings, waiting for alerts, and an end after which nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from grokfetch.errors import OutOfReach, SourceInvalid, StorageFailed, TorrentInvalid
+
+__all__ = ["Session", "SwarmSettings", "address", "libtorrent"]
+
+WAIT_S = 0.2
+"""Longest wait for an alert: the delay of Ctrl-C, and of a caller's own clock."""
+
+CLOSE_TIMEOUT_S = 60.0
+"""How long the disk may take to end its writing."""
+
+PREFER_TCP = 0
+
+
+def libtorrent() -> Any:
+    """The module.
+
+    Raises:
+        OutOfReach: it is not installed.
+    """
+    try:
+        import libtorrent as module
+    except ImportError as error:
+        raise OutOfReach(
+            f"libtorrent cannot be imported ({error}), and without it no swarm can be joined",
+            hint="it has wheels for Python 3.11 to 3.13 on Linux x86-64 and macOS arm64; files "
+            "that came another way can be used: grokfetch manifest DIR",
+        ) from None
+    return module
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SwarmSettings:
+    """How to take part in a swarm.
+
+    `listen` holds interfaces and port, comma-separated, as `0.0.0.0:6881`; port 0 is any free one.
+    `discovery` looks for peers beyond the torrent's trackers: DHT, local peers, and a way through
+    the router (UPnP, NAT-PMP). `peers` are more peers, as HOST:PORT. `local` says that several
+    peers may share one address, and that a lost one is tried again at once.
+    """
+
+    listen: str = "0.0.0.0:6881,[::]:6881"
+    discovery: bool = True
+    peers: tuple[str, ...] = ()
+    local: bool = False
+
+    @classmethod
+    def loopback(cls, peers: tuple[str, ...] = ()) -> SwarmSettings:
+        """Settings under which nothing leaves this machine."""
+        return cls("127.0.0.1:0", discovery=False, peers=peers, local=True)
+
+
+class Session:
+    """A libtorrent session that ends, with all its writing, when its block ends.
+
+    Raises:
+        OutOfReach: libtorrent is not installed.
+    """
+
+    def __init__(self, settings: SwarmSettings) -> None:
+        self._lt = libtorrent()
+        self._session = self._lt.session(_session_settings(self._lt, settings))
+        self._handles: list[Any] = []
+        # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
+        # libtorrent itself would hold Ctrl-C back until it returns.
+        self._wake, self._signal = socket.socketpair()
+        self._wake.setblocking(False)
+        self._signal.setblocking(False)
+        self._session.set_alert_fd(self._signal.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._remove_torrents()
+        finally:
+            self._session.set_alert_fd(-1)
+            # Its destructor waits for the threads of the network and the disk.
+            del self._session
+            self._wake.close()
+            self._signal.close()
+
+    def _remove_torrents(self) -> None:
+        left = len(self._handles)
+        for handle in self._handles:
+            self._session.remove_torrent(handle, self._lt.session.delete_partfile)
+        self._handles.clear()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while left:
+            # The alert comes when the files are closed.
+            left -= sum(isinstance(it, self._lt.torrent_removed_alert) for it in self.alerts())
+            if left and time.monotonic() > deadline:
+                raise StorageFailed(f"the disk has not ended writing in {CLOSE_TIMEOUT_S:.0f} s")
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self._session.listen_port())
+
+    def add(self, params: Any, peers: Sequence[tuple[str, int]] = ()) -> Any:
+        """Add a torrent that runs at once, whatever else the session does.
+
+        Raises:
+            TorrentInvalid: libtorrent refuses it.
+        """
+        flags = self._lt.torrent_flags
+        params.flags &= ~(flags.paused | flags.auto_managed)
+        params.peers = [*params.peers, *peers]
+        try:
+            handle = self._session.add_torrent(params)
+        except RuntimeError as error:
+            raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
+        self._handles.append(handle)
+        return handle
+
+    def alerts(self) -> list[Any]:
+        """The alerts that there are, after waiting for at least one, but not for long."""
+        found = self._session.pop_alerts()
+        if not found:
+            select.select([self._wake], [], [], WAIT_S)
+            with contextlib.suppress(BlockingIOError):
+                self._wake.recv(4096)
+            found = self._session.pop_alerts()
+        return list(found)
+
+
+def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
+    category = lt.alert_category
+    found: dict[str, Any] = {
+        "user_agent": "grokfetch",
+        "listen_interfaces": settings.listen,
+        "enable_dht": settings.discovery,
+        "enable_lsd": settings.discovery,
+        "enable_upnp": settings.discovery,
+        "enable_natpmp": settings.discovery,
+        "mixed_mode_algorithm": PREFER_TCP,
+        # A peer that has nothing for us at the moment may be the one that sends a bad piece again.
+        "close_redundant_connections": False,
+        "alert_mask": category.error
+        | category.status
+        | category.storage
+        | category.piece_progress
+        | category.peer,
+        "alert_queue_size": 100_000,
+        "announce_to_all_trackers": True,
+        "announce_to_all_tiers": True,
+        "stop_tracker_timeout": 1,
+    }
+    if not settings.discovery:
+        found["dht_bootstrap_nodes"] = ""
+        found["webtorrent_stun_server"] = ""
+    if settings.local:
+        found["allow_multiple_connections_per_ip"] = True
+        found["min_reconnect_time"] = 1
+        # uTP is 20 times slower than TCP on loopback, where there is nobody to be fair to.
+        found["enable_outgoing_utp"] = False
+        found["enable_incoming_utp"] = False
+    return found
+
+
+def address(peer: str) -> tuple[str, int]:
+    """The numeric address and the port of a HOST:PORT.
+
+    Raises:
+        SourceInvalid: it is none, or the host is not known.
+    """
+    host, _, port = peer.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise SourceInvalid(f"a peer is written HOST:PORT, not {peer!r:.100}")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise SourceInvalid(f"the peer {peer!r:.100} is not known ({error})") from None
+    return str(found[0][4][0]), int(port)
