@@ -19,9 +19,11 @@ from grokfetch.manifest import unsafe_name
 from grokfetch.pieces import BLOCK, Layout, LayoutFile, merkle_root, power_of_two_above
 
 __all__ = [
+    "PieceLayerInvalid",
     "TorrentFile",
     "check_info_hash",
     "encode_torrent",
+    "layers_complete",
     "parse_info",
     "parse_torrent",
     "torrent_file",
@@ -35,6 +37,10 @@ MOST_PIECES = 2_097_152
 MOST_FILES = 1_000_000
 LARGEST_TORRENT = 1 << 60
 """Bytes of payload; no disk holds more, and sums stay exact everywhere."""
+
+
+class PieceLayerInvalid(TorrentInvalid):
+    """Hashes of v2 pieces, which stand outside the info dictionary, are missing or wrong."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,6 +193,23 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
     return layout
 
 
+def layers_complete(info: bytes, piece_layers: Mapping[bytes, bytes]) -> bool:
+    """Whether there is nothing to wait for: no v2 piece hash is missing, in a hybrid torrent too.
+
+    Of an info dictionary that `parse_info` refuses anyhow nothing is missing.
+    """
+    try:
+        value = _expect(bencode.decode(info), dict, "info")
+        if value.get(b"meta version") == 2:
+            length = _expect(value.get(b"piece length"), int, "piece length")
+            _v2(value, _name(value), length, piece_layers)
+    except PieceLayerInvalid:
+        return False
+    except TorrentInvalid:
+        return True
+    return True
+
+
 def _name(value: Mapping[bytes, Value]) -> str:
     name = _text(value.get(b"name.utf-8", value.get(b"name")), "name")
     reason = "it has more than one part" if "/" in name else unsafe_name(name)
@@ -282,15 +305,15 @@ def _layer(
         return root
     layer = layers.get(root)
     if layer is None:
-        raise TorrentInvalid(f"the piece layer of {path} is missing")
+        raise PieceLayerInvalid(f"the piece layer of {path} is missing")
     if len(layer) != 32 * count:
-        raise TorrentInvalid(
+        raise PieceLayerInvalid(
             f"the piece layer of {path} holds {len(layer):,} bytes, {32 * count:,} would be right"
         )
     leaves = (layer[index : index + 32] for index in range(0, len(layer), 32))
     padding = merkle_root((), piece_length // BLOCK)
     if merkle_root(leaves, power_of_two_above(count), padding) != root:
-        raise TorrentInvalid(f"the piece layer of {path} does not have its root")
+        raise PieceLayerInvalid(f"the piece layer of {path} does not have its root")
     return layer
 
 

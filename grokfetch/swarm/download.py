@@ -10,7 +10,7 @@ from typing import Any
 
 from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid
 from grokfetch.magnet import Magnet
-from grokfetch.metainfo import TorrentFile, encode_torrent, torrent_file
+from grokfetch.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file
 from grokfetch.pieces import Layout
 from grokfetch.source import Arrived, Notice, Order, Traffic
 from grokfetch.storage import storage_failed
@@ -22,9 +22,6 @@ FLUSH_INTERVAL_S = 0.5
 """How often finished pieces are flushed, so that they can be read back."""
 
 TRAFFIC_INTERVAL_S = 0.5
-
-LAYERS_PATIENCE_S = 5.0
-"""How long a hybrid torrent waits for v2 hashes, which peers that speak v1 only cannot send."""
 
 NOWHERE = "/dev/null/nowhere"
 """A place where nothing can be written, not even by root."""
@@ -124,7 +121,6 @@ class _Inquiry:
         self._session = session
         self._handle = handle
         self._asked = False
-        self._give_up_layers_at: float | None = None
 
     def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
         while True:
@@ -148,23 +144,20 @@ class _Inquiry:
     def _torrent(self, params: Any) -> TorrentFile | None:
         """The metadata, with the link's trackers and web seeds; None while v2 hashes are to come.
 
-        libtorrent has the piece layers only after the info dictionary, and fails to write the
-        torrent until it has all of them.
+        libtorrent asks for the piece layers once it has the info dictionary, and writes those
+        that it has not yet as if they were there.
         """
-        now = time.monotonic()
-        if self._give_up_layers_at is None:
-            self._give_up_layers_at = now + LAYERS_PATIENCE_S
-        lt = self._lt
-        # A hybrid torrent can be had without its v2 hashes.
-        patient = now < self._give_up_layers_at or not params.info_hashes.has_v1()
-        flags = 0 if patient else lt.write_flags.allow_missing_piece_layer
+        info = params.ti.info_section()
         try:
-            layers = lt.write_torrent_file(params, flags).get(b"piece layers", {})
+            layers = self._lt.write_torrent_file(params, 0).get(b"piece layers", {})
         except RuntimeError:
-            return None
-        return torrent_file(
-            params.ti.info_section(), layers, trackers=params.trackers, web_seeds=params.url_seeds
-        )
+            layers = {}
+        if not layers_complete(info, layers):
+            # A hybrid torrent is fetched by its v1 hashes; peers of its v1 swarm send no others.
+            if not params.info_hashes.has_v1():
+                return None
+            layers = {}
+        return torrent_file(info, layers, trackers=params.trackers, web_seeds=params.url_seeds)
 
 
 class _Download:
