@@ -63,8 +63,8 @@ def fetch(
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
 
-    SOURCE is a magnet link, a .torrent file, a manifest, or the DIR of a fetch begun before; without
-    one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
+    SOURCE is a magnet link, a .torrent file, a manifest, or the DIR of a fetch begun before;
+    without one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
     """
     from grokfetch.store import Store
     from grokfetch.swarm import Swarm, SwarmSettings

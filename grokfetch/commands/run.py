@@ -92,7 +92,7 @@ def run(
         assert ids is not None
         sampling = Sampling(temperature, top_p, top_k, seed)
         generated = _timed(engine.generate(ids, max_tokens, sampling))
-        for text in _numbers(generated) if words is None else words.stream(generated):
+        for text in _numbers(generated) if words is None else _texts(generated, words):
             click.echo(text, nl=False)
         click.echo()
 
@@ -115,7 +115,7 @@ def load(store: Store, *, dtype: Dtype, shape: MeshShape | None, proven: bool) -
             done += nbytes
             bar.show(done, total)
 
-        params = placement.load(checkpoint, checkpoint.config, mesh, on_bytes=count)
+        params = placement.load(checkpoint, mesh, on_bytes=count)
     kinds = {device.platform.upper() for device in mesh.devices.flat}
     click.echo(
         f"loaded {bytes_text(total)} onto {mesh.size} {'/'.join(sorted(kinds))} "
@@ -152,6 +152,13 @@ def _timed(tokens: Iterator[int]) -> Iterator[int]:
 def _numbers(tokens: Iterable[int]) -> Iterator[str]:
     for index, token in enumerate(tokens):
         yield f" {token}" if index else str(token)
+
+
+def _texts(tokens: Iterable[int], words: Tokenizer) -> Iterator[str]:
+    stream = words.stream()
+    for token in tokens:
+        yield stream.push(token)
+    yield stream.finish()
 
 
 def _ids(text: str) -> list[int]:

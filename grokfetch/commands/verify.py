@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.errors import Damaged, GrokfetchError
+from grokfetch.errors import Damaged
 from grokfetch.progress import Bar, bytes_text, seconds_text
 
 if TYPE_CHECKING:
