@@ -13,7 +13,7 @@ from grokfetch.errors import MeshInvalid
 from loader.placement import load, make_mesh
 from loader.quantized import Quantized
 from loader.schema import parameters
-from loader.sharding import MeshShape, Position, scale_block, scale_shape, weight_block
+from loader.sharding import MeshShape, Position, scale_block, weight_block
 
 LAYER_3 = "transformer/decoder_layer_3/"
 
@@ -103,14 +103,6 @@ def test_progress_adds_up_to_the_checkpoint():
         for spec in specs
     )
     assert sum(counted) == wanted
-
-
-def test_scales_of_a_cut_group_are_repeated(monkeypatch):
-    # The golden model's widths divide by 8 only, so the tensor stands alone here.
-    spec = golden.CHECKPOINT[LAYER_3 + "moe/linear_1/w"].spec
-    mesh, params = golden.placed(MeshShape(8, 1))
-    assert params.layers[3].down.scales.shape == scale_shape(spec, MeshShape(8, 1)) == (8, 8, 64)
-    assert scale_shape(spec, MeshShape(1, 7)) == (8, 56, 64)
 
 
 def test_mesh_takes_the_first_devices():

@@ -77,12 +77,12 @@ def test_empty_mesh_is_refused():
 
 def test_axis_without_a_rule_is_an_error():
     rules = {axis: mesh for axis, mesh in RULES.items() if axis != "router"}
-    with pytest.raises(MeshInvalid, match="'router' of .*router/w"):
+    with pytest.raises(MeshInvalid, match=r"'router' of .*router/w"):
         mesh_axes(LAYER["router/w"], rules)
 
 
 def test_mesh_axis_cannot_split_one_tensor_twice():
-    with pytest.raises(MeshInvalid, match="two dimensions of .*moe/linear/w"):
+    with pytest.raises(MeshInvalid, match=r"two dimensions of .*moe/linear/w"):
         mesh_axes(UP, RULES | {"embed": "model"})
 
 

@@ -84,14 +84,14 @@ def test_size_counts_ids(tokenizer):
 
 
 def test_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(TokenizerMissing, match="tokenizer.model"):
+    with pytest.raises(TokenizerMissing, match=r"tokenizer\.model"):
         Tokenizer.load(tmp_path / "tokenizer.model")
 
 
 @pytest.mark.parametrize("content", [b"", b"no model at all", b"\x00" * 100])
 def test_file_that_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(TokenizerMissing, match="empty|no SentencePiece model"):
+    with pytest.raises(TokenizerMissing, match=r"empty|no SentencePiece model"):
         Tokenizer.load(tmp_path / "tokenizer.model")
 
 
