@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
@@ -181,10 +182,10 @@ class _Fetch:
         self._total = sum(self._weights)
         for file in cut_long_files(self._store, self._layout):
             yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
+        make_empty_files(self._store, self._layout)
         self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
         self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
         yield from self._bring_all()
-        make_empty_files(self._store, self._layout)
         yield from self._check_digests()
         if self._store.record() != self._proofs.record():
             self._proofs.end_writing()
@@ -287,8 +288,8 @@ class _Fetch:
                 # Only when nobody writes any more may the proofs be tied to the files as they look;
                 # if closing fails, the marks stay, and the next fetch trusts what was saved.
                 stream.close()
-                for results in hashers.take():
-                    for result in results:
+                while hashers.busy:
+                    for result in chain.from_iterable(hashers.take(None)):
                         self._count(result)
                 self._proofs.end_writing()
 
@@ -326,11 +327,10 @@ class _Fetch:
     def _collect(
         self, hashers: Hashers[list[PieceResult]], traffic: Traffic, *, wait: bool
     ) -> Iterator[Event]:
-        for results in hashers.take(None if wait else 0):
-            for result in results:
-                self._count(result)
-                if result.verdict != "good":
-                    yield from corrupt(self._layout, result, self._tensors)
+        for result in chain.from_iterable(hashers.take(None if wait else 0)):
+            self._count(result)
+            if result.verdict != "good":
+                yield from corrupt(self._layout, result, self._tensors)
         self._save_if_due()
         yield dataclasses.replace(
             self._status("downloading"), rate=traffic.rate, peers=traffic.peers

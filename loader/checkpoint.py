@@ -40,6 +40,11 @@ class Tensor:
     array: ArraySpan
     scale_span: ArraySpan | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        return self.array.nbytes + (0 if self.scale_span is None else self.scale_span.nbytes)
+
     @functools.cached_property
     def weight(self) -> npt.NDArray[np.generic]:
         """float32 of `spec.shape`, or int8 if the tensor is quantised.

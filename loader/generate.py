@@ -23,7 +23,7 @@ from loader.model import KeyValues, Window
 from loader.placement import Params
 from loader.schema import GrokConfig
 
-__all__ = ["Choice", "Engine", "Sampling", "State", "draw"]
+__all__ = ["Choice", "Engine", "Sampling", "State", "check_prompts", "draw"]
 
 SMALLEST_STEP = 16
 """Tokens that a prompt is padded to at least."""
@@ -149,7 +149,7 @@ class Engine:
         Raises:
             PromptInvalid: as `prefill`, or if the prompt leaves no room for a token.
         """
-        self._check([prompt])
+        check_prompts(self.config, [prompt])
         room = self.config.sequence_len - len(prompt)
         if room < 1:
             raise PromptInvalid(
@@ -228,9 +228,11 @@ class Engine:
             (embedding, final, everywhere, everywhere),
             _spec(None, "model"),
         )
-        self._window = jax.jit(_window, static_argnames="fresh")
-        self._greedy = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        self._draw = jax.jit(draw)
+        # On every device at once: a step must not fetch them from the first for each layer.
+        copies = NamedSharding(self.mesh, everywhere)
+        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=copies)
+        self._greedy = jax.jit(_best, out_shardings=copies)
+        self._draw = jax.jit(draw, out_shardings=copies)
 
     def _spread(
         self, function: Callable[..., Any], given: Any, result: Any, donate: tuple[int, ...] = ()
@@ -243,7 +245,7 @@ class Engine:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, np.ndarray[Any, Any], State]:
         """The residual stream after the last layer, the prompts' lengths, and the state."""
-        self._check(prompts)
+        check_prompts(self.config, prompts)
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(counts.max())
         width = self._rounded(longest, SMALLEST_STEP)
@@ -302,21 +304,24 @@ class Engine:
         power = 1 << (tokens - 1).bit_length()
         return min(max(power, smallest), self.config.sequence_len)
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        if not prompts or not all(prompts):
-            raise PromptInvalid("the prompt is empty: the model needs a token to start from")
-        longest = max(len(prompt) for prompt in prompts)
-        if longest > self.config.sequence_len:
-            raise PromptInvalid(
-                f"the prompt has {longest} tokens, and the model's context is "
-                f"{self.config.sequence_len}",
-                hint="shorten it",
-            )
-        for token in (token for prompt in prompts for token in prompt):
-            if not 0 <= token < self.config.vocab_size:
-                raise PromptInvalid(
-                    f"token {token} is outside the vocabulary of {self.config.vocab_size}"
-                )
+
+def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Make sure that a model can read these prompts, before its weights are loaded.
+
+    Raises:
+        PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
+    """
+    if not prompts or not all(prompts):
+        raise PromptInvalid("the prompt is empty: the model needs a token to start from")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > config.sequence_len:
+        raise PromptInvalid(
+            f"the prompt has {longest} tokens, and the model's context is {config.sequence_len}",
+            hint="shorten it",
+        )
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < config.vocab_size:
+            raise PromptInvalid(f"token {token} is outside the vocabulary of {config.vocab_size}")
 
 
 class Choice(NamedTuple):
@@ -349,6 +354,10 @@ def draw(logits: Array, choice: Choice) -> Array:
     key = jax.random.fold_in(jax.random.key(choice.seed), choice.step)
     pick = jax.random.categorical(key, scaled, axis=-1)
     return jnp.take_along_axis(order, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _best(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _window(

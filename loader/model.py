@@ -304,8 +304,8 @@ def experts(weights: Layer, x: Array, real: Array, config: GrokConfig, dtype: jn
         rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
         output = feed_forward(
             flat.at[rows].get(mode="clip"),
-            select(weights.up, expert),
             select(weights.gate, expert),
+            select(weights.up, expert),
             select(weights.down, expert),
             dtype,
         )

@@ -64,8 +64,8 @@ class Layer:
 
     The four norms are float32 `[D]`, named for what they stand before or after. query
     `[D, Q * d]`, key and value `[D, K * d]`, output `[Q * d, D]` (Q query heads and K key/value
-    heads of size d), up and gate `[E, D, F]`, down `[E, F, D]` (E experts of width F); router
-    float32 `[D, E]`. The reference calls output `linear`, and the experts' up, gate and down
+    heads of size d), gate and up `[E, D, F]`, down `[E, F, D]` (E experts of width F); router
+    float32 `[D, E]`. The reference calls output `linear`, and the experts' gate, up and down
     `linear`, `linear_v` and `linear_1`.
     """
 
@@ -78,8 +78,8 @@ class Layer:
     value: Quantized
     output: Quantized
     router: Array
-    up: Quantized
     gate: Quantized
+    up: Quantized
     down: Quantized
 
 
@@ -103,8 +103,8 @@ _LAYER_NAMES: Mapping[str, str] = {
     "value": "multi_head_attention/value/w",
     "output": "multi_head_attention/linear/w",
     "router": "router/w",
-    "up": "moe/linear/w",
-    "gate": "moe/linear_v/w",
+    "gate": "moe/linear/w",
+    "up": "moe/linear_v/w",
     "down": "moe/linear_1/w",
 }
 

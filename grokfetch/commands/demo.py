@@ -53,6 +53,7 @@ def demo(keep: Path | None) -> None:
 
 def _walk(folder: Path) -> None:
     from grokfetch.store import Store
+    from loader.checkpoint import open_checkpoint
     from loader.generate import Sampling
 
     steps = _Steps()
@@ -76,7 +77,7 @@ def _walk(folder: Path) -> None:
         raise Damaged("the fetched checkpoint did not verify", path=store.root)
     steps.done(f"verified {bytes_text(summary.proven)} by its piece hashes, and every tensor")
     with store.lock(exclusive=False):
-        engine = load(store, dtype="float32", shape=None, proven=True)
+        engine = load(open_checkpoint(store), dtype="float32", shape=None)
         steps.done(f"loaded {len(manifest.tensors)} tensors, sharded, int8 kept int8")
         tokens = list(engine.generate(PROMPT, NEW_TOKENS, Sampling()))
     steps.done(f"compiled the model and generated {len(tokens)} tokens")

@@ -47,6 +47,19 @@ class Wanted:
 )
 @click.option("--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well.")
 @click.option(
+    "--listen",
+    metavar="ADDRESS:PORT",
+    default="0.0.0.0:6881,[::]:6881",
+    show_default=True,
+    help="Where to listen for peers; several separated by commas.",
+)
+@click.option(
+    "--discovery/--no-discovery",
+    default=True,
+    show_default=True,
+    help="Look for peers by DHT and on the local network, and ask the router for a way in.",
+)
+@click.option(
     "--timeout",
     metavar="SECONDS",
     type=click.FloatRange(min=0, min_open=True),
@@ -59,6 +72,9 @@ def fetch(
     folder: Path | None,
     manifest_file: Path | None,
     peers: tuple[str, ...],
+    listen: str,
+    *,
+    discovery: bool,
     timeout: float,
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
@@ -75,7 +91,7 @@ def fetch(
         raise click.UsageError("say where to: --to DIR")
     store = Store(target)
     start = time.perf_counter()
-    swarm = Swarm(wanted.origin, SwarmSettings(peers=peers))
+    swarm = Swarm(wanted.origin, SwarmSettings(listen, discovery=discovery, peers=peers))
     outcome = bring(store, swarm, wanted.manifest, timeout_s=timeout)
     if outcome.fetched or outcome.rehashed:
         click.echo(

@@ -17,6 +17,7 @@ from grokfetch.progress import Bar, bytes_text, seconds_text
 if TYPE_CHECKING:
     from grokfetch.manifest import TokenizerSource
     from grokfetch.store import Store
+    from loader.checkpoint import Checkpoint
     from loader.generate import Engine
     from loader.sharding import MeshShape
     from loader.tokenizer import Tokenizer
@@ -76,20 +77,23 @@ def run(
     The text goes to stdout as it is generated, timings go to stderr.
     """
     from grokfetch.store import Store
-    from loader.generate import Sampling
+    from loader.checkpoint import open_checkpoint
+    from loader.generate import Sampling, check_prompts
 
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give either a PROMPT or --tokens")
     ids = None if tokens is None else _ids(tokens)
     shape = None if mesh is None else _mesh_shape(mesh)
     store = Store(folder)
-    # Everything that can be refused is refused before the weights are loaded.
     words = None if prompt is None else _tokenizer(store, tokenizer)
+    if words is not None and prompt is not None:
+        ids = words.encode(prompt)
+    assert ids is not None
     with store.lock(exclusive=False):
-        engine = load(store, dtype=dtype, shape=shape, proven=not unproven)
-        if words is not None and prompt is not None:
-            ids = words.encode(prompt)
-        assert ids is not None
+        checkpoint = open_checkpoint(store, proven=not unproven)
+        # What can be refused is refused before minutes are spent on loading.
+        check_prompts(checkpoint.config, [ids])
+        engine = load(checkpoint, dtype=dtype, shape=shape)
         sampling = Sampling(temperature, top_p, top_k, seed)
         generated = _timed(engine.generate(ids, max_tokens, sampling))
         for text in _numbers(generated) if words is None else _texts(generated, words):
@@ -97,16 +101,14 @@ def run(
         click.echo()
 
 
-def load(store: Store, *, dtype: Dtype, shape: MeshShape | None, proven: bool) -> Engine:
-    """The checkpoint of a folder on the devices, ready to generate; says how long it took."""
+def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> Engine:
+    """The weights on the devices, ready to generate; says how long it took."""
     from loader import placement
-    from loader.checkpoint import open_checkpoint
     from loader.generate import Engine
 
     start = time.perf_counter()
-    checkpoint = open_checkpoint(store, proven=proven)
     mesh = placement.make_mesh(checkpoint.config, shape)
-    total = sum(length for tensor in store.manifest().tensors for _, length in tensor.spans())
+    total = sum(tensor.nbytes for tensor in checkpoint.values())
     done = 0
     with Bar("load") as bar:
 

@@ -82,4 +82,7 @@ def seed(torrent: bytes, root: Path, settings: SwarmSettings | None = None) -> I
         params.save_path = str(root)
         params.flags |= lt.torrent_flags.seed_mode
         handle = session.add(params)
+        # Before that a peer would be turned away, and try again only seconds later.
+        while not any(isinstance(alert, lt.torrent_checked_alert) for alert in session.alerts()):
+            pass
         yield Seeder(session.port, lambda: int(handle.status().total_payload_upload))

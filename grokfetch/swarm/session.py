@@ -46,19 +46,22 @@ class SwarmSettings:
 
     `listen` holds interfaces and port, comma-separated, as `0.0.0.0:6881`; port 0 is any free one.
     `discovery` looks for peers beyond the torrent's trackers: DHT, local peers, and a way through
-    the router (UPnP, NAT-PMP). `peers` are more peers, as HOST:PORT. `local` says that several
-    peers may share one address, and that a lost one is tried again at once.
+    the router (UPnP, NAT-PMP). `peers` are more peers, as HOST:PORT.
     """
 
     listen: str = "0.0.0.0:6881,[::]:6881"
     discovery: bool = True
     peers: tuple[str, ...] = ()
-    local: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can be reached."""
+        return all(it.startswith(("127.", "[::1]")) for it in self.listen.split(","))
 
     @classmethod
     def loopback(cls, peers: tuple[str, ...] = ()) -> SwarmSettings:
         """Settings under which nothing leaves this machine."""
-        return cls("127.0.0.1:0", discovery=False, peers=peers, local=True)
+        return cls("127.0.0.1:0", discovery=False, peers=peers)
 
 
 class Session:
@@ -162,6 +165,7 @@ def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         found["dht_bootstrap_nodes"] = ""
         found["webtorrent_stun_server"] = ""
     if settings.local:
+        # Here several peers share one address, and a lost one is worth trying again at once.
         found["allow_multiple_connections_per_ip"] = True
         found["min_reconnect_time"] = 1
         # uTP is 20 times slower than TCP on loopback, where there is nobody to be fair to.

@@ -1,0 +1,342 @@
+"""The commands from end to end: a real swarm on 127.0.0.1, the golden checkpoint, the program."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path, PurePosixPath
+
+import golden
+import pytest
+from click.testing import CliRunner
+
+from grokfetch import errors
+from grokfetch.cli import main
+from grokfetch.manifest import Manifest, TokenizerSource, encode, parse
+from grokfetch.metainfo import parse_torrent
+from grokfetch.swarm import SwarmSettings, make_torrent, seed
+from loader.inventory import expected
+
+LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--timeout", "60")
+TOKENIZER = TokenizerSource(
+    PurePosixPath("tokenizer.model"), 9, "ab" * 32, "https://host.example/t"
+)
+
+
+def grokfetch(*arguments, code=0):
+    """Run the program in this process; stdout, or both streams where it is to fail."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The golden checkpoint as a stranger publishes it: folder, torrent, manifest, magnet link."""
+    root = tmp_path_factory.mktemp("published")
+    shutil.copytree(golden.TINY / "ckpt-0", root / "release" / "ckpt-0")
+    root.joinpath("release/NOTES").write_text("an extra file")
+    torrent = make_torrent(root / "release", 32 * 1024)
+    root.joinpath("tiny.torrent").write_bytes(torrent)
+    files, tensors = expected(golden.CONFIG, PurePosixPath("ckpt-0"))
+    info_hash = parse_torrent(torrent).info_hash
+    made = Manifest(
+        "tiny",
+        files,
+        info_hash=info_hash,
+        magnet=f"magnet:?xt=urn:btih:{info_hash}",
+        tensors=tensors,
+        model=golden.CONFIG.to_mapping(),
+        tokenizer=TOKENIZER,
+    )
+    root.joinpath("tiny.json").write_bytes(encode(made))
+    return root
+
+
+@pytest.fixture(scope="module")
+def peer(published):
+    """HOST:PORT of a seed of the published checkpoint."""
+    torrent = published.joinpath("tiny.torrent").read_bytes()
+    with seed(torrent, published, SwarmSettings.loopback()) as seeder:
+        yield f"127.0.0.1:{seeder.port}"
+
+
+@pytest.fixture(scope="module")
+def fetched_once(published, peer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fetched") / "grok"
+    text = grokfetch("fetch", published / "tiny.json", "--to", folder, "--peer", peer, *LOOPBACK)
+    assert "proven" in text
+    return folder
+
+
+@pytest.fixture
+def fetched(fetched_once, tmp_path):
+    """A fetched checkpoint that the test may damage."""
+    return shutil.copytree(fetched_once, tmp_path / "grok", copy_function=shutil.copy2)
+
+
+def shard(folder, index):
+    return folder / f"release/ckpt-0/tensor{index:05d}_000"
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+# --- fetch ---------------------------------------------------------------------------------------
+
+
+def test_a_magnet_link_becomes_the_references_tokens(fetched_once):
+    prompt = " ".join(map(str, golden.prompt("p1")))
+    text = grokfetch(
+        *("run", fetched_once, "--tokens", prompt, "--max-tokens", 32, "--dtype", "float32")
+    )
+    assert text == " ".join(map(str, golden.arrays()["f32/p1_tokens"])) + "\n"
+
+
+def test_a_second_fetch_says_that_all_is_there_and_asks_nobody(fetched_once):
+    assert "complete" in grokfetch("fetch", fetched_once, "--timeout", "0.001")
+
+
+def test_a_torrent_file_and_a_manifest_beside_it_are_a_source(published, peer, tmp_path):
+    folder = tmp_path / "out"
+    source = (published / "tiny.torrent", "--manifest", published / "tiny.json")
+    grokfetch("fetch", *source, "--to", folder, "--peer", peer, *LOOPBACK)
+    assert "release/NOTES" in folder.joinpath(".grokfetch/manifest.json").read_text()
+    assert "all" not in grokfetch("verify", folder).split("proven")[0]
+
+
+def test_any_torrent_is_fetched_and_verified_and_only_run_lacks_a_model(published, peer, tmp_path):
+    folder = tmp_path / "out"
+    info_hash = parse_torrent(published.joinpath("tiny.torrent").read_bytes()).info_hash
+    magnet = f"magnet:?xt=urn:btih:{info_hash}&x.pe={peer}"
+    grokfetch("fetch", magnet, "--to", folder, *LOOPBACK)
+    grokfetch("verify", folder)
+    text = grokfetch("run", folder, "--tokens", "1", code=errors.NoModel.exit_code)
+    assert "not a model" in text
+
+
+def test_a_torrent_that_is_not_what_the_manifest_says_is_refused_before_any_byte(
+    published, peer, tmp_path
+):
+    wrong = json.loads(published.joinpath("tiny.json").read_text())
+    wrong["files"][3]["size"] += 1
+    tmp_path.joinpath("wrong.json").write_text(json.dumps(wrong))
+    source = (published / "tiny.torrent", "--manifest", tmp_path / "wrong.json")
+    arguments = ("fetch", *source, "--to", tmp_path / "out", "--peer", peer, *LOOPBACK)
+    text = grokfetch(*arguments, code=errors.Contradiction.exit_code)
+    assert "tensor00003_000" in text
+    assert not list(tmp_path.joinpath("out").rglob("tensor*"))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("nowhere.torrent", errors.SourceInvalid),
+        ("magnet:?xt=urn:btih:xyz", errors.TorrentInvalid),
+        ("noise", errors.TorrentInvalid),
+        ("list.json", errors.ManifestInvalid),
+        (".", errors.SourceInvalid),
+    ],
+)
+def test_what_is_no_source_is_refused(tmp_path, monkeypatch, source, kind):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("noise").write_bytes(b"\x00noise")
+    tmp_path.joinpath("list.json").write_text('{"schema": 1}')
+    text = grokfetch("fetch", source, "--to", "out", code=kind.exit_code)
+    assert source in text or "magnet" in text
+
+
+def test_a_swarm_without_anybody_ends_with_what_to_do(tmp_path):
+    magnet = "magnet:?xt=urn:btih:" + "12" * 20
+    text = grokfetch(
+        *("fetch", magnet, "--to", tmp_path / "out", *LOOPBACK, "--timeout", "0.3"),
+        code=errors.Stalled.exit_code,
+    )
+    assert "--peer HOST:PORT" in text
+
+
+def test_ctrl_c_keeps_what_is_proven_and_the_next_run_goes_on(published, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "grokfetch", "fetch", published / "tiny.torrent"]
+    command += ["--to", folder, *LOOPBACK]
+    alone = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not folder.joinpath(".grokfetch/record.json").exists():
+        assert time.monotonic() < deadline
+        assert alone.poll() is None
+        os.sched_yield()
+    alone.send_signal(2)
+    assert alone.wait(60) == 130
+    assert "interrupted" in alone.stderr.read()
+    alone.stderr.close()
+    torrent = published.joinpath("tiny.torrent").read_bytes()
+    with seed(torrent, published, SwarmSettings.loopback()) as seeder:
+        grokfetch("fetch", folder, "--peer", f"127.0.0.1:{seeder.port}", *LOOPBACK)
+    grokfetch("verify", folder)
+
+
+# --- verify --------------------------------------------------------------------------------------
+
+
+def test_verify_says_how_much_is_proven_and_by_what(fetched_once):
+    info_hash = parse(fetched_once.joinpath(".grokfetch/manifest.json").read_bytes(), "x").info_hash
+    assert f"proven, by the piece hashes of {info_hash}" in grokfetch("verify", fetched_once)
+
+
+def test_a_flipped_bit_is_found_with_its_tensor_and_costs_one_piece(fetched, peer):
+    flip(shard(fetched, 2), 50_000)
+    text = grokfetch("verify", fetched, code=errors.Damaged.exit_code)
+    assert "corrupt piece" in text
+    assert "[transformer/decoder_layer_0/moe/linear/w]" in text
+    assert f"grokfetch fetch {fetched}" in text
+    grokfetch("run", fetched, "--tokens", "1", code=errors.NotProven.exit_code)
+    grokfetch("fetch", fetched, "--peer", peer, *LOOPBACK)
+    grokfetch("verify", fetched)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (Path.unlink, "missing"),
+        (lambda path: os.truncate(path, 100), "short"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "long"),
+    ],
+)
+def test_missing_short_and_long_files_are_named(fetched, damage, said):
+    damage(shard(fetched, 7))
+    text = grokfetch("verify", fetched, code=errors.Damaged.exit_code)
+    assert f"{said} release/ckpt-0/tensor00007_000" in text
+
+
+def test_an_extra_file_is_listed_and_does_no_harm(fetched):
+    fetched.joinpath("diary.txt").write_text("mine")
+    assert "extra diary.txt" in grokfetch("verify", fetched)
+
+
+def test_a_folder_about_which_nothing_is_known_says_what_to_do(tmp_path):
+    text = grokfetch("verify", tmp_path, code=errors.StateMissing.exit_code)
+    assert "grokfetch manifest" in text
+
+
+# --- manifest and inspect ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The golden checkpoint as it lies on a disk that no torrent filled."""
+    return shutil.copytree(golden.TINY, tmp_path / "tiny")
+
+
+def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_path):
+    out = tmp_path / "manifest.json"
+    grokfetch("manifest", copied, "--config", copied / "config.json", "--output", out)
+    made = parse(out.read_bytes(), "out")
+    assert len(made.files) == len(made.tensors) == 146
+    for file in made.files:
+        assert file.sha256 == hashlib.sha256((copied / file.path).read_bytes()).hexdigest()
+    assert "unchanged since" in grokfetch("verify", copied)
+    text = grokfetch("run", copied, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
+    assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
+    flip(copied / "ckpt-0/tensor00009_000", 300)
+    text = grokfetch("verify", copied, code=errors.Damaged.exit_code)
+    assert "corrupt ckpt-0/tensor00009_000" in text
+
+
+def test_files_whose_frame_is_right_run_unproven_only_on_request(copied):
+    grokfetch("manifest", copied, "--config", copied / "config.json")
+    copied.joinpath(".grokfetch/record.json").unlink()
+    arguments = ("run", copied, "--tokens", "181", "--max-tokens", 2)
+    text = grokfetch(*arguments, code=errors.NotProven.exit_code)
+    assert f"grokfetch verify {copied}" in text
+    assert len(grokfetch(*arguments, "--unproven").split()) == 2
+
+
+def test_a_config_of_another_model_is_refused(copied):
+    text = grokfetch("manifest", copied, code=errors.CheckpointInvalid.exit_code)
+    assert "--config" in text
+
+
+def test_inspect_lists_names_shapes_and_offsets_without_jax(copied):
+    grokfetch("manifest", copied, "--config", copied / "config.json")
+    lines = grokfetch("inspect", copied, "--json").splitlines()
+    assert len(lines) == 146
+    assert json.loads(lines[2]) == {
+        "name": "transformer/decoder_layer_0/moe/linear/w",
+        "dtype": "int8",
+        "shape": [8, 64, 112],
+        "scales": [8, 1, 112],
+        "bytes": 57344,
+        "offset": 199,
+        "file": "ckpt-0/tensor00002_000",
+    }
+    code = f"from grokfetch.cli import main\ntry: main(['inspect', {str(copied)!r}])\n"
+    code += "except SystemExit: pass\nimport sys; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
+def test_inspect_of_a_hostile_pickle_prints_the_error_and_executes_nothing(tmp_path):
+    witness = tmp_path / "witness"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {witness}",)
+
+    evil = tmp_path / "tensor00000_000"
+    evil.write_bytes(pickle.dumps(Hostile(), protocol=4))
+    text = grokfetch("inspect", evil, code=errors.ShardInvalid.exit_code)
+    assert "STACK_GLOBAL" in text
+    assert "system" in text
+    assert not witness.exists()
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_its_address_and_digest_are_said_before_anything_is_loaded(
+    fetched_once,
+):
+    text = grokfetch("run", fetched_once, "Hello", code=errors.TokenizerMissing.exit_code)
+    assert "https://host.example/t" in text
+    assert "ab" * 32 in text
+    assert "loaded" not in text
+
+
+def test_run_wants_either_a_prompt_or_tokens(fetched_once):
+    assert "either" in grokfetch("run", fetched_once, code=2)
+    assert "not token ids" in grokfetch("run", fetched_once, "--tokens", "1 two", code=2)
+    assert "expert=N" in grokfetch("run", fetched_once, "--tokens", "1", "--mesh", "8", code=2)
+
+
+def test_a_prompt_that_cannot_be_is_refused_before_anything_is_loaded(fetched_once):
+    text = grokfetch("run", fetched_once, "--tokens", "512", code=errors.PromptInvalid.exit_code)
+    assert "vocabulary" in text
+    assert "loaded" not in text
+
+
+def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
+    arguments = ("run", fetched_once, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
+    one = grokfetch(*arguments, "--mesh", "model=1")
+    assert grokfetch(*arguments, "--mesh", "expert=2,model=4") == one
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
+    keep = tmp_path / "kept"
+    text = grokfetch("demo", "--keep", keep)
+    assert [line.split(".")[0] for line in text.splitlines()[:6]] == list("123456")
+    assert len(text.split("tokens ")[-1].splitlines()[0].split()) == 16
+    grokfetch("verify", keep / "fetched")
+    grokfetch("demo", "--keep", keep, code=errors.StorageFailed.exit_code)
