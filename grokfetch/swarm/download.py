@@ -179,7 +179,8 @@ class _Download:
             for alert in self._session.alerts():
                 yield from self._take(alert)
             now = time.monotonic()
-            if self._finished and not self._flushing and now >= self._flush_at:
+            due = now >= self._flush_at or len(self._finished) == len(self._left)
+            if self._finished and not self._flushing and due:
                 self._flush_at = now + FLUSH_INTERVAL_S
                 self._flushing, self._finished = self._finished, []
                 self._handle.flush_cache()
