@@ -265,11 +265,11 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
 
 
 def feed_forward(
-    x: Array, up: Quantized, gate: Quantized, down: Quantized, dtype: jnp.dtype
+    x: Array, gate: Quantized, up: Quantized, down: Quantized, dtype: jnp.dtype
 ) -> Array:
     """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
     # The reference's GELU is the tanh approximation.
-    hidden = jax.nn.gelu(product(x, up, dtype), approximate=True) * product(x, gate, dtype)
+    hidden = jax.nn.gelu(product(x, gate, dtype), approximate=True) * product(x, up, dtype)
     return product(hidden, down, dtype)
 
 

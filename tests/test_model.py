@@ -348,8 +348,8 @@ def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
     layers = [
         dataclasses.replace(
             layer,
-            up=poisoned(layer.up, sets[0] | sets[1]),
             gate=poisoned(layer.gate, sets[0] | sets[1]),
+            up=poisoned(layer.up, sets[0] | sets[1]),
             down=poisoned(layer.down, sets[0] | sets[1]),
         )
         for layer, sets in zip(params.layers, chosen, strict=True)

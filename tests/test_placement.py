@@ -58,7 +58,7 @@ def test_device_holds_the_block_that_the_rules_give_it(mesh):
         "language_model/in_out_embed/embeddings": params.embedding,
         LAYER_3 + "multi_head_attention/linear/w": layer.output,
         LAYER_3 + "multi_head_attention/key/w": layer.key,
-        LAYER_3 + "moe/linear_v/w": layer.gate,
+        LAYER_3 + "moe/linear_v/w": layer.up,
         LAYER_3 + "moe/linear_1/w": layer.down,
         LAYER_3 + "rms_norm_2/scale": layer.before_experts,
         LAYER_3 + "router/w": layer.router,
