@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.errors import Damaged
-from grokfetch.progress import Bar, bytes_text, seconds_text
+from grokfetch.progress import Bar, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.manifest import Manifest
@@ -35,15 +35,15 @@ def verify(folder: Path) -> None:
     faults = check_tensors(store) if summary.proven else 0
     manifest = store.manifest()
     click.echo(
-        f"{bytes_text(summary.proven)} of {bytes_text(summary.total)} proven"
+        f"{summary.proven:,} of {summary.total:,} bytes proven"
         f"{_by_what(summary, manifest)} in {seconds_text(time.perf_counter() - start)}"
     )
     if not summary.recorded:
         click.echo(f"note: {store.state} cannot be written, nothing is recorded", err=True)
     if faults or not summary.complete:
         raise Damaged(
-            f"{summary.failures + faults} findings, "
-            f"{bytes_text(summary.total - summary.proven)} not proven",
+            f"findings: {summary.failures + faults}, "
+            f"bytes not proven: {summary.total - summary.proven:,}",
             path=folder,
             hint=_hint(folder, manifest),
         )
