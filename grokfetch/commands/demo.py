@@ -82,7 +82,7 @@ def _walk(folder: Path) -> None:
         tokens = list(engine.generate(PROMPT, NEW_TOKENS, Sampling()))
     steps.done(f"compiled the model and generated {len(tokens)} tokens")
     click.echo(f"\nprompt {' '.join(map(str, PROMPT))}\ntokens {' '.join(map(str, tokens))}")
-    click.echo("(the weights are random, so the tokens mean nothing; the real ones: fetch --to DIR)")
+    click.echo("(random weights, so the tokens mean nothing; the real ones: fetch --to DIR)")
 
 
 class _Steps:
