@@ -337,6 +337,6 @@ def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     keep = tmp_path / "kept"
     text = grokfetch("demo", "--keep", keep)
     assert [line.split(".")[0] for line in text.splitlines()[:6]] == list("123456")
-    assert len(text.split("tokens ")[-1].splitlines()[0].split()) == 16
+    assert len(text.split("\ntokens ")[1].splitlines()[0].split()) == 16
     grokfetch("verify", keep / "fetched")
     grokfetch("demo", "--keep", keep, code=errors.StorageFailed.exit_code)

@@ -205,8 +205,9 @@ class _Download:
             if alert.piece_index in self._left:
                 self._finished.append(alert.piece_index)
         elif isinstance(alert, lt.cache_flushed_alert):
-            arrived, self._flushing = self._flushing, []
-            self._left.difference_update(arrived)
+            # A piece that was found finished before its alert was read comes twice.
+            arrived, self._flushing = self._left.intersection(self._flushing), []
+            self._left -= arrived
             if arrived:
                 yield Arrived(tuple(arrived))
         elif isinstance(alert, lt.hash_failed_alert):
