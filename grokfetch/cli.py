@@ -16,7 +16,7 @@ from grokfetch.errors import GrokfetchError
 
 __all__ = ["main"]
 
-COMMANDS = ("fetch", "verify", "inspect", "manifest", "run", "demo")
+COMMANDS = ("fetch", "status", "verify", "inspect", "manifest", "run", "demo")
 INTERRUPTED = 130
 
 
@@ -53,5 +53,6 @@ class Program(click.Group):
 def main() -> None:
     """From the Grok-1 magnet link to tokens.
 
-    fetch the weights, verify them, look into them, run them; demo does it all on a small model.
+    fetch the weights, see their status, verify them, look into them, run them; demo does it all on
+    a small model.
     """

@@ -42,7 +42,8 @@ Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
 class Status:
     """How far it is: proven bytes of all bytes, bytes a second, peers, proven pieces of all.
 
-    While the phase is "checking" or "hashing", `done` and `total` are bytes read back.
+    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
+    the proven bytes in every phase.
     """
 
     phase: Phase
@@ -52,6 +53,7 @@ class Status:
     peers: int = 0
     pieces_done: int = 0
     pieces_total: int = 0
+    proven: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -381,6 +383,7 @@ class _Fetch:
             self._total,
             pieces_done=len(self._proofs.pieces),
             pieces_total=self._layout.piece_count,
+            proven=self._done,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,7 +15,7 @@ from typing import IO
 
 from grokfetch.errors import GrokfetchError, StateLocked, StorageFailed
 
-__all__ = ["folder_lock", "replacing", "storage_failed"]
+__all__ = ["Owner", "folder_lock", "read_owner", "replacing", "storage_failed"]
 
 
 @contextlib.contextmanager
@@ -75,12 +76,53 @@ def _acquire(file: IO[bytes], folder: Path, *, exclusive: bool) -> None:
 
 
 def _owner(file: IO[bytes]) -> str:
+    file.seek(0)
+    owner = _parse_owner(file.read(1000))
+    return "another grokfetch" if owner is None else str(owner)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that writes a folder."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """Who writes a folder now, None if nobody does. Takes no lock and waits for nobody.
+
+    A name that a dead process has left counts only if it died on another host: that cannot be told.
+    """
     try:
-        file.seek(0)
-        owner = json.loads(file.read(1000))
-        return f"process {int(owner['pid'])} on {owner['host']!s:.100}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another grokfetch"
+        owner = _parse_owner((folder / "lock").read_bytes())
+    except OSError:
+        return None
+    return owner if owner is not None and _alive(owner) else None
+
+
+def _parse_owner(text: bytes) -> Owner | None:
+    try:
+        fields = json.loads(text)
+        owner = Owner(int(fields["pid"]), f"{fields['host']!s:.100}")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return owner if owner.pid > 0 else None
+
+
+def _alive(owner: Owner) -> bool:
+    if owner.host != socket.gethostname():
+        return True
+    try:
+        os.kill(owner.pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextlib.contextmanager

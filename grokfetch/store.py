@@ -12,6 +12,7 @@
         record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
                              the proven pieces in hexadecimal (piece 0 is the highest bit), and for
                              each file: size, mtime_ns, sha256 or null, "writing" or ""
+        progress.json        how the latest fetch has gone (`history.SCHEMA`), for `status` only
         *.damaged-N          a state file that could not be read, set aside
 
 Every file of ours but the lock is written beside its target, flushed, renamed over it, and its

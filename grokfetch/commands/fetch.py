@@ -107,11 +107,12 @@ def bring(
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
+    from grokfetch.history import recorded
     from grokfetch.source import Notice
     from grokfetch.verify import Finding
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
-    events = fetching.fetch(store, source, manifest=manifest, limits=limits)
+    events = recorded(store, fetching.fetch(store, source, manifest=manifest, limits=limits))
     with Bar("fetch") as bar, contextlib.closing(events):
         for event in events:
             match event:
