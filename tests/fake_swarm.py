@@ -29,6 +29,7 @@ class FakeSwarm:
     full_after: int | None = None
     no_metadata: bool = False
     tick: Callable[[], None] = lambda: None
+    on_close: Callable[[], None] = lambda: None
     orders: list[Order] = dataclasses.field(default_factory=list)
     metadata_asked: int = 0
     closed: int = 0
@@ -66,6 +67,7 @@ class FakeSwarm:
                 yield Arrived((piece,))
                 yield Traffic(received, 1.0, 1)
         finally:
+            self.on_close()
             self.closed += 1
 
     def _write(self, order: Order, piece: int, *, half: bool) -> None:

@@ -134,6 +134,19 @@ def test_after_a_kill_a_proven_file_that_was_truncated_is_looked_at_again(
     assert whole(tmp_path)
 
 
+def test_files_stay_marked_until_the_source_has_stopped_writing(tmp_path, swarm):
+    marked = []
+    swarm.on_close = lambda: marked.extend(
+        proof.writing for proof in Store(tmp_path).record().files.values() if proof.writing
+    )
+    with contextlib.closing(fetch(Store(tmp_path), swarm)) as events:
+        next(event for event in events if isinstance(event, Status) and event.pieces_done)
+        # Held here, the source lives on unless it is closed.
+        assert swarm.closed == 0
+    assert marked
+    assert not any(proof.writing for proof in Store(tmp_path).record().files.values())
+
+
 def test_ending_early_keeps_what_has_come(tmp_path, swarm):
     with contextlib.closing(fetch(Store(tmp_path), swarm, limits=EAGER)) as events:
         for event in events:

@@ -169,8 +169,8 @@ class _Download:
         self._handle = handle
         self._order = order
         self._left = set(order.want)
-        self._finished: list[int] = []
-        self._flushing: list[int] = []
+        self._finished: set[int] = set()
+        self._flushing: set[int] = set()
         self._flush_at = 0.0
         self._traffic_at = 0.0
 
@@ -182,7 +182,7 @@ class _Download:
             due = now >= self._flush_at or len(self._finished) == len(self._left)
             if self._finished and not self._flushing and due:
                 self._flush_at = now + FLUSH_INTERVAL_S
-                self._flushing, self._finished = self._finished, []
+                self._flushing, self._finished = self._finished, set()
                 self._handle.flush_cache()
             if now >= self._traffic_at:
                 self._traffic_at = now + TRAFFIC_INTERVAL_S
@@ -191,9 +191,9 @@ class _Download:
     def _traffic(self) -> Traffic:
         status = self._handle.status()
         if status.is_finished and not self._finished and not self._flushing:
-            # An alert was dropped from a queue that had run full.
+            # An alert may have been dropped from a queue that had run full.
             had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
-            self._finished = [piece for piece in self._left if had[piece]]
+            self._finished = {piece for piece in self._left if had[piece]}
         return Traffic(
             status.total_payload_download, float(status.download_payload_rate), status.num_peers
         )
@@ -202,14 +202,14 @@ class _Download:
         lt = self._lt
         if isinstance(alert, lt.piece_finished_alert):
             # It comes for the pieces of `have`, too.
-            if alert.piece_index in self._left:
-                self._finished.append(alert.piece_index)
+            piece = alert.piece_index
+            if piece in self._left and piece not in self._flushing:
+                self._finished.add(piece)
         elif isinstance(alert, lt.cache_flushed_alert):
-            # A piece that was found finished before its alert was read comes twice.
-            arrived, self._flushing = self._left.intersection(self._flushing), []
+            arrived, self._flushing = self._flushing, set()
             self._left -= arrived
             if arrived:
-                yield Arrived(tuple(arrived))
+                yield Arrived(tuple(sorted(arrived)))
         elif isinstance(alert, lt.hash_failed_alert):
             yield Notice(f"piece {alert.piece_index} came with a wrong hash and is asked for again")
         elif isinstance(alert, lt.peer_ban_alert):
