@@ -15,12 +15,14 @@ from functools import partial
 from itertools import chain
 from typing import Literal
 
+from grokfetch.agreement import in_force
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
 from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, may_be_on_disk
-from grokfetch.manifest import Manifest, ManifestFile, bind, plain
+from grokfetch.manifest import Manifest, ManifestFile
 from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.proofs import Proofs
+from grokfetch.repair import read_again
 from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
 from grokfetch.store import Store
 from grokfetch.targets import check_room, cut_long_files, make_empty_files, refuse_links
@@ -32,7 +34,6 @@ __all__ = [
     "Outcome",
     "Status",
     "fetch",
-    "in_force",
 ]
 
 Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
@@ -88,12 +89,13 @@ class Limits:
     attempts: int = 3
 
 
-def fetch(
+def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by name
     store: Store,
     source: PieceSource,
     *,
     manifest: Manifest | None = None,
     limits: Limits | None = None,
+    repair: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generator[Event, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
@@ -106,6 +108,7 @@ def fetch(
         manifest: what it must be; by default the manifest in force, or else whatever the torrent
             holds.
         limits: patience.
+        repair: trust nothing that was proven before: read everything back first.
         clock: monotonic seconds.
 
     Yields:
@@ -119,41 +122,7 @@ def fetch(
         StorageFailed: the disk is full, read-only, gone or failing.
     """
     with store.lock():
-        yield from _Fetch(store, source, manifest, limits or Limits(), clock).run()
-
-
-def in_force(
-    manifest: Manifest | None, torrent: TorrentFile, layout: Layout, magnet: str | None
-) -> Manifest:
-    """The manifest to put in force for a torrent.
-
-    A manifest without digests adopts the torrent: its piece hashes are all there is.
-
-    Args:
-        manifest: what the payload must be; None if nothing is known.
-        torrent: its metadata.
-        layout: its files.
-        magnet: the link it came by.
-
-    Raises:
-        Contradiction: the files are others, or the manifest is about another torrent and has no
-            sha256 to tell that the content is the same.
-    """
-    files = [(file.path, file.size) for file in layout.payload]
-    if manifest is None:
-        entries = (ManifestFile(path, size) for path, size in files)
-        return plain(layout.name, torrent.info_hash, magnet, entries)
-    named = manifest.info_hash
-    undigested = [file for file in manifest.files if file.sha256 is None]
-    if named is not None and not torrent.known_as(named) and undigested:
-        raise Contradiction(
-            f"the manifest is about torrent {named}, this is {torrent.info_hash}, and the manifest "
-            f"has no sha256 of {undigested[0].path} to tell whether that is the same file"
-        )
-    bound = bind(manifest, files)
-    if named is None and len(undigested) == len(manifest.files):
-        bound = dataclasses.replace(bound, info_hash=torrent.info_hash)
-    return bound if bound.magnet else dataclasses.replace(bound, magnet=magnet)
+        yield from _Fetch(store, source, manifest, limits or Limits(), clock).run(repair=repair)
 
 
 class _Fetch:
@@ -176,7 +145,7 @@ class _Fetch:
         self._rehashed = 0
         self._save_at = clock() + limits.save_s
 
-    def run(self) -> Iterator[Event]:
+    def run(self, *, repair: bool) -> Iterator[Event]:
         self._torrent = yield from self._metadata()
         self._layout = self._settle()
         self._tensors = TensorIndex(self._store.manifest())
@@ -186,6 +155,8 @@ class _Fetch:
             yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
         make_empty_files(self._store, self._layout)
         self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
+        if repair:
+            yield from self._read_again()
         self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
         yield from self._bring_all()
         yield from self._check_digests()
@@ -236,6 +207,13 @@ class _Fetch:
         return layout
 
     # --- pieces -------------------------------------------------------------------------------
+
+    def _read_again(self) -> Iterator[Event]:
+        for event in read_again(self._store, self._layout, self._proofs):
+            if isinstance(event, Finding):
+                yield event
+            else:
+                yield Status("checking", event.done, event.total)
 
     def _bring_all(self) -> Iterator[Event]:
         in_vain = 0

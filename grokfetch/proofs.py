@@ -6,6 +6,7 @@ a power cut cannot leave a claim without its bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -61,6 +62,16 @@ class Proofs:
         if piece not in self.pieces:
             self.pieces.add(piece)
             self._unsaved.add(piece)
+
+    def remove(self, pieces: Iterable[int]) -> None:
+        """Doubt pieces that do not read right any more."""
+        self.pieces.difference_update(pieces)
+        self._unsaved.difference_update(pieces)
+
+    def forget_digests(self) -> None:
+        """Doubt the digests of whole files."""
+        for path, proof in self._files.items():
+            self._files[path] = dataclasses.replace(proof, sha256=None)
 
     def mark_writing(self, paths: Iterable[PurePosixPath]) -> None:
         """Say on disk, before it happens, that we shall write these files.

@@ -199,7 +199,7 @@ def test_a_flipped_bit_is_found_with_its_tensor_and_costs_one_piece(fetched, pee
     text = grokfetch("verify", fetched, code=errors.Damaged.exit_code)
     assert "corrupt piece" in text
     assert "[transformer/decoder_layer_0/moe/linear/w]" in text
-    assert f"grokfetch fetch {fetched}" in text
+    assert f"grokfetch verify {fetched} --repair" in text
     grokfetch("run", fetched, "--tokens", "1", code=errors.NotProven.exit_code)
     grokfetch("fetch", fetched, "--peer", peer, *LOOPBACK)
     grokfetch("verify", fetched)

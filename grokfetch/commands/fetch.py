@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.commands.verify import finding_line
 from grokfetch.errors import SourceInvalid, TorrentInvalid
 from grokfetch.progress import Bar, bytes_text, seconds_text
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from grokfetch.metainfo import TorrentFile
     from grokfetch.source import PieceSource
     from grokfetch.store import Store
+    from grokfetch.swarm import SwarmSettings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,20 +47,7 @@ class Wanted:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
 )
-@click.option("--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well.")
-@click.option(
-    "--listen",
-    metavar="ADDRESS:PORT",
-    default="0.0.0.0:6881,[::]:6881",
-    show_default=True,
-    help="Where to listen for peers; several separated by commas.",
-)
-@click.option(
-    "--discovery/--no-discovery",
-    default=True,
-    show_default=True,
-    help="Look for peers by DHT and on the local network, and ask the router for a way in.",
-)
+@swarm_options
 @click.option(
     "--timeout",
     metavar="SECONDS",
@@ -67,15 +56,15 @@ class Wanted:
     show_default=True,
     help="Give up after so long without a byte.",
 )
+@click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 def fetch(
     source: str | None,
     folder: Path | None,
     manifest_file: Path | None,
-    peers: tuple[str, ...],
-    listen: str,
     *,
-    discovery: bool,
+    swarm: SwarmSettings,
     timeout: float,
+    repair: bool,
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
 
@@ -83,7 +72,7 @@ def fetch(
     without one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
     """
     from grokfetch.store import Store
-    from grokfetch.swarm import Swarm, SwarmSettings
+    from grokfetch.swarm import Swarm
 
     wanted = resolve(source, None if manifest_file is None else read_manifest(manifest_file))
     target = folder or wanted.begun
@@ -91,8 +80,8 @@ def fetch(
         raise click.UsageError("say where to: --to DIR")
     store = Store(target)
     start = time.perf_counter()
-    swarm = Swarm(wanted.origin, SwarmSettings(listen, discovery=discovery, peers=peers))
-    outcome = bring(store, swarm, wanted.manifest, timeout_s=timeout)
+    peers = Swarm(wanted.origin, swarm)
+    outcome = bring(store, peers, wanted.manifest, timeout_s=timeout, repair=repair)
     if outcome.fetched or outcome.rehashed:
         click.echo(
             f"{target}: {bytes_text(outcome.total)} proven in "
@@ -103,7 +92,12 @@ def fetch(
 
 
 def bring(
-    store: Store, source: PieceSource, manifest: Manifest | None, *, timeout_s: float
+    store: Store,
+    source: PieceSource,
+    manifest: Manifest | None,
+    *,
+    timeout_s: float,
+    repair: bool = False,
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
@@ -112,7 +106,8 @@ def bring(
     from grokfetch.verify import Finding
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
-    events = recorded(store, fetching.fetch(store, source, manifest=manifest, limits=limits))
+    brought = fetching.fetch(store, source, manifest=manifest, limits=limits, repair=repair)
+    events = recorded(store, brought)
     with Bar("fetch") as bar, contextlib.closing(events):
         for event in events:
             match event:

@@ -8,20 +8,27 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import Damaged
 from grokfetch.progress import Bar, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.manifest import Manifest
     from grokfetch.store import Store
+    from grokfetch.swarm import SwarmSettings
     from grokfetch.verify import Finding, Summary
+
+TIMEOUT_S = 600.0
+"""How long a repair waits without a byte."""
 
 
 @click.command()
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
-def verify(folder: Path) -> None:
+@click.option("--repair", is_flag=True, help="Fetch what is bad again, from the swarm.")
+@swarm_options
+def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
@@ -31,6 +38,9 @@ def verify(folder: Path) -> None:
 
     store = Store(folder)
     start = time.perf_counter()
+    if repair:
+        _repair(folder, swarm, start)
+        return
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
     manifest = store.manifest()
@@ -47,6 +57,26 @@ def verify(folder: Path) -> None:
             path=folder,
             hint=_hint(folder, manifest),
         )
+
+
+def _repair(folder: Path, swarm: SwarmSettings, start: float) -> None:
+    """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
+    from grokfetch.commands.fetch import bring, resolve
+    from grokfetch.store import Store
+    from grokfetch.swarm import Swarm
+
+    store = Store(folder)
+    wanted = resolve(str(folder), None)
+    outcome = bring(
+        store, Swarm(wanted.origin, swarm), wanted.manifest, timeout_s=TIMEOUT_S, repair=True
+    )
+    faults = check_tensors(store)
+    click.echo(
+        f"{outcome.total:,} of {outcome.total:,} bytes proven, "
+        f"{outcome.fetched} pieces fetched again, in {seconds_text(time.perf_counter() - start)}"
+    )
+    if faults:
+        raise Damaged(f"findings: {faults}", path=folder)
 
 
 def check_bytes(store: Store) -> Summary:
@@ -102,7 +132,7 @@ def _by_what(summary: Summary, manifest: Manifest) -> str:
 
 def _hint(folder: Path, manifest: Manifest) -> str:
     if manifest.info_hash is not None:
-        return f"get what is wrong again: grokfetch fetch {folder}"
+        return f"get what is wrong again: grokfetch verify {folder} --repair"
     if manifest.measured is not None:
         return f"get these files again; if they are meant to differ: grokfetch manifest {folder}"
     return "get these files again"

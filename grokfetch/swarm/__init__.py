@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from grokfetch.swarm.download import Swarm
 from grokfetch.swarm.seeding import Seeder, make_torrent, seed
-from grokfetch.swarm.session import SwarmSettings
+from grokfetch.swarm.session import Proxy, SwarmSettings
 
-__all__ = ["Seeder", "Swarm", "SwarmSettings", "make_torrent", "seed"]
+__all__ = ["Proxy", "Seeder", "Swarm", "SwarmSettings", "make_torrent", "seed"]

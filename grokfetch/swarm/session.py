@@ -8,11 +8,11 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from grokfetch.errors import OutOfReach, SourceInvalid, StorageFailed, TorrentInvalid
 
-__all__ = ["Session", "SwarmSettings", "address", "libtorrent"]
+__all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent"]
 
 WAIT_S = 0.2
 """Longest wait for an alert: the delay of Ctrl-C, and of a caller's own clock."""
@@ -41,17 +41,36 @@ def libtorrent() -> Any:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Proxy:
+    """A SOCKS5 proxy; without a `user` it asks for none."""
+
+    host: str
+    port: int
+    user: str = ""
+    password: str = dataclasses.field(default="", repr=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SwarmSettings:
     """How to take part in a swarm.
 
     `listen` holds interfaces and port, comma-separated, as `0.0.0.0:6881`; port 0 is any free one.
-    `discovery` looks for peers beyond the torrent's trackers: DHT, local peers, and a way through
-    the router (UPnP, NAT-PMP). `peers` are more peers, as HOST:PORT.
+    `discovery` looks for peers beyond the torrent's trackers: by DHT and among local peers, each of
+    which can be left out, and by a way through the router (UPnP, NAT-PMP). `peers` are more peers,
+    as HOST:PORT. `up` and `down` are the most payload and protocol bytes a second, None for no
+    bound. With a `proxy` peers and trackers are reached through it, local ones excepted.
     """
 
     listen: str = "0.0.0.0:6881,[::]:6881"
     discovery: bool = True
     peers: tuple[str, ...] = ()
+    dht: bool = True
+    lsd: bool = True
+    trackers: bool = True
+    up: int | None = None
+    down: int | None = None
+    proxy: Proxy | None = None
+    encryption: Literal["required", "preferred", "off"] = "preferred"
 
     @property
     def local(self) -> bool:
@@ -73,6 +92,7 @@ class Session:
 
     def __init__(self, settings: SwarmSettings) -> None:
         self._lt = libtorrent()
+        self._settings = settings
         self._session = self._lt.session(_session_settings(self._lt, settings))
         self._handles: list[Any] = []
         # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
@@ -121,6 +141,8 @@ class Session:
         flags = self._lt.torrent_flags
         params.flags &= ~(flags.paused | flags.auto_managed)
         params.peers = [*params.peers, *peers]
+        if not self._settings.trackers:
+            params.trackers = []
         try:
             handle = self._session.add_torrent(params)
         except RuntimeError as error:
@@ -144,10 +166,13 @@ def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "user_agent": "grokfetch",
         "listen_interfaces": settings.listen,
-        "enable_dht": settings.discovery,
-        "enable_lsd": settings.discovery,
-        "enable_upnp": settings.discovery,
-        "enable_natpmp": settings.discovery,
+        "enable_dht": settings.discovery and settings.dht,
+        "enable_lsd": settings.discovery and settings.lsd,
+        # A way through the router would lead past the proxy.
+        "enable_upnp": settings.discovery and settings.proxy is None,
+        "enable_natpmp": settings.discovery and settings.proxy is None,
+        "upload_rate_limit": settings.up or 0,
+        "download_rate_limit": settings.down or 0,
         "mixed_mode_algorithm": PREFER_TCP,
         # A peer that has nothing for us at the moment may be the one that sends a bad piece again.
         "close_redundant_connections": False,
@@ -161,8 +186,12 @@ def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         "announce_to_all_tiers": True,
         "stop_tracker_timeout": 1,
     }
-    if not settings.discovery:
+    found.update(_encryption(lt, settings))
+    if settings.proxy is not None:
+        found.update(_proxy(lt, settings.proxy))
+    if not settings.discovery or not settings.dht:
         found["dht_bootstrap_nodes"] = ""
+    if not settings.discovery:
         found["webtorrent_stun_server"] = ""
     if settings.local:
         # Here several peers share one address, and a lost one is worth trying again at once.
@@ -172,6 +201,34 @@ def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         found["enable_outgoing_utp"] = False
         found["enable_incoming_utp"] = False
     return found
+
+
+def _encryption(lt: Any, settings: SwarmSettings) -> dict[str, int]:
+    policies, levels = lt.enc_policy, lt.enc_level
+    policy, level = {
+        "required": (policies.pe_forced, levels.pe_rc4),
+        "preferred": (policies.pe_enabled, levels.pe_both),
+        "off": (policies.pe_disabled, levels.pe_both),
+    }[settings.encryption]
+    return {
+        "out_enc_policy": int(policy),
+        "in_enc_policy": int(policy),
+        "allowed_enc_level": int(level),
+    }
+
+
+def _proxy(lt: Any, proxy: Proxy) -> dict[str, Any]:
+    kinds = lt.proxy_type_t
+    return {
+        "proxy_type": int(kinds.socks5_pw if proxy.user else kinds.socks5),
+        "proxy_hostname": proxy.host,
+        "proxy_port": proxy.port,
+        "proxy_username": proxy.user,
+        "proxy_password": proxy.password,
+        "proxy_hostnames": True,
+        "proxy_peer_connections": True,
+        "proxy_tracker_connections": True,
+    }
 
 
 def address(peer: str) -> tuple[str, int]:
