@@ -71,9 +71,10 @@ def _repair(folder: Path, swarm: SwarmSettings, start: float) -> None:
         store, Swarm(wanted.origin, swarm), wanted.manifest, timeout_s=TIMEOUT_S, repair=True
     )
     faults = check_tensors(store)
+    pieces = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     click.echo(
         f"{outcome.total:,} of {outcome.total:,} bytes proven, "
-        f"{outcome.fetched} pieces fetched again, in {seconds_text(time.perf_counter() - start)}"
+        f"{pieces} fetched again, in {seconds_text(time.perf_counter() - start)}"
     )
     if faults:
         raise Damaged(f"findings: {faults}", path=folder)
