@@ -2,7 +2,13 @@
 
 import os
 
+from hypothesis import settings
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+# Time limits for single examples measure the machine, which may be busy, and not the code.
+settings.register_profile("grokfetch", deadline=None)
+settings.load_profile("grokfetch")
