@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from grokfetch import __version__
+from grokfetch.commands.reporting import failed
 from grokfetch.errors import GrokfetchError
 
 __all__ = ["main"]
@@ -40,10 +41,17 @@ class Program(click.Group):
         """Run the command; an error that a person can act on is printed and gives its exit code."""
         try:
             return super().invoke(ctx)
+        except click.exceptions.Exit:
+            raise
         except GrokfetchError as error:
+            failed(ctx, error)
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except Exception as error:
+            failed(ctx, error)
+            raise
+        except KeyboardInterrupt as error:
+            failed(ctx, error)
             click.echo("interrupted; what is done is kept, run the command again", err=True)
             ctx.exit(INTERRUPTED)
 

@@ -26,11 +26,12 @@ from grokfetch.repair import read_again
 from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
 from grokfetch.store import Store
 from grokfetch.targets import check_room, cut_long_files, make_empty_files, refuse_links
-from grokfetch.verify import Finding, TensorIndex, corrupt, hash_files
+from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
 __all__ = [
     "Event",
     "Limits",
+    "Metadata",
     "Outcome",
     "Status",
     "fetch",
@@ -58,6 +59,17 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Metadata:
+    """What the torrent is: name, info hash, number of files, bytes, number of pieces."""
+
+    name: str
+    info_hash: str
+    files: int
+    bytes: int
+    pieces: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """The last value of a fetch that ended well.
 
@@ -72,7 +84,7 @@ class Outcome:
     rehashed: int
 
 
-Event = Status | Finding | Notice | Outcome
+Event = Status | Metadata | Proven | Finding | Notice | Outcome
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +124,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
         clock: monotonic seconds.
 
     Yields:
-        Status, findings and notices, then one Outcome.
+        Metadata, Status, proven pieces, findings and notices, then one Outcome.
 
     Raises:
         TorrentInvalid: the metadata is not the one asked for, or unsafe.
@@ -151,6 +163,13 @@ class _Fetch:
         self._tensors = TensorIndex(self._store.manifest())
         self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
         self._total = sum(self._weights)
+        yield Metadata(
+            self._layout.name,
+            self._torrent.info_hash,
+            len(self._layout.payload),
+            self._total,
+            self._layout.piece_count,
+        )
         for file in cut_long_files(self._store, self._layout):
             yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
         make_empty_files(self._store, self._layout)
@@ -245,6 +264,7 @@ class _Fetch:
                     self._rehashed += 1
                     read += self._weights[result.piece]
                     self._count(result)
+                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
                 self._save_if_due()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
 
@@ -309,7 +329,9 @@ class _Fetch:
     ) -> Iterator[Event]:
         for result in chain.from_iterable(hashers.take(None if wait else 0)):
             self._count(result)
-            if result.verdict != "good":
+            if result.verdict == "good":
+                yield Proven((result.piece,))
+            else:
                 yield from corrupt(self._layout, result, self._tensors)
         self._save_if_due()
         yield dataclasses.replace(

@@ -29,6 +29,7 @@ __all__ = [
     "Event",
     "Finding",
     "Progress",
+    "Proven",
     "Summary",
     "TensorIndex",
     "corrupt",
@@ -56,10 +57,18 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes read back so far, and to be read in all."""
+    """Bytes of a step done so far, and to be done in all; here they are read back."""
 
     done: int
     total: int
+    phase: str = "verifying"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proven:
+    """Pieces that were read back right just now."""
+
+    pieces: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +98,7 @@ class Summary:
         return not self.failures and self.proven == self.total
 
 
-Event = Finding | Progress | Summary
+Event = Finding | Progress | Proven | Summary
 
 
 def verify(store: Store, *, threads: int | None = None) -> Iterator[Event]:
@@ -100,7 +109,7 @@ def verify(store: Store, *, threads: int | None = None) -> Iterator[Event]:
         threads: that hash; one for each core by default.
 
     Yields:
-        Progress and findings as they come, then one Summary.
+        Progress, proven pieces and findings as they come, then one Summary.
 
     Raises:
         StateMissing: there is no manifest.
@@ -263,6 +272,7 @@ class _Verification:
                 for result in results:
                     yield from self._note(self._judge(layout, result))
                     self._done += layout.piece_size(result.piece)
+                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
                 yield Progress(self._done, self._total)
 
     def _judge(self, layout: Layout, result: PieceResult) -> Iterator[Finding]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.swarm_options import swarm_options
-from grokfetch.commands.verify import finding_line
 from grokfetch.errors import SourceInvalid, TorrentInvalid
-from grokfetch.progress import Bar, bytes_text, seconds_text
+from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.fetch import Outcome, Status
+    from grokfetch.fetch import Outcome
     from grokfetch.magnet import Magnet
     from grokfetch.manifest import Manifest
     from grokfetch.metainfo import TorrentFile
@@ -57,6 +57,7 @@ class Wanted:
     help="Give up after so long without a byte.",
 )
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
+@json_option
 def fetch(
     source: str | None,
     folder: Path | None,
@@ -82,13 +83,17 @@ def fetch(
     start = time.perf_counter()
     peers = Swarm(wanted.origin, swarm)
     outcome = bring(store, peers, wanted.manifest, timeout_s=timeout, repair=repair)
-    if outcome.fetched or outcome.rehashed:
-        click.echo(
-            f"{target}: {bytes_text(outcome.total)} proven in "
-            f"{seconds_text(time.perf_counter() - start)}"
-        )
-    else:
-        click.echo(f"{target}: complete, all {bytes_text(outcome.total)} were proven before")
+    seconds = time.perf_counter() - start
+    new = outcome.fetched or outcome.rehashed
+    size = bytes_text(outcome.total)
+    ended(
+        f"{target}: {size} proven in {seconds_text(seconds)}"
+        if new
+        else f"{target}: complete, all {size} were proven before",
+        seconds,
+        folder=str(target),
+        **dataclasses.asdict(outcome),
+    )
 
 
 def bring(
@@ -102,34 +107,18 @@ def bring(
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
     from grokfetch.history import recorded
-    from grokfetch.source import Notice
-    from grokfetch.verify import Finding
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
     brought = fetching.fetch(store, source, manifest=manifest, limits=limits, repair=repair)
     events = recorded(store, brought)
-    with Bar("fetch") as bar, contextlib.closing(events):
+    with reporter("fetch") as sink, contextlib.closing(events):
         for event in events:
-            match event:
-                case fetching.Status():
-                    bar.show(event.done, event.total, _note(event))
-                case Finding():
-                    bar.say(finding_line(event))
-                case Notice():
-                    bar.say(event.text)
-                case fetching.Outcome():
-                    outcome = event
+            sink.take(event)
+            if isinstance(event, fetching.Outcome):
+                outcome = event
         for warning in store.warnings:
-            bar.say(f"warning: {warning}")
+            sink.say(f"warning: {warning}")
     return outcome
-
-
-def _note(status: Status) -> str:
-    if status.phase == "metadata":
-        return f"metadata, {status.peers} peers"
-    if status.phase != "downloading":
-        return status.phase
-    return f"{status.pieces_done}/{status.pieces_total} pieces proven, {status.peers} peers"
 
 
 def resolve(source: str | None, manifest: Manifest | None) -> Wanted:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from grokfetch.commands.reporting import json_option, lines, reporter
 from grokfetch.errors import TokenizerMissing
-from grokfetch.progress import Bar, bytes_text, seconds_text
+from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.manifest import TokenizerSource
+    from grokfetch.progress import Lines
     from grokfetch.store import Store
     from loader.checkpoint import Checkpoint
     from loader.generate import Engine
@@ -57,6 +59,7 @@ Dtype = Literal["bfloat16", "float32"]
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
 )
+@json_option
 def run(
     folder: Path,
     prompt: str | None,
@@ -95,6 +98,10 @@ def run(
         check_prompts(checkpoint.config, [ids])
         engine = load(checkpoint, dtype=dtype, shape=shape)
         sampling = Sampling(temperature, top_p, top_k, seed)
+        machine = lines()
+        if machine is not None:
+            _events(machine, engine.generate(ids, max_tokens, sampling), words)
+            return
         generated = _timed(engine.generate(ids, max_tokens, sampling))
         for text in _numbers(generated) if words is None else _texts(generated, words):
             click.echo(text, nl=False)
@@ -103,6 +110,8 @@ def run(
 
 def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> Engine:
     """The weights on the devices, ready to generate; says how long it took."""
+    from grokfetch.events import Loaded
+    from grokfetch.verify import Progress
     from loader import placement
     from loader.generate import Engine
 
@@ -110,22 +119,52 @@ def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> En
     mesh = placement.make_mesh(checkpoint.config, shape)
     total = sum(tensor.nbytes for tensor in checkpoint.values())
     done = 0
-    with Bar("load") as bar:
+    with reporter("load") as sink:
 
         def count(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            bar.show(done, total)
+            sink.take(Progress(done, total, "loading"))
 
         params = placement.load(checkpoint, mesh, on_bytes=count)
     kinds = {device.platform.upper() for device in mesh.devices.flat}
-    click.echo(
-        f"loaded {bytes_text(total)} onto {mesh.size} {'/'.join(sorted(kinds))} "
-        f"{'device' if mesh.size == 1 else 'devices'} "
-        f"in {seconds_text(time.perf_counter() - start)}",
-        err=True,
-    )
+    seconds, platform = time.perf_counter() - start, "/".join(sorted(kinds))
+    machine = lines()
+    if machine is None:
+        click.echo(
+            f"loaded {bytes_text(total)} onto {mesh.size} {platform} "
+            f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
+            err=True,
+        )
+    else:
+        machine.take(Loaded(total, mesh.size, platform, round(seconds, 3)))
     return Engine(checkpoint.config, params, mesh, dtype)
+
+
+def _events(machine: Lines, tokens: Iterator[int], words: Tokenizer | None) -> None:
+    """Tell a machine each token as it comes, and at the end the text and the times."""
+    from grokfetch.events import Ended, Token
+
+    start = first = now = time.perf_counter()
+    stream = None if words is None else words.stream()
+    parts: list[str] = []
+    count = 0
+    for token in tokens:
+        now = time.perf_counter()
+        count += 1
+        first = now if count == 1 else first
+        text = None if stream is None else stream.push(token)
+        parts.append(text or "")
+        machine.take(Token(token, text))
+    if stream is not None:
+        parts.append(stream.finish())
+    results: dict[str, object] = {
+        "tokens": count,
+        "text": None if stream is None else "".join(parts),
+        "first_token_s": round(first - start, 3) if count else None,
+        "tokens_per_s": round((count - 1) / (now - first), 3) if count > 1 else None,
+    }
+    machine.take(Ended(now - start, results))
 
 
 def _timed(tokens: Iterator[int]) -> Iterator[int]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.reporting import ended, json_option, lines, reporter
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import Damaged
-from grokfetch.progress import Bar, seconds_text
+from grokfetch.progress import seconds_text
 
 if TYPE_CHECKING:
+    from grokfetch.errors import GrokfetchError
     from grokfetch.manifest import Manifest
     from grokfetch.store import Store
     from grokfetch.swarm import SwarmSettings
-    from grokfetch.verify import Finding, Summary
+    from grokfetch.verify import Summary
 
 TIMEOUT_S = 600.0
 """How long a repair waits without a byte."""
@@ -28,6 +31,7 @@ TIMEOUT_S = 600.0
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from the swarm.")
 @swarm_options
+@json_option
 def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
@@ -44,9 +48,14 @@ def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
     manifest = store.manifest()
-    click.echo(
+    seconds = time.perf_counter() - start
+    ended(
         f"{summary.proven:,} of {summary.total:,} bytes proven"
-        f"{_by_what(summary, manifest)} in {seconds_text(time.perf_counter() - start)}"
+        f"{_by_what(summary, manifest)} in {seconds_text(seconds)}",
+        seconds,
+        **dataclasses.asdict(summary),
+        proven=summary.proven,
+        wrong=faults,
     )
     if not summary.recorded:
         click.echo(f"note: {store.state} cannot be written, nothing is recorded", err=True)
@@ -72,9 +81,13 @@ def _repair(folder: Path, swarm: SwarmSettings, start: float) -> None:
     )
     faults = check_tensors(store)
     pieces = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
-    click.echo(
+    seconds = time.perf_counter() - start
+    ended(
         f"{outcome.total:,} of {outcome.total:,} bytes proven, "
-        f"{pieces} fetched again, in {seconds_text(time.perf_counter() - start)}"
+        f"{pieces} fetched again, in {seconds_text(seconds)}",
+        seconds,
+        **dataclasses.asdict(outcome),
+        wrong=faults,
     )
     if faults:
         raise Damaged(f"findings: {faults}", path=folder)
@@ -84,26 +97,14 @@ def check_bytes(store: Store) -> Summary:
     """Read back a checkpoint with a bar, print the findings, return the summary."""
     from grokfetch import verify as verification
 
-    with Bar("verify") as bar:
+    with reporter("verify", findings_to_stdout=True) as sink:
         for event in verification.verify(store):
-            match event:
-                case verification.Progress():
-                    bar.show(event.done, event.total)
-                case verification.Finding():
-                    click.echo(finding_line(event))
-                case verification.Summary():
-                    summary = event
+            sink.take(event)
+            if isinstance(event, verification.Summary):
+                summary = event
         for warning in store.warnings:
-            bar.say(f"warning: {warning}")
+            sink.say(f"warning: {warning}")
     return summary
-
-
-def finding_line(finding: Finding) -> str:
-    """A finding in one line: what, where, why, and which tensors it concerns."""
-    piece = "" if finding.piece is None else f" piece {finding.piece}"
-    detail = f": {finding.detail}" if finding.detail else ""
-    tensor = f" [{finding.tensor}]" if finding.tensor else ""
-    return f"{finding.kind}{piece} {finding.path}{detail}{tensor}"
 
 
 def check_tensors(store: Store) -> int:
@@ -111,10 +112,18 @@ def check_tensors(store: Store) -> int:
     from loader.checkpoint import faults
 
     count = 0
+    machine = lines()
     for fault in faults(store):
-        click.echo(f"wrong {fault}")
+        if machine is None:
+            click.echo(f"wrong {fault}")
+        else:
+            machine.put({"event": "finding", "kind": "wrong", "path": fault.path, **_wrong(fault)})
         count += 1
     return count
+
+
+def _wrong(fault: GrokfetchError) -> dict[str, str | None]:
+    return {"piece": None, "tensor": None, "detail": fault.what}
 
 
 def _by_what(summary: Summary, manifest: Manifest) -> str:

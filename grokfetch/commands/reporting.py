@@ -1,0 +1,73 @@
+"""Where a command's events go: `--json` makes lines for machines of what is a bar for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from grokfetch import __version__
+from grokfetch.progress import Bar, Lines, Sink
+
+__all__ = ["ended", "failed", "json_option", "lines", "reporter"]
+
+KEY = "grokfetch.lines"
+"""Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def json_option(function: Function) -> Function:
+    """Add `--json` to a command; the first event is written as soon as it is read."""
+    return click.option(
+        "--json",
+        is_flag=True,
+        # Before the others, so that a machine is also told what is wrong with those.
+        is_eager=True,
+        expose_value=False,
+        callback=_begin,
+        help="Events as JSON lines on stdout, see docs/events.md.",
+    )(function)
+
+
+def _begin(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    from grokfetch.events import Started
+
+    if value:
+        made = context.meta[KEY] = Lines(click.echo)
+        made.take(Started(context.info_name or "", __version__))
+
+
+def lines(context: click.Context | None = None) -> Lines | None:
+    """The JSON lines of this run of the program, None if people read it."""
+    context = context or click.get_current_context(silent=True)
+    found = None if context is None else context.meta.get(KEY)
+    assert found is None or isinstance(found, Lines)
+    return found
+
+
+def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
+    """Where the events of a step go: a bar with that label, or the JSON lines."""
+    return lines() or Bar(label, findings=sys.stdout if findings_to_stdout else None)
+
+
+def ended(text: str, seconds: float, **results: object) -> None:
+    """Say how the command ended: the text for people, the rest for machines."""
+    from grokfetch.events import Ended
+
+    machine = lines()
+    if machine is None:
+        click.echo(text)
+    else:
+        machine.take(Ended(seconds, results))
+
+
+def failed(context: click.Context, error: BaseException) -> None:
+    """Tell a machine what ended the command."""
+    from grokfetch.events import error_fields
+
+    machine = lines(context)
+    if machine is not None:
+        machine.put(error_fields(error))
