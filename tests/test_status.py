@@ -111,7 +111,7 @@ def test_beside_a_running_fetch_status_tells_who_is_at_work_and_how_fast(tmp_pat
     store, seen = Store(tmp_path), 0
     events = recorded(store, fetch(store, FakeSwarm(TORRENT, dict(FILES))), clock=Turns())
     for event in events:
-        if isinstance(event, Status) and event.phase == "downloading" and event.pieces_done:
+        if isinstance(event, Status) and event.phase == "downloading" and event.peers:
             found = machine(tmp_path)
             assert found["owner"] == {"pid": os.getpid(), "host": socket.gethostname()}
             last = found["history"][-1]
