@@ -17,7 +17,7 @@ from grokfetch.errors import GrokfetchError
 
 __all__ = ["main"]
 
-COMMANDS = ("fetch", "status", "verify", "inspect", "manifest", "run", "demo")
+COMMANDS = ("fetch", "status", "verify", "inspect", "manifest", "publish", "run", "demo")
 INTERRUPTED = 130
 
 

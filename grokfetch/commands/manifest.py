@@ -45,20 +45,25 @@ def manifest(folder: Path, config: Path | None, output: Path | None) -> None:
     from grokfetch.store import Store
 
     store = Store(folder)
-    checkpoint = _open(folder, _config(config))
+    checkpoint = find_checkpoint(folder, read_config(config))
     with store.lock():
         made, proofs = _measure(store, _describe(store, checkpoint))
         store.save_manifest(made)
         store.save_record(dataclasses.replace(store.record(), files=proofs))
     if output is not None:
-        _write(output, encode(made))
+        write_file(output, encode(made))
     click.echo(
         f"{store.state / 'manifest.json'}: {len(made.files)} files, "
         f"{len(made.tensors)} tensors, {bytes_text(made.size)}"
     )
 
 
-def _config(path: Path | None) -> GrokConfig:
+def read_config(path: Path | None) -> GrokConfig:
+    """The hyperparameters in a file; the official ones without a file.
+
+    Raises:
+        ManifestInvalid: they are malformed.
+    """
     from loader.schema import GrokConfig
 
     if path is None:
@@ -75,7 +80,12 @@ def _config(path: Path | None) -> GrokConfig:
         raise ManifestInvalid(error.what, path=path) from None
 
 
-def _open(folder: Path, config: GrokConfig) -> Checkpoint:
+def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
+    """The checkpoint below a folder.
+
+    Raises:
+        CheckpointInvalid: there is none, or not of that config.
+    """
     from loader.checkpoint import open_folder
 
     homes = sorted({shard.parent for shard in folder.rglob(FIRST_SHARD)})
@@ -187,7 +197,12 @@ def _measure(
     return dataclasses.replace(described, files=files), proofs
 
 
-def _write(path: Path, text: bytes) -> None:
+def write_file(path: Path, text: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        StorageFailed: it cannot be written.
+    """
     from grokfetch.storage import replacing, storage_failed
 
     try:

@@ -1,0 +1,217 @@
+"""`grokfetch publish`: a folder becomes a torrent, a magnet link and a manifest for others."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+import click
+
+from grokfetch.commands.manifest import (
+    FIRST_SHARD,
+    TOKENIZER,
+    find_checkpoint,
+    read_config,
+    write_file,
+)
+from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.progress import Bar, bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.making import Made
+    from grokfetch.metainfo import TorrentFile
+
+LARGEST_PIECE = 1 << 30
+
+
+Checked = Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str, ...]]
+
+
+def _addresses(*schemes: str) -> Checked:
+    """A callback that refuses what is no address of one of these schemes."""
+
+    def check(_: click.Context, __: click.Parameter, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            try:
+                sound = urlsplit(url).scheme in schemes and urlsplit(url).hostname
+            except ValueError:
+                sound = None
+            if not sound:
+                raise click.BadParameter(f"{url!r:.100} is no {' or '.join(schemes)} address")
+        return urls
+
+    return check
+
+
+def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
+    if value is not None and value & (value - 1):
+        raise click.BadParameter("must be a power of two")
+    return value
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to write; beside DIR if not given.",
+)
+@click.option(
+    "--tracker",
+    "trackers",
+    metavar="URL",
+    callback=_addresses("udp", "http", "https"),
+    multiple=True,
+    help="Where peers can be asked for.",
+)
+@click.option(
+    "--web-seed",
+    "web_seeds",
+    metavar="URL",
+    callback=_addresses("http", "https"),
+    multiple=True,
+    help="A folder on the web that holds a copy of DIR under its name.",
+)
+@click.option(
+    "--piece-length",
+    metavar="BYTES",
+    type=click.IntRange(16 * 1024, LARGEST_PIECE),
+    callback=_power_of_two,
+    help="A power of two; by default what makes at most 20,000 pieces.",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
+)
+def publish(
+    folder: Path,
+    *,
+    output: Path | None,
+    trackers: tuple[str, ...],
+    web_seeds: tuple[str, ...],
+    piece_length: int | None,
+    config: Path | None,
+) -> None:
+    """Make a torrent, a magnet link and a manifest of DIR, so that others can fetch it.
+
+    Writes NAME.torrent (BitTorrent v1 and v2 in one) and NAME.json, and prints the magnet link.
+    Without official shards or --config, DIR is any folder and the manifest one of plain files.
+    """
+    start = time.perf_counter()
+    folder = folder.resolve()
+    target = folder.parent if output is None else output.resolve()
+    if target.is_relative_to(folder):
+        raise click.UsageError("--output must not lie in DIR, or it would be published too")
+    with _settled(folder):
+        described = _describe(folder, config)
+        made = _make(folder, piece_length, trackers, web_seeds)
+    magnet = magnet_of(made.torrent, folder.name, sum(file.size for file in made.files))
+    manifest = _complete(described, made, magnet)
+    torrent_path, manifest_path = (target / f"{folder.name}.{it}" for it in ("torrent", "json"))
+    _write(made.torrent, torrent_path, manifest, manifest_path)
+    click.echo(
+        f"{torrent_path} and {manifest_path}: {len(manifest.files)} files, "
+        f"{len(manifest.tensors)} tensors, {bytes_text(manifest.size)} "
+        f"in {seconds_text(time.perf_counter() - start)}",
+        err=True,
+    )
+    click.echo(magnet)
+
+
+@contextlib.contextmanager
+def _settled(folder: Path) -> Iterator[None]:
+    """Nobody writes the folder meanwhile; what was fetched into it is proven.
+
+    A folder without our state stays without it.
+
+    Raises:
+        StateLocked: a fetch is writing it.
+        NotProven: a fetch of it is not complete.
+    """
+    from grokfetch.store import Store
+
+    if not folder.joinpath(STATE_FOLDER).is_dir():
+        yield
+        return
+    store = Store(folder)
+    with store.lock(exclusive=False):
+        known = store.manifest_or_none()
+        for file in () if known is None else known.files:
+            store.require(file.path)
+        yield
+
+
+def _describe(folder: Path, config: Path | None) -> Manifest:
+    """The manifest without files and digests: name, and tensors where it is a checkpoint."""
+    if config is None and next(folder.rglob(FIRST_SHARD), None) is None:
+        return Manifest(folder.name, ())
+    from loader.inventory import found
+
+    checkpoint = find_checkpoint(folder, read_config(config))
+    _, tensors = found(checkpoint, folder.parent)
+    return Manifest(folder.name, (), tensors=tensors, model=checkpoint.config.to_mapping())
+
+
+def _make(
+    folder: Path, piece_length: int | None, trackers: Sequence[str], web_seeds: Sequence[str]
+) -> Made:
+    from grokfetch import making
+
+    files = making.list_files(folder)
+    sizes = [size for _, size in files]
+    length = piece_length or making.suitable_piece_length(sizes)
+    with Bar("hash") as bar:
+        for event in making.make(folder, files, length, trackers=trackers, web_seeds=web_seeds):
+            if isinstance(event, making.Hashed):
+                bar.show(event.done // 2, sum(sizes))
+            else:
+                made = event
+    return made
+
+
+def magnet_of(torrent: TorrentFile, name: str, size: int) -> str:
+    """The link with both info hashes, name, size in bytes, trackers and web seeds."""
+    pairs = [("dn", name), ("xl", str(size))]
+    pairs += [("tr", url) for url in torrent.trackers]
+    pairs += [("ws", url) for url in torrent.web_seeds]
+    topics = f"xt=urn:btih:{torrent.v1}&xt=urn:btmh:1220{torrent.v2}"
+    return f"magnet:?{topics}" + "".join(f"&{key}={quote(value, safe='')}" for key, value in pairs)
+
+
+def _complete(described: Manifest, made: Made, magnet: str) -> Manifest:
+    return dataclasses.replace(
+        described,
+        files=made.files,
+        info_hash=made.torrent.info_hash,
+        magnet=magnet,
+        tokenizer=_tokenizer(PurePosixPath(described.name) / TOKENIZER, made.files),
+    )
+
+
+def _tokenizer(path: PurePosixPath, files: Sequence[ManifestFile]) -> TokenizerSource | None:
+    """The tokenizer among the files, which the torrent brings like any other."""
+    file = next((file for file in files if file.path == path), None)
+    if file is None or file.sha256 is None:
+        return None
+    return TokenizerSource(path, file.size, file.sha256)
+
+
+def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: Path) -> None:
+    from grokfetch.metainfo import encode_torrent
+    from grokfetch.storage import storage_failed
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_failed(error, path.parent) from error
+    write_file(torrent_path, encode_torrent(torrent))
+    write_file(path, encode(manifest))
