@@ -84,7 +84,7 @@ def fetch(
     peers = Swarm(wanted.origin, swarm)
     outcome = bring(store, peers, wanted.manifest, timeout_s=timeout, repair=repair)
     seconds = time.perf_counter() - start
-    new = outcome.fetched or outcome.rehashed
+    new = outcome.fetched or outcome.rehashed or repair
     size = bytes_text(outcome.total)
     ended(
         f"{target}: {size} proven in {seconds_text(seconds)}"
