@@ -17,7 +17,17 @@ from grokfetch.errors import GrokfetchError
 
 __all__ = ["main"]
 
-COMMANDS = ("fetch", "status", "verify", "inspect", "manifest", "publish", "run", "demo")
+COMMANDS = (
+    "plan",
+    "fetch",
+    "status",
+    "verify",
+    "inspect",
+    "manifest",
+    "publish",
+    "run",
+    "demo",
+)
 INTERRUPTED = 130
 
 

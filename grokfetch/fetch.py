@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Literal
 
+from grokfetch import preflight
 from grokfetch.agreement import in_force
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
 from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, may_be_on_disk
@@ -25,7 +26,7 @@ from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
 from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
 from grokfetch.store import Store
-from grokfetch.targets import check_room, cut_long_files, make_empty_files, refuse_links
+from grokfetch.targets import cut_long_files, make_empty_files, refuse_links
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
 __all__ = [
@@ -163,13 +164,8 @@ class _Fetch:
         self._tensors = TensorIndex(self._store.manifest())
         self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
         self._total = sum(self._weights)
-        yield Metadata(
-            self._layout.name,
-            self._torrent.info_hash,
-            len(self._layout.payload),
-            self._total,
-            self._layout.piece_count,
-        )
+        counts = (len(self._layout.payload), self._total, self._layout.piece_count)
+        yield Metadata(self._layout.name, self._torrent.info_hash, *counts)
         for file in cut_long_files(self._store, self._layout):
             yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
         make_empty_files(self._store, self._layout)
@@ -229,7 +225,7 @@ class _Fetch:
 
     def _read_again(self) -> Iterator[Event]:
         for event in read_again(self._store, self._layout, self._proofs):
-            if isinstance(event, Finding):
+            if isinstance(event, Finding | Proven):
                 yield event
             else:
                 yield Status("checking", event.done, event.total)
@@ -271,7 +267,7 @@ class _Fetch:
     def _download(self, missing: list[int]) -> Iterator[Event]:
         files = _files_of(self._layout, missing)
         refuse_links(self._store, files)
-        check_room(self._store, files)
+        preflight.check(self._store.root, [(file.path, file.size) for file in files])
         self._proofs.mark_writing(file.path for file in files)
         order = Order(
             self._torrent,

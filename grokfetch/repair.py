@@ -9,12 +9,14 @@ from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, ma
 from grokfetch.pieces import Layout
 from grokfetch.proofs import Proofs
 from grokfetch.store import Store
-from grokfetch.verify import Finding, Progress, TensorIndex, corrupt
+from grokfetch.verify import Finding, Progress, Proven, TensorIndex, corrupt
 
 __all__ = ["read_again"]
 
 
-def read_again(store: Store, layout: Layout, proofs: Proofs) -> Iterator[Finding | Progress]:
+def read_again(
+    store: Store, layout: Layout, proofs: Proofs
+) -> Iterator[Finding | Proven | Progress]:
     """Prove every piece anew, with the store's exclusive lock held.
 
     A piece keeps its proof until it reads wrong, so that an interruption costs none.
@@ -25,7 +27,7 @@ def read_again(store: Store, layout: Layout, proofs: Proofs) -> Iterator[Finding
         proofs: what was proven; afterwards, what is.
 
     Yields:
-        Progress in bytes, and a finding for each bad piece.
+        Progress in bytes, pieces that are right, and a finding for each bad piece.
 
     Raises:
         StorageFailed: the record cannot be written.
@@ -49,6 +51,7 @@ def read_again(store: Store, layout: Layout, proofs: Proofs) -> Iterator[Finding
                     else:
                         proofs.remove([result.piece])
                         yield from corrupt(layout, result, tensors)
+                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
                 yield Progress(done, total)
     finally:
         proofs.save()

@@ -1,9 +1,8 @@
-"""The payload files as targets of writing: room, links, and the lengths they must have."""
+"""The payload files as targets of writing: links, and the lengths they must have."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,30 +11,7 @@ from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.storage import storage_failed
 from grokfetch.store import Store
 
-__all__ = ["check_room", "cut_long_files", "make_empty_files", "refuse_links"]
-
-
-def check_room(store: Store, files: Iterable[LayoutFile]) -> None:
-    """Refuse to begin what the disk cannot take; space that the files occupy already is counted.
-
-    Raises:
-        StorageFailed: there is not enough room.
-    """
-    needed = sum(max(0, file.size - _occupied(store.payload(file.path))) for file in files)
-    free = shutil.disk_usage(store.root).free
-    if needed > free:
-        raise StorageFailed(
-            f"{needed:,} bytes are still to come, {free:,} are free",
-            path=store.root,
-            hint="make room, or choose a folder on another disk: --to DIR",
-        )
-
-
-def _occupied(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512
-    except OSError:
-        return 0
+__all__ = ["cut_long_files", "make_empty_files", "refuse_links"]
 
 
 def refuse_links(store: Store, files: Iterable[LayoutFile]) -> None:

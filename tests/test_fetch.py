@@ -7,7 +7,7 @@ import pytest
 from fake_swarm import FakeSwarm, Killed, write_at
 from torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent, watch_fsync
 
-from grokfetch import hashing, proofs, targets
+from grokfetch import hashing, preflight, proofs
 from grokfetch.errors import Contradiction, Stalled, StorageFailed, TorrentInvalid
 from grokfetch.fetch import Limits, Outcome, Status, fetch
 from grokfetch.manifest import ManifestFile
@@ -271,12 +271,13 @@ def test_a_full_disk_ends_the_fetch_and_keeps_what_came(tmp_path, swarm):
 
 
 def test_too_little_room_is_told_before_the_first_byte(tmp_path, swarm, monkeypatch):
-    usage = dataclasses.make_dataclass("usage", ["free"])
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda _path: usage(SIZE - 1))
+    free = SIZE - 1
+    here = preflight.probe(tmp_path, 0)
+    monkeypatch.setattr(preflight, "probe", lambda *_: dataclasses.replace(here, free=free))
     with pytest.raises(StorageFailed, match="still to come"):
         run(tmp_path, swarm)
     assert swarm.orders == []
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda _path: usage(SIZE))
+    free = SIZE
     run(tmp_path, swarm)
 
 

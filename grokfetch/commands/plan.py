@@ -1,0 +1,276 @@
+"""`grokfetch plan`: what a fetch and a run need, what is here, and whether it will do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grokfetch.errors import MeshInvalid
+from grokfetch.progress import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.devices import Device
+    from grokfetch.manifest import Manifest
+    from grokfetch.preflight import Check, Need, Place
+    from loader.schema import GrokConfig
+
+SCHEMA = 1
+DEVICE_COUNTS = (1, 2, 4, 8, 16)
+RATES = (10, 100, 1000)
+"""Megabytes a second; the same figures in megabits take eight times as long."""
+
+LIMITLESS = 2**62
+"""From here on a limit is none."""
+
+ITEM_SIZES = {"int8": 1, "bfloat16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """What each of a number of devices holds in bytes, and whether that works here, or why not.
+
+    `cache` is the KV cache of one whole context in bfloat16. `mesh` is empty if no mesh divides.
+    """
+
+    devices: int
+    mesh: str
+    weights: int
+    cache: int
+    fits: bool | None
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """Memory of this machine in bytes, and its devices."""
+
+    memory: int
+    devices: tuple[Device, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is printed."""
+
+    manifest: Manifest
+    need: Need
+    place: Place
+    checks: tuple[Check, ...]
+    machine: Machine
+    shares: tuple[Share, ...]
+
+
+@click.command()
+@click.argument(
+    "manifest_file",
+    metavar="[MANIFEST]",
+    required=False,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--to",
+    "folder",
+    metavar="DIR",
+    default=Path(),
+    type=click.Path(path_type=Path),
+    help="Where it is to go; this folder if not given.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
+    """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
+
+    Without a MANIFEST it is the one in force in DIR, or Grok-1's. What lies in DIR already counts.
+    The exit code is 0 if the fetch can work here.
+    """
+    from grokfetch.preflight import refuse
+
+    made = make(manifest_file, folder)
+    if as_json:
+        click.echo(json.dumps(as_fields(made)))
+    else:
+        for line in lines(made):
+            click.echo(line)
+    refuse(made.checks, folder)
+
+
+def make(manifest_file: Path | None, folder: Path) -> Plan:
+    """Look at the folder and the machine.
+
+    Raises:
+        ManifestInvalid, SourceInvalid: the manifest is none, or cannot be read.
+        Contradiction: DIR holds something else than the manifest.
+    """
+    import psutil
+
+    from grokfetch.commands.fetch import read_manifest
+    from grokfetch.devices import devices
+    from grokfetch.manifest import bind
+    from grokfetch.preflight import checks, need, probe
+    from grokfetch.shipped import grok_1
+    from grokfetch.store import Store
+    from grokfetch.survey import survey
+
+    store = Store(folder)
+    begun = store.manifest_or_none()
+    manifest = begun or grok_1()
+    if manifest_file is not None:
+        manifest = read_manifest(manifest_file)
+        if begun is not None:
+            manifest = bind(manifest, [(file.path, file.size) for file in begun.files])
+    whole = set()
+    if begun is not None:
+        # A file that is proven need not be written, even if it may not.
+        whole = {path for path, state in survey(store).files.items() if state == "proven"}
+    missing = (file for file in manifest.files if file.path not in whole)
+    needed = need(folder, [(file.path, file.size) for file in missing])
+    place = probe(folder, needed.longest)
+    machine = Machine(psutil.virtual_memory().total, devices())
+    return Plan(
+        manifest, needed, place, checks(needed, place), machine, tuple(shares(manifest, machine))
+    )
+
+
+# --- the model on devices ------------------------------------------------------------------------
+
+
+def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
+    """What each device holds, for each number of devices; nothing without a model.
+
+    Raises:
+        ManifestInvalid: the manifest's model is none.
+    """
+    from loader.schema import GrokConfig
+    from loader.sharding import choose_mesh
+
+    if manifest.model is None:
+        return
+    config = GrokConfig.from_mapping(manifest.model)
+    for count in DEVICE_COUNTS:
+        try:
+            mesh = choose_mesh(config, count)
+        except MeshInvalid as error:
+            yield Share(count, "", 0, 0, fits=False, why=error.what)
+            continue
+        weights, cache = _bytes_each(config, mesh.expert, mesh.model)
+        fits, why = verdict(count, weights + cache, machine)
+        name = f"expert={mesh.expert},model={mesh.model}"
+        yield Share(count, name, weights, cache, fits, why)
+
+
+def _bytes_each(config: GrokConfig, expert: int, model: int) -> tuple[int, int]:
+    """Weights and cache of one device; all hold equally much."""
+    from loader.schema import parameters
+    from loader.sharding import MeshShape, Position, scale_block, weight_block
+
+    shape, first = MeshShape(expert, model), Position(0, 0)
+    weights = 0
+    for spec in parameters(config):
+        weights += _volume(weight_block(spec, shape, first)) * ITEM_SIZES[spec.dtype]
+        if spec.scale_groups is not None:
+            weights += _volume(scale_block(spec, shape, first)) * ITEM_SIZES["bfloat16"]
+    heads = config.num_kv_heads // model if config.num_kv_heads % model == 0 else 1
+    places = config.sequence_len * heads * config.key_size
+    return weights, 2 * config.num_layers * places * ITEM_SIZES["bfloat16"]
+
+
+def _volume(block: tuple[slice, ...]) -> int:
+    return math.prod(part.stop - part.start for part in block)
+
+
+def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
+    """Whether `count` devices with `each` bytes will do here; None if it cannot be told. Pure."""
+    there = machine.devices
+    if not there:
+        if count > 1:
+            return False, "no GPU or TPU here"
+        fits = each <= machine.memory
+        return fits, f"CPU, {bytes_text(machine.memory)} of memory"
+    if count > len(there):
+        return False, f"{len(there)} here"
+    memory = [device.memory for device in there[:count] if device.memory is not None]
+    if len(memory) < count:
+        return None, f"{there[0].name}, memory unknown"
+    return each <= min(memory), f"{there[0].name}, {bytes_text(min(memory))}"
+
+
+# --- what is printed -----------------------------------------------------------------------------
+
+
+def as_fields(made: Plan) -> dict[str, Any]:
+    """The JSON object that `--json` prints."""
+    manifest, place = made.manifest, made.place
+    return {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "files": len(manifest.files),
+        "bytes": manifest.size,
+        "missing": made.need.bytes,
+        "folder": str(place.folder),
+        "file_system": place.file_system,
+        "sparse_files": place.sparse,
+        "possible": all(check.ok for check in made.checks),
+        "checks": [
+            {
+                "name": check.name,
+                "ok": check.ok,
+                "needed": check.needed,
+                "there": None if check.there is None or check.there >= LIMITLESS else check.there,
+                "what": None if check.ok else check.what,
+                "hint": None if check.ok else check.hint,
+            }
+            for check in made.checks
+        ],
+        "seconds": {f"{rate} MB/s": made.need.bytes / rate / 1e6 for rate in RATES}
+        | {f"{rate} Mbit/s": made.need.bytes * 8 / rate / 1e6 for rate in RATES},
+        "machine": dataclasses.asdict(made.machine),
+        "modes": {"sharded": [dataclasses.asdict(share) for share in made.shares]},
+    }
+
+
+def lines(made: Plan) -> Iterator[str]:
+    """Tables of at most 80 columns, but for long names."""
+    manifest, missing = made.manifest, made.need.bytes
+    yield f"{manifest.name}: {len(manifest.files)} files, {bytes_text(manifest.size)}"
+    yield f"to {made.place.folder} ({made.place.file_system}), {bytes_text(missing)} still to come"
+    yield ""
+    yield f"{'to fetch it':<16}{'needed':>12}{'there':>12}"
+    for check in made.checks:
+        yield _check_line(check)
+    holes = "yes" if made.place.sparse else "no, each file takes all its room at once"
+    yield f"{'sparse files':<40}  {holes}"
+    yield ""
+    yield f"{'at a rate of':<16}" + "".join(f"{rate:>16,}" for rate in RATES)
+    for unit, factor in (("MB/s", 1), ("Mbit/s", 8)):
+        times = (seconds_text(missing * factor / rate / 1e6) for rate in RATES)
+        yield f"{unit:<16}" + "".join(f"{time:>16}" for time in times)
+    if made.shares:
+        yield ""
+        yield from _share_lines(made.shares)
+
+
+def _check_line(check: Check) -> str:
+    # Bytes for people, counts as they are; no figure where there is no limit.
+    show = bytes_text if check.name in {"free disk", "longest file"} else "{:,}".format
+    needed = "" if check.needed is None else show(check.needed)
+    limitless = check.there is None or check.there >= LIMITLESS
+    there = ("" if check.needed is None else "no limit") if limitless else show(check.there or 0)
+    return f"{check.name:<16}{needed:>12}{there:>12}  {'yes' if check.ok else 'NO'}"
+
+
+def _share_lines(found: Sequence[Share]) -> Iterator[str]:
+    yield f"{'to run it, on':<14}{'weights each':>13}{'KV cache each':>14}  mesh and verdict"
+    for share in found:
+        devices = f"{share.devices} {'device' if share.devices == 1 else 'devices'}"
+        if not share.mesh:
+            yield f"{devices:<14}{'':27}  no mesh divides the model"
+            continue
+        word = {True: "yes", False: "NO", None: "?"}[share.fits]
+        figures = f"{bytes_text(share.weights):>13}{bytes_text(share.cache):>14}"
+        yield f"{devices:<14}{figures}  {share.mesh}  {word}"
+        yield f"{'':43}{share.why}"
