@@ -104,7 +104,7 @@ class Stalled(GrokfetchError):
 
 
 class OutOfReach(GrokfetchError):
-    """This installation lacks a part that the command needs, such as libtorrent."""
+    """This machine or installation lacks what the command needs: libtorrent, or the memory."""
 
     exit_code = 18
 

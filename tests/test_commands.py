@@ -13,6 +13,7 @@ import time
 from pathlib import Path, PurePosixPath
 
 import golden
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -328,6 +329,16 @@ def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
     arguments = ("run", fetched_once, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
     one = grokfetch(*arguments, "--mesh", "model=1")
     assert grokfetch(*arguments, "--mesh", "expert=2,model=4") == one
+
+
+def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
+    fetched_once, monkeypatch
+):
+    free = psutil.virtual_memory()._replace(available=2_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    text = grokfetch("run", fetched_once, "--tokens", "1", code=errors.OutOfReach.exit_code)
+    assert "2.8 MB of memory, 2.0 MB are free" in text
+    assert "loaded" not in text
 
 
 # --- demo ----------------------------------------------------------------------------------------

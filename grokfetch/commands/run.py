@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from grokfetch.commands.reporting import json_option, lines, reporter
-from grokfetch.errors import TokenizerMissing
+from grokfetch.errors import OutOfReach, TokenizerMissing
 from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> En
     start = time.perf_counter()
     mesh = placement.make_mesh(checkpoint.config, shape)
     total = sum(tensor.nbytes for tensor in checkpoint.values())
+    kinds = {device.platform for device in mesh.devices.flat}
+    if kinds == {"cpu"}:
+        _check_memory(total)
     done = 0
     with reporter("load") as sink:
 
@@ -127,8 +130,7 @@ def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> En
             sink.take(Progress(done, total, "loading"))
 
         params = placement.load(checkpoint, mesh, on_bytes=count)
-    kinds = {device.platform.upper() for device in mesh.devices.flat}
-    seconds, platform = time.perf_counter() - start, "/".join(sorted(kinds))
+    seconds, platform = time.perf_counter() - start, "/".join(sorted(kinds)).upper()
     machine = lines()
     if machine is None:
         click.echo(
@@ -139,6 +141,22 @@ def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> En
     else:
         machine.take(Loaded(total, mesh.size, platform, round(seconds, 3)))
     return Engine(checkpoint.config, params, mesh, dtype)
+
+
+def _check_memory(total: int) -> None:
+    """Refuse what the kernel would end without a word once the memory is full.
+
+    Raises:
+        OutOfReach: less than `total` bytes of memory are free.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if total > free:
+        raise OutOfReach(
+            f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
+            hint="use a machine with more memory, or with accelerators that have it",
+        )
 
 
 def _events(machine: Lines, tokens: Iterator[int], words: Tokenizer | None) -> None:
