@@ -25,6 +25,7 @@ COMMANDS = (
     "inspect",
     "manifest",
     "publish",
+    "seed",
     "run",
     "demo",
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.reporting import ended, json_option, reporter
+from grokfetch.commands.seed import Goal, goal_options, share
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import SourceInvalid, TorrentInvalid
 from grokfetch.progress import bytes_text, seconds_text
@@ -57,6 +58,8 @@ class Wanted:
     help="Give up after so long without a byte.",
 )
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
+@click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
+@goal_options
 @json_option
 def fetch(
     source: str | None,
@@ -66,6 +69,8 @@ def fetch(
     swarm: SwarmSettings,
     timeout: float,
     repair: bool,
+    go_on: bool,
+    goal: Goal,
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
 
@@ -79,6 +84,8 @@ def fetch(
     target = folder or wanted.begun
     if target is None:
         raise click.UsageError("say where to: --to DIR")
+    if goal != Goal() and not go_on:
+        raise click.UsageError("--ratio and --for go with --seed")
     store = Store(target)
     start = time.perf_counter()
     peers = Swarm(wanted.origin, swarm)
@@ -94,6 +101,8 @@ def fetch(
         folder=str(target),
         **dataclasses.asdict(outcome),
     )
+    if go_on:
+        share(store, swarm, goal)
 
 
 def bring(

@@ -16,7 +16,7 @@ from grokfetch.source import Arrived, Notice, Order, Traffic
 from grokfetch.storage import storage_failed
 from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
-__all__ = ["Swarm"]
+__all__ = ["Swarm", "file_error"]
 
 FLUSH_INTERVAL_S = 0.5
 """How often finished pieces are flushed, so that they can be read back."""
@@ -215,7 +215,7 @@ class _Download:
         elif isinstance(alert, lt.peer_ban_alert):
             yield Notice(f"peer {alert.endpoint[0]}:{alert.endpoint[1]} is banned for bad data")
         elif isinstance(alert, lt.file_error_alert):
-            raise _file_error(alert)
+            raise file_error(alert)
         elif isinstance(alert, lt.torrent_error_alert):
             raise StorageFailed(alert.message(), path=self._order.root)
 
@@ -243,7 +243,8 @@ def _check_layout(theirs: Any, ours: Layout) -> None:
         raise TorrentInvalid("libtorrent would lay its files down otherwise than we read them")
 
 
-def _file_error(alert: Any) -> GrokfetchError:
+def file_error(alert: Any) -> GrokfetchError:
+    """The error of ours that says what an alert about a file means."""
     number = alert.error.value()
     path = Path(alert.filename())
     if number in errno.errorcode:

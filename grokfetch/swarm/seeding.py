@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from grokfetch.errors import StorageFailed, TorrentInvalid
 from grokfetch.metainfo import parse_torrent
-from grokfetch.swarm.session import Session, SwarmSettings, libtorrent
+from grokfetch.swarm.download import file_error
+from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
-__all__ = ["Seeder", "make_torrent", "seed"]
+__all__ = ["Seeder", "Shared", "make_torrent", "seed"]
 
 _FLAGS = {"hybrid": 0, "v2": 32, "v1": 64}
 
@@ -49,40 +50,87 @@ def make_torrent(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Seeder:
-    """A torrent being seeded.
+class Shared:
+    """How a seed is doing: payload bytes sent so far, bytes a second now, peers."""
 
-    `port` is where it listens; `uploaded` tells the payload bytes sent so far.
+    uploaded: int
+    rate: float
+    peers: int
+
+
+class Seeder:
+    """A torrent being seeded, made by `seed`.
+
+    Attributes:
+        port: where it listens.
     """
 
-    port: int
-    uploaded: Callable[[], int]
+    def __init__(self, session: Session, handle: Any) -> None:
+        self._session = session
+        self._handle = handle
+        self.port = session.port
+
+    def uploaded(self) -> int:
+        """The payload bytes sent so far."""
+        return int(self._handle.status().total_payload_upload)
+
+    def wait(self) -> Shared:
+        """How it is doing, after waiting for something to happen, but not for long.
+
+        Raises:
+            StorageFailed: a file cannot be read any more.
+        """
+        lt = libtorrent()
+        for alert in self._session.alerts():
+            if isinstance(alert, lt.file_error_alert):
+                raise file_error(alert)
+        status = self._handle.status()
+        return Shared(
+            int(status.total_payload_upload), float(status.upload_payload_rate), status.num_peers
+        )
 
 
 @contextlib.contextmanager
-def seed(torrent: bytes, root: Path, settings: SwarmSettings | None = None) -> Iterator[Seeder]:
-    """Share files, believed to be whole, until the block ends.
+def seed(
+    torrent: bytes,
+    root: Path,
+    settings: SwarmSettings | None = None,
+    have: Collection[int] | None = None,
+) -> Iterator[Seeder]:
+    """Share files until the block ends.
 
     Args:
         torrent: a `.torrent`.
         root: the folder that holds the torrent's top folder.
         settings: how to take part.
+        have: the pieces to share, known to be right. By default all of them are believed to be
+            there, and libtorrent hashes each one before it first sends it.
 
     Raises:
         OutOfReach: libtorrent is not installed.
+        SourceInvalid: a peer of the settings is no HOST:PORT.
         TorrentInvalid: it is no torrent.
     """
     lt = libtorrent()
     parse_torrent(torrent)
-    with Session(settings or SwarmSettings()) as session:
+    settings = settings or SwarmSettings()
+    peers = [address(peer) for peer in settings.peers]
+    with Session(settings) as session:
         try:
             params = lt.load_torrent_buffer(torrent)
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         params.save_path = str(root)
-        params.flags |= lt.torrent_flags.seed_mode
-        handle = session.add(params)
+        count = params.ti.num_pieces()
+        if have is None or len(have) == count:
+            params.flags |= lt.torrent_flags.seed_mode
+        else:
+            # What is not there is neither looked for on the disk nor asked for.
+            params.have_pieces = [piece in have for piece in range(count)]
+            params.piece_priorities = [0] * count
+            params.flags |= lt.torrent_flags.no_verify_files | lt.torrent_flags.upload_mode
+        handle = session.add(params, peers)
         # Before that a peer would be turned away, and try again only seconds later.
         while not any(isinstance(alert, lt.torrent_checked_alert) for alert in session.alerts()):
             pass
-        yield Seeder(session.port, lambda: int(handle.status().total_payload_upload))
+        yield Seeder(session, handle)

@@ -21,6 +21,7 @@ CLOSE_TIMEOUT_S = 60.0
 """How long the disk may take to end its writing."""
 
 PREFER_TCP = 0
+NO_LIMIT = -1
 
 
 def libtorrent() -> Any:
@@ -58,7 +59,7 @@ class SwarmSettings:
     `discovery` looks for peers beyond the torrent's trackers: by DHT and among local peers, each of
     which can be left out, and by a way through the router (UPnP, NAT-PMP). `peers` are more peers,
     as HOST:PORT. `up` and `down` are the most payload and protocol bytes a second, None for no
-    bound. With a `proxy` peers and trackers are reached through it, local ones excepted.
+    bound. With a `proxy` peers and trackers are reached through it.
     """
 
     listen: str = "0.0.0.0:6881,[::]:6881"
@@ -141,6 +142,9 @@ class Session:
         flags = self._lt.torrent_flags
         params.flags &= ~(flags.paused | flags.auto_managed)
         params.peers = [*params.peers, *peers]
+        # The session's own limits would except peers on the local network.
+        params.upload_limit = self._settings.up or NO_LIMIT
+        params.download_limit = self._settings.down or NO_LIMIT
         if not self._settings.trackers:
             params.trackers = []
         try:
@@ -171,8 +175,6 @@ def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         # A way through the router would lead past the proxy.
         "enable_upnp": settings.discovery and settings.proxy is None,
         "enable_natpmp": settings.discovery and settings.proxy is None,
-        "upload_rate_limit": settings.up or 0,
-        "download_rate_limit": settings.down or 0,
         "mixed_mode_algorithm": PREFER_TCP,
         # A peer that has nothing for us at the moment may be the one that sends a bad piece again.
         "close_redundant_connections": False,

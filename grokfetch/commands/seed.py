@@ -1,0 +1,185 @@
+"""`grokfetch seed`: share what is proven with others, until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grokfetch.commands.swarm_options import swarm_options
+from grokfetch.errors import NotProven, StateMissing
+from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.proofs import Proofs
+
+if TYPE_CHECKING:
+    from grokfetch.metainfo import TorrentFile
+    from grokfetch.pieces import Layout
+    from grokfetch.store import Store
+    from grokfetch.swarm import Seeder, Shared, SwarmSettings
+
+LOOK_INTERVAL_S = 5.0
+"""How often the files are looked at; what somebody else has written is not shared."""
+
+LINE_INTERVAL_S = 60.0
+"""How often a line says how it goes."""
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Goal:
+    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
+
+    ratio: float | None = None
+    seconds: float | None = None
+
+    def reached(self, ratio: float, seconds: float) -> bool:
+        """Whether one of the two is."""
+        return (self.ratio is not None and ratio >= self.ratio) or (
+            self.seconds is not None and seconds >= self.seconds
+        )
+
+
+def _duration(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text or "")
+    if text is None:
+        return None
+    if found is None:
+        raise click.BadParameter(f"{text!r:.40} is no duration such as 90s, 30m, 12h or 7d")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def goal_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--ratio` and `--for`; it receives them as one `Goal` named `goal`."""
+
+    @functools.wraps(command)
+    def wired(*args: Any, ratio: float | None, seconds: float | None, **kwargs: Any) -> None:
+        command(*args, goal=Goal(ratio, seconds), **kwargs)
+
+    wired = click.option(
+        "--for",
+        "seconds",
+        metavar="DURATION",
+        callback=_duration,
+        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
+    )(wired)
+    return click.option(
+        "--ratio",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Stop seeding when so many times the size has been uploaded.",
+    )(wired)
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@goal_options
+@swarm_options
+def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings) -> None:
+    """Share what is proven of DIR, and nothing else, until Ctrl-C or the given ratio or time.
+
+    A file that changes meanwhile ends it. Others can read DIR at the same time, none can write.
+    """
+    from grokfetch.store import Store
+
+    share(Store(folder), swarm, goal)
+
+
+def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:
+    """Seed a folder; a line on stderr now and then, and at the end one about what was sent.
+
+    Raises:
+        StateMissing: the folder holds no torrent.
+        NotProven: nothing is proven, or a file has changed meanwhile.
+        StateLocked: another process is writing the folder.
+    """
+    from grokfetch.metainfo import encode_torrent
+    from grokfetch.swarm import seed as seeding
+
+    with store.lock(exclusive=False):
+        torrent, layout = store.torrent(), store.layout()
+        if torrent is None or layout is None:
+            raise StateMissing(
+                "no torrent says what this folder holds",
+                path=store.root,
+                hint=f"fetch something into it, or: grokfetch publish {store.root}",
+            )
+        look = _Look(store, torrent, layout)
+        size = sum(map(layout.piece_size, look.pieces))
+        start = time.monotonic()
+        with seeding(encode_torrent(torrent), store.root, settings, look.pieces) as seeder:
+            _say(
+                f"{store.root}: sharing {len(look.pieces)} of {layout.piece_count} pieces, "
+                f"{bytes_text(size)}, on port {seeder.port}; Ctrl-C ends it"
+            )
+            shared = _follow(seeder, look, goal, size)
+    _say(
+        f"{store.root}: {bytes_text(shared.uploaded)} shared in "
+        f"{seconds_text(time.monotonic() - start)}, ratio {shared.uploaded / size:.2f}"
+    )
+
+
+def _follow(seeder: Seeder, look: _Look, goal: Goal, size: int) -> Shared:
+    """Wait until the goal is reached or somebody presses Ctrl-C."""
+    start = time.monotonic()
+    look_at, line_at = start + LOOK_INTERVAL_S, start + LINE_INTERVAL_S
+    shared = seeder.wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        while not goal.reached(shared.uploaded / size, time.monotonic() - start):
+            shared = seeder.wait()
+            now = time.monotonic()
+            if now >= look_at:
+                look_at = now + LOOK_INTERVAL_S
+                look.again()
+            if now >= line_at:
+                line_at = now + LINE_INTERVAL_S
+                rate = f"{bytes_text(shared.rate)}/s to {shared.peers} peers"
+                _say(f"seed {bytes_text(shared.uploaded)}, {rate}")
+    return shared
+
+
+class _Look:
+    """How the files looked when their proofs were read.
+
+    Args:
+        store: with the lock held.
+        torrent: the one in the store.
+        layout: the torrent's.
+    """
+
+    def __init__(self, store: Store, torrent: TorrentFile, layout: Layout) -> None:
+        self._store = store
+        self._before = {file.path: store.stamp(file.path) for file in layout.payload}
+        self.pieces = frozenset(Proofs(store, layout, torrent.info_hash).pieces)
+        if not self.pieces:
+            raise NotProven(
+                "nothing of it is proven, and only what is proven is shared",
+                path=store.root,
+                hint=f"run: grokfetch verify {store.root}",
+            )
+
+    def again(self) -> None:
+        """Make sure that the files have not changed.
+
+        Raises:
+            NotProven: one has.
+        """
+        for path, before in self._before.items():
+            if self._store.stamp(path) != before:
+                raise NotProven(
+                    "it has changed since it was verified, and is shared no more",
+                    path=self._store.payload(path),
+                    hint=f"run: grokfetch verify {self._store.root} --repair",
+                )
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
