@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grokfetch.metainfo import TorrentFile
     from grokfetch.pieces import Layout
     from grokfetch.store import Store
-    from grokfetch.swarm import Seeder, Shared, SwarmSettings
+    from grokfetch.swarm import Seeder, SwarmSettings
 
 LOOK_INTERVAL_S = 5.0
 """How often the files are looked at; what somebody else has written is not shared."""
@@ -47,7 +47,7 @@ class Goal:
         )
 
 
-def _duration(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+def _duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text or "")
     if text is None:
         return None
@@ -113,27 +113,28 @@ def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:
                 hint=f"fetch something into it, or: grokfetch publish {store.root}",
             )
         look = _Look(store, torrent, layout)
-        size = sum(map(layout.piece_size, look.pieces))
+        parts = (part for piece in look.pieces for part in layout.segments(piece))
+        size = sum(part.length for part in parts if not part.file.pad)
         start = time.monotonic()
         with seeding(encode_torrent(torrent), store.root, settings, look.pieces) as seeder:
-            _say(
+            greeting = (
                 f"{store.root}: sharing {len(look.pieces)} of {layout.piece_count} pieces, "
                 f"{bytes_text(size)}, on port {seeder.port}; Ctrl-C ends it"
             )
-            shared = _follow(seeder, look, goal, size)
+            uploaded = _follow(seeder, look, goal, size, greeting)
     _say(
-        f"{store.root}: {bytes_text(shared.uploaded)} shared in "
-        f"{seconds_text(time.monotonic() - start)}, ratio {shared.uploaded / size:.2f}"
+        f"{store.root}: {bytes_text(uploaded)} shared in "
+        f"{seconds_text(time.monotonic() - start)}, ratio {uploaded / size:.2f}"
     )
 
 
-def _follow(seeder: Seeder, look: _Look, goal: Goal, size: int) -> Shared:
-    """Wait until the goal is reached or somebody presses Ctrl-C."""
+def _follow(seeder: Seeder, look: _Look, goal: Goal, size: int, greeting: str) -> int:
+    """Wait until the goal is reached or somebody presses Ctrl-C; the bytes sent by then."""
     start = time.monotonic()
     look_at, line_at = start + LOOK_INTERVAL_S, start + LINE_INTERVAL_S
-    shared = seeder.wait()
     with contextlib.suppress(KeyboardInterrupt):
-        while not goal.reached(shared.uploaded / size, time.monotonic() - start):
+        _say(greeting)
+        while not goal.reached(seeder.uploaded() / size, time.monotonic() - start):
             shared = seeder.wait()
             now = time.monotonic()
             if now >= look_at:
@@ -143,7 +144,7 @@ def _follow(seeder: Seeder, look: _Look, goal: Goal, size: int) -> Shared:
                 line_at = now + LINE_INTERVAL_S
                 rate = f"{bytes_text(shared.rate)}/s to {shared.peers} peers"
                 _say(f"seed {bytes_text(shared.uploaded)}, {rate}")
-    return shared
+    return seeder.uploaded()
 
 
 class _Look:
