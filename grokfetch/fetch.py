@@ -172,7 +172,6 @@ class _Fetch:
         self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
         if repair:
             yield from self._read_again()
-        self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
         yield from self._bring_all()
         yield from self._check_digests()
         if self._store.record() != self._proofs.record():
@@ -233,6 +232,9 @@ class _Fetch:
     def _bring_all(self) -> Iterator[Event]:
         in_vain = 0
         while True:
+            for path in self._proofs.look_again():
+                yield Finding("unproven", path, detail="others changed or removed it meanwhile")
+            self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
             yield from self._check_disk()
             missing = self._proofs.missing
             if not missing:
@@ -245,7 +247,7 @@ class _Fetch:
                 )
             before = len(self._proofs.pieces)
             yield from self._download(missing)
-            in_vain = in_vain + 1 if len(self._proofs.pieces) == before else 0
+            in_vain = in_vain + 1 if len(self._proofs.pieces) <= before else 0
 
     def _check_disk(self) -> Iterator[Event]:
         """Read back what is not proven and may be on the disk already."""

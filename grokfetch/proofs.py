@@ -6,14 +6,15 @@ a power cut cannot leave a claim without its bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.record import FileProof, Record, Stamp
-from grokfetch.storage import storage_failed
+from grokfetch.storage import gone, storage_failed
 from grokfetch.store import Store
 
 __all__ = ["Proofs", "flush"]
@@ -39,6 +40,8 @@ class Proofs:
         self._files = dict(record.files)
         self.pieces = set(record.pieces)
         self._unsaved: set[int] = set()
+        self._inodes: dict[PurePosixPath, tuple[int, int] | None] = {}
+        self._spoilt: list[PurePosixPath] = []
         for file in layout.payload:
             self._distrust_if_changed(file)
 
@@ -90,6 +93,7 @@ class Proofs:
         Raises:
             StorageFailed: either failed.
         """
+        self._look_at_targets()
         paths = {
             segment.file.path
             for piece in self._unsaved
@@ -97,11 +101,72 @@ class Proofs:
             if not segment.file.pad
         }
         flush(self._store.payload(path) for path in paths)
-        for path, proof in self._files.items():
-            now = self._store.stamp(path)
-            if proof.writing and now is not None:
-                self._files[path] = FileProof(now, writing=True)
         self._write()
+
+    def _look_at_targets(self) -> None:
+        """Note how the files that we write look now, and doubt those that others have spoilt.
+
+        Raises:
+            StorageFailed: the whole folder has gone; what the record says of it stays.
+        """
+        if self.pieces and not self._store.root.is_dir():
+            raise gone(self._store.root)
+        for path, proof in list(self._files.items()):
+            file = self._layout.file(path)
+            if proof.writing and file is not None:
+                now = self._store.stamp(path)
+                inode = self._inode(path)
+                end = self._proven_end(file)
+                same = self._inodes.setdefault(path, inode) == inode if end else True
+                if end > (0 if now is None else now.size) or not same:
+                    self._doubt(file)
+                    self._inodes.pop(path, None)
+                self._files[path] = FileProof(now or Stamp(0, 0), writing=True)
+
+    def _inode(self, path: PurePosixPath) -> tuple[int, int] | None:
+        """What tells a file from another one that has taken its name."""
+        try:
+            status = self._store.payload(path).stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _proven_end(self, file: LayoutFile) -> int:
+        """The byte of a file after its last proven one: no honest file is shorter."""
+        for piece in reversed(self._layout.pieces_over(file)):
+            if piece in self.pieces:
+                return min(file.end, (piece + 1) * self._layout.piece_length) - file.start
+        return 0
+
+    def _doubt(self, file: LayoutFile) -> None:
+        self.remove(self._layout.pieces_over(file))
+        self._spoilt.append(file.path)
+
+    def _doubt_holes(self) -> None:
+        """Doubt pieces over holes: somebody has cut a file, and our writing made it long again.
+
+        Where a file system makes holes of written zeros, their pieces are read once more.
+        """
+        for path, proof in self._files.items():
+            file = self._layout.file(path)
+            if proof.writing and file is not None:
+                for start, length in _holes(self._store.payload(path), self._proven_end(file)):
+                    doubtful = self.pieces.intersection(
+                        self._layout.pieces_over(file, start, length)
+                    )
+                    if doubtful:
+                        self.remove(doubtful)
+                        self._spoilt.append(path)
+
+    def look_again(self) -> list[PurePosixPath]:
+        """Doubt the files that others have changed since; the paths of those, each told once."""
+        for file in self._layout.payload:
+            before = len(self.pieces)
+            self._distrust_if_changed(file)
+            if len(self.pieces) < before:
+                self._spoilt.append(file.path)
+        told, self._spoilt = list(dict.fromkeys(self._spoilt)), []
+        return told
 
     def end_writing(self) -> None:
         """Save, and tie the proofs to the files as they look now that nobody writes them.
@@ -109,6 +174,7 @@ class Proofs:
         Raises:
             StorageFailed: it cannot be written.
         """
+        self._doubt_holes()
         self.save()
         for path, proof in list(self._files.items()):
             if proof.writing:
@@ -116,6 +182,7 @@ class Proofs:
                 del self._files[path]
                 if now is not None:
                     self._files[path] = FileProof(now)
+        self._inodes.clear()
         self._write()
 
     def sha256(self, path: PurePosixPath) -> str | None:
@@ -159,3 +226,19 @@ def _flush(path: Path) -> None:
             os.close(handle)
     except OSError as error:
         raise storage_failed(error, path) from error
+
+
+def _holes(path: Path, stop: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each hole in the first `stop` bytes; none where that cannot be told."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        at = 0
+        while at < stop:
+            start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            if start >= stop:
+                return
+            try:
+                at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+            except OSError:
+                # Nothing but hole follows.
+                at = stop
+            yield start, min(at, stop) - start

@@ -15,7 +15,7 @@ from typing import IO
 
 from grokfetch.errors import GrokfetchError, StateLocked, StorageFailed
 
-__all__ = ["Owner", "folder_lock", "read_owner", "replacing", "storage_failed"]
+__all__ = ["Owner", "folder_lock", "gone", "read_owner", "replacing", "storage_failed"]
 
 
 @contextlib.contextmanager
@@ -162,4 +162,15 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
             path=where,
             hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
         )
+    if error.errno == errno.ENOENT and where is not None:
+        return gone(Path(where))
     return StorageFailed(error.strerror or str(error), path=where)
+
+
+def gone(path: Path) -> StorageFailed:
+    """The error that says that something of ours is not there any more."""
+    return StorageFailed(
+        "it has vanished: somebody has removed or unmounted it",
+        path=path,
+        hint="bring it back, or run the same command again: what is still there is found",
+    )

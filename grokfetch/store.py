@@ -246,7 +246,8 @@ class Store:
     def _write(self, name: str, data: bytes) -> None:
         path = self.state / name
         try:
-            self.state.mkdir(parents=True, exist_ok=True)
+            # The lock has made the folder. If it is gone so is the lock, and making it anew would
+            # let two processes write.
             with replacing(path) as file:
                 file.write(data)
         except OSError as error:
