@@ -18,8 +18,8 @@ from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
 __all__ = ["Swarm", "file_error"]
 
-FLUSH_INTERVAL_S = 0.5
-"""How often finished pieces are flushed, so that they can be read back."""
+FLUSH_INTERVAL_S = 0.1
+"""How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
 
 TRAFFIC_INTERVAL_S = 0.5
 
