@@ -82,7 +82,7 @@ class Lines:
         """Write an event; progress only now and then, at the end of a step and in a new phase."""
         if isinstance(event, Status | Progress):
             now = self._clock()
-            whole = event.done == event.total
+            whole = 0 < event.total == event.done
             if event.phase == self._phase and now < self._due and not whole:
                 return
             self._phase, self._due = event.phase, now + PROGRESS_INTERVAL_S

@@ -155,10 +155,12 @@ def test_progress_is_told_sparsely_and_everything_else_always():
         now[0] = second / 10
         lines.take(Status("downloading", second, 100))
         lines.take(Proven((second,)))
+    lines.take(Status("downloading", 100, 100))
     lines.take(Status("hashing", 0, 100))
+    lines.take(Status("hashing", 1, 100))
     lines.take(Progress(100, 100))
     found = [json.loads(line) for line in out]
-    assert [event["done"] for event in of(found, "progress")] == [0, 10, 20, 30, 0, 100]
+    assert [event["done"] for event in of(found, "progress")] == [0, 10, 20, 30, 100, 0, 100]
     assert [event["piece"] for event in of(found, "piece")] == list(range(40))
 
 

@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 from fake_swarm import FakeSwarm
 from test_preflight import small_disk
 from torrents import content, lay_down, v1_torrent
 
-from grokfetch import preflight
+from grokfetch import preflight, proofs
 from grokfetch.errors import StateLocked, StorageFailed
 from grokfetch.fetch import Limits, Outcome, Status, fetch
 from grokfetch.history import read as read_history
@@ -155,6 +156,27 @@ def test_a_file_that_others_spoil_during_a_fetch_is_fetched_again(tmp_path, how,
     assert isinstance(events[-1], Outcome)
     assert [e.path.name for e in events if isinstance(e, Finding)] == ["a"]
     assert whole(tmp_path)
+
+
+def test_a_cut_file_is_noticed_where_holes_cannot_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(proofs, "_holes", lambda *_: ())
+    cut = [tmp_path / "top/a", 5000]
+    during(tmp_path, FakeSwarm(TORRENT, dict(FILES)), 30, lambda: os.truncate(*cut))
+    assert whole(tmp_path)
+
+
+def test_a_disk_that_is_unmounted_under_a_fetch_keeps_its_record(tmp_path):
+    root, state, away = tmp_path / "root", tmp_path / "state", tmp_path / "away"
+    store = Store(root, state)
+    list(fetch(store, FakeSwarm(TORRENT, dict(FILES))))
+    with store.lock():
+        at_work = proofs.Proofs(store, store.layout(), TORRENT.info_hash)
+        at_work.mark_writing([PurePosixPath("top/c")])
+        root.rename(away)
+        with pytest.raises(StorageFailed, match="vanished"):
+            at_work.save()
+    away.rename(root)
+    assert len(Store(root, state).record().pieces) == PIECES
 
 
 def test_a_file_proven_before_and_spoilt_during_a_fetch_of_others_is_fetched_again(tmp_path):
