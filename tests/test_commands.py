@@ -24,7 +24,7 @@ from grokfetch.metainfo import parse_torrent
 from grokfetch.swarm import SwarmSettings, make_torrent, seed
 from loader.inventory import expected
 
-LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--timeout", "60")
+LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
 TOKENIZER = TokenizerSource(
     PurePosixPath("tokenizer.model"), 9, "ab" * 32, "https://host.example/t"
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.seed import Goal, goal_options, share
 from grokfetch.commands.swarm_options import swarm_options
@@ -49,6 +50,7 @@ class Wanted:
     help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
 )
 @swarm_options
+@mirror_options
 @click.option(
     "--timeout",
     metavar="SECONDS",
@@ -67,6 +69,7 @@ def fetch(
     manifest_file: Path | None,
     *,
     swarm: SwarmSettings,
+    mirrors: Mirrors,
     timeout: float,
     repair: bool,
     go_on: bool,
@@ -88,8 +91,9 @@ def fetch(
         raise click.UsageError("--ratio and --for go with --seed")
     store = Store(target)
     start = time.perf_counter()
-    peers = Swarm(wanted.origin, swarm)
-    outcome = bring(store, peers, wanted.manifest, timeout_s=timeout, repair=repair)
+    pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
+    outcome = bring(store, pieces, wanted.manifest, timeout_s=timeout, repair=repair)
+    mirrors.bring_tokenizer(store)
     seconds = time.perf_counter() - start
     new = outcome.fetched or outcome.rehashed or repair
     size = bytes_text(outcome.total)

@@ -251,18 +251,23 @@ def _tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
         raise TokenizerMissing(
             f"this is not the tokenizer of the model (its sha256 is not {source.sha256})",
             path=beside,
-            hint=_where(source),
+            hint=_where(source, store.root),
         )
     if not beside.exists():
-        raise TokenizerMissing("the tokenizer is not there", path=beside, hint=_where(source))
+        raise TokenizerMissing(
+            "the tokenizer is not there", path=beside, hint=_where(source, store.root)
+        )
     return Tokenizer.load(beside)
 
 
-def _where(source: TokenizerSource | None) -> str:
+def _where(source: TokenizerSource | None, folder: Path) -> str:
     alternative = "or use --tokenizer FILE, or give token ids with --tokens"
     if source is None or source.url is None:
         return f"put it there, {alternative}"
-    return f"it is published at {source.url} (sha256 {source.sha256}): put it there, {alternative}"
+    return (
+        f"run: grokfetch fetch {folder}, which brings it from {source.url} "
+        f"(sha256 {source.sha256}), {alternative}"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, lines, reporter
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import Damaged
@@ -29,10 +30,11 @@ TIMEOUT_S = 600.0
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
-@click.option("--repair", is_flag=True, help="Fetch what is bad again, from the swarm.")
+@click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @swarm_options
+@mirror_options
 @json_option
-def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
+def verify(folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
@@ -43,7 +45,7 @@ def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
     store = Store(folder)
     start = time.perf_counter()
     if repair:
-        _repair(folder, swarm, start)
+        _repair(folder, swarm, mirrors, start)
         return
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
@@ -68,7 +70,7 @@ def verify(folder: Path, *, repair: bool, swarm: SwarmSettings) -> None:
         )
 
 
-def _repair(folder: Path, swarm: SwarmSettings, start: float) -> None:
+def _repair(folder: Path, swarm: SwarmSettings, mirrors: Mirrors, start: float) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
     from grokfetch.commands.fetch import bring, resolve
     from grokfetch.store import Store
@@ -76,15 +78,14 @@ def _repair(folder: Path, swarm: SwarmSettings, start: float) -> None:
 
     store = Store(folder)
     wanted = resolve(str(folder), None)
-    outcome = bring(
-        store, Swarm(wanted.origin, swarm), wanted.manifest, timeout_s=TIMEOUT_S, repair=True
-    )
+    pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
+    outcome = bring(store, pieces, wanted.manifest, timeout_s=TIMEOUT_S, repair=True)
     faults = check_tensors(store)
-    pieces = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
+    again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start
     ended(
         f"{outcome.total:,} of {outcome.total:,} bytes proven, "
-        f"{pieces} fetched again, in {seconds_text(seconds)}",
+        f"{again} fetched again, in {seconds_text(seconds)}",
         seconds,
         **dataclasses.asdict(outcome),
         wrong=faults,

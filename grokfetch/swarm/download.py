@@ -107,9 +107,10 @@ class Swarm:
         params.have_pieces = [piece in order.have for piece in pieces]
         params.flags |= lt.torrent_flags.no_verify_files
         params.piece_priorities = [4 if piece in order.want else 0 for piece in pieces]
+        # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
+        params.url_seeds = []
         if isinstance(self._origin, Magnet):
             params.trackers = list(dict.fromkeys((*params.trackers, *self._origin.trackers)))
-            params.url_seeds = list(dict.fromkeys((*params.url_seeds, *self._origin.web_seeds)))
         return params
 
 

@@ -1,0 +1,73 @@
+"""Addresses of mirrors: which are usable, and where a mirror would have a file. Pure: no I/O here.
+
+Two forms are understood. A web seed (BEP 19) is a folder: a file lies at
+`<address>/<torrent name>/<path>`, and where a torrent is one file and the address does not end in a
+slash, the address is the file. A template holds `{path}`, which stands for the file's path with or
+without the torrent's top folder; without is tried first, as Hugging Face has it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import PurePosixPath
+from urllib.parse import quote, urlsplit, urlunsplit
+
+__all__ = ["inward", "label", "places", "unusable"]
+
+PATH = "{path}"
+
+
+def unusable(address: str, *, stranger: bool) -> str | None:
+    """Why an address cannot be a mirror, None if it can.
+
+    Args:
+        address: as it was given.
+        stranger: whether it stood in a torrent or a magnet link. Such a one must not make this
+            machine call its own or its neighbours' services by a query, as libtorrent has it too.
+    """
+    if not re.fullmatch(r"https?://[^\s/?#]\S*", address, re.IGNORECASE):
+        return "it is no http or https address"
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        return str(error)
+    if not parts.hostname:
+        return "it names no host"
+    if stranger and parts.query and inward(parts.hostname):
+        return "it is a query to a private address, and a stranger wrote it"
+    return None
+
+
+def inward(host: str) -> bool:
+    """Whether a host name says that it is this machine or one of a private network."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
+def label(address: str) -> str:
+    """The address for people: without user, password, query and fragment."""
+    parts = urlsplit(address)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def places(address: str, path: PurePosixPath) -> tuple[str, ...]:
+    """The addresses at which a mirror may have a file, the likeliest first.
+
+    Args:
+        address: the mirror's.
+        path: of the file, with the torrent's top folder.
+    """
+    if PATH in address:
+        inside = PurePosixPath(*path.parts[1:]) if len(path.parts) > 1 else path
+        return tuple(
+            dict.fromkeys(address.replace(PATH, quote(str(tail))) for tail in (inside, path))
+        )
+    if len(path.parts) == 1 and not address.endswith("/"):
+        return (address,)
+    return (f"{address.rstrip('/')}/{quote(str(path))}",)

@@ -1,0 +1,148 @@
+"""A web server on 127.0.0.1 that can be told to behave badly, written for the tests of mirrors."""
+
+import re
+import shutil
+import socket
+import socketserver
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class WebServer:
+    """Serves `files`, bytes by path without the leading slash, with ranges.
+
+    `spoil` paths are sent with every byte inverted, `halt` paths send headers and half of the body
+    and then nothing until the test ends, `truncate` paths half of the body and the end of the
+    connection. `no_range` ignores Range. `redirects` maps a path to an address. `status` answers
+    every request with that code, as long as `failures` is not used up. `before` is called with
+    each path.
+    """
+
+    def __init__(self, files):
+        self.files = files
+        self.spoil = set()
+        self.halt = set()
+        self.truncate = set()
+        self.no_range = False
+        self.redirects = {}
+        self.headers = {}
+        self.status = None
+        self.failures = 10**9
+        self.before = lambda _path: None
+        self.asked = []
+        self.ended = threading.Event()
+
+    def __enter__(self):
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                answer(server, self)
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+
+def answer(server, request):
+    path = request.path.removeprefix("/")
+    server.asked.append(path)
+    server.before(path)
+    if server.status is not None and server.failures > 0:
+        server.failures -= 1
+        headers(request, server.status, 0, server.headers)
+    elif path in server.redirects:
+        headers(request, 302, 0, {"Location": server.redirects[path]})
+    elif path not in server.files:
+        headers(request, 404, 0)
+    else:
+        send(server, request, path, server.files[path])
+
+
+def headers(request, status, length, more=()):
+    request.send_response(status)
+    for key, value in {"Content-Length": length, **dict(more)}.items():
+        request.send_header(key, str(value))
+    request.end_headers()
+
+
+def send(server, request, path, data):
+    if path in server.spoil:
+        data = bytes(255 - byte for byte in data)
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+    body = data
+    if found is None or server.no_range:
+        headers(request, 200, len(body), server.headers)
+    else:
+        start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
+        body = data[start:stop]
+        extent = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+        headers(request, 206, len(body), {**extent, **server.headers})
+    if path in server.halt | server.truncate:
+        body = body[: len(body) // 2]
+    request.wfile.write(body)
+    if path in server.halt:
+        request.wfile.flush()
+        server.ended.wait()
+    request.close_connection = path in server.halt | server.truncate
+
+
+class SocksProxy:
+    """A SOCKS5 proxy on 127.0.0.1 with passwords; whatever name it is given is this machine."""
+
+    def __enter__(self):
+        self.asked = asked = []
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                _, count = self.rfile.read(2)
+                self.rfile.read(count)
+                self.wfile.write(b"\x05\x02")
+                _, length = self.rfile.read(2)
+                user = self.rfile.read(length)
+                password = self.rfile.read(*self.rfile.read(1))
+                self.wfile.write(b"\x01\x00")
+                *_, length = self.rfile.read(5)
+                asked.append((self.rfile.read(length), user, password))
+                port = int.from_bytes(self.rfile.read(2), "big")
+                self.wfile.write(b"\x05\x00\x00\x01" + bytes(6))
+                with socket.create_connection(("127.0.0.1", port)) as there:
+                    self.relay(there)
+
+            def relay(self, there):
+                def back():
+                    with there.makefile("rb", buffering=0) as answers:
+                        shutil.copyfileobj(answers, self.wfile)
+
+                answering = threading.Thread(target=back)
+                answering.start()
+                while data := self.request.recv(65536):
+                    there.sendall(data)
+                there.shutdown(socket.SHUT_RDWR)
+                answering.join()
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
