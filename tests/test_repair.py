@@ -11,6 +11,8 @@ from torrents import content, lay_down, manifest_of
 
 from grokfetch import hashing
 from grokfetch.cli import main
+from grokfetch.errors import NotProven
+from grokfetch.fetch import fetch
 from grokfetch.store import Store
 from grokfetch.swarm import SwarmSettings, make_torrent, seed
 from grokfetch.verify import Finding, Summary, verify
@@ -65,8 +67,6 @@ def test_a_repair_that_is_interrupted_keeps_proofs_and_what_it_has_found(
     rot(tmp_path / A, 5)
     monkeypatch.setattr(hashing, "BATCH", PIECE)
     again = FakeSwarm(swarm.torrent, dict(FILES))
-    from grokfetch.fetch import fetch
-
     events = fetch(Store(tmp_path), again, repair=True)
     next(event for event in events if isinstance(event, Finding))
     events.close()
@@ -85,6 +85,17 @@ def test_a_wrong_file_that_its_digest_had_proven_is_not_believed_again(tmp_path,
     assert isinstance(summary, Summary)
     assert summary.complete
     assert summary.total == SIZE
+
+
+def test_a_digest_does_not_vouch_for_a_file_that_an_interrupted_repair_found_bad(tmp_path, swarm):
+    run(tmp_path, swarm, manifest=manifest_of(FILES, None, digests=True))
+    rot(tmp_path / A, 5)
+    Store(tmp_path).require(A)
+    events = fetch(Store(tmp_path), FakeSwarm(swarm.torrent, {}), repair=True)
+    next(event for event in events if isinstance(event, Finding))
+    events.close()
+    with pytest.raises(NotProven):
+        Store(tmp_path).require(A)
 
 
 @pytest.fixture(scope="module")
