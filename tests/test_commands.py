@@ -117,6 +117,26 @@ def test_a_torrent_file_and_a_manifest_beside_it_are_a_source(published, peer, t
     assert "all" not in grokfetch("verify", folder).split("proven")[0]
 
 
+def test_the_state_can_be_kept_elsewhere_and_every_command_finds_it(published, peer, tmp_path):
+    folder, state = tmp_path / "out", ("--state", tmp_path / "state")
+    source = (published / "tiny.json", "--to", folder, "--peer", peer)
+    grokfetch("fetch", *source, *LOOPBACK, *state)
+    assert not folder.joinpath(".grokfetch").exists()
+    grokfetch("verify", folder, code=errors.StateMissing.exit_code)
+    grokfetch("verify", folder, *state)
+    assert "complete" in grokfetch("fetch", folder, *state)
+    assert "layer" in grokfetch("status", folder, *state)
+    assert "router/w" in grokfetch("inspect", folder, *state)
+    text = grokfetch("run", folder, "--tokens", "181", "--max-tokens", 1, *state)
+    assert len(text.split()) == 1
+
+
+def test_files_that_only_the_torrent_has_are_listed(published, peer, tmp_path):
+    command = ["fetch", published / "tiny.json", "--to", tmp_path / "out", "--peer", peer]
+    result = CliRunner().invoke(main, [str(word) for word in (*command, *LOOPBACK)])
+    assert "also in the torrent: release/NOTES, 13 B" in result.stderr
+
+
 def test_any_torrent_is_fetched_and_verified_and_only_run_lacks_a_model(published, peer, tmp_path):
     folder = tmp_path / "out"
     info_hash = parse_torrent(published.joinpath("tiny.torrent").read_bytes()).info_hash

@@ -13,6 +13,7 @@ import click
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.seed import Goal, goal_options, share
+from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import SourceInvalid, TorrentInvalid
 from grokfetch.progress import bytes_text, seconds_text
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from grokfetch.source import PieceSource
     from grokfetch.store import Store
     from grokfetch.swarm import SwarmSettings
+
+
+MOST_EXTRAS = 10
+"""Files beyond the manifest's that are named one by one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class Wanted:
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options
+@state_option
 @json_option
 def fetch(
     source: str | None,
@@ -74,6 +80,7 @@ def fetch(
     repair: bool,
     go_on: bool,
     goal: Goal,
+    state: Path | None,
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
 
@@ -83,16 +90,18 @@ def fetch(
     from grokfetch.store import Store
     from grokfetch.swarm import Swarm
 
-    wanted = resolve(source, None if manifest_file is None else read_manifest(manifest_file))
+    known = None if manifest_file is None else read_manifest(manifest_file)
+    wanted = resolve(source, known, state)
     target = folder or wanted.begun
     if target is None:
         raise click.UsageError("say where to: --to DIR")
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
-    store = Store(target)
+    store = Store(target, state)
     start = time.perf_counter()
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
     outcome = bring(store, pieces, wanted.manifest, timeout_s=timeout, repair=repair)
+    _name_extras(store, wanted.manifest)
     mirrors.bring_tokenizer(store)
     seconds = time.perf_counter() - start
     new = outcome.fetched or outcome.rehashed or repair
@@ -134,12 +143,22 @@ def bring(
     return outcome
 
 
-def resolve(source: str | None, manifest: Manifest | None) -> Wanted:
+def _name_extras(store: Store, manifest: Manifest | None) -> None:
+    """List the files that the torrent has beyond those of the manifest a person fetched by."""
+    extra = () if manifest is None else store.manifest().files[len(manifest.files) :]
+    for file in extra[:MOST_EXTRAS]:
+        click.echo(f"also in the torrent: {file.path}, {bytes_text(file.size)}", err=True)
+    if len(extra) > MOST_EXTRAS:
+        click.echo(f"also in the torrent: {len(extra) - MOST_EXTRAS} more files", err=True)
+
+
+def resolve(source: str | None, manifest: Manifest | None, state: Path | None = None) -> Wanted:
     """What a SOURCE argument means.
 
     Args:
         source: a magnet link, or the path of a torrent, a manifest or a folder; None for Grok-1.
         manifest: what a person says the payload must be.
+        state: where the state of a folder lies, if it is not in the folder.
 
     Raises:
         SourceInvalid: it is none of these.
@@ -147,6 +166,7 @@ def resolve(source: str | None, manifest: Manifest | None) -> Wanted:
     """
     from grokfetch.magnet import parse_magnet
     from grokfetch.shipped import grok_1
+    from grokfetch.store import Store
 
     if source is None:
         return _from_manifest(manifest or grok_1(), "the manifest")
@@ -155,7 +175,7 @@ def resolve(source: str | None, manifest: Manifest | None) -> Wanted:
         return Wanted(magnet, manifest or _shipped(magnet.info_hash))
     path = Path(source)
     if path.is_dir():
-        return dataclasses.replace(_from_folder(path, manifest), begun=path)
+        return begun_in(Store(path, state), manifest)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -178,18 +198,23 @@ def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
     return Wanted(torrent, manifest or _shipped(torrent.v1) or _shipped(torrent.v2))
 
 
-def _from_folder(path: Path, manifest: Manifest | None) -> Wanted:
-    from grokfetch.store import Store
+def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
+    """What a fetch that was begun in a folder stands for.
 
-    store = Store(path)
+    Raises:
+        SourceInvalid: none was.
+    """
     torrent, earlier = store.torrent(), store.manifest_or_none()
     if torrent is not None:
-        return Wanted(torrent, manifest)
+        return Wanted(torrent, manifest, store.root)
     if earlier is None:
         raise SourceInvalid(
-            "no fetch was begun in this folder", path=path, hint="name a SOURCE, and --to DIR"
+            "no fetch was begun in this folder",
+            path=store.root,
+            hint="name a SOURCE, and --to DIR",
         )
-    return _from_manifest(manifest or earlier, str(path))
+    found = _from_manifest(manifest or earlier, str(store.root))
+    return dataclasses.replace(found, begun=store.root)
 
 
 def _from_manifest(manifest: Manifest, name: str) -> Wanted:

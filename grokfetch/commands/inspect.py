@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.state_option import state_option
 from grokfetch.errors import CheckpointInvalid, GrokfetchError
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 @click.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tensor and line.")
-def inspect(path: Path, *, as_json: bool) -> None:
+@state_option
+def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
     """List the tensors of a shard FILE or a checkpoint DIR.
 
     Prints name, dtype, shape, shape of the scales, bytes, byte offset and file of each tensor.
@@ -28,7 +30,7 @@ def inspect(path: Path, *, as_json: bool) -> None:
     """
     rows = []
     refused: list[GrokfetchError] = []
-    for name, file in _tensors(path):
+    for name, file in _tensors(path, state):
         try:
             rows.append(_row(name, file, path))
         except GrokfetchError as error:
@@ -44,14 +46,14 @@ def inspect(path: Path, *, as_json: bool) -> None:
         raise refused[-1]
 
 
-def _tensors(path: Path) -> Iterator[tuple[str | None, Path]]:
+def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]]:
     """(name, shard) of every tensor; a name only where a manifest says it."""
     from grokfetch.store import Store
 
     if not path.is_dir():
         yield None, path
         return
-    store = Store(path)
+    store = Store(path, state)
     manifest = store.manifest_or_none()
     if manifest is not None and manifest.tensors:
         yield from ((tensor.name, store.payload(tensor.file)) for tensor in manifest.tensors)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.state_option import state_option
 from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
 from grokfetch.manifest import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.progress import Bar, bytes_text
@@ -36,7 +37,8 @@ TOKENIZER = PurePosixPath("tokenizer.model")
     help="Hyperparameters as JSON; the official model's if not given.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the manifest here as well.")
-def manifest(folder: Path, config: Path | None, output: Path | None) -> None:
+@state_option
+def manifest(folder: Path, config: Path | None, output: Path | None, state: Path | None) -> None:
     """Write the manifest of the checkpoint in DIR, with the sha256 of every file.
 
     For files that came another way than by `grokfetch fetch`: they can be verified and run from
@@ -44,7 +46,7 @@ def manifest(folder: Path, config: Path | None, output: Path | None) -> None:
     """
     from grokfetch.store import Store
 
-    store = Store(folder)
+    store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
     with store.lock():
         made, proofs = _measure(store, _describe(store, checkpoint))

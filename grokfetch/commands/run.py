@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from grokfetch.commands.reporting import json_option, lines, reporter
+from grokfetch.commands.state_option import state_option
 from grokfetch.errors import OutOfReach, TokenizerMissing
 from grokfetch.progress import bytes_text, seconds_text
 
@@ -59,6 +60,7 @@ Dtype = Literal["bfloat16", "float32"]
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
 )
+@state_option
 @json_option
 def run(
     folder: Path,
@@ -74,6 +76,7 @@ def run(
     dtype: Dtype,
     mesh: str | None,
     unproven: bool,
+    state: Path | None,
 ) -> None:
     """Continue PROMPT with the model in DIR.
 
@@ -87,7 +90,7 @@ def run(
         raise click.UsageError("give either a PROMPT or --tokens")
     ids = None if tokens is None else _ids(tokens)
     shape = None if mesh is None else _mesh_shape(mesh)
-    store = Store(folder)
+    store = Store(folder, state)
     words = None if prompt is None else _tokenizer(store, tokenizer)
     if words is not None and prompt is not None:
         ids = words.encode(prompt)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import NotProven, StateMissing
 from grokfetch.progress import bytes_text, seconds_text
@@ -83,14 +84,15 @@ def goal_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @goal_options
 @swarm_options
-def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings) -> None:
+@state_option
+def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) -> None:
     """Share what is proven of DIR, and nothing else, until Ctrl-C or the given ratio or time.
 
     A file that changes meanwhile ends it. Others can read DIR at the same time, none can write.
     """
     from grokfetch.store import Store
 
-    share(Store(folder), swarm, goal)
+    share(Store(folder, state), swarm, goal)
 
 
 def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:

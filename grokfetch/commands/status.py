@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grokfetch.commands.state_option import state_option
 from grokfetch.errors import StateMissing
 from grokfetch.progress import bytes_text, seconds_text
 
@@ -33,7 +34,8 @@ PLAIN_SHADES = ".:-+#"
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-def status(folder: Path, *, as_json: bool) -> None:
+@state_option
+def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
     """Show what of DIR is proven and what is missing.
 
     Reads the record and the files' sizes and times, hashes nothing and takes no lock: it may run
@@ -44,7 +46,7 @@ def status(folder: Path, *, as_json: bool) -> None:
     from grokfetch.store import Store
     from grokfetch.survey import survey
 
-    store = Store(folder)
+    store = Store(folder, state)
     owner = read_owner(store.state)
     if owner is not None and store.manifest_or_none() is None:
         raise StateMissing(

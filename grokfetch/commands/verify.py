@@ -11,6 +11,7 @@ import click
 
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, lines, reporter
+from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import Damaged
 from grokfetch.progress import seconds_text
@@ -33,8 +34,11 @@ TIMEOUT_S = 600.0
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @swarm_options
 @mirror_options
+@state_option
 @json_option
-def verify(folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors) -> None:
+def verify(
+    folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors, state: Path | None
+) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
@@ -42,10 +46,10 @@ def verify(folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors
     """
     from grokfetch.store import Store
 
-    store = Store(folder)
+    store = Store(folder, state)
     start = time.perf_counter()
     if repair:
-        _repair(folder, swarm, mirrors, start)
+        _repair(store, swarm, mirrors, start)
         return
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
@@ -70,14 +74,12 @@ def verify(folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors
         )
 
 
-def _repair(folder: Path, swarm: SwarmSettings, mirrors: Mirrors, start: float) -> None:
+def _repair(store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
-    from grokfetch.commands.fetch import bring, resolve
-    from grokfetch.store import Store
+    from grokfetch.commands.fetch import begun_in, bring
     from grokfetch.swarm import Swarm
 
-    store = Store(folder)
-    wanted = resolve(str(folder), None)
+    wanted = begun_in(store)
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
     outcome = bring(store, pieces, wanted.manifest, timeout_s=TIMEOUT_S, repair=True)
     faults = check_tensors(store)
@@ -91,7 +93,7 @@ def _repair(folder: Path, swarm: SwarmSettings, mirrors: Mirrors, start: float) 
         wrong=faults,
     )
     if faults:
-        raise Damaged(f"findings: {faults}", path=folder)
+        raise Damaged(f"findings: {faults}", path=store.root)
 
 
 def check_bytes(store: Store) -> Summary:
