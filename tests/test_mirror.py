@@ -597,7 +597,9 @@ def test_the_command_fetches_from_the_manifests_mirror_and_the_tokenizer_too(tmp
 
 
 def test_a_web_seed_can_be_named_by_hand_and_mirrors_can_be_left_alone(tmp_path, torrent_v1, top):
-    tmp_path.joinpath("t.torrent").write_bytes(encode_torrent(torrent_v1))
+    # libtorrent must not use web seeds behind our back either.
+    named = dataclasses.replace(torrent_v1, web_seeds=(f"{top.url}/",))
+    tmp_path.joinpath("t.torrent").write_bytes(encode_torrent(named))
     arguments = ("fetch", tmp_path / "t.torrent", "--to", tmp_path / "out", "--web-seed")
     assert "http" in grokfetch(*arguments, "ftp://host/", code=2)
     short = ("--no-mirrors", *HERE[:-1], "0.5")
