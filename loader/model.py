@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.placement import Layer, Params
+from loader.placement import Layer
 from loader.quantized import Quantized, product, select
 from loader.schema import GrokConfig
 
@@ -34,7 +34,6 @@ __all__ = [
     "embed",
     "experts",
     "feed_forward",
-    "forward",
     "group_queries",
     "layer",
     "logits",
@@ -76,33 +75,6 @@ class Window:
     real: Array
     visible: Array
     fresh: bool = dataclasses.field(metadata={"static": True})
-
-
-def forward(
-    params: Params,
-    cache: tuple[KeyValues, ...],
-    tokens: Array,
-    window: Window,
-    config: GrokConfig,
-) -> tuple[Array, tuple[KeyValues, ...]]:
-    """The whole model over one step; `generate` compiles its parts one by one instead.
-
-    Args:
-        params: all weights.
-        cache: one entry a layer; its dtype is the one to compute in.
-        tokens: int32 `[B, T]`.
-        window: where the tokens stand.
-        config: the hyperparameters.
-
-    Returns:
-        float32 logits `[B, T, V]` and the cache with this step's keys and values.
-    """
-    x = embed(params.embedding, tokens, config, cache[0].keys.dtype)
-    filled = []
-    for weights, entry in zip(params.layers, cache, strict=True):
-        x, entry = layer(weights, entry, x, window, config)  # noqa: PLW2901
-        filled.append(entry)
-    return logits(params.embedding, params.norm, x, config, cache[0].keys.dtype), tuple(filled)
 
 
 def embed(table: Array, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
