@@ -24,14 +24,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from loader.placement import Layer
-from loader.quantized import Quantized, product, select
+from loader.quantized import Table, Weights, dots, lookup, product, select, table_rows
 from loader.schema import GrokConfig
 
 __all__ = [
     "KeyValues",
+    "Routed",
     "Window",
+    "attend",
     "attention",
+    "close",
     "embed",
+    "expert",
     "experts",
     "feed_forward",
     "group_queries",
@@ -47,6 +51,9 @@ NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
+QUERY_BLOCK = 128
+"""Tokens whose attention scores are in memory at once: `[B, heads, 128, S]` float32."""
+
 LARGEST_BLOCK = 128
 """Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
 
@@ -77,12 +84,12 @@ class Window:
     fresh: bool = dataclasses.field(metadata={"static": True})
 
 
-def embed(table: Array, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
+def embed(table: Table, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`; table float32 `[V, D]`."""
-    rows = table.shape[0]
+    rows = table_rows(table)
     local = tokens - lax.axis_index("model") * rows
     mine = (local >= 0) & (local < rows)
-    found = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0)
+    found = jnp.where(mine[..., None], lookup(table, jnp.where(mine, local, 0)), 0.0)
     return _sum_over(found, "model") * _rounded(config.embedding_multiplier_scale, dtype)
 
 
@@ -99,23 +106,43 @@ def layer(
     Each half is normed twice, before it and after it, so what is added to the stream has the size
     that the second norm's scale gives it.
     """
+    x, cache, routed = attend(weights, cache, x, window, config)
+    mixed = experts(weights, routed, window.real, config, cache.keys.dtype)
+    return close(weights, x, mixed), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Routed:
+    """What the experts of a layer are to do, for the N = B * T tokens of a step.
+
+    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32
+    `[N, chosen]`, what each chosen expert's output is weighted with.
+    """
+
+    x: Array
+    choices: Array
+    gates: Array
+
+
+def attend(
+    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+) -> tuple[Array, KeyValues, Routed]:
+    """The first half of a layer, and what its router wants of the second."""
     attended, cache = attention(weights, cache, norm(x, weights.before_attention), window, config)
     x = x + norm(attended, weights.after_attention)
-    dtype = cache.keys.dtype
-    mixed = experts(weights, norm(x, weights.before_experts), window.real, config, dtype)
-    return x + norm(mixed, weights.after_experts), cache
+    flat = norm(x, weights.before_experts).reshape(-1, x.shape[-1])
+    return x, cache, Routed(flat, *route(flat, weights.router, config.num_selected_experts))
 
 
-def logits(table: Array, scale: Array, x: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
+def close(weights: Layer, x: Array, mixed: Array) -> Array:
+    """The end of a layer: the residual stream `[B, T, D]` with its experts' sum `[N, D]`."""
+    return x + norm(mixed.reshape(x.shape), weights.after_experts)
+
+
+def logits(table: Table, scale: Array, x: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """The residual stream `[..., D]` to float32 scores `[..., V]` over this device's vocabulary."""
-    scores = jnp.einsum(
-        "...d,vd->...v",
-        norm(x, scale).astype(dtype),
-        table.astype(dtype),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return scores * _rounded(config.output_multiplier_scale, dtype)
+    return dots(norm(x, scale), table, dtype) * _rounded(config.output_multiplier_scale, dtype)
 
 
 def norm(x: Array, scale: Array) -> Array:
@@ -161,7 +188,7 @@ def attention(
     """
     dtype = cache.keys.dtype
 
-    def heads(matrix: Quantized) -> Array:
+    def heads(matrix: Weights) -> Array:
         return product(x, matrix, dtype).reshape(*x.shape[:2], -1, config.key_size)
 
     queries = rotate(heads(weights.query), window.positions)
@@ -175,17 +202,39 @@ def attention(
 
 def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig) -> Array:
     """Queries `[B, T, Q, d]` over keys and values `[B, S, K, d]`: float32 `[B, T, K, Q / K, d]`."""
+    grouped = group_queries(queries, held.keys.shape[2])
+    batch, steps = grouped.shape[:2]
+    size = next(n for n in range(min(steps, QUERY_BLOCK), 0, -1) if steps % n == 0)
+    if size == steps:
+        return _attend_block(grouped, window.positions, held, window, config)
+
+    def block(part: tuple[Array, Array]) -> Array:
+        return _attend_block(*part, held, window, config)
+
+    def cut(array: Array) -> Array:
+        return jnp.moveaxis(array.reshape(batch, steps // size, size, *array.shape[2:]), 1, 0)
+
+    mixed = lax.map(block, (cut(grouped), cut(window.positions)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(grouped.shape)
+
+
+def _attend_block(
+    queries: Array, positions: Array, held: KeyValues, window: Window, config: GrokConfig
+) -> Array:
+    """Some tokens' queries, `[B, t, K, Q / K, d]` at `[B, t]`, over everything that is held."""
     scores = jnp.einsum(
         "btkgd,bskd->bkgts",
-        group_queries(queries, held.keys.shape[2]).astype(held.keys.dtype),
+        queries.astype(held.keys.dtype),
         held.keys,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     scores = soft_cap(scores * config.attn_output_multiplier)
     # The cap comes before the mask: after it, a masked score would be no lower than -30.
-    allowed = _allowed(window, held.keys.shape[1])[:, None, None]
-    scores = jnp.where(allowed, scores, MASKED_SCORE)
+    places = held.keys.shape[1]
+    causal = jnp.arange(places) <= positions[:, :, None]
+    allowed = window.visible[:, None, :places] & causal
+    scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
     return jnp.einsum(
         "bkgts,bskd->btkgd",
         jax.nn.softmax(scores, axis=-1).astype(held.values.dtype),
@@ -211,12 +260,6 @@ def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
     return KeyValues(write(cache.keys, step.keys), write(cache.values, step.values))
 
 
-def _allowed(window: Window, places: int) -> Array:
-    """Which of the first `places` each token may attend to, bool `[B, T, places]`."""
-    causal = jnp.arange(places) <= window.positions[:, :, None]
-    return window.visible[:, None, :places] & causal
-
-
 def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     """The experts of each token and the weight of their outputs.
 
@@ -237,7 +280,7 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
 
 
 def feed_forward(
-    x: Array, gate: Quantized, up: Quantized, down: Quantized, dtype: jnp.dtype
+    x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype
 ) -> Array:
     """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
     # The reference's GELU is the tanh approximation.
@@ -245,7 +288,38 @@ def feed_forward(
     return product(hidden, down, dtype)
 
 
-def experts(weights: Layer, x: Array, real: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
+def expert(
+    weights: Layer, number: Array, routed: Routed, pairs: Array, total: Array, dtype: jnp.dtype
+) -> Array:
+    """One expert over some of the tokens that chose it, added to what others gave.
+
+    Args:
+        weights: the layer, with all experts on every device and part of each.
+        number: int32 scalar, the expert.
+        routed: all tokens of the step.
+        pairs: int32 `[n]`, indices of `routed.choices` taken flat; those beyond its end count for
+            nothing.
+        total: float32 `[N, D]`.
+        dtype: of the products.
+
+    Returns:
+        float32 `[N, D]`, the same on all devices.
+    """
+    rows = pairs // routed.choices.shape[1]
+    output = feed_forward(
+        routed.x.at[rows].get(mode="clip"),
+        select(weights.gate, number),
+        select(weights.up, number),
+        select(weights.down, number),
+        dtype,
+    )
+    gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
+    return total.at[rows].add(gates[:, None] * _sum_over(output, "model"), mode="drop")
+
+
+def experts(
+    weights: Layer, routed: Routed, real: Array, config: GrokConfig, dtype: jnp.dtype
+) -> Array:
     """Each token's chosen experts, weighted and summed; no other expert's weights are read.
 
     Pairs of token and choice are sorted by expert and cut into blocks of one expert each. A loop
@@ -254,20 +328,19 @@ def experts(weights: Layer, x: Array, real: Array, config: GrokConfig, dtype: jn
 
     Args:
         weights: the layer; this device holds some of the experts, and part of each.
-        x: float32 `[B, T, D]`.
+        routed: the tokens and their choices.
         real: bool `[B, T]`; filling tokens get no expert.
         config: the hyperparameters.
         dtype: of the products.
 
     Returns:
-        float32 `[B, T, D]`, the same on all devices.
+        float32 `[N, D]`, the same on all devices.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    choices, gates = route(flat, weights.router, config.num_selected_experts)
-    held = weights.up.weight.shape[0]
-    local = choices - lax.axis_index("expert") * held
+    flat = routed.x
+    held = config.num_experts // lax.axis_size("expert")
+    local = routed.choices - lax.axis_index("expert") * held
     nobody = (local < 0) | (local >= held) | ~real.reshape(-1, 1)
-    size = _block_size(choices.size, config.num_experts)
+    size = _block_size(routed.choices.size, config.num_experts)
     plan = _plan(jnp.where(nobody, held, local).reshape(-1), held, size)
 
     def block(index: Array, total: Array) -> Array:
@@ -281,10 +354,11 @@ def experts(weights: Layer, x: Array, real: Array, config: GrokConfig, dtype: jn
             select(weights.down, expert),
             dtype,
         )
-        return total.at[rows].add(gates.reshape(-1)[pairs][:, None] * output, mode="drop")
+        gates = routed.gates.reshape(-1)[pairs]
+        return total.at[rows].add(gates[:, None] * output, mode="drop")
 
     total = lax.fori_loop(0, plan.ends[-1], block, jnp.zeros(flat.shape, jnp.float32))
-    return _sum_over(total, ("expert", "model")).reshape(x.shape)
+    return _sum_over(total, ("expert", "model"))
 
 
 def _block_size(pairs: int, num_experts: int) -> int:
