@@ -65,6 +65,15 @@ class Tensor:
         """
         return None if self.scale_span is None else self._view(self.scale_span)
 
+    @property
+    def file(self) -> npt.NDArray[np.uint8]:
+        """The whole file in the mapping that `weight` and `scales` are views of; page aligned.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+        """
+        return np.frombuffer(self._mapped, np.uint8)
+
     def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
         if span.offset + span.nbytes > len(self._mapped):
             raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)

@@ -1,27 +1,26 @@
 """From a prompt to tokens: prefill, decode, sampling, and where to stop.
 
-An `Engine` compiles the parts of the model for one mesh and calls the one compiled layer once for
-every layer, so that compile time does not grow with their number. Steps are padded to powers of
-two, and so is the cache, which keeps the number of compiled programs logarithmic in the context.
+Prompts are read in chunks. Steps are padded to powers of two, and so is the cache, which keeps the
+number of compiled programs logarithmic in the context.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from grokfetch.errors import PromptInvalid
-from loader import model
 from loader.model import KeyValues, Window
 from loader.placement import Params
 from loader.schema import GrokConfig
+from loader.steps import Paging, steps_for
 
 __all__ = ["Choice", "Engine", "Sampling", "State", "check_prompts", "draw"]
 
@@ -30,6 +29,9 @@ SMALLEST_STEP = 16
 
 SMALLEST_CACHE = 256
 """Places that a cache starts with, where the model's context is not shorter still."""
+
+CHUNK = 2048
+"""Most tokens of a prompt that are read in one step; bounds the memory of activations."""
 
 COLDEST = 1e-30
 """Lowest temperature that float32 can still divide by safely."""
@@ -70,9 +72,10 @@ class Engine:
 
     Args:
         config: the hyperparameters.
-        params: from `loader.placement.load`, on `mesh`.
+        params: from `loader.placement.load` or `share`, on `mesh`.
         mesh: from `loader.placement.make_mesh`.
         dtype: of the cache and the products; sums and activations are float32 either way.
+        paging: told what mapped weights will be touched; None leaves it to the system.
     """
 
     def __init__(
@@ -81,12 +84,19 @@ class Engine:
         params: Params,
         mesh: Mesh,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        paging: Paging | None = None,
     ) -> None:
         self.config = config
         self.params = params
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
-        self._compile()
+        self._steps = steps_for(config, params, mesh, self.dtype, paging)
+        # On every device at once: a step must not fetch them from the first for each layer.
+        copies = self._steps.everywhere
+        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=copies)
+        self._greedy = jax.jit(_best, out_shardings=copies)
+        self._draw = jax.jit(draw, out_shardings=copies)
+        self._pick = jax.jit(_pick, out_shardings=copies)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.
@@ -99,8 +109,13 @@ class Engine:
         Raises:
             PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
         """
-        x, counts, state = self._read(prompts)
-        return self._score(x, counts), state
+        check_prompts(self.config, prompts)
+        last: Array | None = None
+        for part in self._read(prompts):
+            last = self._pick(part.x, part.ends, part.x[:, :1] if last is None else last)
+            state = part.state
+        assert last is not None
+        return self._steps.logits(last)[:, 0], state
 
     def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
@@ -111,9 +126,9 @@ class Engine:
         Raises:
             PromptInvalid: as `prefill`.
         """
-        x, _, _ = self._read(prompts)
-        scores: Array = self._all_logits(self.params.embedding, self.params.norm, x)
-        return scores
+        check_prompts(self.config, prompts)
+        parts = [self._steps.logits(part.x) for part in self._read(prompts)]
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decode(self, state: State, tokens: Array) -> tuple[Array, State]:
         """Append one token to every row.
@@ -137,7 +152,7 @@ class Engine:
             state = self._grown(state)
         ones = np.ones(len(tokens), np.int32)
         x, state = self._advance(state, tokens[:, None], ones, ones[:, None] > 0, 1)
-        return self._score(x, ones), state
+        return self._steps.logits(x)[:, 0], state
 
     def generate(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
@@ -192,71 +207,23 @@ class Engine:
             if step + 1 < limit:
                 logits, state = self.decode(state, token)
 
-    def _score(self, x: Array, counts: Any) -> Array:
-        scores: Array = self._last_logits(self.params.embedding, self.params.norm, x, counts)
-        return scores
-
-    def _compile(self) -> None:
-        config, dtype = self.config, self.dtype
-        embedding, final, layers = (
-            jax.tree.map(lambda array: array.sharding.spec, part)
-            for part in (self.params.embedding, self.params.norm, self.params.layers[0])
-        )
-        everywhere, heads = _spec(), _spec(None, None, "model", None)
-        self._heads = NamedSharding(self.mesh, heads)
-        self._embed = self._spread(
-            lambda table, tokens: model.embed(table, tokens, config, dtype),
-            (embedding, everywhere),
-            everywhere,
-        )
-        # The cache is donated: each layer's keys and values are written where they lie.
-        self._layer = self._spread(
-            lambda weights, cache, x, window: model.layer(weights, cache, x, window, config),
-            (layers, heads, everywhere, everywhere),
-            (everywhere, heads),
-            donate=(1,),
-        )
-        self._all_logits = self._spread(
-            lambda table, scale, x: model.logits(table, scale, x, config, dtype),
-            (embedding, final, everywhere),
-            _spec(None, None, "model"),
-        )
-        self._last_logits = self._spread(
-            lambda table, scale, x, counts: model.logits(
-                table, scale, _last(x, counts), config, dtype
-            ),
-            (embedding, final, everywhere, everywhere),
-            _spec(None, "model"),
-        )
-        # On every device at once: a step must not fetch them from the first for each layer.
-        copies = NamedSharding(self.mesh, everywhere)
-        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=copies)
-        self._greedy = jax.jit(_best, out_shardings=copies)
-        self._draw = jax.jit(draw, out_shardings=copies)
-
-    def _spread(
-        self, function: Callable[..., Any], given: Any, result: Any, donate: tuple[int, ...] = ()
-    ) -> Callable[..., Any]:
-        # The check of what is equal on all devices cannot follow a loop of unknown length.
-        spread = jax.shard_map(
-            function, mesh=self.mesh, in_specs=given, out_specs=result, check_vma=False
-        )
-        return jax.jit(spread, donate_argnums=donate)
-
-    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, np.ndarray[Any, Any], State]:
-        """The residual stream after the last layer, the prompts' lengths, and the state."""
-        check_prompts(self.config, prompts)
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Iterator[_Part]:
+        """Chunks of the prompts, one step each."""
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(counts.max())
-        width = self._rounded(longest, SMALLEST_STEP)
-        tokens = np.full((len(prompts), width), self.config.pad_token, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        # Pad ids in a prompt are no keys; filling tokens are none either, by their count.
-        shown = tokens != self.config.pad_token
         state = self._empty(len(prompts), self._rounded(longest, SMALLEST_CACHE))
-        x, state = self._advance(state, tokens, counts, shown, longest)
-        return x, counts, state
+        for start in range(0, longest, CHUNK):
+            width = self._rounded(min(longest - start, CHUNK), SMALLEST_STEP)
+            tokens = np.full((len(prompts), width), self.config.pad_token, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + CHUNK]
+                tokens[row, : len(part)] = part
+            # Pad ids in a prompt are no keys; filling tokens are none either, by their count.
+            shown = tokens != self.config.pad_token
+            left = np.clip(counts - start, 0, CHUNK).astype(np.int32)
+            x, state = self._advance(state, tokens, left, shown, int(left.max()))
+            ends = np.where(counts - start <= CHUNK, counts - start - 1, -1).astype(np.int32)
+            yield _Part(x, ends, state)
 
     def _advance(
         self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
@@ -265,18 +232,14 @@ class Engine:
         window, lengths = self._window(
             state.visible, state.lengths, counts, shown, fresh=state.longest == 0
         )
-        x = self._embed(self.params.embedding, tokens)
-        filled = []
-        for weights, entry in zip(self.params.layers, state.cache, strict=True):
-            x, entry = self._layer(weights, entry, x, window)  # noqa: PLW2901
-            filled.append(entry)
-        return x, State(tuple(filled), window.visible, lengths, state.longest + longest)
+        x, filled = self._steps.layers(state.cache, self._steps.embed(tokens), window)
+        return x, State(filled, window.visible, lengths, state.longest + longest)
 
     def _empty(self, batch: int, places: int) -> State:
         shape = (batch, places, self.config.num_kv_heads, self.config.key_size)
 
         def zeros() -> Array:
-            return jnp.zeros(shape, self.dtype, device=self._heads)
+            return jnp.zeros(shape, self.dtype, device=self._steps.heads)
 
         return State(
             cache=tuple(KeyValues(zeros(), zeros()) for _ in self.params.layers),
@@ -291,7 +254,7 @@ class Engine:
 
         def pad(array: Array) -> Array:
             padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
-            grown: Array = jax.device_put(padded, self._heads)
+            grown: Array = jax.device_put(padded, self._steps.heads)
             return grown
 
         return dataclasses.replace(
@@ -303,6 +266,17 @@ class Engine:
     def _rounded(self, tokens: int, smallest: int) -> int:
         power = 1 << (tokens - 1).bit_length()
         return min(max(power, smallest), self.config.sequence_len)
+
+
+class _Part(NamedTuple):
+    """A chunk read: its residual stream `[B, T, D]`, where in it each row ends, and the state.
+
+    ends: int32 `[B]`, negative where the row has ended before, or beyond.
+    """
+
+    x: Array
+    ends: np.ndarray[Any, Any]
+    state: State
 
 
 def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
@@ -373,10 +347,7 @@ def _window(
     return Window(positions, real, visible, fresh), lengths + counts
 
 
-def _last(x: Array, counts: Array) -> Array:
-    """Each row's last real token: `[B, T, D]` to `[B, D]`."""
-    return x[jnp.arange(x.shape[0]), counts - 1]
-
-
-def _spec(*axes: str | None) -> PartitionSpec:
-    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+def _pick(x: Array, ends: Array, before: Array) -> Array:
+    """Each row's last token if it lies in this chunk: `[B, T, D]` to `[B, 1, D]`."""
+    last = x[jnp.arange(x.shape[0]), jnp.maximum(ends, 0)][:, None]
+    return jnp.where(ends[:, None, None] < 0, before, last)

@@ -1,22 +1,27 @@
-"""From mapped tensors to device arrays: each device receives only its own block.
+"""From mapped tensors to device arrays: each device its own block, or all of them the same pages.
 
-The parameters of each layer are separate arrays, so that one compiled layer serves all of them and
-a layer can be placed, or dropped, without touching another.
+`load` copies to each device the block that it needs. `share` copies nothing but the small tensors:
+the devices are CPUs, and the pages of the shard files are the weights. The parameters of each layer
+are separate arrays, so that one compiled layer serves all of them and a layer can be placed, or
+dropped, without touching another.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grokfetch.errors import MeshInvalid
-from loader.quantized import Quantized
+from grokfetch.errors import MeshInvalid, OutOfReach
+from loader.checkpoint import Checkpoint, Tensor
+from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
+from loader.quantized import Quantized, Table, Weights
 from loader.schema import GrokConfig, ParamSpec
 from loader.sharding import (
     MeshShape,
@@ -27,7 +32,7 @@ from loader.sharding import (
     source_rows,
 )
 
-__all__ = ["Layer", "Params", "Source", "Stored", "load", "make_mesh"]
+__all__ = ["Layer", "Params", "Source", "Stored", "load", "make_mesh", "share"]
 
 
 class Stored(Protocol):
@@ -73,14 +78,14 @@ class Layer:
     after_attention: Array
     before_experts: Array
     after_experts: Array
-    query: Quantized
-    key: Quantized
-    value: Quantized
-    output: Quantized
+    query: Weights
+    key: Weights
+    value: Weights
+    output: Weights
     router: Array
-    gate: Quantized
-    up: Quantized
-    down: Quantized
+    gate: Weights
+    up: Weights
+    down: Weights
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +93,7 @@ class Layer:
 class Params:
     """All weights: embedding float32 `[V, D]`, final norm float32 `[D]`, the layers in order."""
 
-    embedding: Array
+    embedding: Table
     norm: Array
     layers: tuple[Layer, ...]
 
@@ -158,15 +163,24 @@ def load(
             on_bytes(tensor.weight.nbytes + (0 if tensor.scales is None else tensor.scales.nbytes))
         return placed
 
+    return _params(place, checkpoint.config.num_layers)
+
+
+def _params(place: Callable[[str], Any], layers: int) -> Params:
     def layer(number: int) -> Layer:
-        prefix = f"transformer/decoder_layer_{number}"
-        return Layer(**{field: place(f"{prefix}/{name}") for field, name in _LAYER_NAMES.items()})
+        return Layer(**{field: place(name) for field, name in layer_names(number).items()})
 
     return Params(
         embedding=place("language_model/in_out_embed/embeddings"),
         norm=place("language_model/rms_norm/scale"),
-        layers=tuple(layer(number) for number in range(checkpoint.config.num_layers)),
+        layers=tuple(layer(number) for number in range(layers)),
     )
+
+
+def layer_names(number: int) -> dict[str, str]:
+    """The tensor behind each field of one `Layer`."""
+    prefix = f"transformer/decoder_layer_{number}"
+    return {field: f"{prefix}/{name}" for field, name in _LAYER_NAMES.items()}
 
 
 def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
@@ -186,3 +200,81 @@ def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
 
     expanded = scale_shape(spec, shape)
     return Quantized(weight, jax.make_array_from_callback(expanded, sharding, rows))
+
+
+def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+    """Give every device the mapped pages of the shard files as they lie, without a copy.
+
+    Only norms and routers are copied. The files must stay as they are while the result is in use.
+
+    Args:
+        checkpoint: the tensors in their files.
+        mesh: of CPU devices, with one place along `expert`.
+
+    Raises:
+        MeshInvalid: the mesh splits experts.
+        OutOfReach: a tensor has more bytes than can be indexed.
+        StorageFailed: a file cannot be mapped.
+    """
+    if mesh.shape["expert"] != 1:
+        raise MeshInvalid("mapped weights are shared by all devices: the mesh axis expert must be 1")
+    everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+
+    def buffer(flat: np.ndarray[Any, Any]) -> Array:
+        copies = [
+            jax.device_put(flat, device, may_alias=True) for device in everywhere.addressable_devices
+        ]
+        return jax.make_array_from_single_device_arrays(flat.shape, everywhere, copies)
+
+    def place(name: str) -> Any:
+        tensor = checkpoint[name]
+        if tensor.spec.scale_groups is not None:
+            _check_indices(tensor, tensor.file.size)
+            return Mapped(buffer(tensor.file.view(np.int8)), None, _matrix_place(tensor, mesh))
+        if tensor.spec.axes[0] == "vocab":
+            return _table(tensor, mesh, buffer)
+        return jax.device_put(np.array(tensor.weight), everywhere)
+
+    return _params(place, checkpoint.config.num_layers)
+
+
+def _matrix_place(tensor: Tensor, mesh: Mesh) -> MatrixPlace:
+    spec, scales = tensor.spec, tensor.scale_span
+    assert scales is not None
+    assert spec.scale_groups is not None
+    *stack, rows, columns = spec.shape
+    split: Literal["rows", "columns"] = "rows" if mesh_axes(spec)[-2] == "model" else "columns"
+    return MatrixPlace(
+        tensor.array.offset,
+        scales.offset,
+        math.prod(stack),
+        rows,
+        columns,
+        spec.scale_groups,
+        split,
+        mesh.shape["model"],
+    )
+
+
+def _table(
+    tensor: Tensor, mesh: Mesh, buffer: Callable[[np.ndarray[Any, Any]], Array]
+) -> MappedTable:
+    place = TablePlace(tensor.array.offset, *tensor.spec.shape, mesh.shape["model"])
+    words, last = tensor.file.size // 4, tensor.array.offset + tensor.array.nbytes
+    if words <= last // 4:
+        # A word that the last row is read with hangs over the end of the file.
+        flat = np.array(tensor.weight).reshape(-1).view(np.uint32)
+        flat, place = np.append(flat, np.uint32(0)), dataclasses.replace(place, offset=0)
+    else:
+        flat = tensor.file[: 4 * words].view(np.uint32)
+    _check_indices(tensor, flat.size)
+    return MappedTable(buffer(flat), place)
+
+
+def _check_indices(tensor: Tensor, elements: int) -> None:
+    if elements >= LONGEST:
+        raise OutOfReach(
+            f"{tensor.spec.name} has {elements:,} elements, mapped placement takes {LONGEST:,}",
+            path=tensor.path,
+            hint="use --placement sharded",
+        )
