@@ -81,39 +81,42 @@ def product(x: Array, rows: Rows, groups: int, scale: Callable[[Array], Array]) 
     height = rows.count // groups
 
     def group(number: Array, total: Array) -> Array:
-        return total + _sums(x, rows, number * height, height) * scale(number)
+        first = number * height
+        part = dataclasses.replace(rows, start=rows.start + first * rows.stride, count=height)
+        factors = lax.dynamic_slice_in_dim(x, first, height, axis=1)
+        return total + _sums(factors, part) * scale(number)
 
     zero = jnp.zeros((x.shape[0], rows.width), jnp.float32)
-    return group(jnp.int32(0), zero) if groups == 1 else lax.fori_loop(0, groups, group, zero)
+    total: Array = lax.fori_loop(0, groups, group, zero)
+    return group(jnp.int32(0), zero) if groups == 1 else total
 
 
-def _sums(x: Array, rows: Rows, first: Array, height: int) -> Array:
-    """`x[:, part] @ matrix[part]` for the `height` rows from `first` on, float32 `[T, width]`."""
+def _sums(x: Array, rows: Rows) -> Array:
+    """`x @ matrix`, float32 `[T, rows.count]` to `[T, rows.width]`."""
     tokens = x.shape[0]
     if tokens <= 2:
-        return _accumulated(x, rows, first, height, rows.width, ROWS_OF_ONE_TOKEN)
+        return _accumulated(x, rows, rows.width, ROWS_OF_ONE_TOKEN)
     if tokens <= FEW_TOKENS:
-        width = math.gcd(rows.width, COLUMNS)
-        return _accumulated(x, rows, first, height, width, ROWS_OF_FEW_TOKENS)
-    step = math.gcd(height, ROWS_OF_MANY_TOKENS)
+        return _accumulated(x, rows, math.gcd(rows.width, COLUMNS), ROWS_OF_FEW_TOKENS)
+    step = math.gcd(rows.count, ROWS_OF_MANY_TOKENS)
 
     def multiply(index: Array, total: Array) -> Array:
-        at = first + index * step
+        at = index * step
         part = lax.dynamic_slice_in_dim(x, at, step, axis=1)
         return total + jnp.dot(part, rows.block(at, step), precision=lax.Precision.HIGHEST)
 
-    return lax.fori_loop(0, height // step, multiply, jnp.zeros((tokens, rows.width), jnp.float32))
+    zero = jnp.zeros((tokens, rows.width), jnp.float32)
+    total: Array = lax.fori_loop(0, rows.count // step, multiply, zero)
+    return total
 
 
-def _accumulated(
-    x: Array, rows: Rows, first: Array, height: int, columns: int, at_once: int
-) -> Array:
+def _accumulated(x: Array, rows: Rows, columns: int, at_once: int) -> Array:
     """The same, row after row added to sums that lie in runs of `columns` for all tokens."""
     tokens, runs = x.shape[0], rows.width // columns
-    step = math.gcd(height, at_once)
+    step = math.gcd(rows.count, at_once)
 
     def add(index: Array, total: Array) -> Array:
-        at = first + index * step
+        at = index * step
         factors = lax.dynamic_slice_in_dim(x, at, step, axis=1)
         for row in range(step):
             values = rows.row(at + row).reshape(runs, 1, columns)
@@ -121,7 +124,7 @@ def _accumulated(
         return total
 
     zero = jnp.zeros((runs, tokens, columns), jnp.float32)
-    total = lax.fori_loop(0, height // step, add, zero)
+    total: Array = lax.fori_loop(0, rows.count // step, add, zero)
     return total.transpose(1, 0, 2).reshape(tokens, rows.width)
 
 
@@ -143,4 +146,6 @@ def row_dots(x: Array, read: Callable[[Array, int], Array], count: int) -> Array
         part = multiply(x, read(index * step, step))
         return lax.dynamic_update_slice_in_dim(scores, part, index * step, axis=1)
 
-    return lax.fori_loop(0, count // step, block, jnp.zeros((x.shape[0], count), jnp.float32))
+    zero = jnp.zeros((x.shape[0], count), jnp.float32)
+    scores: Array = lax.fori_loop(0, count // step, block, zero)
+    return scores

@@ -279,19 +279,15 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     return choices, weights
 
 
-def feed_forward(
-    x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype
-) -> Array:
+def feed_forward(x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype) -> Array:
     """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
     # The reference's GELU is the tanh approximation.
     hidden = jax.nn.gelu(product(x, gate, dtype), approximate=True) * product(x, up, dtype)
     return product(hidden, down, dtype)
 
 
-def expert(
-    weights: Layer, number: Array, routed: Routed, pairs: Array, total: Array, dtype: jnp.dtype
-) -> Array:
-    """One expert over some of the tokens that chose it, added to what others gave.
+def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: jnp.dtype) -> Array:
+    """What one expert gives the tokens that chose it, weighted.
 
     Args:
         weights: the layer, with all experts on every device and part of each.
@@ -299,11 +295,10 @@ def expert(
         routed: all tokens of the step.
         pairs: int32 `[n]`, indices of `routed.choices` taken flat; those beyond its end count for
             nothing.
-        total: float32 `[N, D]`.
         dtype: of the products.
 
     Returns:
-        float32 `[N, D]`, the same on all devices.
+        float32 `[N, D]`, the same on all devices; zero for all other tokens.
     """
     rows = pairs // routed.choices.shape[1]
     output = feed_forward(
@@ -314,7 +309,8 @@ def expert(
         dtype,
     )
     gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
-    return total.at[rows].add(gates[:, None] * _sum_over(output, "model"), mode="drop")
+    given = gates[:, None] * _sum_over(output, "model")
+    return jnp.zeros(routed.x.shape, jnp.float32).at[rows].add(given, mode="drop")
 
 
 def experts(

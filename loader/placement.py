@@ -217,12 +217,15 @@ def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:
         StorageFailed: a file cannot be mapped.
     """
     if mesh.shape["expert"] != 1:
-        raise MeshInvalid("mapped weights are shared by all devices: the mesh axis expert must be 1")
+        raise MeshInvalid(
+            "mapped weights are shared by all devices: the mesh axis expert must be 1"
+        )
     everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
 
     def buffer(flat: np.ndarray[Any, Any]) -> Array:
         copies = [
-            jax.device_put(flat, device, may_alias=True) for device in everywhere.addressable_devices
+            jax.device_put(flat, device, may_alias=True)
+            for device in everywhere.addressable_devices
         ]
         return jax.make_array_from_single_device_arrays(flat.shape, everywhere, copies)
 
@@ -259,7 +262,8 @@ def _matrix_place(tensor: Tensor, mesh: Mesh) -> MatrixPlace:
 def _table(
     tensor: Tensor, mesh: Mesh, buffer: Callable[[np.ndarray[Any, Any]], Array]
 ) -> MappedTable:
-    place = TablePlace(tensor.array.offset, *tensor.spec.shape, mesh.shape["model"])
+    rows, columns = tensor.spec.shape
+    place = TablePlace(tensor.array.offset, rows, columns, mesh.shape["model"])
     words, last = tensor.file.size // 4, tensor.array.offset + tensor.array.nbytes
     if words <= last // 4:
         # A word that the last row is read with hangs over the end of the file.

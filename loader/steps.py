@@ -148,7 +148,9 @@ class _OnDemand(Steps):
             donate=(1,),
         )
         self._expert = self._spread(
-            lambda weights, *rest: model.expert(weights, *rest, dtype),
+            lambda weights, number, routed, pairs, total: (
+                total + model.expert(weights, number, routed, pairs, dtype)
+            ),
             (weights, *(nothing,) * 4),
             nothing,
             donate=(4,),
@@ -195,8 +197,9 @@ def expert_groups(
     flat = np.where(real[:, None], choices, -1).reshape(-1)
     for expert in np.unique(flat[flat >= 0]):
         pairs = np.flatnonzero(flat == expert).astype(np.int32)
-        yield int(expert), np.pad(
-            pairs, (0, padded(len(pairs)) - len(pairs)), constant_values=flat.size
+        yield (
+            int(expert),
+            np.pad(pairs, (0, padded(len(pairs)) - len(pairs)), constant_values=flat.size),
         )
 
 

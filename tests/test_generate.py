@@ -98,7 +98,7 @@ def test_one_compiled_layer_serves_all_layers(short):
     list(short.generate(golden.prompt("p2"), 3))
     # A first step of 16 or of 30 tokens, and steps of one, whatever the number of layers; the
     # cache is as long as the context from the start.
-    assert short._layer._cache_size() == 3
+    assert short._steps._layer._cache_size() == 3
 
 
 def test_same_seed_same_text_and_another_seed_another(short):
