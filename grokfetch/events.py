@@ -30,11 +30,12 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights are on the devices: bytes, number and kind of devices, seconds it took."""
+    """The weights are there: bytes, number and kind of devices, mapped or sharded, seconds."""
 
     bytes: int
     devices: int
     platform: str
+    placement: str
     seconds: float
 
 

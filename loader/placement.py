@@ -8,8 +8,10 @@ dropped, without touching another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -32,7 +34,11 @@ from loader.sharding import (
     source_rows,
 )
 
-__all__ = ["Layer", "Params", "Source", "Stored", "load", "make_mesh", "share"]
+__all__ = ["Layer", "Mesh", "Params", "Source", "Stored", "load", "make_mesh", "share", "use_cores"]
+
+
+CORES_A_DEVICE = 4
+"""Two cores are faster as one device than as two; no machine with more has been measured."""
 
 
 class Stored(Protocol):
@@ -200,6 +206,20 @@ def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
 
     expanded = scale_shape(spec, shape)
     return Quantized(weight, jax.make_array_from_callback(expanded, sharding, rows))
+
+
+def use_cores(config: GrokConfig) -> None:
+    """Have jax see as many CPU devices as share one machine's cores best; before its first use.
+
+    The loop over a matrix is split over the cores at every step, so that with many cores a step is
+    too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
+    share of the columns. Where XLA_FLAGS or an earlier use of jax has decided, that holds.
+    """
+    wanted = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
+    count = next(n for n in range(wanted, 0, -1) if config.num_kv_heads % n == 0)
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
 
 
 def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:

@@ -77,8 +77,8 @@ def _walk(folder: Path) -> None:
         raise Damaged("the fetched checkpoint did not verify", path=store.root)
     steps.done(f"verified {bytes_text(summary.proven)} by its piece hashes, and every tensor")
     with store.lock(exclusive=False):
-        engine = load(open_checkpoint(store), dtype="float32", shape=None)
-        steps.done(f"loaded {len(manifest.tensors)} tensors, sharded, int8 kept int8")
+        engine = load(open_checkpoint(store), dtype="float32", placement=None, shape=None)
+        steps.done(f"loaded {len(manifest.tensors)} tensors, int8 kept int8")
         tokens = list(engine.generate(PROMPT, NEW_TOKENS, Sampling()))
     steps.done(f"compiled the model and generated {len(tokens)} tokens")
     click.echo(f"\nprompt {' '.join(map(str, PROMPT))}\ntokens {' '.join(map(str, tokens))}")

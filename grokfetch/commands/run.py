@@ -14,6 +14,7 @@ import click
 from grokfetch.commands.reporting import json_option, lines, reporter
 from grokfetch.commands.state_option import state_option
 from grokfetch.errors import OutOfReach, TokenizerMissing
+from grokfetch.events import Loaded
 from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from grokfetch.store import Store
     from loader.checkpoint import Checkpoint
     from loader.generate import Engine
+    from loader.placement import Mesh, Params
     from loader.sharding import MeshShape
     from loader.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.model"
 Dtype = Literal["bfloat16", "float32"]
+Placement = Literal["mapped", "sharded"]
 
 
 @click.command()
@@ -56,6 +59,12 @@ Dtype = Literal["bfloat16", "float32"]
     show_default=True,
     help="Of activations and the KV cache; weights stay int8.",
 )
+@click.option(
+    "--placement",
+    type=click.Choice(["mapped", "sharded"]),
+    help="mapped leaves the weights in their files, for CPUs and the default there; sharded copies "
+    "them to the devices.",
+)
 @click.option("--mesh", metavar="expert=N,model=M", help="Devices to use; all of them by default.")
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
@@ -74,6 +83,7 @@ def run(
     top_k: int | None,
     seed: int,
     dtype: Dtype,
+    placement: Placement | None,
     mesh: str | None,
     unproven: bool,
     state: Path | None,
@@ -99,7 +109,7 @@ def run(
         checkpoint = open_checkpoint(store, proven=not unproven)
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(checkpoint.config, [ids])
-        engine = load(checkpoint, dtype=dtype, shape=shape)
+        engine = load(checkpoint, dtype=dtype, placement=placement, shape=shape)
         sampling = Sampling(temperature, top_p, top_k, seed)
         machine = lines()
         if machine is not None:
@@ -111,18 +121,57 @@ def run(
         click.echo()
 
 
-def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> Engine:
-    """The weights on the devices, ready to generate; says how long it took."""
-    from grokfetch.events import Loaded
-    from grokfetch.verify import Progress
-    from loader import placement
+def load(
+    checkpoint: Checkpoint, *, dtype: Dtype, placement: Placement | None, shape: MeshShape | None
+) -> Engine:
+    """The weights where the devices have them, ready to generate; says how long it took.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
+            are to be used by devices that are no CPUs.
+    """
+    from loader import placement as placing
     from loader.generate import Engine
 
     start = time.perf_counter()
-    mesh = placement.make_mesh(checkpoint.config, shape)
-    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    splits_experts = shape is not None and shape.expert > 1
+    if placement == "mapped" or (placement is None and not splits_experts):
+        placing.use_cores(checkpoint.config)
+    mesh = placing.make_mesh(checkpoint.config, shape)
     kinds = {device.platform for device in mesh.devices.flat}
-    if kinds == {"cpu"}:
+    platform = "/".join(sorted(kinds)).upper()
+    if placement is None:
+        placement = "sharded" if splits_experts or kinds != {"cpu"} else "mapped"
+    if placement == "mapped" and kinds != {"cpu"}:
+        raise OutOfReach(
+            f"mapped weights are for CPUs, and the devices are {platform}",
+            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
+        )
+    copied = placement == "sharded"
+    params = _copy(checkpoint, mesh) if copied else placing.share(checkpoint, mesh)
+    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    seconds = time.perf_counter() - start
+    machine = lines()
+    if machine is None:
+        click.echo(
+            f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
+            f"{'onto' if copied else 'for'} {mesh.size} {platform} "
+            f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
+            err=True,
+        )
+    else:
+        machine.take(Loaded(total, mesh.size, platform, placement, round(seconds, 3)))
+    return Engine(checkpoint.config, params, mesh, dtype)
+
+
+def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+    """Every tensor on the devices, with a bar."""
+    from grokfetch.verify import Progress
+    from loader import placement
+
+    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    if {device.platform for device in mesh.devices.flat} == {"cpu"}:
         _check_memory(total)
     done = 0
     with reporter("load") as sink:
@@ -132,18 +181,7 @@ def load(checkpoint: Checkpoint, *, dtype: Dtype, shape: MeshShape | None) -> En
             done += nbytes
             sink.take(Progress(done, total, "loading"))
 
-        params = placement.load(checkpoint, mesh, on_bytes=count)
-    seconds, platform = time.perf_counter() - start, "/".join(sorted(kinds)).upper()
-    machine = lines()
-    if machine is None:
-        click.echo(
-            f"loaded {bytes_text(total)} onto {mesh.size} {platform} "
-            f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
-            err=True,
-        )
-    else:
-        machine.take(Loaded(total, mesh.size, platform, round(seconds, 3)))
-    return Engine(checkpoint.config, params, mesh, dtype)
+        return placement.load(checkpoint, mesh, on_bytes=count)
 
 
 def _check_memory(total: int) -> None:
@@ -158,7 +196,7 @@ def _check_memory(total: int) -> None:
     if total > free:
         raise OutOfReach(
             f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
-            hint="use a machine with more memory, or with accelerators that have it",
+            hint="leave them in their files: --placement mapped",
         )
 
 
