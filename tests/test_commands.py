@@ -331,6 +331,7 @@ def test_without_a_tokenizer_its_address_and_digest_are_said_before_anything_is_
     assert "https://host.example/t" in text
     assert "ab" * 32 in text
     assert "loaded" not in text
+    assert "mapped" not in text
 
 
 def test_run_wants_either_a_prompt_or_tokens(fetched_once):
@@ -343,6 +344,7 @@ def test_a_prompt_that_cannot_be_is_refused_before_anything_is_loaded(fetched_on
     text = grokfetch("run", fetched_once, "--tokens", "512", code=errors.PromptInvalid.exit_code)
     assert "vocabulary" in text
     assert "loaded" not in text
+    assert "mapped" not in text
 
 
 def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
@@ -356,7 +358,15 @@ def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
 ):
     free = psutil.virtual_memory()._replace(available=2_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    text = grokfetch("run", fetched_once, "--tokens", "1", code=errors.OutOfReach.exit_code)
+    text = grokfetch(
+        "run",
+        fetched_once,
+        "--tokens",
+        "1",
+        "--placement",
+        "sharded",
+        code=errors.OutOfReach.exit_code,
+    )
     assert "2.8 MB of memory, 2.0 MB are free" in text
     assert "loaded" not in text
 

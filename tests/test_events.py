@@ -134,11 +134,13 @@ def test_a_run_tells_loading_tokens_and_times(tmp_path):
     folder = shutil.copytree(golden.TINY, tmp_path / "tiny")
     arguments = ["manifest", str(folder), "--config", str(folder / "config.json")]
     assert CliRunner().invoke(main, arguments).exit_code == 0
-    found = events(*("run", folder, "--tokens", "181", "--max-tokens", 3, "--dtype", "float32"))
+    arguments = ["--tokens", "181", "--max-tokens", 3, "--dtype", "float32"]
+    found = events("run", folder, *arguments, "--placement", "sharded", "--mesh", "model=1")
     tokens = [event["id"] for event in of(found, "token")]
     assert tokens == [int(token) for token in golden.arrays()["f32/p0_tokens"][:3]]
     (loaded,) = of(found, "loaded")
     assert loaded["bytes"] > 0
+    assert loaded["placement"] == "sharded"
     assert of(found, "progress")[-1]["phase"] == "loading"
     assert found[-1]["tokens"] == 3
     assert found[-1]["text"] is None
@@ -172,7 +174,7 @@ ALL = [
     Proven((1,)),
     Finding("corrupt", PurePosixPath("a/b")),
     Notice("text"),
-    Loaded(1, 2, "CPU", 0.1),
+    Loaded(1, 2, "CPU", "mapped", 0.1),
     Token(3, "x"),
     Ended(1.0, {}),
 ]
