@@ -67,9 +67,10 @@ def describe(config: GrokConfig) -> Manifest:
     """The manifest of the checkpoint, without digests. Names and sizes are the official ones."""
     official = grok_1()
     files, tensors = expected(config, SHARDS)
-    assert {(file.path, file.size) for file in files} <= {
+    assert tensors == official.tensors
+    assert [(file.path, file.size) for file in files] == [
         (file.path, file.size) for file in official.files
-    }
+    ]
     # No magnet link, no mirror and no info hash: nobody else has these files.
     return Manifest(
         NAME,
