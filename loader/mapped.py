@@ -131,16 +131,20 @@ class MappedTable:
     def take(self, tokens: Array) -> Array:
         """Rows of this device's part by their numbers, int32 `[...]`: float32 `[..., columns]`."""
         first = self._first(tokens)[..., None]
-        at = first + jnp.arange(self.place.columns + 1)
-        return self._joined(self.words[at])
+        at = first + jnp.arange(self.place.columns)
+        return self._joined(self.words[at], self.words[at + 1])
 
     def dots(self, x: Array) -> Array:
         """`x @ part.T`, float32 `[..., columns]` to float32 `[..., rows]`."""
         columns = self.place.columns
 
         def read(row: Array, count: int) -> Array:
-            words = lax.dynamic_slice_in_dim(self.words, self._first(row), count * columns + 1)
-            return self._joined(words).reshape(count, columns)
+            # Two slices: parts of a longer one would be written out before they are joined.
+            low, high = (
+                lax.dynamic_slice_in_dim(self.words, self._first(row) + more, count * columns)
+                for more in (0, 1)
+            )
+            return self._joined(low, high).reshape(count, columns)
 
         flat = row_dots(x.reshape(-1, columns), read, self.rows)
         return flat.reshape(*x.shape[:-1], self.rows)
@@ -150,9 +154,8 @@ class MappedTable:
         part = lax.axis_index("model") if self.place.ways > 1 else 0
         return self.place.offset // 4 + (part * self.rows + row) * self.place.columns
 
-    def _joined(self, words: Array) -> Array:
-        """uint32 `[..., n + 1]` to the float32 `[..., n]` that begin in the first n of them."""
+    def _joined(self, low: Array, high: Array) -> Array:
+        """The float32 that begin in the words `low`, each followed by the word in `high`."""
         shift = self.place.offset % 4 * 8
-        low, high = words[..., :-1], words[..., 1:]
         bits = low if shift == 0 else (low >> shift) | (high << (32 - shift))
         return lax.bitcast_convert_type(bits, jnp.float32)
