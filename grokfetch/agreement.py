@@ -29,7 +29,7 @@ def in_force(
         Contradiction: the files are others, or the manifest is about another torrent and has no
             sha256 to tell that the content is the same.
     """
-    files = [(file.path, file.size) for file in layout.payload]
+    files = [(file.name, file.size) for file in layout.payload]
     if manifest is None:
         entries = (ManifestFile(path, size) for path, size in files)
         return plain(layout.name, torrent.info_hash, magnet, entries)

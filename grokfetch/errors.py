@@ -20,6 +20,7 @@ __all__ = [
     "NotProven",
     "OutOfReach",
     "PromptInvalid",
+    "SelectionInvalid",
     "ShardInvalid",
     "SourceInvalid",
     "Stalled",
@@ -107,6 +108,12 @@ class OutOfReach(GrokfetchError):
     """This machine or installation lacks what the command needs: libtorrent, or the memory."""
 
     exit_code = 18
+
+
+class SelectionInvalid(GrokfetchError):
+    """What is asked for of a checkpoint is malformed, or not in it."""
+
+    exit_code = 19
 
 
 class Damaged(GrokfetchError):

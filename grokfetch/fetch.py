@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain
+from pathlib import PurePosixPath
 from typing import Literal
 
 from grokfetch import preflight
@@ -24,9 +25,10 @@ from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
+from grokfetch.selection import Request, Selection, pieces_of, spans, urgency
 from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
 from grokfetch.store import Store
-from grokfetch.targets import cut_long_files, make_empty_files, refuse_links
+from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files, refuse_links
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
 __all__ = [
@@ -43,7 +45,7 @@ Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """How far it is: proven bytes of all bytes, bytes a second, peers, proven pieces of all.
+    """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
 
     While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
     the proven bytes in every phase.
@@ -75,7 +77,7 @@ class Outcome:
     """The last value of a fetch that ended well.
 
     Args:
-        total: bytes of the payload, all proven.
+        total: bytes of the payload that were asked for, all proven.
         fetched: pieces that the source brought.
         rehashed: pieces found on the disk and read back.
     """
@@ -109,6 +111,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
     manifest: Manifest | None = None,
     limits: Limits | None = None,
     repair: bool = False,
+    request: Request | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generator[Event, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
@@ -122,6 +125,9 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
             holds.
         limits: patience.
         repair: trust nothing that was proven before: read everything back first.
+        request: what of the checkpoint is wanted, beside what earlier fetches into this folder
+            asked for; an empty one is all of it. By default just what they asked for, or all of it
+            if there was none.
         clock: monotonic seconds.
 
     Yields:
@@ -129,13 +135,15 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
 
     Raises:
         TorrentInvalid: the metadata is not the one asked for, or unsafe.
+        SelectionInvalid: the request names what the checkpoint does not have.
         Contradiction: the torrent is not what the manifest says, or not the one begun here.
         Stalled: no metadata, or not a byte, for too long.
         StateLocked: another process uses the folder.
         StorageFailed: the disk is full, read-only, gone or failing.
     """
     with store.lock():
-        yield from _Fetch(store, source, manifest, limits or Limits(), clock).run(repair=repair)
+        fetch = _Fetch(store, source, manifest, limits or Limits(), clock)
+        yield from fetch.run(request, repair=repair)
 
 
 class _Fetch:
@@ -158,13 +166,17 @@ class _Fetch:
         self._rehashed = 0
         self._save_at = clock() + limits.save_s
 
-    def run(self, *, repair: bool) -> Iterator[Event]:
+    def run(self, request: Request | None, *, repair: bool) -> Iterator[Event]:
         self._torrent = yield from self._metadata()
-        self._layout = self._settle()
+        self._layout = self._settle(request)
         self._tensors = TensorIndex(self._store.manifest())
         self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
-        self._total = sum(self._weights)
-        counts = (len(self._layout.payload), self._total, self._layout.piece_count)
+        asked = self._store.asked()
+        every = range(self._layout.piece_count)
+        self._asked = frozenset(every) if asked is None else pieces_of(self._layout, asked)
+        self._total = sum(self._weights[piece] for piece in self._asked)
+        self._urgency = urgency(self._store.manifest(), self._layout, self._asked)
+        counts = (len(self._layout.payload), sum(self._weights), self._layout.piece_count)
         yield Metadata(self._layout.name, self._torrent.info_hash, *counts)
         for file in cut_long_files(self._store, self._layout):
             yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
@@ -206,7 +218,7 @@ class _Fetch:
             hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
         )
 
-    def _settle(self) -> Layout:
+    def _settle(self, request: Request | None) -> Layout:
         """Put the manifest in force, and only then keep the torrent: a contradiction keeps none."""
         torrent = self._torrent
         begun = self._store.layout()
@@ -216,9 +228,40 @@ class _Fetch:
             manifest = in_force(self._wanted or earlier, torrent, layout, self._source.magnet)
             if manifest != earlier:
                 self._store.save_manifest(manifest)
+        selection = self._selection(request, everything=begun is not None)
         if begun is None:
             self._store.save_torrent(torrent)
-        return layout
+        if selection != self._store.selection():
+            self._store.save_selection(selection)
+        settled = self._store.layout()
+        assert settled is not None
+        self._rename(settled)
+        return settled
+
+    def _selection(self, request: Request | None, *, everything: bool) -> Selection | None:
+        """What is asked for now: the request beside what earlier ones have asked for.
+
+        Args:
+            request: of this fetch.
+            everything: where no selection is kept, all was asked for.
+        """
+        earlier = self._store.selection()
+        if request is None:
+            return earlier
+        if request == Request() or (earlier is None and everything):
+            return None
+        selection = (earlier or Selection(())).extended(request)
+        # Refused before anything of it is kept.
+        spans(self._store.manifest(), selection)
+        return selection
+
+    def _rename(self, layout: Layout) -> None:
+        """Give files that are asked for now their names, and their proofs with them."""
+        renamed = name_asked_files(self._store, layout)
+        if renamed:
+            record = self._store.record()
+            files = {renamed.get(path, path): proof for path, proof in record.files.items()}
+            self._store.save_record(dataclasses.replace(record, files=files))
 
     # --- pieces -------------------------------------------------------------------------------
 
@@ -234,9 +277,9 @@ class _Fetch:
         while True:
             for path in self._proofs.look_again():
                 yield Finding("unproven", path, detail="others changed or removed it meanwhile")
-            self._done = sum(self._weights[piece] for piece in self._proofs.pieces)
+            self._done = sum(self._weights[piece] for piece in self._proofs.pieces & self._asked)
             yield from self._check_disk()
-            missing = self._proofs.missing
+            missing = self._missing
             if not missing:
                 return
             if in_vain == self._limits.attempts:
@@ -249,10 +292,14 @@ class _Fetch:
             yield from self._download(missing)
             in_vain = in_vain + 1 if len(self._proofs.pieces) <= before else 0
 
+    @property
+    def _missing(self) -> list[int]:
+        return [piece for piece in self._proofs.missing if piece in self._asked]
+
     def _check_disk(self) -> Iterator[Event]:
         """Read back what is not proven and may be on the disk already."""
         root, layout = self._store.root, self._layout
-        pieces = list(may_be_on_disk(root, layout, self._proofs.missing))
+        pieces = list(may_be_on_disk(root, layout, self._missing))
         total = sum(self._weights[piece] for piece in pieces)
         read = 0
         with Hashers[list[PieceResult]]() as hashers:
@@ -269,7 +316,7 @@ class _Fetch:
     def _download(self, missing: list[int]) -> Iterator[Event]:
         files = _files_of(self._layout, missing)
         refuse_links(self._store, files)
-        preflight.check(self._store.root, [(file.path, file.size) for file in files])
+        preflight.check(self._store.root, self._room(files))
         self._proofs.mark_writing(file.path for file in files)
         order = Order(
             self._torrent,
@@ -277,6 +324,7 @@ class _Fetch:
             self._store.root,
             frozenset(self._proofs.pieces),
             frozenset(missing),
+            self._urgency,
         )
         stream = self._source.download(order)
         with Hashers[list[PieceResult]]() as hashers:
@@ -290,6 +338,15 @@ class _Fetch:
                     for result in chain.from_iterable(hashers.take(None)):
                         self._count(result)
                 self._proofs.end_writing()
+
+    def _room(self, files: list[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
+        """The files with the bytes that are asked for of each."""
+        room = dict.fromkeys((file.path for file in files), 0)
+        for piece in self._asked:
+            for part in self._layout.segments(piece):
+                if part.file.path in room and not part.file.pad:
+                    room[part.file.path] += part.length
+        return list(room.items())
 
     def _follow(
         self,
@@ -338,7 +395,7 @@ class _Fetch:
 
     def _count(self, result: PieceResult) -> None:
         if result.verdict == "good":
-            self._done += self._weights[result.piece]
+            self._done += self._weights[result.piece] if result.piece in self._asked else 0
             self._proofs.add(result.piece)
 
     def _save_if_due(self) -> None:
@@ -350,10 +407,12 @@ class _Fetch:
 
     def _check_digests(self) -> Iterator[Event]:
         """Hash whole files where the manifest's sha256 decides and not the torrent."""
+        asked = self._store.asked()
         files = [
             file
             for file in self._store.manifest().files
             if not self._store.pieces_speak_for(file.path)
+            and (asked is None or file.path in asked)
             and self._proofs.sha256(file.path) != file.sha256
         ]
         total = sum(file.size for file in files)
@@ -379,8 +438,8 @@ class _Fetch:
             phase,
             self._done,
             self._total,
-            pieces_done=len(self._proofs.pieces),
-            pieces_total=self._layout.piece_count,
+            pieces_done=len(self._proofs.pieces & self._asked),
+            pieces_total=len(self._asked),
             proven=self._done,
         )
 

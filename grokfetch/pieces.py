@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Literal, Protocol
 
@@ -42,13 +42,20 @@ Data = bytes | bytearray | memoryview
 class LayoutFile:
     """A file in the stream: path relative to the checkpoint folder, size and start in bytes.
 
-    The path includes the torrent's top folder. A pad is zeros and never exists on disk.
+    The path includes the torrent's top folder. A pad is zeros and never exists on disk. `known_as`
+    is the torrent's path where the file lies under another one.
     """
 
     path: PurePosixPath
     size: int
     start: int
     pad: bool = False
+    known_as: PurePosixPath | None = None
+
+    @property
+    def name(self) -> PurePosixPath:
+        """The torrent's path."""
+        return self.known_as or self.path
 
     @property
     def end(self) -> int:
@@ -112,6 +119,25 @@ class Layout:
     def file(self, path: PurePosixPath) -> LayoutFile | None:
         """The file of that path, None if the torrent has none."""
         return self._by_path.get(path)
+
+    def by_name(self, name: PurePosixPath) -> LayoutFile | None:
+        """The file of that path in the torrent, None if there is none."""
+        file = self._by_path.get(name)
+        if file is not None and file.name == name:
+            return file
+        return next((file for file in self.payload if file.name == name), None)
+
+    def moved(self, places: Mapping[PurePosixPath, PurePosixPath]) -> Layout:
+        """The same with some files elsewhere: `places` goes from the torrent's path to ours."""
+        return dataclasses.replace(
+            self,
+            files=tuple(
+                dataclasses.replace(file, path=places[file.name], known_as=file.name)
+                if not file.pad and file.name in places
+                else file
+                for file in self.files
+            ),
+        )
 
     def expected(self, piece: int) -> bytes:
         """The hash that the torrent gives for a piece."""

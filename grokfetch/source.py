@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,8 @@ class Order:
     """What a source is to bring: the pieces of `want`, into the files below `root`.
 
     The pieces of `have` are on the disk and proven; the source may share them and must not write
-    them. All others are neither to be fetched nor to be trusted.
+    them. All others are neither to be fetched nor to be trusted. `urgency` says from 7 down to 1
+    which pieces are wanted earlier; the others are in the middle.
     """
 
     torrent: TorrentFile
@@ -26,6 +27,7 @@ class Order:
     root: Path
     have: frozenset[int]
     want: frozenset[int]
+    urgency: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
 """The checkpoint directory: what lies where, who may write, what is proven.
 
     DIR/                     the payload as the torrent lays it down, top folder kept
+    DIR/.../NAME.part        a file that is not asked for, with the bytes that share a piece with
+                             one that is; it gets its name when it is asked for
     DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
         lock                 locked (flock) exclusively while payload or record are written, shared
                              by readers that ask; holds the owner's {"pid", "host"} as JSON. The
                              kernel drops the lock of a dead owner, so that it never blocks
         manifest.json        the manifest in force (`manifest.SCHEMA`), its paths those of the
                              torrent
+        selection.json       what is asked for, where that is not everything (`selection.SCHEMA`)
         metadata.torrent     a torrent file: the info dictionary as the swarm gave it, and its v2
                              piece layers. The format is BitTorrent's own
         record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
@@ -33,9 +36,11 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch import manifest as manifests
 from grokfetch import record as records
+from grokfetch import selection as selections
 from grokfetch.errors import (
     ManifestInvalid,
     NotProven,
+    SelectionInvalid,
     StateMissing,
     TorrentInvalid,
 )
@@ -43,9 +48,15 @@ from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile
 from grokfetch.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.record import Record, RecordDamaged, Stamp
+from grokfetch.selection import Selection, Spans
 from grokfetch.storage import folder_lock, replacing, storage_failed
 
-__all__ = ["Store"]
+__all__ = ["Store", "part_name"]
+
+
+def part_name(path: PurePosixPath) -> PurePosixPath:
+    """Where the bytes of a file lie that is not asked for."""
+    return path.with_name(f"{path.name}.part")
 
 
 class Store:
@@ -72,8 +83,11 @@ class Store:
 
     def _forget(self) -> None:
         self._manifest: Manifest | None = None
+        self._selection: Selection | None = None
+        self._asked: Spans | None = None
         self._torrent: TorrentFile | None = None
         self._layout: Layout | None = None
+        self._settled = False
         self._record: Record | None = None
         self._entries: dict[PurePosixPath, ManifestFile] = {}
 
@@ -156,9 +170,57 @@ class Store:
         return self._torrent
 
     def layout(self) -> Layout | None:
-        """The torrent's layout, None if there is no torrent."""
+        """The torrent's layout, None if there is no torrent.
+
+        Files that are not asked for lie under another name: they may hold bytes that share a piece
+        with a file that is, and must not look whole.
+        """
         self.torrent()
+        asked = self.asked()
+        if self._layout is None or asked is None or self._settled:
+            return self._layout
+        self._layout = self._layout.moved(
+            {
+                file.name: part_name(file.name)
+                for file in self._layout.payload
+                if file.name not in asked and file.size
+            }
+        )
+        self._settled = True
         return self._layout
+
+    def selection(self) -> Selection | None:
+        """What is asked for; None for everything."""
+        if self._selection is None:
+            path = self.state / "selection.json"
+            text = self._read(path)
+            if text is not None:
+                try:
+                    self._selection = selections.decode(text)
+                except ManifestInvalid as error:
+                    self._set_aside(path, error.what)
+        return self._selection
+
+    def asked(self) -> Spans | None:
+        """The bytes that are asked for; None for everything.
+
+        A file that only its sha256 can prove is asked for as a whole, or not at all.
+        """
+        selection, manifest = self.selection(), self.manifest_or_none()
+        if selection is None or manifest is None:
+            return None
+        if self._asked is None:
+            try:
+                found = dict(selections.spans(manifest, selection))
+            except SelectionInvalid as error:
+                self._warn(f"{self.state / 'selection.json'} is ignored: {error.what}")
+                self._selection = None
+                return None
+            for path in found:
+                if not self.pieces_speak_for(path):
+                    found[path] = ((0, self._entries[path].size),)
+            self._asked = found
+        return self._asked
 
     def record(self) -> Record:
         """What is proven; empty if nothing is.
@@ -233,6 +295,23 @@ class Store:
         layout = parse_info(torrent.info, torrent.piece_layers)
         self._write("metadata.torrent", encode_torrent(torrent))
         self._torrent, self._layout, self._record = torrent, layout, None
+        self._settled = False
+
+    def save_selection(self, selection: Selection | None) -> None:
+        """Keep what is asked for; None asks for everything.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        path = self.state / "selection.json"
+        if selection is None:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_failed(error, path) from error
+        else:
+            self._write(path.name, selections.encode(selection))
+        self._forget()
 
     def save_record(self, record: Record) -> None:
         """Keep what is proven. The data it speaks of must be on the disk by now.
@@ -285,11 +364,15 @@ class Store:
         self.manifest()
         reason = self._doubt(path, start, length)
         if reason is not None:
+            selection = self.selection()
+            rest = f"grokfetch fetch {self.root}"
+            if selection is not None:
+                rest += f" --all (only this was asked for: {selection})"
             raise NotProven(
                 reason,
                 path=self.payload(path),
                 hint=f"run: grokfetch verify {self.root}, "
-                f"and where it finds something missing or bad: grokfetch fetch {self.root}",
+                f"and where it finds something missing or bad: {rest}",
             )
 
     def _doubt(self, path: PurePosixPath, start: int, length: int | None) -> str | None:

@@ -17,12 +17,22 @@ from typing import Literal
 from grokfetch.manifest import ManifestFile, ManifestTensor
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.record import Record, Stamp
+from grokfetch.selection import pieces_of
 from grokfetch.store import Store
 
 __all__ = ["FileState", "Group", "Survey", "piece_map", "survey"]
 
 OUTER = "embedding and final norm"
-FileState = Literal["proven", "begun", "absent", "changed"]
+FileState = Literal["proven", "begun", "absent", "changed", "not asked for"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for in words, its bytes, and those of them that are proven."""
+
+    what: str
+    total: int
+    proven: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class Survey:
         files: how each file of the manifest is. "changed" is one that was verified once and has
             another size or time since.
         groups: completion by layer, in numeric order, then what lies outside the layers.
+        asked: what is asked for, None for everything; whole pieces count.
     """
 
     name: str
@@ -60,6 +71,7 @@ class Survey:
     pieces: tuple[bool, ...]
     files: dict[PurePosixPath, FileState]
     groups: tuple[Group, ...]
+    asked: Asked | None = None
 
     @property
     def proven(self) -> int:
@@ -88,9 +100,31 @@ def survey(store: Store) -> Survey:
         record.info_hash,
         manifest.measured,
         spans.pieces,
-        {file.path: _state(file, proven, stamps, record) for file in manifest.files},
+        {file.path: _state(store, file, proven, stamps) for file in manifest.files},
         _groups(manifest.tensors, {file.path: file for file in manifest.files}, spans),
+        _asked(store, spans),
     )
+
+
+def _asked(store: Store, spans: _Spans) -> Asked | None:
+    selection, asked, layout = store.selection(), store.asked(), store.layout()
+    if selection is None or asked is None:
+        return None
+    total = proven = 0
+    by_pieces = set()
+    if layout is not None:
+        named = {file.path for file in store.manifest().files}
+        pieces = pieces_of(layout, asked)
+        for piece in pieces:
+            size = sum(part.length for part in layout.segments(piece) if part.file.path in named)
+            total += size
+            proven += size if spans.pieces[piece] else 0
+        by_pieces = {path for path in asked if store.pieces_speak_for(path)}
+    for file in store.manifest().files:
+        if file.path in asked and file.path not in by_pieces:
+            total += file.size
+            proven += spans.proven(file, 0, file.size)
+    return Asked(str(selection), total, proven)
 
 
 class _Spans:
@@ -149,14 +183,15 @@ class _Spans:
 
 
 def _state(
+    store: Store,
     file: ManifestFile,
     proven: dict[PurePosixPath, int],
     stamps: dict[PurePosixPath, Stamp | None],
-    record: Record,
 ) -> FileState:
-    stamp, proof = stamps[file.path], record.files.get(file.path)
+    stamp, proof = stamps[file.path], store.record().files.get(file.path)
+    asked = store.asked()
     if stamp is None:
-        return "absent"
+        return "absent" if asked is None or file.path in asked else "not asked for"
     if proof is not None and not proof.holds(stamp):
         return "changed"
     return "proven" if proven[file.path] == file.size == stamp.size else "begun"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StorageFailed
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.storage import storage_failed
-from grokfetch.store import Store
+from grokfetch.store import Store, part_name
 
-__all__ = ["cut_long_files", "make_empty_files", "refuse_links"]
+__all__ = ["cut_long_files", "make_empty_files", "name_asked_files", "refuse_links"]
 
 
 def refuse_links(store: Store, files: Iterable[LayoutFile]) -> None:
@@ -51,6 +51,29 @@ def cut_long_files(store: Store, layout: Layout) -> Iterator[LayoutFile]:
             except OSError as error:
                 raise storage_failed(error, path) from error
             yield file
+
+
+def name_asked_files(store: Store, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
+    """Give files that are asked for now, and were not before, their own names.
+
+    Returns:
+        For each of them the path before and the path now.
+
+    Raises:
+        StorageFailed: one cannot be renamed.
+    """
+    renamed = {}
+    for file in layout.payload:
+        before = part_name(file.name)
+        if file.path == file.name and store.payload(before).is_file():
+            path = store.payload(file.path)
+            if layout.file(before) is None and not path.exists():
+                try:
+                    store.payload(before).rename(path)
+                except OSError as error:
+                    raise storage_failed(error, path) from error
+                renamed[before] = file.path
+    return renamed
 
 
 def make_empty_files(store: Store, layout: Layout) -> None:

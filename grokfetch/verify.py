@@ -23,6 +23,7 @@ from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile, ManifestTen
 from grokfetch.pieces import Layout
 from grokfetch.proofs import flush
 from grokfetch.record import FileProof, Record, Stamp
+from grokfetch.selection import pieces_of
 from grokfetch.store import Store
 
 __all__ = [
@@ -75,9 +76,10 @@ class Proven:
 class Summary:
     """The last value of a verification.
 
-    `total` are the bytes that the manifest names, `by_pieces` and `by_sha256` those of them that
-    the torrent `info_hash` and the manifest's sha256 have proven. `failures` counts the findings
-    other than extra files. `recorded` is False where the folder could not be written.
+    `total` are the bytes that the manifest names and that are asked for, `by_pieces` and
+    `by_sha256` those of them that the torrent `info_hash` and the manifest's sha256 have proven.
+    `failures` counts the findings other than extra files. `recorded` is False where the folder
+    could not be written.
     """
 
     total: int
@@ -94,7 +96,7 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that the manifest names is proven."""
+        """Whether everything that is asked for is proven."""
         return not self.failures and self.proven == self.total
 
 
@@ -187,8 +189,13 @@ class _Verification:
         self._torrent = store.torrent()
         self._layout = store.layout()
         self._tensors = TensorIndex(self._manifest)
-        self._before = {file.path: store.stamp(file.path) for file in self._manifest.files}
-        self._by_pieces = [file for file in self._manifest.files if self._is_by_pieces(file)]
+        self._asked = asked = store.asked()
+        self._files = [f for f in self._manifest.files if asked is None or f.path in asked]
+        elsewhere = () if self._layout is None else self._layout.payload
+        paths = [file.path for file in self._files]
+        paths += [file.path for file in elsewhere if file.known_as]
+        self._before = {path: store.stamp(path) for path in paths}
+        self._by_pieces = [file for file in self._files if self._is_by_pieces(file)]
         self._by_sha256 = self._files_by_sha256()
         self._pieces = self._pieces_to_check()
         self._good: set[int] = set()
@@ -209,20 +216,25 @@ class _Verification:
         by_pieces = {file.path for file in self._by_pieces}
         return [
             file
-            for file in self._manifest.files
+            for file in self._files
             if file.sha256 is not None
             and file.path not in by_pieces
             and self._before[file.path] is not None
         ]
 
+    def _asked_pieces(self, files: Iterable[ManifestFile]) -> frozenset[int]:
+        """The pieces that are asked for of some files."""
+        if self._layout is None:
+            return frozenset()
+        asked = self._asked
+        spans = {
+            file.path: ((0, file.size),) if asked is None else asked[file.path] for file in files
+        }
+        return pieces_of(self._layout, spans)
+
     def _pieces_to_check(self) -> list[int]:
-        pieces: set[int] = set()
-        if self._layout is not None:
-            for entry in self._by_pieces:
-                file = self._layout.file(entry.path)
-                if file is not None and self._before[entry.path] is not None:
-                    pieces.update(self._layout.pieces_over(file))
-        return sorted(pieces)
+        there = (file for file in self._by_pieces if self._before[file.path] is not None)
+        return sorted(self._asked_pieces(there))
 
     def run(self) -> Iterator[Event]:
         yield from self._note(self._at_first_sight())
@@ -241,7 +253,7 @@ class _Verification:
 
     def _at_first_sight(self) -> Iterator[Finding]:
         hashed = {file.path for file in (*self._by_pieces, *self._by_sha256)}
-        for file in self._manifest.files:
+        for file in self._files:
             now = self._before[file.path]
             names = self._tensors.names(file.path, 0, file.size)
             if now is None:
@@ -366,21 +378,21 @@ class _Verification:
                     yield Finding("extra", place / name, detail="the manifest does not name it")
 
     def _summary(self) -> Summary:
-        layout = self._layout
-        by_pieces = 0
-        names = {file.path for file in self._by_pieces}
-        if layout is not None:
-            by_pieces = sum(
-                part.length
-                for piece in self._good
-                for part in layout.segments(piece)
-                if part.file.path in names
-            )
+        by_pieces = {file.path for file in self._by_pieces}
+        others = sum(file.size for file in self._files if file.path not in by_pieces)
         return Summary(
-            total=self._manifest.size,
-            by_pieces=by_pieces,
+            total=self._bytes_of(self._asked_pieces(self._by_pieces)) + others,
+            by_pieces=self._bytes_of(self._good),
             by_sha256=sum(f.size for f in self._by_sha256 if f.path in self._digests),
             info_hash=None if self._torrent is None else self._torrent.info_hash,
             failures=sum(finding.kind != "extra" for finding in self._findings),
             recorded=self._recording,
         )
+
+    def _bytes_of(self, pieces: Iterable[int]) -> int:
+        """Bytes of pieces in files that the torrent's hashes prove."""
+        if self._layout is None:
+            return 0
+        names = {file.path for file in self._by_pieces}
+        parts = (part for piece in pieces for part in self._layout.segments(piece))
+        return sum(part.length for part in parts if part.file.path in names)

@@ -74,7 +74,7 @@ class FakeSwarm:
         for part in order.layout.segments(piece):
             if part.file.pad:
                 continue
-            data = self.files[str(part.file.path.relative_to(order.layout.name))]
+            data = self.files[str(part.file.name.relative_to(order.layout.name))]
             data = data[part.offset : part.offset + part.length]
             if half:
                 data = data[: len(data) // 2]

@@ -259,6 +259,41 @@ def copied(tmp_path):
     return shutil.copytree(golden.TINY, tmp_path / "tiny")
 
 
+def test_layers_are_fetched_first_and_the_rest_when_it_is_asked_for(published, peer, tmp_path):
+    folder = tmp_path / "part"
+    source, options = published / "tiny.json", ("--peer", peer, *LOOPBACK)
+    text = grokfetch("fetch", source, "--to", folder, "--layers", "0-1", *options)
+    assert "(layers 0-1)" in text
+    assert "layers 0-1" in grokfetch("verify", folder)
+    told = json.loads(grokfetch("status", folder, "--json"))
+    assert told["asked"]["proven"] == told["asked"]["total"] < told["bytes"]["total"]
+    names = {
+        file.name for file in (folder / "release/ckpt-0").iterdir() if ".part" not in file.name
+    }
+    assert len(names) == 2 + 2 * 12
+    missing = grokfetch("run", folder, "--tokens", "181", code=errors.NotProven.exit_code)
+    assert "layers 0-1" in missing
+    grokfetch("fetch", folder, "--all", *options)
+    assert grokfetch("verify", folder).count("layers") == 0
+    arguments = ("--tokens", "181", "--max-tokens", 3, "--dtype", "float32", "--mesh", "model=1")
+    assert grokfetch("run", folder, *arguments).split() == [
+        str(token) for token in golden.arrays()["f32/p0_tokens"][:3]
+    ]
+
+
+def test_what_is_no_part_of_the_checkpoint_is_a_clear_error(published, peer, tmp_path):
+    source, options = published / "tiny.json", ("--peer", peer, *LOOPBACK)
+    code = errors.SelectionInvalid.exit_code
+    for choice, said in (
+        (("--layers", "99"), "has layers 0-11, not 99"),
+        (("--layers", "x"), "not numbers or ranges"),
+        (("--only", "nothing"), "matches: nothing"),
+    ):
+        found = grokfetch("fetch", source, "--to", tmp_path / "p", *choice, *options, code=code)
+        assert said in found
+    grokfetch("fetch", source, "--to", tmp_path / "p", "--all", "--layers", "1", *options, code=2)
+
+
 def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_path):
     out = tmp_path / "manifest.json"
     grokfetch("manifest", copied, "--config", copied / "config.json", "--output", out)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grokfetch.magnet import Magnet
     from grokfetch.manifest import Manifest
     from grokfetch.metainfo import TorrentFile
+    from grokfetch.selection import Request
     from grokfetch.source import PieceSource
     from grokfetch.store import Store
     from grokfetch.swarm import SwarmSettings
@@ -64,6 +65,15 @@ class Wanted:
     show_default=True,
     help="Give up after so long without a byte.",
 )
+@click.option("--layers", metavar="0-3,7", help="Only these layers, and what lies outside layers.")
+@click.option("--experts", metavar="0,4", help="Of each mixture of experts only these.")
+@click.option(
+    "--only",
+    metavar="GLOB",
+    multiple=True,
+    help="Only tensors or files whose name matches; may be repeated.",
+)
+@click.option("--all", "everything", is_flag=True, help="All that earlier runs left out, too.")
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options
@@ -77,6 +87,10 @@ def fetch(
     swarm: SwarmSettings,
     mirrors: Mirrors,
     timeout: float,
+    layers: str | None,
+    experts: str | None,
+    only: tuple[str, ...],
+    everything: bool,
     repair: bool,
     go_on: bool,
     goal: Goal,
@@ -86,6 +100,9 @@ def fetch(
 
     SOURCE is a magnet link, a .torrent file, a manifest, or the DIR of a fetch begun before;
     without one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
+
+    --layers, --experts and --only narrow each other and ask for a part; each later run with them
+    asks for more, and DIR remembers what was asked for.
     """
     from grokfetch.store import Store
     from grokfetch.swarm import Swarm
@@ -97,25 +114,48 @@ def fetch(
         raise click.UsageError("say where to: --to DIR")
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
+    request = _request(layers, experts, only, everything=everything)
     store = Store(target, state)
     start = time.perf_counter()
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
-    outcome = bring(store, pieces, wanted.manifest, timeout_s=timeout, repair=repair)
+    outcome = bring(
+        store, pieces, wanted.manifest, timeout_s=timeout, repair=repair, request=request
+    )
     _name_extras(store, wanted.manifest)
     mirrors.bring_tokenizer(store)
     seconds = time.perf_counter() - start
     new = outcome.fetched or outcome.rehashed or repair
-    size = bytes_text(outcome.total)
+    size, selection = bytes_text(outcome.total), store.selection()
+    of = "" if selection is None else f" ({selection})"
     ended(
-        f"{target}: {size} proven in {seconds_text(seconds)}"
+        f"{target}: {size}{of} proven in {seconds_text(seconds)}"
         if new
-        else f"{target}: complete, all {size} were proven before",
+        else f"{target}: complete, all {size}{of} were proven before",
         seconds,
         folder=str(target),
         **dataclasses.asdict(outcome),
     )
     if go_on:
         share(store, swarm, goal)
+
+
+def _request(
+    layers: str | None, experts: str | None, only: tuple[str, ...], *, everything: bool
+) -> Request | None:
+    """What the options ask for, None if they do not say."""
+    from grokfetch.selection import Request, parse_numbers
+
+    if everything:
+        if layers is not None or experts is not None or only:
+            raise click.UsageError("--all goes with no other choice")
+        return Request()
+    if layers is None and experts is None and not only:
+        return None
+
+    def numbers(text: str | None) -> tuple[int, ...] | None:
+        return None if text is None else parse_numbers(text)
+
+    return Request(numbers(layers), numbers(experts), only)
 
 
 def bring(
@@ -125,13 +165,16 @@ def bring(
     *,
     timeout_s: float,
     repair: bool = False,
+    request: Request | None = None,
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
     from grokfetch.history import recorded
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
-    brought = fetching.fetch(store, source, manifest=manifest, limits=limits, repair=repair)
+    brought = fetching.fetch(
+        store, source, manifest=manifest, limits=limits, repair=repair, request=request
+    )
     events = recorded(store, brought)
     with reporter("fetch") as sink, contextlib.closing(events):
         for event in events:

@@ -118,7 +118,8 @@ def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:
         parts = (part for piece in look.pieces for part in layout.segments(piece))
         size = sum(part.length for part in parts if not part.file.pad)
         start = time.monotonic()
-        with seeding(encode_torrent(torrent), store.root, settings, look.pieces) as seeder:
+        data = encode_torrent(torrent)
+        with seeding(data, store.root, settings, look.pieces, layout) as seeder:
             greeting = (
                 f"{store.root}: sharing {len(look.pieces)} of {layout.piece_count} pieces, "
                 f"{bytes_text(size)}, on port {seeder.port}; Ctrl-C ends it"

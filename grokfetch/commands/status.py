@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -86,6 +87,7 @@ def as_fields(
             "proven": sum(found.pieces),
             "missing": list(_runs(found.pieces)),
         },
+        "asked": None if found.asked is None else dataclasses.asdict(found.asked),
         "files": Counter(found.files.values()),
         "not_proven": {str(p): state for p, state in found.files.items() if state != "proven"},
         "layers": [
@@ -133,6 +135,11 @@ def lines(
     yield f"proven   {_floor(share)} %, {found.proven:,} of {found.total:,} bytes{_by(found)}"
     if found.proven < found.total:
         yield f"missing  {bytes_text(found.total - found.proven)}{_missing_pieces(found)}"
+    if found.asked is not None:
+        asked = found.asked
+        share = 100 * asked.proven / asked.total if asked.total else 100.0
+        yield f"asked    {asked.what}"
+        yield f"         {_floor(share)} % of {asked.total:,} bytes are proven"
     yield f"files    {_files(found)}"
     yield f"at work  {'nobody' if owner is None else owner}"
     if samples:

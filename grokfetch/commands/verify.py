@@ -56,7 +56,7 @@ def verify(
     manifest = store.manifest()
     seconds = time.perf_counter() - start
     ended(
-        f"{summary.proven:,} of {summary.total:,} bytes proven"
+        f"{summary.proven:,} of {summary.total:,} bytes{_of(store)} proven"
         f"{_by_what(summary, manifest)} in {seconds_text(seconds)}",
         seconds,
         **dataclasses.asdict(summary),
@@ -86,7 +86,7 @@ def _repair(store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float) 
     again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start
     ended(
-        f"{outcome.total:,} of {outcome.total:,} bytes proven, "
+        f"{outcome.total:,} of {outcome.total:,} bytes{_of(store)} proven, "
         f"{again} fetched again, in {seconds_text(seconds)}",
         seconds,
         **dataclasses.asdict(outcome),
@@ -94,6 +94,12 @@ def _repair(store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float) 
     )
     if faults:
         raise Damaged(f"findings: {faults}", path=store.root)
+
+
+def _of(store: Store) -> str:
+    """What of the checkpoint is asked for; nothing where all of it is."""
+    selection = store.selection()
+    return "" if selection is None else f" of {selection}"
 
 
 def check_bytes(store: Store) -> Summary:

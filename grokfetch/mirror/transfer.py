@@ -73,7 +73,7 @@ class Reader:
         self._rest = memoryview(b"")
         file = part.file
         span = Span(part.offset, min(file.size, self._stop - file.start), file.size)
-        known = places(self._mirror.address, file.path)
+        known = places(self._mirror.address, file.name)
         first = min(self._mirror.form, len(known) - 1)
         why = ""
         for form in sorted(range(len(known)), key=lambda form: form != first):

@@ -16,7 +16,7 @@ from grokfetch.source import Arrived, Notice, Order, Traffic
 from grokfetch.storage import storage_failed
 from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
-__all__ = ["Swarm", "file_error"]
+__all__ = ["Swarm", "file_error", "renamed"]
 
 FLUSH_INTERVAL_S = 0.1
 """How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
@@ -106,7 +106,10 @@ class Swarm:
         # Together these say: what is proven is there, nothing else is, and no file is to be read.
         params.have_pieces = [piece in order.have for piece in pieces]
         params.flags |= lt.torrent_flags.no_verify_files
-        params.piece_priorities = [4 if piece in order.want else 0 for piece in pieces]
+        params.piece_priorities = [
+            order.urgency.get(piece, 4) if piece in order.want else 0 for piece in pieces
+        ]
+        params.renamed_files = renamed(params.ti, order.layout)
         # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
         params.url_seeds = []
         if isinstance(self._origin, Magnet):
@@ -236,12 +239,23 @@ def _check_layout(theirs: Any, ours: Layout) -> None:
         if not layout.file_flags(index) & PAD
     ]
     same = len(found) == len(ours.payload) and all(
-        (path, size) == (str(file.path), file.size) and (start == file.start or not size)
+        (path, size) == (str(file.name), file.size) and (start == file.start or not size)
         for (path, size, start), file in zip(found, ours.payload, strict=True)
     )
     pieces = (theirs.piece_length(), theirs.num_pieces())
     if not same or pieces != (ours.piece_length, ours.piece_count):
         raise TorrentInvalid("libtorrent would lay its files down otherwise than we read them")
+
+
+def renamed(theirs: Any, ours: Layout) -> dict[int, str]:
+    """The files that lie elsewhere than the torrent says, by libtorrent's index."""
+    names = theirs.layout()
+    elsewhere = {str(file.name): str(file.path) for file in ours.payload if file.known_as}
+    return {
+        index: elsewhere[names.file_path(index)]
+        for index in range(names.num_files())
+        if names.file_path(index) in elsewhere
+    }
 
 
 def file_error(alert: Any) -> GrokfetchError:

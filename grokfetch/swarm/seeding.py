@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from grokfetch.errors import StorageFailed, TorrentInvalid
 from grokfetch.metainfo import parse_torrent
-from grokfetch.swarm.download import file_error
+from grokfetch.pieces import Layout
+from grokfetch.swarm.download import file_error, renamed
 from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
 __all__ = ["Seeder", "Shared", "make_torrent", "seed"]
@@ -96,6 +97,7 @@ def seed(
     root: Path,
     settings: SwarmSettings | None = None,
     have: Collection[int] | None = None,
+    layout: Layout | None = None,
 ) -> Iterator[Seeder]:
     """Share files until the block ends.
 
@@ -105,6 +107,7 @@ def seed(
         settings: how to take part.
         have: the pieces to share, known to be right. By default all of them are believed to be
             there, and libtorrent hashes each one before it first sends it.
+        layout: where the files lie, if not all lie as the torrent says.
 
     Raises:
         OutOfReach: libtorrent is not installed.
@@ -121,6 +124,8 @@ def seed(
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         params.save_path = str(root)
+        if layout is not None:
+            params.renamed_files = renamed(params.ti, layout)
         count = params.ti.num_pieces()
         if have is None or len(have) == count:
             params.flags |= lt.torrent_flags.seed_mode
