@@ -25,6 +25,9 @@ from grokfetch.swarm import SwarmSettings, make_torrent, seed
 from loader.inventory import expected
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
+ALONE = ("--dtype", "float32", "--mesh", "model=1")
+"""On one of the test's eight devices, which compiles in a fraction of the time."""
+
 TOKENIZER = TokenizerSource(
     PurePosixPath("tokenizer.model"), 9, "ab" * 32, "https://host.example/t"
 )
@@ -99,9 +102,7 @@ def flip(path, offset):
 
 def test_a_magnet_link_becomes_the_references_tokens(fetched_once):
     prompt = " ".join(map(str, golden.prompt("p1")))
-    text = grokfetch(
-        *("run", fetched_once, "--tokens", prompt, "--max-tokens", 32, "--dtype", "float32")
-    )
+    text = grokfetch(*("run", fetched_once, "--tokens", prompt, "--max-tokens", 32, *ALONE))
     assert text == " ".join(map(str, golden.arrays()["f32/p1_tokens"])) + "\n"
 
 
@@ -127,7 +128,7 @@ def test_the_state_can_be_kept_elsewhere_and_every_command_finds_it(published, p
     assert "complete" in grokfetch("fetch", folder, *state)
     assert "layer" in grokfetch("status", folder, *state)
     assert "router/w" in grokfetch("inspect", folder, *state)
-    text = grokfetch("run", folder, "--tokens", "181", "--max-tokens", 1, *state)
+    text = grokfetch("run", folder, "--tokens", "181", "--max-tokens", 1, *state, *ALONE)
     assert len(text.split()) == 1
 
 
@@ -275,7 +276,7 @@ def test_layers_are_fetched_first_and_the_rest_when_it_is_asked_for(published, p
     assert "layers 0-1" in missing
     grokfetch("fetch", folder, "--all", *options)
     assert grokfetch("verify", folder).count("layers") == 0
-    arguments = ("--tokens", "181", "--max-tokens", 3, "--dtype", "float32", "--mesh", "model=1")
+    arguments = ("--tokens", "181", "--max-tokens", 3, *ALONE)
     assert grokfetch("run", folder, *arguments).split() == [
         str(token) for token in golden.arrays()["f32/p0_tokens"][:3]
     ]
@@ -302,7 +303,7 @@ def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_
     for file in made.files:
         assert file.sha256 == hashlib.sha256((copied / file.path).read_bytes()).hexdigest()
     assert "unchanged since" in grokfetch("verify", copied)
-    text = grokfetch("run", copied, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
+    text = grokfetch("run", copied, "--tokens", "181", "--max-tokens", 4, *ALONE)
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
     flip(copied / "ckpt-0/tensor00009_000", 300)
     text = grokfetch("verify", copied, code=errors.Damaged.exit_code)
@@ -312,7 +313,7 @@ def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_
 def test_files_whose_frame_is_right_run_unproven_only_on_request(copied):
     grokfetch("manifest", copied, "--config", copied / "config.json")
     copied.joinpath(".grokfetch/record.json").unlink()
-    arguments = ("run", copied, "--tokens", "181", "--max-tokens", 2)
+    arguments = ("run", copied, "--tokens", "181", "--max-tokens", 2, *ALONE)
     text = grokfetch(*arguments, code=errors.NotProven.exit_code)
     assert f"grokfetch verify {copied}" in text
     assert len(grokfetch(*arguments, "--unproven").split()) == 2

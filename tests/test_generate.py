@@ -81,7 +81,7 @@ def test_batch_of_nothing_is_refused(short):
 
 def test_cache_grows_without_changing_the_tokens(monkeypatch):
     monkeypatch.setattr(generate, "SMALLEST_CACHE", 16)
-    mesh, params = golden.placed(MeshShape(1, 2))
+    mesh, params = golden.placed(golden.ONE)
     engine = Engine(golden.CONFIG, params, mesh, "float32")
     logits, state = engine.prefill([golden.prompt("p1")])
     assert state.visible.shape == (1, 16)

@@ -180,7 +180,18 @@ def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
         source = (f"{magnet}&x.pe=127.0.0.1:{seeder.port}", "--manifest", tmp_path / "their.json")
         run("fetch", *source, "--to", theirs, *LOOPBACK)
     assert f"by the piece hashes of {link.info_hash}" in run("verify", theirs)
-    text = run("run", theirs, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
+    text = run(
+        "run",
+        theirs,
+        "--tokens",
+        "181",
+        "--max-tokens",
+        4,
+        "--dtype",
+        "float32",
+        "--mesh",
+        "model=1",
+    )
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
 
 
