@@ -18,7 +18,7 @@ from torrents import content, manifest_of, v1_torrent
 
 from grokfetch import preflight
 from grokfetch.cli import main
-from grokfetch.commands.plan import Machine, shares, verdict
+from grokfetch.commands.plan import Machine, mapped, shares, verdict
 from grokfetch.devices import Device, devices
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch import fetch
@@ -210,6 +210,18 @@ def test_a_count_of_devices_will_do_if_there_are_so_many_with_the_memory(count, 
     assert verdict(count, 40 * GB, Machine(50 * GB, there))[0] is fits
 
 
+def test_mapped_weights_need_memory_for_the_cache_only():
+    def verdict_with(memory):
+        machine = Machine(memory, ())
+        return mapped(tuple(shares(grok_1(), machine)), machine)
+
+    assert verdict_with(24 * GB).fits
+    assert "is read for each token" in verdict_with(24 * GB).why
+    assert "hold them all" in verdict_with(400 * GB).why
+    assert not verdict_with(2 * GB).fits
+    assert mapped((), Machine(GB, ())) is None
+
+
 def test_the_shares_of_grok_1_are_what_the_loader_places():
     found = {share.devices: share for share in shares(grok_1(), Machine(GB, ()))}
     assert [share.mesh for share in found.values()] == [
@@ -256,6 +268,7 @@ def test_plan_tells_a_machine_whether_it_can_work(tmp_path, monkeypatch):
     assert found["seconds"]["100 MB/s"] == pytest.approx(found["missing"] / 1e8)
     assert found["seconds"]["100 Mbit/s"] == pytest.approx(found["missing"] * 8 / 1e8)
     assert len(found["modes"]["sharded"]) == 5
+    assert found["modes"]["mapped"]["weights"] == found["modes"]["sharded"][0]["weights"]
 
 
 def test_plan_counts_what_is_proven_in_the_folder(tmp_path):
@@ -264,7 +277,7 @@ def test_plan_counts_what_is_proven_in_the_folder(tmp_path):
     (tmp_path / "top/c").unlink()
     found = json.loads(planned(tmp_path, "--json"))
     assert found["missing"] == len(FILES["c"])
-    assert found["modes"]["sharded"] == []
+    assert found["modes"] == {"mapped": None, "sharded": []}
 
 
 def test_plan_imports_nothing_heavy(tmp_path):

@@ -25,6 +25,9 @@ DEVICE_COUNTS = (1, 2, 4, 8, 16)
 RATES = (10, 100, 1000)
 """Megabytes a second; the same figures in megabits take eight times as long."""
 
+WORK = 2**30
+"""Bytes of a run besides weights and cache: the program, jax, compiled code, activations."""
+
 LIMITLESS = 2**62
 """From here on a limit is none."""
 
@@ -199,12 +202,28 @@ def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
     return each <= min(memory), f"{there[0].name}, {bytes_text(min(memory))}"
 
 
+def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
+    """The weights left in their files for the CPU: what is in memory is the cache. Pure."""
+    if not shares:
+        return None
+    one = shares[0]
+    fits = one.cache + WORK <= machine.memory
+    there = bytes_text(machine.memory)
+    why = (
+        f"{there} of memory; what it does not hold is read for each token"
+        if one.weights > machine.memory
+        else f"{there} of memory hold them all"
+    )
+    return dataclasses.replace(one, fits=fits, why=why if fits else f"{there} of memory")
+
+
 # --- what is printed -----------------------------------------------------------------------------
 
 
 def as_fields(made: Plan) -> dict[str, Any]:
     """The JSON object that `--json` prints."""
     manifest, place = made.manifest, made.place
+    in_files = mapped(made.shares, made.machine)
     return {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -229,7 +248,10 @@ def as_fields(made: Plan) -> dict[str, Any]:
         "seconds": {f"{rate} MB/s": made.need.bytes / rate / 1e6 for rate in RATES}
         | {f"{rate} Mbit/s": made.need.bytes * 8 / rate / 1e6 for rate in RATES},
         "machine": dataclasses.asdict(made.machine),
-        "modes": {"sharded": [dataclasses.asdict(share) for share in made.shares]},
+        "modes": {
+            "mapped": None if in_files is None else dataclasses.asdict(in_files),
+            "sharded": [dataclasses.asdict(share) for share in made.shares],
+        },
     }
 
 
@@ -251,7 +273,7 @@ def lines(made: Plan) -> Iterator[str]:
         yield f"{unit:<16}" + "".join(f"{time:>16}" for time in times)
     if made.shares:
         yield ""
-        yield from _share_lines(made.shares)
+        yield from _share_lines(made.shares, mapped(made.shares, made.machine))
 
 
 def _check_line(check: Check) -> str:
@@ -263,8 +285,12 @@ def _check_line(check: Check) -> str:
     return f"{check.name:<16}{needed:>12}{there:>12}  {'yes' if check.ok else 'NO'}"
 
 
-def _share_lines(found: Sequence[Share]) -> Iterator[str]:
+def _share_lines(found: Sequence[Share], in_files: Share | None) -> Iterator[str]:
     yield f"{'to run it, on':<14}{'weights each':>13}{'KV cache each':>14}  mesh and verdict"
+    if in_files is not None:
+        figures = f"{'in files':>13}{bytes_text(in_files.cache):>14}"
+        yield f"{'CPU, mapped':<14}{figures}  {'yes' if in_files.fits else 'NO'}"
+        yield f"{'':14}{in_files.why}"
     for share in found:
         devices = f"{share.devices} {'device' if share.devices == 1 else 'devices'}"
         if not share.mesh:
