@@ -29,7 +29,7 @@ COLUMNS = 1024
 FEW_TOKENS = 64
 """Up to here rows are accumulated; above, blocks are converted and multiplied as matrices."""
 
-ROWS_OF_MANY_TOKENS = 512
+ROWS_OF_MANY_TOKENS = 256
 
 TABLE_ROWS = 256
 """Rows of a float32 table that are read before they are multiplied."""
