@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.fetch import bring
-from grokfetch.commands.run import load
+from grokfetch.commands.loading import Loading, load
 from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed
 from grokfetch.progress import bytes_text, seconds_text
@@ -77,7 +77,7 @@ def _walk(folder: Path) -> None:
         raise Damaged("the fetched checkpoint did not verify", path=store.root)
     steps.done(f"verified {bytes_text(summary.proven)} by its piece hashes, and every tensor")
     with store.lock(exclusive=False):
-        engine = load(open_checkpoint(store), dtype="float32", placement=None, shape=None)
+        engine = load(open_checkpoint(store), Loading("float32"))
         steps.done(f"loaded {len(manifest.tensors)} tensors, int8 kept int8")
         tokens = list(engine.generate(PROMPT, NEW_TOKENS, Sampling()))
     steps.done(f"compiled the model and generated {len(tokens)} tokens")

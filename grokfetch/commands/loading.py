@@ -1,0 +1,164 @@
+"""The options by which a person says how to hold a model, and the model held so; no command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from grokfetch.commands.reporting import lines, reporter
+from grokfetch.errors import OutOfReach
+from grokfetch.events import Loaded
+from grokfetch.progress import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from loader.checkpoint import Checkpoint
+    from loader.generate import Engine
+    from loader.placement import Mesh, Params
+    from loader.sharding import MeshShape
+
+__all__ = ["Loading", "load", "loading_options"]
+
+Dtype = Literal["bfloat16", "float32"]
+Placement = Literal["mapped", "sharded"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is to be held.
+
+    dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
+    None for all devices.
+    """
+
+    dtype: Dtype = "bfloat16"
+    placement: Placement | None = None
+    mesh: MeshShape | None = None
+
+
+_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+        help="Of activations and the KV cache; weights stay int8.",
+    ),
+    click.option(
+        "--placement",
+        type=click.Choice(["mapped", "sharded"]),
+        help="mapped leaves the weights in their files, for CPUs and the default there; sharded "
+        "copies them to the devices.",
+    ),
+    click.option(
+        "--mesh", metavar="expert=N,model=M", help="Devices to use; all of them by default."
+    ),
+)
+
+
+def loading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command these options; it receives them as one `Loading` named `loading`."""
+
+    @functools.wraps(command)
+    def wired(
+        *args: Any, dtype: Dtype, placement: Placement | None, mesh: str | None, **kwargs: Any
+    ) -> None:
+        shape = None if mesh is None else _mesh_shape(mesh)
+        command(*args, loading=Loading(dtype, placement, shape), **kwargs)
+
+    for option in reversed(_OPTIONS):
+        wired = option(wired)
+    return wired
+
+
+def _mesh_shape(text: str) -> MeshShape:
+    from loader.sharding import MeshShape
+
+    found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
+    if not text or found is None:
+        raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
+    expert, model = (int(digits or 1) for digits in found.groups())
+    return MeshShape(expert, model)
+
+
+def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
+    """The weights where the devices have them, ready to generate; says how long it took.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
+            are to be used by devices that are no CPUs.
+    """
+    from loader import placement as placing
+    from loader.generate import Engine
+
+    start = time.perf_counter()
+    placement, shape = loading.placement, loading.mesh
+    splits_experts = shape is not None and shape.expert > 1
+    if placement == "mapped" or (placement is None and not splits_experts):
+        placing.use_cores(checkpoint.config)
+    mesh = placing.make_mesh(checkpoint.config, shape)
+    kinds = {device.platform for device in mesh.devices.flat}
+    platform = "/".join(sorted(kinds)).upper()
+    if placement is None:
+        placement = "sharded" if splits_experts or kinds != {"cpu"} else "mapped"
+    if placement == "mapped" and kinds != {"cpu"}:
+        raise OutOfReach(
+            f"mapped weights are for CPUs, and the devices are {platform}",
+            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
+        )
+    copied = placement == "sharded"
+    params = _copy(checkpoint, mesh) if copied else placing.share(checkpoint, mesh)
+    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    seconds = time.perf_counter() - start
+    machine = lines()
+    if machine is None:
+        click.echo(
+            f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
+            f"{'onto' if copied else 'for'} {mesh.size} {platform} "
+            f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
+            err=True,
+        )
+    else:
+        machine.take(Loaded(total, mesh.size, platform, placement, round(seconds, 3)))
+    return Engine(checkpoint.config, params, mesh, loading.dtype)
+
+
+def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+    """Every tensor on the devices, with a bar."""
+    from grokfetch.verify import Progress
+    from loader import placement
+
+    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    if {device.platform for device in mesh.devices.flat} == {"cpu"}:
+        _check_memory(total)
+    done = 0
+    with reporter("load") as sink:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            sink.take(Progress(done, total, "loading"))
+
+        return placement.load(checkpoint, mesh, on_bytes=count)
+
+
+def _check_memory(total: int) -> None:
+    """Refuse what the kernel would end without a word once the memory is full.
+
+    Raises:
+        OutOfReach: less than `total` bytes of memory are free.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if total > free:
+        raise OutOfReach(
+            f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
+            hint="leave them in their files: --placement mapped",
+        )

@@ -1,0 +1,77 @@
+"""Where a command finds the tokenizer that turns a prompt into token ids; no command of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from grokfetch.errors import TokenizerMissing
+
+if TYPE_CHECKING:
+    from grokfetch.manifest import TokenizerSource
+    from grokfetch.store import Store
+    from loader.tokenizer import Tokenizer
+
+__all__ = ["find_tokenizer", "tokenizer_option"]
+
+TOKENIZER = "tokenizer.model"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def tokenizer_option(function: Function) -> Function:
+    """Add `--tokenizer` to a command, as its argument `tokenizer`: a path, or None."""
+    return click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="SentencePiece model; the one beside the weights if not given.",
+    )(function)
+
+
+def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
+    """The tokenizer a person chose, or the one beside the weights if it is the right one.
+
+    Raises:
+        TokenizerMissing: there is none, or another one than the manifest names.
+    """
+    from loader.tokenizer import Tokenizer
+
+    source = store.manifest().tokenizer
+    if chosen is not None:
+        if source is not None and _sha256(chosen) != source.sha256:
+            click.echo(f"warning: {chosen} is not the tokenizer that the manifest names", err=True)
+        return Tokenizer.load(chosen)
+    beside = store.root / (TOKENIZER if source is None else source.path)
+    if source is not None and beside.exists() and _sha256(beside) != source.sha256:
+        raise TokenizerMissing(
+            f"this is not the tokenizer of the model (its sha256 is not {source.sha256})",
+            path=beside,
+            hint=_where(source, store.root),
+        )
+    if not beside.exists():
+        raise TokenizerMissing(
+            "the tokenizer is not there", path=beside, hint=_where(source, store.root)
+        )
+    return Tokenizer.load(beside)
+
+
+def _where(source: TokenizerSource | None, folder: Path) -> str:
+    alternative = "or use --tokenizer FILE, or give token ids with --tokens"
+    if source is None or source.url is None:
+        return f"put it there, {alternative}"
+    return (
+        f"run: grokfetch fetch {folder}, which brings it from {source.url} "
+        f"(sha256 {source.sha256}), {alternative}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TokenizerMissing(f"cannot be read: {error.strerror}", path=path) from error
