@@ -22,6 +22,7 @@ from loader.checkpoint import open_folder
 from loader.generate import Engine
 from loader.kernels import Rows, Tuning
 from loader.mapped import Mapped, MatrixPlace
+from loader.paging import Paging
 from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
 from loader.sharding import MeshShape
@@ -99,15 +100,9 @@ def test_sharing_a_checkpoint_takes_no_memory_of_its_size(tmp_path):
 def test_experts_that_were_not_chosen_are_not_touched(tmp_path):
     touched = []
 
-    class Told:
-        def layer(self, number):
-            pass
-
+    class Told(Paging):
         def experts(self, number, chosen):
             touched.append((number, chosen))
-
-        def expert_done(self, number, expert):
-            pass
 
     folder = shutil.copytree(golden.TINY / "ckpt-0", tmp_path / "ckpt-0")
     checkpoint = open_folder(folder, golden.CONFIG)
