@@ -18,7 +18,7 @@ from jax import Array, lax
 
 __all__ = ["Rows", "Tuning", "product", "row_dots"]
 
-SERIAL = 15_000
+SERIAL = 10_000
 """Values in a step of a loop beyond which XLA splits the step over the cores, which costs some
 microseconds: measured, and what its cost model says of a converted product."""
 
