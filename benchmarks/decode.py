@@ -1,8 +1,10 @@
-"""One token of a full-size model over mapped weights: each part of a step, and the limit.
+"""One token of a full-size model over mapped weights: each part of a step, and the limits.
 
 Run: python benchmarks/decode.py DIR/ckpt-0, on a checkpoint made by full_size.py (or the real one).
-Reads warm pages: every part is run once before it is timed. The limit is the rate at which all
-cores together read the same mapped pages; the naive formulation is `x @ w.astype(bfloat16)`.
+Parts are timed over warm pages: each is run once before. The limit is the rate at which all cores
+together read the same mapped pages; the naive formulation is `x @ w.astype(bfloat16)`. Whole steps
+say what they read from the disk. With --cold the page cache is dropped first (by root), and the
+limit beside is the rate at which the disk gives the same files to parallel readers.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loader.checkpoint import open_folder
+from grokfetch.memory import available
+from loader.checkpoint import Checkpoint, open_folder
 from loader.generate import Engine
+from loader.model import KeyValues, Window
+from loader.model import _attend as attend
+from loader.paging import CHUNK, READERS, Managed
 from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
+from loader.tuning import measure
 
 LAYER = 5
+CONTEXTS = (128, 1024, 8192)
 
 
 def main() -> None:
@@ -33,22 +42,48 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     options.add_argument("--rounds", type=int, default=8)
     options.add_argument("--tokens", type=int, default=3, help="whole steps timed at the end")
+    options.add_argument(
+        "--prompt", type=int, default=1, help="tokens of the prompt of those steps"
+    )
+    options.add_argument("--budget", type=float, default=None, metavar="GB", help="for the pages")
+    options.add_argument("--cold", action="store_true", help="whole steps only, from the disk")
     chosen = options.parse_args()
+    engine, checkpoint = opened(chosen.folder, chosen.budget)
+    if chosen.cold:
+        cold(engine, checkpoint, chosen.prompt, chosen.tokens)
+        return
+    parts_of_a_step(engine, checkpoint, chosen.rounds)
+    for places in CONTEXTS:
+        seconds = best(lambda p=places: attention(engine, p), chosen.rounds)
+        print(f"attention to {places:>5} tokens {seconds * 1e3:6.2f} ms a layer")
+    whole_steps(engine, chosen.prompt, chosen.tokens)
+
+
+def opened(folder: Path, wanted: float | None) -> tuple[Engine, Checkpoint]:
+    """The model over its mapped pages, and what that took."""
     config = GrokConfig()
     jax.devices()
     before, start = anonymous(), time.perf_counter()
-    checkpoint = open_folder(chosen.folder, config)
+    checkpoint = open_folder(folder, config)
     mesh = make_mesh(config)
-    params = share(checkpoint, mesh)
+    params = share(checkpoint, mesh, measure())
+    budget = available() - 3e9 if wanted is None else wanted * 1e9
+    paging = Managed(checkpoint, int(budget))
     seconds = time.perf_counter() - start
     print(f"opened {len(checkpoint)} files in {seconds:.2f} s, {anonymous() - before:.0f} MB taken")
+    print(f"{budget / 1e9:.1f} GB for pages: {paging.division}")
+    engine = Engine(config, params, mesh, paging=paging)
+    return engine, checkpoint
 
-    engine = Engine(config, params, mesh)
+
+def parts_of_a_step(engine: Engine, checkpoint: Checkpoint, rounds: int) -> None:
+    """Each part of one token's way through a layer, over what the memory gives."""
+    config = engine.config
     _, state = engine.prefill([[5]])
     gate = checkpoint[f"transformer/decoder_layer_{LAYER}/moe/linear/w"]
-    limit = read_rate(gate.file, chosen.rounds)
+    limit = read_rate(gate.file, rounds)
     print(f"limit: {os.cpu_count()} cores read mapped pages at {limit:.1f} GB/s")
-    steps, layer = engine._steps, params.layers[LAYER]  # noqa: SLF001 - a part of a step
+    steps, layer = engine._steps, engine.params.layers[LAYER]  # noqa: SLF001 - a part of a step
     x = steps.embed(np.full((1, 1), 5, np.int32))
     ones = np.ones(1, np.int32)
     window, _ = engine._window(state.visible, state.lengths, ones, ones[:, None] > 0, fresh=False)  # noqa: SLF001
@@ -73,7 +108,7 @@ def main() -> None:
     }
     times = {}
     for name, (run, nbytes) in parts.items():
-        times[name] = best(run, chosen.rounds)
+        times[name] = best(run, rounds)
         rate = nbytes / times[name] / 1e9
         print(
             f"{name:<22}{times[name] * 1e3:8.1f} ms {rate:6.1f} GB/s {rate / limit:5.2f} of limit"
@@ -86,11 +121,83 @@ def main() -> None:
         times["attention and router"] + config.num_selected_experts * times["one expert"]
     )
     print(f"a step by its parts: {step + times['output product']:.2f} s")
-    last = time.perf_counter()
-    for number, _ in enumerate(engine.generate([5], chosen.tokens + 1)):
-        now = time.perf_counter()
-        print(f"token {number} after {now - last:.2f} s, {anonymous() - before:.0f} MB taken")
-        last = now
+
+
+def attention(engine: Engine, places: int) -> object:
+    """One token's attention to a full cache of so many places, projections left out."""
+    if places not in _ATTENTION:
+        config = engine.config
+        cache = KeyValues(
+            *(jnp.ones((1, places, config.num_kv_heads, config.key_size), engine.dtype),) * 2
+        )
+        window = Window(
+            jnp.full((1, 1), places - 1), jnp.ones((1, 1), bool), jnp.ones((1, places), bool), False
+        )
+        queries = jnp.ones((1, 1, config.num_q_heads, config.key_size), jnp.float32)
+        run = jax.jit(lambda q, c, w: attend(q, c, w, config))
+        _ATTENTION[places] = lambda: run(queries, cache, window)
+    return _ATTENTION[places]()
+
+
+_ATTENTION: dict[int, Callable[[], object]] = {}
+
+
+def whole_steps(engine: Engine, prompt: int, tokens: int) -> list[tuple[float, float]]:
+    """Generate, and print of each token its seconds and the gigabytes that the disk gave."""
+    ids = np.random.default_rng(1).integers(3, engine.config.vocab_size, prompt).tolist()
+    last, read, steps = time.perf_counter(), from_disk(), []
+    for number, _ in enumerate(engine.generate(ids, tokens + 1)):
+        steps.append((time.perf_counter() - last, from_disk() - read))
+        print(
+            f"token {number} after {steps[-1][0]:.2f} s, {steps[-1][1]:.1f} GB from the disk, "
+            f"{anonymous():.0f} MB anonymous",
+            flush=True,
+        )
+        last, read = time.perf_counter(), from_disk()
+    return steps
+
+
+def cold(engine: Engine, checkpoint: Checkpoint, prompt: int, tokens: int) -> None:
+    """Whole steps from the disk, over the rate of parallel reads before and after."""
+    limits = [disk_rate(checkpoint, 0)]
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    steps = whole_steps(engine, prompt, tokens)
+    limits.append(disk_rate(checkpoint, 1))
+    limit = sum(limits) / 2
+    print(f"limit: the disk gives {limits[0]:.2f} and {limits[1]:.2f} GB/s to {READERS} readers")
+    for name, part in (("first token", steps[:1]), ("each further", steps[1:])):
+        seconds, read = (sum(numbers) / len(part) for numbers in zip(*part, strict=True))
+        rate = read / seconds
+        print(
+            f"{name}: {read:.1f} GB in {seconds:.1f} s, {rate:.2f} GB/s, "
+            f"{rate / limit:.2f} of limit"
+        )
+
+
+def disk_rate(checkpoint: Checkpoint, place: int) -> float:
+    """GB/s at which the disk gives the expert files of a layer to parallel readers."""
+    parts = ("linear", "linear_v", "linear_1")
+    tensors = [checkpoint[f"transformer/decoder_layer_{place}/moe/{part}/w"] for part in parts]
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    buffers = threading.local()
+
+    def read(job: tuple[Path, int]) -> int:
+        path, at = job
+        if not hasattr(buffers, "data"):
+            buffers.data = bytearray(CHUNK)
+        with path.open("rb", buffering=0) as file:
+            return os.preadv(file.fileno(), [buffers.data], at)
+
+    jobs = [(t.path, at) for t in tensors for at in range(0, t.file.size, CHUNK)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as threads:
+        total = sum(threads.map(read, jobs))
+    return total / (time.perf_counter() - start) / 1e9
+
+
+def from_disk() -> float:
+    """Gigabytes that this process has had read from the disk."""
+    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 1e9
 
 
 @jax.jit
