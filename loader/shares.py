@@ -31,6 +31,13 @@ class Share:
     mesh: MeshShape
     positions: tuple[Position, ...]
 
+    def __str__(self) -> str:
+        numbers = [at.expert * self.mesh.model + at.model for at in self.positions]
+        return (
+            f"devices {numbers[0]}-{numbers[-1]} of expert={self.mesh.expert},"
+            f"model={self.mesh.model}"
+        )
+
 
 def share_of_host(mesh: MeshShape, host: int, hosts: int) -> Share:
     """What one of several hosts holds: equally many devices each, in the mesh's order.

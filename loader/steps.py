@@ -95,6 +95,10 @@ class Steps:
             donate=(1,),
         )
 
+    def hold(self, params: Params) -> None:
+        """Use other weights of the same shapes from now on."""
+        self._params = params
+
     def embed(self, tokens: Any) -> Array:
         """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`."""
         x: Array = self._embed(self._params.embedding, tokens)

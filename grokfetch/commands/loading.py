@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from loader.checkpoint import Checkpoint
     from loader.generate import Engine
     from loader.placement import Mesh, Params
+    from loader.schema import GrokConfig
     from loader.sharding import MeshShape
 
-__all__ = ["Loading", "load", "loading_options"]
+__all__ = [
+    "Arrangement",
+    "Loading",
+    "arrange",
+    "load",
+    "load_onto",
+    "loading_options",
+    "mesh_shape",
+    "place",
+]
 
 Dtype = Literal["bfloat16", "float32"]
 Placement = Literal["mapped", "sharded"]
@@ -68,7 +78,7 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
     def wired(
         *args: Any, dtype: Dtype, placement: Placement | None, mesh: str | None, **kwargs: Any
     ) -> None:
-        shape = None if mesh is None else _mesh_shape(mesh)
+        shape = None if mesh is None else mesh_shape(mesh)
         command(*args, loading=Loading(dtype, placement, shape), **kwargs)
 
     for option in reversed(_OPTIONS):
@@ -76,7 +86,12 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
     return wired
 
 
-def _mesh_shape(text: str) -> MeshShape:
+def mesh_shape(text: str) -> MeshShape:
+    """The mesh that `--mesh` names.
+
+    Raises:
+        click.BadParameter: it names none.
+    """
     from loader.sharding import MeshShape
 
     found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
@@ -84,6 +99,46 @@ def _mesh_shape(text: str) -> MeshShape:
         raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
     expert, model = (int(digits or 1) for digits in found.groups())
     return MeshShape(expert, model)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Where a model goes: its devices, how they have the weights, and the dtype of its products."""
+
+    mesh: Mesh
+    placement: Placement
+    dtype: Dtype
+
+    @property
+    def platform(self) -> str:
+        """The kinds of the devices."""
+        return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
+
+
+def arrange(config: GrokConfig, loading: Loading) -> Arrangement:
+    """Find the devices for a model.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: mapped weights are to be used by devices that are no CPUs.
+    """
+    from loader import placement as placing
+
+    placement, shape = loading.placement, loading.mesh
+    splits_experts = shape is not None and shape.expert > 1
+    if placement == "mapped" or (placement is None and not splits_experts):
+        placing.use_cores(config)
+    mesh = placing.make_mesh(config, shape)
+    only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    if placement is None:
+        placement = "sharded" if mesh.shape["expert"] > 1 or not only_cpus else "mapped"
+    found = Arrangement(mesh, placement, loading.dtype)
+    if placement == "mapped" and not only_cpus:
+        raise OutOfReach(
+            f"mapped weights are for CPUs, and the devices are {found.platform}",
+            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
+        )
+    return found
 
 
 def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
@@ -94,39 +149,44 @@ def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
         OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
             are to be used by devices that are no CPUs.
     """
-    from loader import placement as placing
+    return load_onto(arrange(checkpoint.config, loading), checkpoint)
+
+
+def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
+    """The same onto devices that are found already.
+
+    Raises:
+        OutOfReach: weights that are to be copied take more memory than is free.
+    """
     from loader.generate import Engine
 
+    params = place(there, checkpoint)
+    return Engine(checkpoint.config, params, there.mesh, there.dtype)
+
+
+def place(there: Arrangement, checkpoint: Checkpoint) -> Params:
+    """The weights where the devices have them; says how long it took.
+
+    Raises:
+        OutOfReach: weights that are to be copied take more memory than is free.
+    """
+    from loader import placement as placing
+
     start = time.perf_counter()
-    placement, shape = loading.placement, loading.mesh
-    splits_experts = shape is not None and shape.expert > 1
-    if placement == "mapped" or (placement is None and not splits_experts):
-        placing.use_cores(checkpoint.config)
-    mesh = placing.make_mesh(checkpoint.config, shape)
-    kinds = {device.platform for device in mesh.devices.flat}
-    platform = "/".join(sorted(kinds)).upper()
-    if placement is None:
-        placement = "sharded" if splits_experts or kinds != {"cpu"} else "mapped"
-    if placement == "mapped" and kinds != {"cpu"}:
-        raise OutOfReach(
-            f"mapped weights are for CPUs, and the devices are {platform}",
-            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
-        )
-    copied = placement == "sharded"
+    mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
     params = _copy(checkpoint, mesh) if copied else placing.share(checkpoint, mesh)
-    total = sum(tensor.nbytes for tensor in checkpoint.values())
     seconds = time.perf_counter() - start
     machine = lines()
     if machine is None:
         click.echo(
             f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
-            f"{'onto' if copied else 'for'} {mesh.size} {platform} "
+            f"{'onto' if copied else 'for'} {mesh.size} {there.platform} "
             f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
             err=True,
         )
     else:
-        machine.take(Loaded(total, mesh.size, platform, placement, round(seconds, 3)))
-    return Engine(checkpoint.config, params, mesh, loading.dtype)
+        machine.take(Loaded(total, mesh.size, there.platform, there.placement, round(seconds, 3)))
+    return params
 
 
 def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
@@ -134,9 +194,9 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
     from grokfetch.verify import Progress
     from loader import placement
 
-    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    total = checkpoint.nbytes
     if {device.platform for device in mesh.devices.flat} == {"cpu"}:
-        _check_memory(total)
+        _check_memory(total * len(mesh.local_devices) // mesh.size)
     done = 0
     with reporter("load") as sink:
 
