@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import jax
 import numpy as np
 from jax._src import distributed
@@ -11,16 +14,16 @@ from grokfetch.errors import OutOfReach
 from loader.sharding import MeshShape, Position
 from loader.shares import Share
 
-__all__ = ["is_first", "join", "local_share", "meet"]
+__all__ = ["give_up", "is_first", "join", "local_share", "meet"]
 
 PATIENCE_S = 300
 """How long hosts wait for each other at the start."""
 
-LONGEST_MS = 30 * 24 * 3600 * 1000
-"""Longest wait at a meeting point, in milliseconds: a month, for a slow fetch."""
-
 FAREWELL_S = 30
-"""How long a host that is done, or has failed, waits for the others before it gives them up."""
+"""How long a host that is done, or has failed, waits for the others before jax ends them all."""
+
+POLL_S = 0.2
+ARRIVED, FAILED = "grokfetch/arrived", "grokfetch/failed"
 
 
 def join(coordinator: str | None = None, hosts: int | None = None, host: int | None = None) -> None:
@@ -33,8 +36,10 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
         host: which one this is, from 0 on, None as above.
 
     Raises:
-        OutOfReach: nobody has started such processes, or the others do not come.
+        OutOfReach: nobody has started such processes, or the first one is not there.
     """
+    if coordinator is not None and host != 0:
+        _wait_for(coordinator)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -47,24 +52,57 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
         )
     except (ValueError, RuntimeError) as error:
         raise OutOfReach(
-            f"the hosts do not find each other: {str(error).splitlines()[0]}",
-            hint="start one process a host, or say where: --coordinator HOST:PORT --num-hosts N "
+            f"the hosts cannot be joined: {str(error).splitlines()[0]}",
+            hint="start one process a host, and say where: --coordinator HOST:PORT --num-hosts N "
             "--host-id I",
         ) from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Return once somebody listens there: jax ends the process where it finds nobody."""
+    name, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), PATIENCE_S).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OutOfReach(
+                    f"host 0 is not found at {coordinator}: {error.strerror or error}",
+                    hint="start the process with --host-id 0 there, and let the port through",
+                ) from None
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 def meet(where: str) -> None:
     """Wait until all processes are at this point, as long as that takes.
 
-    Collectives do not wait for ever, those of CPUs for less than a minute, and hosts load and fetch
+    Collectives do not wait for ever, those of CPUs for less than a minute, and hosts fetch and load
     at rates of their own.
 
     Args:
         where: the name of the point, used once.
+
+    Raises:
+        OutOfReach: one of them has given up.
     """
     client = distributed.global_state.client
+    if client is None:
+        return
+    client.key_value_set(f"{ARRIVED}/{where}/{jax.process_index()}", "")
+    while len(client.key_value_dir_get(f"{ARRIVED}/{where}")) < jax.process_count():
+        for key, why in client.key_value_dir_get(FAILED):
+            raise OutOfReach(f"host {key.rpartition('/')[2]} has given up: {why}")
+        time.sleep(POLL_S)
+
+
+def give_up(why: str) -> None:
+    """Tell those who wait for this process at a meeting point that it will not come."""
+    client = distributed.global_state.client
     if client is not None:
-        client.wait_at_barrier(where, LONGEST_MS)
+        client.key_value_set(f"{FAILED}/{jax.process_index()}", why)
 
 
 def is_first() -> bool:
@@ -74,10 +112,8 @@ def is_first() -> bool:
 
 def local_share(mesh: Mesh) -> Share:
     """What the devices of this process hold on a mesh of the axes `expert` and `model`."""
-    places = np.argwhere(
-        [[it.process_index == jax.process_index() for it in row] for row in mesh.devices]
-    )
+    ours = [[it.process_index == jax.process_index() for it in row] for row in mesh.devices]
     return Share(
         MeshShape(mesh.shape["expert"], mesh.shape["model"]),
-        tuple(Position(int(expert), int(model)) for expert, model in places),
+        tuple(Position(int(expert), int(model)) for expert, model in np.argwhere(ours)),
     )

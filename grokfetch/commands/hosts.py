@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,17 +42,25 @@ class Hosts:
         """Whether there are other processes than this one."""
         return self.detect or self.coordinator is not None
 
-    def join(self) -> None:
-        """Wait for the other processes, if there are any.
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Be one of the processes while the block runs; if it fails the others are told why.
 
         Raises:
-            OutOfReach: they do not come.
+            OutOfReach: the others do not come.
         """
-        if self.several:
-            from loader.cluster import join
+        if not self.several:
+            yield
+            return
+        from loader.cluster import give_up, join
 
-            _keep_stdout()
-            join(self.coordinator, self.count, self.number)
+        _keep_stdout()
+        join(self.coordinator, self.count, self.number)
+        try:
+            yield
+        except BaseException as error:
+            give_up(str(error) or type(error).__name__)
+            raise
 
     def asked(self, loading: Loading) -> Asked:
         """What to fetch of a checkpoint for this host: all of it if there is no other host."""
@@ -72,6 +82,12 @@ def _keep_stdout() -> None:
     os.dup2(2, 1)
 
 
+def _checked(address: str | None) -> str | None:
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+        raise click.BadParameter(f"not HOST:PORT: {address!r:.80}")
+    return address
+
+
 _COUNT = click.option(
     "--num-hosts",
     type=click.IntRange(min=1),
@@ -89,6 +105,7 @@ _OPTIONS = (
     click.option(
         "--coordinator",
         metavar="HOST:PORT",
+        callback=lambda _context, _parameter, value: _checked(value),
         help="The same by hand: where host 0 waits for the others. Nothing there is encrypted.",
     ),
     _COUNT,

@@ -81,8 +81,7 @@ def run(
     from loader.cluster import is_first, local_share, meet
     from loader.generate import Sampling, check_prompts
 
-    hosts.join()
-    with _reading(folder, state, meanwhile, hosts.asked(loading)) as store:
+    with hosts.joined(), _reading(folder, state, meanwhile, hosts.asked(loading)) as store:
         words = None if prompt is None else find_tokenizer(store, tokenizer)
         if words is not None and prompt is not None:
             ids = words.encode(prompt)
