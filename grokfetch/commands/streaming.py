@@ -136,6 +136,8 @@ def load_as_it_comes(
     meet("first layer")
     logits, state = engine.prefill([prompt])
     token = engine.sample(logits, sampling, 0)
+    # To take it from its row is a program, too.
+    token[0].block_until_ready()
     if len(prompt) < config.sequence_len:
         engine.decode(state, token)
     engine.hold(place(there, checkpoint))
