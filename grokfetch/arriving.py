@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
@@ -23,16 +24,23 @@ from grokfetch.store import Store
 __all__ = ["Arriving"]
 
 
+WATCH_S = 1.0
+
+
 class Arriving(Store):
     """A checkpoint directory that a fetch of this process fills, see `filled`.
 
     Args:
         root: the checkpoint folder; need not exist yet.
         state: where our own files are; `root/.grokfetch` by default.
+        watch: called every second where somebody waits; what it raises ends the waiting.
     """
 
-    def __init__(self, root: Path, state: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, state: Path | None = None, watch: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(root, state)
+        self._watch = watch
         self._news = threading.Condition()
         self._known = False
         self._saves = 0
@@ -93,8 +101,7 @@ class Arriving(Store):
         Raises:
             GrokfetchError: the fetch has failed before, and with what.
         """
-        with self._news:
-            self._news.wait_for(lambda: self._known or self._over)
+        self._wait_until(lambda: self._known or self._over)
         if self._error is not None:
             raise self._error
 
@@ -118,9 +125,16 @@ class Arriving(Store):
                     raise
             else:
                 return
-            with self._news:
-                while self._saves == saves and not self._over:
-                    self._news.wait()
+            self._wait_until(partial(self._changed, saves))
+
+    def _changed(self, saves: int) -> bool:
+        """Whether there is news beyond that number of saves, or never will be."""
+        return self._saves > saves or self._over
+
+    def _wait_until(self, true: Callable[[], bool]) -> None:
+        with self._news:
+            while not self._news.wait_for(true, WATCH_S):
+                self._watch()
 
     def save_record(self, record: Record) -> None:
         """Keep what is proven, and let those who wait for it look again.

@@ -14,7 +14,7 @@ from grokfetch.errors import OutOfReach
 from loader.sharding import MeshShape, Position
 from loader.shares import Share
 
-__all__ = ["give_up", "is_first", "join", "local_share", "meet"]
+__all__ = ["check", "give_up", "is_first", "join", "local_share", "meet"]
 
 PATIENCE_S = 300
 """How long hosts wait for each other at the start."""
@@ -93,13 +93,23 @@ def meet(where: str) -> None:
         return
     client.key_value_set(f"{ARRIVED}/{where}/{jax.process_index()}", "")
     while len(client.key_value_dir_get(f"{ARRIVED}/{where}")) < jax.process_count():
-        for key, why in client.key_value_dir_get(FAILED):
-            raise OutOfReach(f"host {key.rpartition('/')[2]} has given up: {why}")
+        check()
         time.sleep(POLL_S)
 
 
+def check() -> None:
+    """Make sure that all processes are still at it.
+
+    Raises:
+        OutOfReach: one of them has given up.
+    """
+    client = distributed.global_state.client
+    for key, why in () if client is None else client.key_value_dir_get(FAILED):
+        raise OutOfReach(f"host {key.rpartition('/')[2]} has given up: {why}")
+
+
 def give_up(why: str) -> None:
-    """Tell those who wait for this process at a meeting point that it will not come."""
+    """Tell the other processes, who meet and check, that this one will not go on."""
     client = distributed.global_state.client
     if client is not None:
         client.key_value_set(f"{FAILED}/{jax.process_index()}", why)

@@ -19,11 +19,12 @@ from fake_swarm import FakeSwarm
 from release import publish
 from torrents import content, manifest_of, v1_torrent
 
+from grokfetch import arriving
 from grokfetch.arriving import Arriving
 from grokfetch.cli import main
 from grokfetch.commands.loading import Arrangement
 from grokfetch.commands.streaming import load_as_it_comes
-from grokfetch.errors import NotProven, Stalled, StateLocked, StorageFailed
+from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.fetch import Limits, Outcome, fetch
 from grokfetch.metainfo import encode_torrent, parse_info
 from grokfetch.selection import Request
@@ -113,6 +114,15 @@ def test_what_is_not_asked_for_is_not_waited_for(swarm, tmp_path):
     assert "--all" in caught.value.hint
 
 
+def test_who_waits_is_told_what_the_watch_finds(swarm, tmp_path, monkeypatch):
+    def watch():
+        raise OutOfReach("another host has given up")
+
+    monkeypatch.setattr(arriving, "WATCH_S", 0.01)
+    with pytest.raises(OutOfReach):
+        read(Arriving(tmp_path, watch=watch), swarm, "c")
+
+
 def test_folder_is_held_until_the_block_ends(swarm, tmp_path):
     store = Arriving(tmp_path)
     swarm.gate.set()
@@ -168,7 +178,7 @@ def published(tmp_path_factory):
 SLOW = 150_000
 """Bytes a second, at which the checkpoint takes 19 seconds."""
 
-SECOND_LAYER = "tensor00024_000"
+SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
 LAST = ("layer_9/", "layer_10/", "layer_11/")
 """What is read last. Of these, the files of layer 9 are also the last files of the torrent."""
 
@@ -221,9 +231,9 @@ def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp
         real = Arriving.require
 
         def watched(store, path, start=0, length=None):
-            real(store, path, start, length)
-            if path.name == SECOND_LAYER:
+            if path.name in SECOND_LAYER:
                 peer._handle.set_upload_limit(-1)
+            real(store, path, start, length)
 
         monkeypatch.setattr(Arriving, "require", watched)
         arguments = (

@@ -116,8 +116,9 @@ def _reading(
             yield store
     else:
         from grokfetch.arriving import Arriving
+        from loader.cluster import check
 
-        arriving = Arriving(folder, state)
+        arriving = Arriving(folder, state, watch=check)
         with meanwhile.fetching(arriving, asked):
             yield arriving
 
