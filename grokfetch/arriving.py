@@ -48,17 +48,14 @@ class Arriving(Store):
         self._error: BaseException | None = None
 
     @contextlib.contextmanager
-    def filled(
-        self, events: Generator[Event, None, None], show: Callable[[Event], None]
-    ) -> Iterator[None]:
+    def filled(self, events: Generator[Event, None, None]) -> Iterator[None]:
         """Follow a fetch into this folder in a thread, and hold its lock, while the block runs.
 
         A block that ends well waits for the end of the fetch. One that does not ends the fetch, and
         what is proven is recorded first.
 
         Args:
-            events: of `fetch`, for this store.
-            show: takes each of them, in that thread.
+            events: of `fetch`, for this store; they are taken in that thread.
 
         Raises:
             GrokfetchError: the fetch has failed, and with what.
@@ -68,7 +65,6 @@ class Arriving(Store):
         def follow() -> None:
             with contextlib.closing(events):
                 for event in events:
-                    show(event)
                     if isinstance(event, Metadata):
                         self._tell(known=True)
                     if isinstance(event, Outcome):
@@ -104,6 +100,11 @@ class Arriving(Store):
         self._wait_until(lambda: self._known or self._over)
         if self._error is not None:
             raise self._error
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Return once the fetch has ended, or after so many seconds."""
+        with self._news:
+            self._news.wait_for(lambda: self._over, timeout_s)
 
     def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
         """Return once a span of a payload file, all of it by default, is proven.

@@ -33,10 +33,10 @@ class Share:
 
     def __str__(self) -> str:
         numbers = [at.expert * self.mesh.model + at.model for at in self.positions]
-        return (
-            f"devices {numbers[0]}-{numbers[-1]} of expert={self.mesh.expert},"
-            f"model={self.mesh.model}"
+        held = (
+            f"device {numbers[0]}" if len(numbers) == 1 else f"devices {numbers[0]}-{numbers[-1]}"
         )
+        return f"{held} of expert={self.mesh.expert},model={self.mesh.model}"
 
 
 def share_of_host(mesh: MeshShape, host: int, hosts: int) -> Share:

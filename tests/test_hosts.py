@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path, PurePosixPath
 
 import golden
@@ -27,6 +28,7 @@ from grokfetch.shipped import grok_1
 from grokfetch.store import Store
 from grokfetch.survey import survey
 from grokfetch.swarm import SwarmSettings, seed
+from loader import placement
 from loader.checkpoint import open_checkpoint
 from loader.inventory import expected
 from loader.schema import GrokConfig, ParamSpec, parameters
@@ -113,6 +115,13 @@ def test_official_checkpoint_is_divided_where_experts_are(mesh, hosts, part):
 def test_hosts_that_cannot_share_alike_are_refused(host, hosts):
     with pytest.raises(MeshInvalid):
         share_of_host(MESH, host, hosts)
+
+
+def test_mesh_stands_in_the_order_of_the_hosts_with_equally_many_devices_of_each():
+    devices = [types.SimpleNamespace(process_index=it % 2, id=it) for it in range(6)]
+    assert [it.id for it in placement._of_each_host(devices, 4)] == [0, 2, 1, 3]
+    with pytest.raises(MeshInvalid, match="2 hosts cannot have equally many of 3 devices"):
+        placement._of_each_host(devices, 3)
 
 
 # --- what is asked for ---------------------------------------------------------------------------

@@ -30,10 +30,10 @@ from grokfetch.metainfo import encode_torrent, parse_info
 from grokfetch.selection import Request
 from grokfetch.store import Store
 from grokfetch.swarm import SwarmSettings, seed
-from loader.checkpoint import expect_checkpoint
 from loader.generate import Sampling
 from loader.placement import make_mesh
 from loader.schema import parameters
+from loader.shares import share_of_host
 
 PATIENCE_S = 60
 FILES = {name: content(40_000, number) for number, name in enumerate("abc")}
@@ -66,7 +66,7 @@ def following(store, swarm, **options):
     """A block that runs beside a fetch, from the moment on when it is known what is to come."""
     options = {"manifest": manifest_of(FILES, None), "limits": AT_ONCE} | options
     with contextlib.ExitStack() as stack:
-        stack.enter_context(store.filled(fetch(store, swarm, **options), lambda _: None))
+        stack.enter_context(store.filled(fetch(store, swarm, **options)))
         store.wait_for_manifest()
         return stack.pop_all()
 
@@ -179,6 +179,7 @@ SLOW = 300_000
 """Bytes a second, at which the checkpoint takes ten seconds and more."""
 
 SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
+EVERYTHING = share_of_host(golden.ONE, 0, 1)
 LAST = ("layer_9/", "layer_10/", "layer_11/")
 """What is read last. Of these, the files of layer 9 are also the last files of the torrent."""
 
@@ -215,7 +216,7 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     prompt, wanted = golden.prompt("p1"), golden.arrays()["f32/p1_tokens"].tolist()
     there = Arrangement(mesh, placement, "float32")
     with following(store, swarm, manifest=manifest), jax.log_compiles():
-        engine = load_as_it_comes(there, expect_checkpoint(store), prompt, Sampling())
+        engine = load_as_it_comes(there, store, EVERYTHING, prompt, Sampling())
         assert list(engine.generate(prompt, 6)) == wanted[:6]
     late = [it.getMessage() for it in caplog.records if it.created > store.opened_at > 0]
     late = [text for text in late if text.startswith("Finished XLA compilation")]

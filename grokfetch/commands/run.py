@@ -77,7 +77,8 @@ def run(
     if unproven and meanwhile is not None:
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
-    from loader.checkpoint import expect_checkpoint, model_of, open_checkpoint
+    from grokfetch.arriving import Arriving
+    from loader.checkpoint import model_of, open_checkpoint
     from loader.cluster import is_first, local_share, meet
     from loader.generate import Sampling, check_prompts
 
@@ -91,10 +92,10 @@ def run(
         check_prompts(config, [ids])
         there = arrange(config, loading)
         share = local_share(there.mesh)
-        if meanwhile is None:
-            engine = load_onto(there, open_checkpoint(store, proven=not unproven, share=share))
+        if isinstance(store, Arriving):
+            engine = load_as_it_comes(there, store, share, ids, sampling)
         else:
-            engine = load_as_it_comes(there, expect_checkpoint(store, share), ids, sampling)
+            engine = load_onto(there, open_checkpoint(store, proven=not unproven, share=share))
         meet("loaded")
         generated = engine.generate(ids, max_tokens, sampling)
         if is_first():

@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.arriving import Arriving
 from grokfetch.commands.loading import Arrangement, place
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
 
 if TYPE_CHECKING:
-    from grokfetch.fetch import Asked
+    from grokfetch.arriving import Arriving
+    from grokfetch.fetch import Asked, Event
+    from grokfetch.progress import Sink
     from grokfetch.swarm import SwarmSettings
-    from loader.checkpoint import Checkpoint
     from loader.generate import Engine, Sampling
+    from loader.shares import Share
 
 __all__ = ["Meanwhile", "load_as_it_comes", "meanwhile_options"]
 
 TIMEOUT_S = 600.0
 """How long the fetch waits without a byte."""
+
+BAR_S = 1.0
+"""How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
 
 SAVE_S = 1.0
 """Seconds between two writings of the record, which readers wait for."""
@@ -67,10 +71,24 @@ class Meanwhile:
             limits=Limits(metadata_s=TIMEOUT_S, stall_s=TIMEOUT_S, save_s=SAVE_S),
             request=asked,
         )
-        with reporter("fetch") as sink, store.filled(recorded(store, events), sink.take):
+        with store.filled(_shown(recorded(store, events), reporter("fetch"))):
             store.wait_for_manifest()
             self.mirrors.bring_tokenizer(store)
             yield
+
+
+def _shown(events: Generator[Event, None, None], sink: Sink) -> Generator[Event, None, None]:
+    """The same events; the bar has gone when the last one comes, and text may follow."""
+    from grokfetch.fetch import Outcome
+
+    with contextlib.closing(events):
+        with sink:
+            for event in events:
+                sink.take(event)
+                if isinstance(event, Outcome):
+                    break
+                yield event
+        yield event
 
 
 def meanwhile_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,7 +128,7 @@ def meanwhile_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_as_it_comes(
-    there: Arrangement, checkpoint: Checkpoint, prompt: Sequence[int], sampling: Sampling
+    there: Arrangement, store: Arriving, share: Share, prompt: Sequence[int], sampling: Sampling
 ) -> Engine:
     """The weights as their bytes arrive, and the model compiled before the last of them.
 
@@ -120,15 +138,17 @@ def load_as_it_comes(
 
     Args:
         there: the devices.
-        checkpoint: from `loader.checkpoint.expect_checkpoint`.
+        store: the folder, which knows its manifest.
+        share: what these devices need.
         prompt: what will be asked, for the size of the steps.
         sampling: how tokens will be chosen.
     """
     from loader import placement as placing
-    from loader.checkpoint import Checkpoint
+    from loader.checkpoint import Checkpoint, expect_checkpoint
     from loader.cluster import meet
     from loader.generate import Engine
 
+    checkpoint = expect_checkpoint(store, share)
     config = checkpoint.config
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
     weights = placing.load if there.placement == "sharded" else placing.share
@@ -141,4 +161,5 @@ def load_as_it_comes(
     if len(prompt) < config.sequence_len:
         engine.decode(state, token)
     engine.hold(place(there, checkpoint))
+    store.wait_for_end(BAR_S)
     return engine
