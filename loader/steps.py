@@ -95,7 +95,7 @@ class Steps:
             donate=(1,),
         )
 
-    def hold(self, params: Params) -> None:
+    def hold(self, params: Params, _paging: Paging | None) -> None:
         """Use other weights of the same shapes from now on."""
         self._params = params
 
@@ -142,6 +142,11 @@ class _OnDemand(Steps):
     ) -> None:
         self._paging = paging
         super().__init__(config, params, mesh, dtype)
+
+    def hold(self, params: Params, paging: Paging | None) -> None:
+        """Use other weights of the same shapes, and who brings their pages, from now on."""
+        super().hold(params, paging)
+        self._paging = paging
 
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         weights, nothing, heads = self._layer_spec, self._nothing, self._heads
