@@ -8,6 +8,7 @@ coloured, so that `NO_COLOR` has nothing to switch off.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from grokfetch.fetch import Status
 from grokfetch.source import Notice
 from grokfetch.verify import Finding, Progress
 
-__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "seconds_text"]
+__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "parse_bytes", "seconds_text"]
+
+FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
@@ -198,6 +201,12 @@ def finding_line(finding: Finding) -> str:
     detail = f": {finding.detail}" if finding.detail else ""
     tensor = f" [{finding.tensor}]" if finding.tensor else ""
     return f"{finding.kind}{piece} {finding.path}{detail}{tensor}"
+
+
+def parse_bytes(text: str) -> int | None:
+    """The bytes that a person names, with k, M, G or T for powers of 1000; None if they do not."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
+    return None if found is None else round(float(found[1]) * FACTORS[found[2]])
 
 
 def bytes_text(count: float) -> str:

@@ -83,6 +83,17 @@ class Tensor:
         """
         return np.frombuffer(self._mapped, np.uint8)
 
+    def check_length(self) -> None:
+        """Notice that the file has been cut, before a touched page ends the process.
+
+        Raises:
+            CheckpointInvalid: it is shorter than its mapping.
+        """
+        if self._mapped.size() < len(self._mapped):
+            raise CheckpointInvalid(
+                f"{self.spec.name} has shrunk on disk while it was in use", path=self.path
+            )
+
     def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
         if span.offset + span.nbytes > len(self._mapped):
             raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from grokfetch.errors import PromptInvalid
 from loader.model import KeyValues, Window
+from loader.paging import Paging
 from loader.placement import Params
 from loader.schema import GrokConfig
-from loader.steps import Paging, steps_for
+from loader.steps import steps_for
 
 __all__ = ["Choice", "Engine", "Sampling", "State", "check_prompts", "draw"]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.kernels import Rows, product, row_dots
+from loader.kernels import Rows, Tuning, product, row_dots
 
 __all__ = ["Mapped", "MappedTable", "MatrixPlace", "TablePlace"]
 
@@ -56,6 +56,7 @@ class Mapped:
     file: Array
     index: Array | None
     place: MatrixPlace = dataclasses.field(metadata={"static": True})
+    tuning: Tuning = dataclasses.field(default=Tuning(), metadata={"static": True})
 
     def product(self, x: Array) -> Array:
         """`x @ dequantised(part)`, `part` being this device's rows or columns of the matrix.
@@ -89,7 +90,7 @@ class Mapped:
             group = index * place.groups + (row + number * run) // of_group
             return self._scales(group * place.columns + column, width)
 
-        flat = product(x.reshape(-1, height), rows, height // run, scale)
+        flat = product(x.reshape(-1, height), rows, height // run, scale, self.tuning)
         return flat.reshape(*x.shape[:-1], width)
 
     def _scales(self, first: Array, count: int) -> Array:

@@ -8,10 +8,8 @@ dropped, without touching another.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -22,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grokfetch.errors import MeshInvalid, OutOfReach
 from loader.checkpoint import Checkpoint, Tensor
+from loader.kernels import Tuning
 from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
 from loader.quantized import Quantized, Table, Weights
 from loader.schema import GrokConfig, ParamSpec
@@ -34,11 +33,7 @@ from loader.sharding import (
     source_rows,
 )
 
-__all__ = ["Layer", "Mesh", "Params", "Source", "Stored", "load", "make_mesh", "share", "use_cores"]
-
-
-CORES_A_DEVICE = 4
-"""Two cores are faster as one device than as two; no machine with more has been measured."""
+__all__ = ["Layer", "Mesh", "Params", "Source", "Stored", "load", "make_mesh", "share"]
 
 
 class Stored(Protocol):
@@ -219,21 +214,7 @@ def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
     return Quantized(weight, jax.make_array_from_callback(expanded, sharding, rows))
 
 
-def use_cores(config: GrokConfig) -> None:
-    """Have jax see as many CPU devices as share one machine's cores best; before its first use.
-
-    The loop over a matrix is split over the cores at every step, so that with many cores a step is
-    too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
-    share of the columns. Where XLA_FLAGS or an earlier use of jax has decided, that holds.
-    """
-    wanted = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
-    count = next(n for n in range(wanted, 0, -1) if config.num_kv_heads % n == 0)
-    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
-
-
-def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> Params:
     """Give every device the mapped pages of the shard files as they lie, without a copy.
 
     Only norms and routers are copied. The files must stay as they are while the result is in use.
@@ -241,6 +222,7 @@ def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:
     Args:
         checkpoint: the tensors in their files.
         mesh: of CPU devices, with one place along `expert`.
+        tuning: what suits their processor; from `loader.tuning`.
 
     Raises:
         MeshInvalid: the mesh splits experts.
@@ -264,7 +246,8 @@ def share(checkpoint: Checkpoint, mesh: Mesh) -> Params:
         tensor = checkpoint[name]
         if tensor.spec.scale_groups is not None:
             _check_indices(tensor, tensor.file.size)
-            return Mapped(buffer(tensor.file.view(np.int8)), None, _matrix_place(tensor, mesh))
+            file, place = buffer(tensor.file.view(np.int8)), _matrix_place(tensor, mesh)
+            return Mapped(file, None, place, tuning or Tuning())
         if tensor.spec.axes[0] == "vocab":
             return _table(tensor, mesh, buffer)
         # Put there without asking the other hosts whether they put the same.

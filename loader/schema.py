@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Literal
@@ -146,6 +147,12 @@ class ParamSpec:
     def file(self) -> str:
         """Name of the shard file, without its folder."""
         return shard_name(self.index)
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the decoder layer that it belongs to, None outside of all layers."""
+        found = re.match(r"transformer/decoder_layer_(\d+)/", self.name)
+        return None if found is None else int(found[1])
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:

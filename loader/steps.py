@@ -8,8 +8,9 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loader import model
 from loader.mapped import Mapped
 from loader.model import KeyValues, Window
+from loader.paging import Paging
 from loader.placement import Params
 from loader.schema import GrokConfig
 
-__all__ = ["Paging", "Steps", "steps_for"]
-
-
-class Paging(Protocol):
-    """Whoever brings mapped pages into memory, and is told what will be touched."""
-
-    def layer(self, number: int) -> None:
-        """A layer begins: its attention is computed now, the next one's after its experts."""
-
-    def experts(self, number: int, chosen: Sequence[int]) -> None:
-        """The router of a layer has spoken; these experts are computed now, in this order."""
-
-    def expert_done(self, number: int, expert: int) -> None:
-        """The pages of an expert have served this step."""
+__all__ = ["Steps", "steps_for"]
 
 
 def steps_for(
@@ -45,7 +34,7 @@ def steps_for(
 ) -> Steps:
     """The steps that suit the way in which the weights are held."""
     if isinstance(params.layers[0].gate, Mapped):
-        return _OnDemand(config, params, mesh, dtype, paging)
+        return _OnDemand(config, params, mesh, dtype, paging or Paging())
     return Steps(config, params, mesh, dtype)
 
 
@@ -62,6 +51,8 @@ class Steps:
         everywhere: how an array lies that all devices hold.
         heads: how a cache `[B, S, K, d]` lies.
     """
+
+    _compiler_options: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
         self._mesh = mesh
@@ -126,7 +117,7 @@ class Steps:
         spread = jax.shard_map(
             function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
         )
-        return jax.jit(spread, donate_argnums=donate)
+        return jax.jit(spread, donate_argnums=donate, compiler_options=dict(self._compiler_options))
 
 
 class _OnDemand(Steps):
@@ -138,15 +129,18 @@ class _OnDemand(Steps):
         params: Params,
         mesh: Mesh,
         dtype: jnp.dtype,
-        paging: Paging | None,
+        paging: Paging,
     ) -> None:
         self._paging = paging
+        gate = params.layers[0].gate
+        assert isinstance(gate, Mapped)
+        self._compiler_options = {"xla_cpu_prefer_vector_width": gate.tuning.vector_width}
         super().__init__(config, params, mesh, dtype)
 
     def hold(self, params: Params, paging: Paging | None) -> None:
         """Use other weights of the same shapes, and who brings their pages, from now on."""
         super().hold(params, paging)
-        self._paging = paging
+        self._paging = paging or Paging()
 
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         weights, nothing, heads = self._layer_spec, self._nothing, self._heads
@@ -173,21 +167,23 @@ class _OnDemand(Steps):
         real = np.asarray(window.real).reshape(-1)
         filled = []
         for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
-            if self._paging is not None:
-                self._paging.layer(number)
+            self._paging.layer(number)
             x, kept, routed = self._attend(weights, entry, x, window)
             filled.append(kept)
             total = jnp.zeros(routed.x.shape, jnp.float32, device=self.everywhere)
             groups = dict(expert_groups(np.asarray(routed.choices), real))
-            if self._paging is not None:
-                self._paging.experts(number, tuple(groups))
+            self._paging.experts(number, tuple(groups))
             for expert, pairs in groups.items():
+                self._paging.expert(number, expert)
                 total = self._expert(weights, np.int32(expert), routed, pairs, total)
-                if self._paging is not None:
-                    total.block_until_ready()
-                    self._paging.expert_done(number, expert)
+                self._paging.used(number, expert, total)
             x = self._close(weights, x, total)
         return x, tuple(filled)
+
+    def logits(self, x: Array) -> Array:
+        """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
+        self._paging.table()
+        return super().logits(x)
 
 
 def expert_groups(

@@ -20,8 +20,9 @@ from grokfetch.errors import MeshInvalid
 from loader import generate, kernels
 from loader.checkpoint import open_folder
 from loader.generate import Engine
-from loader.kernels import Rows
+from loader.kernels import Rows, Tuning
 from loader.mapped import Mapped, MatrixPlace
+from loader.paging import Paging
 from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
 from loader.sharding import MeshShape
@@ -99,15 +100,9 @@ def test_sharing_a_checkpoint_takes_no_memory_of_its_size(tmp_path):
 def test_experts_that_were_not_chosen_are_not_touched(tmp_path):
     touched = []
 
-    class Told:
-        def layer(self, number):
-            pass
-
+    class Told(Paging):
         def experts(self, number, chosen):
             touched.append((number, chosen))
-
-        def expert_done(self, number, expert):
-            pass
 
     folder = shutil.copytree(golden.TINY / "ckpt-0", tmp_path / "ckpt-0")
     checkpoint = open_folder(folder, golden.CONFIG)
@@ -146,9 +141,10 @@ def test_mesh_that_splits_experts_is_refused():
     split=st.sampled_from(["rows", "columns"]),
     pad=st.integers(0, 70),
     index=st.integers(0, 2),
+    halves=st.booleans(),
 )
 def test_product_of_any_part_is_that_of_the_dequantised_matrix(
-    *, tokens, rows, groups, columns, ways, split, pad, index
+    *, tokens, rows, groups, columns, ways, split, pad, index, halves
 ):
     random = np.random.default_rng(pad)
     stack = random.integers(-127, 128, (3, rows, columns), np.int8)
@@ -161,7 +157,7 @@ def test_product_of_any_part_is_that_of_the_dequantised_matrix(
     across, along = PartitionSpec(None, "model"), PartitionSpec()
 
     def compute(file, x):
-        found = Mapped(file, jnp.int32(index), place).product(x)
+        found = Mapped(file, jnp.int32(index), place, Tuning(halves=halves)).product(x)
         return jax.lax.psum(found, "model") if split == "rows" else found
 
     specs = {"rows": (across, along), "columns": (along, across)}[split]
@@ -209,11 +205,11 @@ def test_no_product_widens_the_matrix(tokens):
 
     def compute(flat, x):
         matrix = Rows(flat, jnp.int32(0), jnp.int32(0), *part)
-        return kernels.product(x, matrix, 1, lambda _: jnp.ones(columns))
+        return kernels.product(x, matrix, 1, lambda _: jnp.ones(columns), Tuning())
 
     flat = jax.ShapeDtypeStruct((rows * columns,), jnp.int8)
     x = jax.ShapeDtypeStruct((tokens, rows), jnp.float32)
     memory = jax.jit(compute).lower(flat, x).compile().memory_analysis()
     sums = 4 * tokens * columns
-    block = 4 * columns * min(rows, kernels.ROWS_OF_MANY_TOKENS if tokens > 64 else 8)
+    block = 4 * Tuning().block_rows * Tuning().block_columns if tokens > Tuning().few_tokens else 0
     assert memory.temp_size_in_bytes < 3 * (sums + block)

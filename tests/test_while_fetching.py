@@ -22,7 +22,7 @@ from torrents import content, manifest_of, v1_torrent
 from grokfetch import arriving
 from grokfetch.arriving import Arriving
 from grokfetch.cli import main
-from grokfetch.commands.loading import Arrangement
+from grokfetch.commands.loading import Arrangement, Loading
 from grokfetch.commands.streaming import load_as_it_comes
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.fetch import Limits, Outcome, fetch
@@ -214,7 +214,7 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     swarm = Gated(torrent, files, held)
     store, mesh = Watched(tmp_path, swarm), make_mesh(golden.CONFIG, golden.ONE)
     prompt, wanted = golden.prompt("p1"), golden.arrays()["f32/p1_tokens"].tolist()
-    there = Arrangement(mesh, placement, "float32")
+    there = Arrangement(mesh, placement, Loading("float32"))
     with following(store, swarm, manifest=manifest), jax.log_compiles():
         engine = load_as_it_comes(there, store, EVERYTHING, prompt, Sampling())
         assert list(engine.generate(prompt, 6)) == wanted[:6]

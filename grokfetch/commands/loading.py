@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -11,14 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from grokfetch.commands.reporting import lines, reporter
+from grokfetch.caches import cache_folder
+from grokfetch.commands.reporting import lines, notice, reporter
 from grokfetch.errors import OutOfReach
 from grokfetch.events import Loaded
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.progress import bytes_text, parse_bytes, seconds_text
+from grokfetch.storage import replacing
 
 if TYPE_CHECKING:
     from loader.checkpoint import Checkpoint
     from loader.generate import Engine
+    from loader.kernels import Tuning
+    from loader.paging import Managed
     from loader.placement import Mesh, Params
     from loader.schema import GrokConfig
     from loader.sharding import MeshShape
@@ -32,10 +37,17 @@ __all__ = [
     "loading_options",
     "mesh_shape",
     "place",
+    "tuning",
 ]
 
 Dtype = Literal["bfloat16", "float32"]
 Placement = Literal["mapped", "sharded"]
+
+WORK = 1 << 30
+"""Bytes for activations, compiled programs and the interpreter; 0.5 GB were seen at full size."""
+
+WORTH_TUNING = 1 << 30
+"""Bytes of weights from which some seconds of measuring are soon won back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,12 +55,27 @@ class Loading:
     """How a model is to be held.
 
     dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
-    None for all devices.
+    None for all devices. memory: bytes that mapped weights, cache and work may take together, None
+    for what is free.
     """
 
     dtype: Dtype = "bfloat16"
     placement: Placement | None = None
     mesh: MeshShape | None = None
+    memory: int | None = None
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, with k, M, G or T for powers of 1000; an int."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, at least 1."""
+        size = parse_bytes(str(value)) or 0
+        if size < 1:
+            self.fail(f"{value!r:.40} is no number of bytes, such as 800M or 16G", param, ctx)
+        return size
 
 
 _OPTIONS = (
@@ -68,6 +95,11 @@ _OPTIONS = (
     click.option(
         "--mesh", metavar="expert=N,model=M", help="Devices to use; all of them by default."
     ),
+    click.option(
+        "--memory",
+        type=Size(),
+        help="Bytes that mapped weights and all else may take, 16G say; what is free by default.",
+    ),
 )
 
 
@@ -76,10 +108,15 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wired(
-        *args: Any, dtype: Dtype, placement: Placement | None, mesh: str | None, **kwargs: Any
+        *args: Any,
+        dtype: Dtype,
+        placement: Placement | None,
+        mesh: str | None,
+        memory: int | None,
+        **kwargs: Any,
     ) -> None:
         shape = None if mesh is None else mesh_shape(mesh)
-        command(*args, loading=Loading(dtype, placement, shape), **kwargs)
+        command(*args, loading=Loading(dtype, placement, shape, memory), **kwargs)
 
     for option in reversed(_OPTIONS):
         wired = option(wired)
@@ -103,11 +140,11 @@ def mesh_shape(text: str) -> MeshShape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Where a model goes: its devices, how they have the weights, and the dtype of its products."""
+    """Where a model goes: its devices, how they have the weights, and what else was wished."""
 
     mesh: Mesh
     placement: Placement
-    dtype: Dtype
+    loading: Loading
 
     @property
     def platform(self) -> str:
@@ -122,17 +159,19 @@ def arrange(config: GrokConfig, loading: Loading) -> Arrangement:
         MeshInvalid: the devices cannot be arranged so.
         OutOfReach: mapped weights are to be used by devices that are no CPUs.
     """
-    from loader import placement as placing
+    from loader import machine
+    from loader.placement import make_mesh
 
+    machine.keep_programs(cache_folder())
     placement, shape = loading.placement, loading.mesh
     splits_experts = shape is not None and shape.expert > 1
     if placement == "mapped" or (placement is None and not splits_experts):
-        placing.use_cores(config)
-    mesh = placing.make_mesh(config, shape)
+        machine.use_cores(config)
+    mesh = make_mesh(config, shape)
     only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
     if placement is None:
         placement = "sharded" if mesh.shape["expert"] > 1 or not only_cpus else "mapped"
-    found = Arrangement(mesh, placement, loading.dtype)
+    found = Arrangement(mesh, placement, loading)
     if placement == "mapped" and not only_cpus:
         raise OutOfReach(
             f"mapped weights are for CPUs, and the devices are {found.platform}",
@@ -160,12 +199,12 @@ def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
     """
     from loader.generate import Engine
 
-    params = place(there, checkpoint)
-    return Engine(checkpoint.config, params, there.mesh, there.dtype)
+    params, paging = place(there, checkpoint)
+    return Engine(checkpoint.config, params, there.mesh, there.loading.dtype, paging)
 
 
-def place(there: Arrangement, checkpoint: Checkpoint) -> Params:
-    """The weights where the devices have them; says how long it took.
+def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed | None]:
+    """The weights where the devices have them, and who brings their pages; says how long it took.
 
     Raises:
         OutOfReach: weights that are to be copied take more memory than is free.
@@ -174,10 +213,15 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> Params:
 
     start = time.perf_counter()
     mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
-    params = _copy(checkpoint, mesh) if copied else placing.share(checkpoint, mesh)
+    paging = None
+    if copied:
+        params = _copy(checkpoint, mesh)
+    else:
+        params = placing.share(checkpoint, mesh, tuning(checkpoint))
+        paging = _paging(checkpoint, there.loading)
     seconds = time.perf_counter() - start
-    machine = lines()
-    if machine is None:
+    told = lines()
+    if told is None:
         click.echo(
             f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
             f"{'onto' if copied else 'for'} {mesh.size} {there.platform} "
@@ -185,8 +229,8 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> Params:
             err=True,
         )
     else:
-        machine.take(Loaded(total, mesh.size, there.platform, there.placement, round(seconds, 3)))
-    return params
+        told.take(Loaded(total, mesh.size, there.platform, there.placement, round(seconds, 3)))
+    return params, paging
 
 
 def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
@@ -222,3 +266,54 @@ def _check_memory(total: int) -> None:
             f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
             hint="leave them in their files: --placement mapped",
         )
+
+
+def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:
+    """What keeps the pages of mapped weights within the memory that there is; says what stays."""
+    from grokfetch.memory import available
+    from loader.paging import Managed
+
+    memory = available() if loading.memory is None else loading.memory
+    paging = Managed(checkpoint, memory - _beside_weights(checkpoint, loading))
+    division = paging.division
+    if not division.everything:
+        kept = "attention, embedding and" if division.base else "no more than"
+        experts = checkpoint.config.num_layers * checkpoint.config.num_experts
+        notice(
+            f"the weights do not fit into {bytes_text(memory)} of memory: {kept} {division.experts}"
+            f" of {experts} experts stay there, the others are read for each token"
+        )
+    if paging.unlocked:
+        notice(
+            f"what every token needs cannot be locked in memory ({paging.unlocked}), so that the "
+            "system may drop it; more may be locked after: ulimit -l unlimited"
+        )
+    return paging
+
+
+def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
+    """Bytes that the longest cache and the work of a step take."""
+    config = checkpoint.config
+    each = 2 if loading.dtype == "bfloat16" else 4
+    row = 2 * config.num_layers * config.num_kv_heads * config.key_size * each
+    return row * config.sequence_len + WORK
+
+
+def tuning(checkpoint: Checkpoint) -> Tuning | None:
+    """What suits this processor: as measured once and kept, for models that are worth it."""
+    from loader.machine import processor
+    from loader.tuning import decode, encode, measure
+
+    if checkpoint.nbytes < WORTH_TUNING:
+        return None
+    path = cache_folder() / "tuning.json"
+    name = processor()
+    with contextlib.suppress(OSError):
+        kept = decode(path.read_bytes(), name)
+        if kept is not None:
+            return kept
+    notice("measuring once what suits this processor")
+    found = measure()
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write(encode(found, name))
+    return found

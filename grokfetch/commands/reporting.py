@@ -11,7 +11,7 @@ import click
 from grokfetch import __version__
 from grokfetch.progress import Bar, Lines, Sink
 
-__all__ = ["ended", "failed", "json_option", "lines", "reporter"]
+__all__ = ["ended", "failed", "json_option", "lines", "notice", "reporter"]
 
 KEY = "grokfetch.lines"
 """Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
@@ -51,6 +51,17 @@ def lines(context: click.Context | None = None) -> Lines | None:
 def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
     """Where the events of a step go: a bar with that label, or the JSON lines."""
     return lines() or Bar(label, findings=sys.stdout if findings_to_stdout else None)
+
+
+def notice(text: str) -> None:
+    """Say something that is worth knowing and ends nothing."""
+    from grokfetch.source import Notice
+
+    machine = lines()
+    if machine is None:
+        click.echo(text, err=True)
+    else:
+        machine.take(Notice(text))
 
 
 def ended(text: str, seconds: float, **results: object) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.loading import Arrangement, place
+from grokfetch.commands.loading import Arrangement, place, tuning
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
@@ -151,8 +151,12 @@ def load_as_it_comes(
     checkpoint = expect_checkpoint(store, share)
     config = checkpoint.config
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
-    weights = placing.load if there.placement == "sharded" else placing.share
-    engine = Engine(config, weights(first, there.mesh), there.mesh, there.dtype)
+    params = (
+        placing.load(first, there.mesh)
+        if there.placement == "sharded"
+        else placing.share(first, there.mesh, tuning(checkpoint))
+    )
+    engine = Engine(config, params, there.mesh, there.loading.dtype)
     meet("first layer")
     logits, state = engine.prefill([prompt])
     token = engine.sample(logits, sampling, 0)
@@ -160,6 +164,6 @@ def load_as_it_comes(
     token[0].block_until_ready()
     if len(prompt) < config.sequence_len:
         engine.decode(state, token)
-    engine.hold(place(there, checkpoint))
+    engine.hold(*place(there, checkpoint))
     store.wait_for_end(BAR_S)
     return engine

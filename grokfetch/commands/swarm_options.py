@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
 
+from grokfetch.progress import parse_bytes
+
 if TYPE_CHECKING:
     from grokfetch.swarm import Proxy, SwarmSettings
 
 __all__ = ["Rate", "proxy_of", "swarm_options"]
-
-FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3}
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]
@@ -27,8 +26,7 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         """The number, at least 1."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)([kMG]?)", str(value))
-        rate = 0 if found is None else round(float(found[1]) * FACTORS[found[2]])
+        rate = parse_bytes(str(value)) or 0
         # libtorrent holds rates in 31 bits.
         if not 0 < rate < 1 << 31:
             self.fail(
