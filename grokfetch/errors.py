@@ -105,7 +105,7 @@ class Stalled(GrokfetchError):
 
 
 class OutOfReach(GrokfetchError):
-    """This machine or installation lacks what the command needs: libtorrent, or the memory."""
+    """What the command needs is not to be had here: libtorrent, the memory, the other hosts."""
 
     exit_code = 18
 

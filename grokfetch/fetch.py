@@ -32,6 +32,7 @@ from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
 __all__ = [
+    "Asked",
     "Event",
     "Limits",
     "Metadata",
@@ -89,6 +90,9 @@ class Outcome:
 
 Event = Status | Metadata | Proven | Finding | Notice | Outcome
 
+Asked = Request | Callable[[Manifest, int], Request]
+"""A request, or what makes one of the manifest in force and the length of a piece in bytes."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
@@ -111,7 +115,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
     manifest: Manifest | None = None,
     limits: Limits | None = None,
     repair: bool = False,
-    request: Request | None = None,
+    request: Asked | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generator[Event, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
@@ -166,7 +170,7 @@ class _Fetch:
         self._rehashed = 0
         self._save_at = clock() + limits.save_s
 
-    def run(self, request: Request | None, *, repair: bool) -> Iterator[Event]:
+    def run(self, request: Asked | None, *, repair: bool) -> Iterator[Event]:
         self._torrent = yield from self._metadata()
         self._layout = self._settle(request)
         self._tensors = TensorIndex(self._store.manifest())
@@ -218,7 +222,7 @@ class _Fetch:
             hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
         )
 
-    def _settle(self, request: Request | None) -> Layout:
+    def _settle(self, request: Asked | None) -> Layout:
         """Put the manifest in force, and only then keep the torrent: a contradiction keeps none."""
         torrent = self._torrent
         begun = self._store.layout()
@@ -228,6 +232,8 @@ class _Fetch:
             manifest = in_force(self._wanted or earlier, torrent, layout, self._source.magnet)
             if manifest != earlier:
                 self._store.save_manifest(manifest)
+        if callable(request):
+            request = request(self._store.manifest(), layout.piece_length)
         selection = self._selection(request, everything=begun is not None)
         if begun is None:
             self._store.save_torrent(torrent)

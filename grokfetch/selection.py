@@ -1,8 +1,9 @@
 """Which part of a checkpoint is asked for. Pure: no I/O here.
 
-A request names layers, experts and globs, which narrow each other; a selection is the union of all
-requests made for a folder, so that a later one extends what was asked for before. What is asked for
-is spans of bytes in files, and those become pieces: each that holds a byte asked for.
+A request names layers, experts and globs, which narrow each other, or an extract that somebody has
+worked out; a selection is the union of all requests made for a folder, so that a later one extends
+what was asked for before. What is asked for is spans of bytes in files, and those become pieces:
+each that holds a byte asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from grokfetch.pieces import Layout
 
 __all__ = [
     "SCHEMA",
+    "Extract",
     "Request",
     "Selection",
     "Spans",
@@ -33,7 +35,8 @@ __all__ = [
     "urgency",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version 1 knew no extracts."""
 
 Spans = Mapping[PurePosixPath, tuple[tuple[int, int], ...]]
 """For each file asked for: start and stop of spans in bytes, in order, none touching another."""
@@ -43,19 +46,33 @@ BANDS = 7
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Extract:
+    """Bytes worked out elsewhere, such as one host's share, and in words what they are.
+
+    spans: as `Spans`, with each file's path.
+    """
+
+    what: str
+    spans: tuple[tuple[PurePosixPath, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """What one run asks for; None and no globs leave that unlimited.
 
     layers: decoder layers; tensors outside the layers come along. experts: of each mixture of
     experts; everything else comes along. only: globs, one of which must match a tensor's name or
-    its file's path.
+    its file's path. extract: just these bytes; the others are then unlimited.
     """
 
     layers: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
+    extract: Extract | None = None
 
     def __str__(self) -> str:
+        if self.extract is not None:
+            return self.extract.what
         parts = []
         if self.layers is not None:
             parts.append(f"layers {_ranges(self.layers)}")
@@ -134,6 +151,16 @@ def _request_spans(
     manifest: Manifest, request: Request
 ) -> Iterator[tuple[PurePosixPath, int, int]]:
     _check(manifest, request)
+    if request.extract is None:
+        yield from _matching_spans(manifest, request)
+    else:
+        for path, parts in request.extract.spans:
+            yield from ((path, start, stop) for start, stop in parts)
+
+
+def _matching_spans(
+    manifest: Manifest, request: Request
+) -> Iterator[tuple[PurePosixPath, int, int]]:
     sizes = {file.path: file.size for file in manifest.files}
     for tensor in manifest.tensors:
         layer = layer_of(tensor)
@@ -177,6 +204,8 @@ def _matches(request: Request, name: str, path: PurePosixPath) -> bool:
 
 
 def _check(manifest: Manifest, request: Request) -> None:
+    if request.extract is not None:
+        _check_extract(manifest, request.extract)
     there = {
         "layers": {layer for layer in map(layer_of, manifest.tensors) if layer is not None},
         "experts": {
@@ -200,6 +229,13 @@ def _check(manifest: Manifest, request: Request) -> None:
                 f"{manifest.name} has {what} {_ranges(sorted(there[what]))}, "
                 f"not {_ranges(sorted(unknown))}"
             )
+
+
+def _check_extract(manifest: Manifest, extract: Extract) -> None:
+    sizes = {file.path: file.size for file in manifest.files}
+    for path, parts in extract.spans:
+        if max((stop for _, stop in parts), default=1) > sizes.get(path, 0):
+            raise SelectionInvalid(f"{extract.what}: of another checkpoint, {path} ends before")
 
 
 def _merged(parts: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -247,8 +283,20 @@ def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[i
 
 def encode(selection: Selection) -> bytes:
     """The selection as JSON."""
-    requests = [dataclasses.asdict(request) for request in selection.requests]
+    requests = [
+        {
+            "layers": request.layers,
+            "experts": request.experts,
+            "only": request.only,
+            "extract": None if request.extract is None else _extract_fields(request.extract),
+        }
+        for request in selection.requests
+    ]
     return json.dumps({"schema": SCHEMA, "requests": requests}).encode() + b"\n"
+
+
+def _extract_fields(extract: Extract) -> dict[str, object]:
+    return {"what": extract.what, "spans": {str(path): parts for path, parts in extract.spans}}
 
 
 def decode(text: bytes) -> Selection:
@@ -262,8 +310,8 @@ def decode(text: bytes) -> Selection:
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"not JSON: {error}") from None
     schema = top.get("schema").whole(minimum=1)
-    if schema != SCHEMA:
-        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads {SCHEMA}")
+    if schema > SCHEMA:
+        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads up to {SCHEMA}")
     return Selection(tuple(map(_request, top.get("requests").items())))
 
 
@@ -275,4 +323,23 @@ def _request(field: Field) -> Request:
         field.optional("layers", numbers),
         field.optional("experts", numbers),
         tuple(field.optional("only", lambda part: [item.text() for item in part.items()]) or ()),
+        field.optional("extract", _extract),
     )
+
+
+def _extract(field: Field) -> Extract:
+    files = field.get("spans")
+    return Extract(
+        field.get("what").text(),
+        tuple(
+            (PurePosixPath(path), tuple(map(_span, files.get(path).items())))
+            for path in files.members()
+        ),
+    )
+
+
+def _span(field: Field) -> tuple[int, int]:
+    numbers = [item.whole() for item in field.items()]
+    if len(numbers) != 2 or numbers[0] >= numbers[1]:
+        field.refuse("must be start and stop of a span")
+    return numbers[0], numbers[1]

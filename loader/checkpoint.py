@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -22,8 +22,17 @@ from grokfetch.manifest import Manifest, ManifestTensor, Scales
 from grokfetch.store import Store
 from loader.schema import GrokConfig, ParamSpec, parameters
 from loader.shardfile import ArraySpan, read_shard
+from loader.shares import Share, Span, tensor_spans
 
-__all__ = ["Checkpoint", "Tensor", "faults", "open_checkpoint", "open_folder"]
+__all__ = [
+    "Checkpoint",
+    "Tensor",
+    "expect_checkpoint",
+    "faults",
+    "model_of",
+    "open_checkpoint",
+    "open_folder",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +114,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, config: GrokConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config = config
-        self._tensors = dict(tensors)
+        self._tensors = tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and scales; looks at no file."""
+        return sum(spec.nbytes for spec in parameters(self.config))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -117,35 +131,85 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def open_checkpoint(store: Store, *, proven: bool = True) -> Checkpoint:
+def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = None) -> Checkpoint:
     """The checkpoint that the store's manifest describes.
 
-    No file is looked into before it is proven whole, then its frame is compared with the table of
-    parameters and with the manifest.
+    No file is looked into before what is needed of it is proven, then its frame is compared with
+    the table of parameters and with the manifest.
 
     Args:
         store: the checkpoint directory; hold its shared lock while the checkpoint is in use.
         proven: False to accept files that no hash vouches for, if their structure is right.
+        share: what will be read of the weights, all by default; no other byte need be there.
 
     Raises:
         StateMissing: the folder has no manifest.
         NoModel: the manifest names files only.
         ManifestInvalid: its model section is not a configuration.
-        NotProven: a file is not proven.
+        NotProven: bytes that are needed are not proven.
         StorageFailed: a shard is missing or unreadable.
         ShardInvalid: a file is no shard.
         CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
     """
+    return Checkpoint(model_of(store), dict(_Opened(store, share, proven=proven)))
+
+
+def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
+    """The same, each tensor being opened when it is first asked for, and its bytes required then.
+
+    Raises:
+        StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`, which see
+            also for what asking for a tensor raises.
+    """
+    return Checkpoint(model_of(store), _Opened(store, share))
+
+
+def model_of(store: Store) -> GrokConfig:
+    """The hyperparameters of the model that the store's manifest describes.
+
+    Raises:
+        StateMissing: the folder has no manifest.
+        NoModel: the manifest names files only.
+        ManifestInvalid: its model section is not a configuration.
+    """
     manifest = store.manifest()
     if manifest.model is None:
         raise NoModel("the manifest describes files, not a model", path=store.root)
-    config = GrokConfig.from_mapping(manifest.model)
-    tensors = {}
-    for spec, entry, size in _entries(manifest, config):
-        if proven:
-            store.require(entry.file, 0, size)
-        tensors[spec.name] = _open_tensor(store, spec, entry, size)
-    return Checkpoint(config, tensors)
+    return GrokConfig.from_mapping(manifest.model)
+
+
+class _Opened(Mapping[str, Tensor]):
+    """The tensors of a store, each opened when it is first asked for."""
+
+    def __init__(self, store: Store, share: Share | None, *, proven: bool = True) -> None:
+        self._store = store
+        self._share = share
+        self._proven = proven
+        entries = _entries(store.manifest(), model_of(store))
+        self._entries = {spec.name: (spec, entry, size) for spec, entry, size in entries}
+        self._open: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._open:
+            spec, entry, size = self._entries[name]
+            for start, stop in self._needed(spec, entry, size):
+                self._store.require(entry.file, start, stop - start)
+            self._open[name] = _open_tensor(self._store, spec, entry, size)
+        return self._open[name]
+
+    def _needed(self, spec: ParamSpec, entry: ManifestTensor, size: int) -> Iterable[Span]:
+        if not self._proven:
+            return ()
+        layout = None if self._share is None else self._store.layout()
+        if self._share is None or layout is None:
+            return ((0, size),)
+        return tensor_spans(spec, entry, size, self._share, layout.piece_length)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def faults(store: Store) -> Iterator[GrokfetchError]:

@@ -99,6 +99,14 @@ class Engine:
         self._draw = jax.jit(draw, out_shardings=copies)
         self._pick = jax.jit(_pick, out_shardings=copies)
 
+    def hold(self, params: Params, paging: Paging | None = None) -> None:
+        """Go on with other weights of the same shapes on the same mesh, more layers perhaps.
+
+        Nothing is compiled anew; a state from before is of no use any more.
+        """
+        self.params = params
+        self._steps.hold(params, paging)
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.
 

@@ -125,7 +125,8 @@ def make_mesh(
     Args:
         config: the model that must fit the mesh.
         shape: the mesh wanted; by default `choose_mesh` for all of `devices`.
-        devices: the devices to use, by default all that jax sees; the first ones are taken.
+        devices: the devices to use, by default all that jax sees; the first ones are taken, of
+            each host as many, and stand in the order of the hosts.
 
     Raises:
         MeshInvalid: if a dimension does not divide, or there are too few devices.
@@ -138,8 +139,18 @@ def make_mesh(
             f"a mesh of expert {shape.expert} x model {shape.model} needs {shape.devices} devices,"
             f" and there are {len(found)}"
         )
-    grid = np.array(found[: shape.devices], object).reshape(shape.expert, shape.model)
-    return Mesh(grid, ("expert", "model"))
+    chosen = _of_each_host(found, shape.devices)
+    return Mesh(np.array(chosen, object).reshape(shape.expert, shape.model), ("expert", "model"))
+
+
+def _of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """The first devices of each host, `count` in all, host after host."""
+    hosts = sorted({device.process_index for device in devices})
+    each, rest = divmod(count, len(hosts))
+    of_host = [[it for it in devices if it.process_index == host][:each] for host in hosts]
+    if rest or any(len(some) < each for some in of_host):
+        raise MeshInvalid(f"{len(hosts)} hosts cannot have equally many of {count} devices")
+    return [device for some in of_host for device in some]
 
 
 def load(
@@ -239,7 +250,10 @@ def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> P
             return Mapped(file, None, place, tuning or Tuning())
         if tensor.spec.axes[0] == "vocab":
             return _table(tensor, mesh, buffer)
-        return jax.device_put(np.array(tensor.weight), everywhere)
+        # Put there without asking the other hosts whether they put the same.
+        return jax.make_array_from_callback(
+            tensor.spec.shape, everywhere, lambda _: np.array(tensor.weight)
+        )
 
     return _params(place, checkpoint.config.num_layers)
 

@@ -86,6 +86,10 @@ class Steps:
             donate=(1,),
         )
 
+    def hold(self, params: Params, _paging: Paging | None) -> None:
+        """Use other weights of the same shapes from now on."""
+        self._params = params
+
     def embed(self, tokens: Any) -> Array:
         """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`."""
         x: Array = self._embed(self._params.embedding, tokens)
@@ -132,6 +136,11 @@ class _OnDemand(Steps):
         assert isinstance(gate, Mapped)
         self._compiler_options = {"xla_cpu_prefer_vector_width": gate.tuning.vector_width}
         super().__init__(config, params, mesh, dtype)
+
+    def hold(self, params: Params, paging: Paging | None) -> None:
+        """Use other weights of the same shapes, and who brings their pages, from now on."""
+        super().hold(params, paging)
+        self._paging = paging or Paging()
 
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         weights, nothing, heads = self._layer_spec, self._nothing, self._heads

@@ -320,7 +320,7 @@ def test_selection_survives_its_file(requests):
     assert selections.decode(selections.encode(selection)) == selection
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"schema": 2, "requests": []}', b"\xff"])
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"schema": 3, "requests": []}', b"\xff"])
 def test_text_that_is_no_selection_is_refused(text):
     with pytest.raises(ManifestInvalid):
         selections.decode(text)

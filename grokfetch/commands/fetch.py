@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.hosts import share_options, share_request
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.seed import Goal, goal_options, share
@@ -19,14 +21,14 @@ from grokfetch.errors import SourceInvalid, TorrentInvalid
 from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.fetch import Outcome
+    from grokfetch.fetch import Asked, Outcome
     from grokfetch.magnet import Magnet
     from grokfetch.manifest import Manifest
     from grokfetch.metainfo import TorrentFile
-    from grokfetch.selection import Request
     from grokfetch.source import PieceSource
     from grokfetch.store import Store
     from grokfetch.swarm import SwarmSettings
+    from loader.shares import Share
 
 
 MOST_EXTRAS = 10
@@ -73,6 +75,7 @@ class Wanted:
     multiple=True,
     help="Only tensors or files whose name matches; may be repeated.",
 )
+@share_options
 @click.option("--all", "everything", is_flag=True, help="All that earlier runs left out, too.")
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
@@ -90,6 +93,7 @@ def fetch(
     layers: str | None,
     experts: str | None,
     only: tuple[str, ...],
+    of_host: Share | None,
     everything: bool,
     repair: bool,
     go_on: bool,
@@ -102,7 +106,7 @@ def fetch(
     without one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
 
     --layers, --experts and --only narrow each other and ask for a part; each later run with them
-    asks for more, and DIR remembers what was asked for.
+    asks for more, and DIR remembers what was asked for. So do --num-hosts, --host-id and --mesh.
     """
     from grokfetch.store import Store
     from grokfetch.swarm import Swarm
@@ -114,7 +118,7 @@ def fetch(
         raise click.UsageError("say where to: --to DIR")
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
-    request = _request(layers, experts, only, everything=everything)
+    request = _request(layers, experts, only, of_host, everything=everything)
     store = Store(target, state)
     start = time.perf_counter()
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
@@ -140,16 +144,24 @@ def fetch(
 
 
 def _request(
-    layers: str | None, experts: str | None, only: tuple[str, ...], *, everything: bool
-) -> Request | None:
+    layers: str | None,
+    experts: str | None,
+    only: tuple[str, ...],
+    of_host: Share | None,
+    *,
+    everything: bool,
+) -> Asked | None:
     """What the options ask for, None if they do not say."""
     from grokfetch.selection import Request, parse_numbers
 
+    some = layers is not None or experts is not None or bool(only)
+    if (everything and (some or of_host)) or (some and of_host):
+        raise click.UsageError("--all, and what a host needs, go with no other choice")
     if everything:
-        if layers is not None or experts is not None or only:
-            raise click.UsageError("--all goes with no other choice")
         return Request()
-    if layers is None and experts is None and not only:
+    if of_host is not None:
+        return functools.partial(share_request, of_host)
+    if not some:
         return None
 
     def numbers(text: str | None) -> tuple[int, ...] | None:
@@ -165,7 +177,7 @@ def bring(
     *,
     timeout_s: float,
     repair: bool = False,
-    request: Request | None = None,
+    request: Asked | None = None,
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching

@@ -25,9 +25,20 @@ if TYPE_CHECKING:
     from loader.kernels import Tuning
     from loader.paging import Managed
     from loader.placement import Mesh, Params
+    from loader.schema import GrokConfig
     from loader.sharding import MeshShape
 
-__all__ = ["Loading", "load", "loading_options"]
+__all__ = [
+    "Arrangement",
+    "Loading",
+    "arrange",
+    "load",
+    "load_onto",
+    "loading_options",
+    "mesh_shape",
+    "place",
+    "tuning",
+]
 
 Dtype = Literal["bfloat16", "float32"]
 Placement = Literal["mapped", "sharded"]
@@ -104,7 +115,7 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
         memory: int | None,
         **kwargs: Any,
     ) -> None:
-        shape = None if mesh is None else _mesh_shape(mesh)
+        shape = None if mesh is None else mesh_shape(mesh)
         command(*args, loading=Loading(dtype, placement, shape, memory), **kwargs)
 
     for option in reversed(_OPTIONS):
@@ -112,7 +123,12 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
     return wired
 
 
-def _mesh_shape(text: str) -> MeshShape:
+def mesh_shape(text: str) -> MeshShape:
+    """The mesh that `--mesh` names.
+
+    Raises:
+        click.BadParameter: it names none.
+    """
     from loader.sharding import MeshShape
 
     found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
@@ -120,6 +136,48 @@ def _mesh_shape(text: str) -> MeshShape:
         raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
     expert, model = (int(digits or 1) for digits in found.groups())
     return MeshShape(expert, model)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Where a model goes: its devices, how they have the weights, and what else was wished."""
+
+    mesh: Mesh
+    placement: Placement
+    loading: Loading
+
+    @property
+    def platform(self) -> str:
+        """The kinds of the devices."""
+        return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
+
+
+def arrange(config: GrokConfig, loading: Loading) -> Arrangement:
+    """Find the devices for a model.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: mapped weights are to be used by devices that are no CPUs.
+    """
+    from loader import machine
+    from loader.placement import make_mesh
+
+    machine.keep_programs(cache_folder())
+    placement, shape = loading.placement, loading.mesh
+    splits_experts = shape is not None and shape.expert > 1
+    if placement == "mapped" or (placement is None and not splits_experts):
+        machine.use_cores(config)
+    mesh = make_mesh(config, shape)
+    only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    if placement is None:
+        placement = "sharded" if mesh.shape["expert"] > 1 or not only_cpus else "mapped"
+    found = Arrangement(mesh, placement, loading)
+    if placement == "mapped" and not only_cpus:
+        raise OutOfReach(
+            f"mapped weights are for CPUs, and the devices are {found.platform}",
+            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
+        )
+    return found
 
 
 def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
@@ -130,46 +188,49 @@ def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
         OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
             are to be used by devices that are no CPUs.
     """
-    from loader import machine
-    from loader import placement as placing
+    return load_onto(arrange(checkpoint.config, loading), checkpoint)
+
+
+def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
+    """The same onto devices that are found already.
+
+    Raises:
+        OutOfReach: weights that are to be copied take more memory than is free.
+    """
     from loader.generate import Engine
 
+    params, paging = place(there, checkpoint)
+    return Engine(checkpoint.config, params, there.mesh, there.loading.dtype, paging)
+
+
+def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed | None]:
+    """The weights where the devices have them, and who brings their pages; says how long it took.
+
+    Raises:
+        OutOfReach: weights that are to be copied take more memory than is free.
+    """
+    from loader import placement as placing
+
     start = time.perf_counter()
-    machine.keep_programs(cache_folder())
-    placement, shape = loading.placement, loading.mesh
-    splits_experts = shape is not None and shape.expert > 1
-    if placement == "mapped" or (placement is None and not splits_experts):
-        machine.use_cores(checkpoint.config)
-    mesh = placing.make_mesh(checkpoint.config, shape)
-    kinds = {device.platform for device in mesh.devices.flat}
-    platform = "/".join(sorted(kinds)).upper()
-    if placement is None:
-        placement = "sharded" if splits_experts or kinds != {"cpu"} else "mapped"
-    if placement == "mapped" and kinds != {"cpu"}:
-        raise OutOfReach(
-            f"mapped weights are for CPUs, and the devices are {platform}",
-            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
-        )
-    copied = placement == "sharded"
+    mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
     paging = None
     if copied:
         params = _copy(checkpoint, mesh)
     else:
-        paging = _paging(checkpoint, loading)
-        params = placing.share(checkpoint, mesh, _tuning(checkpoint))
-    total = sum(tensor.nbytes for tensor in checkpoint.values())
+        params = placing.share(checkpoint, mesh, tuning(checkpoint))
+        paging = _paging(checkpoint, there.loading)
     seconds = time.perf_counter() - start
     told = lines()
     if told is None:
         click.echo(
             f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
-            f"{'onto' if copied else 'for'} {mesh.size} {platform} "
+            f"{'onto' if copied else 'for'} {mesh.size} {there.platform} "
             f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
             err=True,
         )
     else:
-        told.take(Loaded(total, mesh.size, platform, placement, round(seconds, 3)))
-    return Engine(checkpoint.config, params, mesh, loading.dtype, paging)
+        told.take(Loaded(total, mesh.size, there.platform, there.placement, round(seconds, 3)))
+    return params, paging
 
 
 def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
@@ -177,9 +238,9 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
     from grokfetch.verify import Progress
     from loader import placement
 
-    total = sum(tensor.nbytes for tensor in checkpoint.values())
+    total = checkpoint.nbytes
     if {device.platform for device in mesh.devices.flat} == {"cpu"}:
-        _check_memory(total)
+        _check_memory(total * len(mesh.local_devices) // mesh.size)
     done = 0
     with reporter("load") as sink:
 
@@ -238,12 +299,12 @@ def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
     return row * config.sequence_len + WORK
 
 
-def _tuning(checkpoint: Checkpoint) -> Tuning | None:
+def tuning(checkpoint: Checkpoint) -> Tuning | None:
     """What suits this processor: as measured once and kept, for models that are worth it."""
     from loader.machine import processor
     from loader.tuning import decode, encode, measure
 
-    if sum(tensor.nbytes for tensor in checkpoint.values()) < WORTH_TUNING:
+    if checkpoint.nbytes < WORTH_TUNING:
         return None
     path = cache_folder() / "tuning.json"
     name = processor()
@@ -252,7 +313,7 @@ def _tuning(checkpoint: Checkpoint) -> Tuning | None:
         if kept is not None:
             return kept
     notice("measuring once what suits this processor")
-    tuning = measure()
+    found = measure()
     with contextlib.suppress(OSError), replacing(path) as file:
-        file.write(encode(tuning, name))
-    return tuning
+        file.write(encode(found, name))
+    return found

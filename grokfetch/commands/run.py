@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.loading import Loading, load, loading_options
+from grokfetch.commands.hosts import Hosts, hosts_options
+from grokfetch.commands.loading import Loading, arrange, load_onto, loading_options
 from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
+from grokfetch.commands.streaming import Meanwhile, load_as_it_comes, meanwhile_options
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.progress import seconds_text
 
 if TYPE_CHECKING:
+    from grokfetch.fetch import Asked
     from grokfetch.progress import Lines
+    from grokfetch.store import Store
     from loader.tokenizer import Tokenizer
 
 
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=click.IntRange(min=1))
 @click.option("--seed", type=int, default=0, show_default=True)
 @loading_options
+@hosts_options
+@meanwhile_options
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
 )
@@ -54,39 +62,78 @@ def run(
     top_k: int | None,
     seed: int,
     loading: Loading,
+    hosts: Hosts,
+    meanwhile: Meanwhile | None,
     unproven: bool,
     state: Path | None,
 ) -> None:
     """Continue PROMPT with the model in DIR.
 
-    The text goes to stdout as it is generated, timings go to stderr.
+    The text goes to stdout as it is generated, timings go to stderr. Of several hosts, host 0
+    writes it; each reads only the bytes that its own devices need.
     """
-    from grokfetch.store import Store
-    from loader.checkpoint import open_checkpoint
-    from loader.generate import Sampling, check_prompts
-
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give either a PROMPT or --tokens")
+    if unproven and meanwhile is not None:
+        raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
-    store = Store(folder, state)
-    words = None if prompt is None else find_tokenizer(store, tokenizer)
-    if words is not None and prompt is not None:
-        ids = words.encode(prompt)
-    assert ids is not None
-    with store.lock(exclusive=False):
-        checkpoint = open_checkpoint(store, proven=not unproven)
+    from grokfetch.arriving import Arriving
+    from loader.checkpoint import model_of, open_checkpoint
+    from loader.cluster import is_first, local_share, meet
+    from loader.generate import Sampling, check_prompts
+
+    with hosts.joined(), _reading(folder, state, meanwhile, hosts.asked(loading)) as store:
+        words = None if prompt is None else find_tokenizer(store, tokenizer)
+        if words is not None and prompt is not None:
+            ids = words.encode(prompt)
+        assert ids is not None
+        config, sampling = model_of(store), Sampling(temperature, top_p, top_k, seed)
         # What can be refused is refused before minutes are spent on loading.
-        check_prompts(checkpoint.config, [ids])
-        engine = load(checkpoint, loading)
-        sampling = Sampling(temperature, top_p, top_k, seed)
-        machine = lines()
-        if machine is not None:
-            _events(machine, engine.generate(ids, max_tokens, sampling), words)
-            return
-        generated = _timed(engine.generate(ids, max_tokens, sampling))
-        for text in _numbers(generated) if words is None else _texts(generated, words):
-            click.echo(text, nl=False)
-        click.echo()
+        check_prompts(config, [ids])
+        there = arrange(config, loading)
+        share = local_share(there.mesh)
+        if isinstance(store, Arriving):
+            engine = load_as_it_comes(there, store, share, ids, sampling)
+        else:
+            engine = load_onto(there, open_checkpoint(store, proven=not unproven, share=share))
+        meet("loaded")
+        generated = engine.generate(ids, max_tokens, sampling)
+        if is_first():
+            _tell(generated, words)
+        else:
+            deque(generated, maxlen=0)
+
+
+@contextlib.contextmanager
+def _reading(
+    folder: Path, state: Path | None, meanwhile: Meanwhile | None, asked: Asked
+) -> Iterator[Store]:
+    """The folder, while nobody else writes it."""
+    if meanwhile is None:
+        from grokfetch.store import Store
+
+        store = Store(folder, state)
+        with store.lock(exclusive=False):
+            yield store
+    else:
+        from grokfetch.arriving import Arriving
+        from loader.cluster import check
+
+        arriving = Arriving(folder, state, watch=check)
+        with meanwhile.fetching(arriving, asked):
+            yield arriving
+
+
+def _tell(tokens: Iterator[int], words: Tokenizer | None) -> None:
+    """Write the text as it is generated."""
+    machine = lines()
+    if machine is not None:
+        _events(machine, tokens, words)
+        return
+    timed = _timed(tokens)
+    for text in _numbers(timed) if words is None else _texts(timed, words):
+        click.echo(text, nl=False)
+    click.echo()
 
 
 def _events(machine: Lines, tokens: Iterator[int], words: Tokenizer | None) -> None:

@@ -1,0 +1,34 @@
+"""The golden checkpoint as a stranger publishes it: payload, torrent, manifest with magnet link."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PurePosixPath
+
+import golden
+
+from grokfetch.manifest import Manifest, encode
+from grokfetch.metainfo import TorrentFile, parse_torrent
+from grokfetch.swarm import make_torrent
+from loader.inventory import expected
+
+PIECE = 16 * 1024
+
+
+def publish(root: Path) -> tuple[TorrentFile, Manifest]:
+    """Write `release/`, `tiny.torrent` and `tiny.json` into a folder."""
+    shutil.copytree(golden.TINY / "ckpt-0", root / "release" / "ckpt-0")
+    data = make_torrent(root / "release", PIECE)
+    root.joinpath("tiny.torrent").write_bytes(data)
+    torrent = parse_torrent(data)
+    files, tensors = expected(golden.CONFIG, PurePosixPath("ckpt-0"))
+    manifest = Manifest(
+        "tiny",
+        files,
+        info_hash=torrent.info_hash,
+        magnet=f"magnet:?xt=urn:btih:{torrent.info_hash}",
+        tensors=tensors,
+        model=golden.CONFIG.to_mapping(),
+    )
+    root.joinpath("tiny.json").write_bytes(encode(manifest))
+    return torrent, manifest
