@@ -74,6 +74,23 @@ class Tensor:
         """
         return np.frombuffer(self._mapped, np.uint8)
 
+    def read_ahead(self, start: int, nbytes: int) -> None:
+        """Have the kernel begin to read bytes of the weight, `start` counted from its first."""
+        self._advise(start, nbytes, "MADV_WILLNEED")
+
+    def let_go(self, start: int, nbytes: int) -> None:
+        """Let the kernel forget bytes of the weight; they would be read from the disk again."""
+        self._advise(start, nbytes, "MADV_DONTNEED")
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb") as file:
+                offset = self.array.offset + start
+                os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _advise(self, start: int, nbytes: int, advice: str) -> None:
+        first = self.array.offset + start
+        page = first - first % mmap.PAGESIZE
+        self._mapped.madvise(getattr(mmap, advice), page, first + nbytes - page)
+
     def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
         if span.offset + span.nbytes > len(self._mapped):
             raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)

@@ -154,6 +154,12 @@ class ParamSpec:
             return None
         return (*self.shape[:-2], self.scale_groups, self.shape[-1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        scales = 0 if self.scale_shape is None else 2 * math.prod(self.scale_shape)
+        return math.prod(self.shape) * (1 if self.dtype == "int8" else 4) + scales
+
 
 def shard_name(index: int) -> str:
     """The official name of the shard that holds tensor `index`."""

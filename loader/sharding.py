@@ -24,6 +24,7 @@ __all__ = [
     "Position",
     "check_mesh",
     "choose_mesh",
+    "expanded_rows",
     "mesh_axes",
     "positions",
     "scale_block",
@@ -142,7 +143,12 @@ def scale_rows(spec: ParamSpec, shape: MeshShape) -> int:
     whole rows only once there are lcm(G, n) of them: a device may hold part of a group.
     """
     assert spec.scale_groups is not None, spec.name
-    return math.lcm(spec.scale_groups, _count(shape, mesh_axes(spec)[-2]))
+    return expanded_rows(spec.scale_groups, _count(shape, mesh_axes(spec)[-2]))
+
+
+def expanded_rows(groups: int, parts: int) -> int:
+    """Scale rows of a tensor whose contracted axis is cut into equal parts; see `scale_rows`."""
+    return math.lcm(groups, parts)
 
 
 def scale_shape(spec: ParamSpec, shape: MeshShape) -> tuple[int, ...]:
