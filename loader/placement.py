@@ -31,6 +31,7 @@ from loader.sharding import (
     check_mesh,
     choose_mesh,
     mesh_axes,
+    what_works,
 )
 from loader.transfer import IN_FLIGHT, Stored, transfer
 
@@ -131,7 +132,8 @@ def make_mesh(
     if shape.devices > len(found):
         raise MeshInvalid(
             f"a mesh of expert {shape.expert} x model {shape.model} needs {shape.devices} devices,"
-            f" and there are {len(found)}"
+            f" and there are {len(found)}",
+            hint=what_works(config, len(found)),
         )
     grid = np.array(found[: shape.devices], object).reshape(shape.expert, shape.model)
     return Mesh(grid, ("expert", "model"))

@@ -32,6 +32,7 @@ __all__ = [
     "scale_shape",
     "source_rows",
     "weight_block",
+    "what_works",
 ]
 
 MeshAxis = Literal["expert", "model"]
@@ -105,11 +106,12 @@ def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
     """
     if devices < 1:
         raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
-    found = _arrangement(config, devices)
+    found = next(_arrangements(config, devices), None)
     if found is None:
         misfit = _misfit(config, MeshShape(model=devices))
         raise MeshInvalid(
-            f"{devices} devices cannot share this model: {misfit}", hint=_hint(config, devices)
+            f"{devices} devices cannot share this model: {misfit}",
+            hint=what_works(config, devices),
         )
     return found
 
@@ -118,14 +120,14 @@ def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
     """Make sure that a mesh divides every dimension that it splits, in whole heads and experts.
 
     Raises:
-        MeshInvalid: naming the tensor and the dimension that does not divide.
+        MeshInvalid: naming the tensor and the dimension that does not divide, and what would work.
     """
     if min(shape.expert, shape.model) < 1:
         raise MeshInvalid(f"both mesh axes must be at least 1, not {shape.expert} x {shape.model}")
     misfit = _misfit(config, shape)
     if misfit:
         what = f"a mesh of expert {shape.expert} x model {shape.model} does not fit: {misfit}"
-        raise MeshInvalid(what, hint=_hint(config, shape.devices))
+        raise MeshInvalid(what, hint=what_works(config, shape.devices))
 
 
 def weight_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:
@@ -200,19 +202,20 @@ def _misfit(config: GrokConfig, shape: MeshShape) -> str:
     return ""
 
 
-def _arrangement(config: GrokConfig, devices: int) -> MeshShape | None:
+def _arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
+    """Every mesh of so many devices that fits, most on `model` first."""
     for model in range(devices, 0, -1):
         shape = MeshShape(devices // model, model)
         if devices % model == 0 and not _misfit(config, shape):
-            return shape
-    return None
+            yield shape
 
 
-def _hint(config: GrokConfig, devices: int) -> str:
-    best = next(
-        shape for count in range(devices - 1, 0, -1) if (shape := _arrangement(config, count))
-    )
-    return (
-        f"the largest smaller count that works is {best.devices}: "
-        f"expert {best.expert} x model {best.model}"
-    )
+def what_works(config: GrokConfig, devices: int) -> str:
+    """The meshes of so many devices that fit, or of the largest smaller count, in words."""
+    counts = range(devices, 0, -1)
+    found = next(shapes for n in counts if (shapes := list(_arrangements(config, n))))
+    count = found[0].devices
+    meshes = " or ".join(f"--mesh expert={shape.expert},model={shape.model}" for shape in found)
+    if count == devices:
+        return f"with {devices} devices this works: {meshes}"
+    return f"the largest smaller count that works is {count}: {meshes}"

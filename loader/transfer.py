@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from loader.checkpoint import Tensor
 from loader.chunks import Chunk, chunks
@@ -24,7 +24,7 @@ from loader.quantized import Quantized
 from loader.schema import ParamSpec
 from loader.sharding import expanded_rows
 
-__all__ = ["IN_FLIGHT", "Stored", "transfer"]
+__all__ = ["IN_FLIGHT", "Stored", "division", "to_devices", "transfer"]
 
 IN_FLIGHT = 2**29
 """Bytes of host memory in use at a time, beyond the arrays of CPU devices."""
@@ -84,6 +84,12 @@ def transfer(
             for leg in legs:
                 reader.finish(leg)
             yield _together(legs)
+
+
+def to_devices(tensor: Stored, sharding: Sharding | None = None) -> Array | Quantized:
+    """One tensor where it is wanted, or on jax's first device; see `transfer`."""
+    where = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    return next(transfer([(tensor, where)]))
 
 
 def division(in_flight: int, cores: int) -> tuple[int, int]:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from grokfetch.commands.reporting import lines, reporter
-from grokfetch.errors import OutOfReach
+from grokfetch.errors import MeshInvalid, OutOfReach
 from grokfetch.events import Loaded
 from grokfetch.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from loader.checkpoint import Checkpoint
+    from loader.fit import Memory, Shortage
     from loader.generate import Engine
     from loader.placement import Mesh, Params
+    from loader.schema import GrokConfig
     from loader.sharding import MeshShape
 
 __all__ = ["Loading", "load", "loading_options"]
@@ -77,22 +79,40 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _mesh_shape(text: str) -> MeshShape:
+    """The mesh that `text` names.
+
+    Raises:
+        MeshInvalid: it has replicas.
+    """
     from loader.sharding import MeshShape
 
-    found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
-    if not text or found is None:
+    counts = {"data": 1, "expert": 1, "model": 1}
+    found = [re.fullmatch(r"(data|expert|model)=(\d+)", part) for part in text.split(",")]
+    given = [(part[1], int(part[2])) for part in found if part is not None]
+    if len(dict(given)) != len(found):
         raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
-    expert, model = (int(digits or 1) for digits in found.groups())
-    return MeshShape(expert, model)
+    counts |= given
+    if counts["data"] != 1:
+        raise MeshInvalid(
+            f"data={counts['data']} asks for so many copies of the weights, and the rows of a batch"
+            " are not dealt out to copies: data must be 1",
+            hint="give all devices to expert and model",
+        )
+    return MeshShape(counts["expert"], counts["model"])
 
 
-def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
+def load(checkpoint: Checkpoint, loading: Loading, tokens: int = 1) -> Engine:
     """The weights where the devices have them, ready to generate; says how long it took.
+
+    Args:
+        checkpoint: the tensors in their files.
+        loading: how they are to be held.
+        tokens: the longest context that will be generated, for which there must be memory.
 
     Raises:
         MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
-            are to be used by devices that are no CPUs.
+        OutOfReach: weights, cache and work take more memory than the devices have, or mapped
+            weights are to be used by devices that are no CPUs.
     """
     from loader import placement as placing
     from loader.generate import Engine
@@ -113,6 +133,9 @@ def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
             hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
         )
     copied = placement == "sharded"
+    _check_memory(
+        checkpoint.config, mesh, dataclasses.replace(loading, placement=placement), tokens
+    )
     params = _copy(checkpoint, mesh) if copied else placing.share(checkpoint, mesh)
     total = sum(tensor.nbytes for tensor in checkpoint.values())
     seconds = time.perf_counter() - start
@@ -135,8 +158,6 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
     from loader import placement
 
     total = sum(tensor.nbytes for tensor in checkpoint.values())
-    if {device.platform for device in mesh.devices.flat} == {"cpu"}:
-        _check_memory(total)
     done = 0
     with reporter("load") as sink:
 
@@ -148,17 +169,56 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
         return placement.load(checkpoint, mesh, on_bytes=count)
 
 
-def _check_memory(total: int) -> None:
-    """Refuse what the kernel would end without a word once the memory is full.
+def _check_memory(config: GrokConfig, mesh: Mesh, loading: Loading, tokens: int) -> None:
+    """Refuse what cannot fit; the kernel would end it without a word once the memory is full.
 
     Raises:
-        OutOfReach: less than `total` bytes of memory are free.
+        OutOfReach: what is needed and what is free, and the smallest change that would do.
     """
+    from loader.fit import Use, shortage
+    from loader.sharding import MeshShape
+
+    memory = _free_memory(mesh)
+    if memory is None:
+        return
+    use = Use(
+        config,
+        MeshShape(mesh.shape["expert"], mesh.shape["model"]),
+        min(tokens, config.sequence_len),
+        {"bfloat16": 2, "float32": 4}[loading.dtype],
+        mapped=loading.placement == "mapped",
+    )
+    short = shortage(use, memory)
+    if short is not None:
+        each = "" if memory.sharers else " of each device"
+        raise OutOfReach(
+            f"the model takes {bytes_text(short.needed)} of memory{each},"
+            f" {bytes_text(memory.free)} are free",
+            hint=_help(short),
+        )
+
+
+def _free_memory(mesh: Mesh) -> Memory | None:
+    """What the devices of a mesh have free on this host; None where they do not tell."""
     import psutil
 
-    free = psutil.virtual_memory().available
-    if total > free:
-        raise OutOfReach(
-            f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
-            hint="leave them in their files: --placement mapped",
-        )
+    from loader.fit import Memory
+
+    devices = mesh.local_devices
+    if all(device.platform == "cpu" for device in devices):
+        return Memory(psutil.virtual_memory().available, len(devices))
+    told = [device.memory_stats() for device in devices]
+    if not all(stats and "bytes_limit" in stats for stats in told):
+        return None
+    return Memory(min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told))
+
+
+def _help(short: Shortage) -> str:
+    """The smallest change that makes a model fit, in words."""
+    if short.tokens is not None:
+        return f"a context of {short.tokens:,} tokens would fit: prompt and --max-tokens together"
+    if short.mapped:
+        return "leave the weights in their files: --placement mapped"
+    if short.devices is not None:
+        return f"{short.devices} such devices would do"
+    return "leave the weights in their files, on the CPU: JAX_PLATFORMS=cpu"

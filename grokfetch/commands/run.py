@@ -77,7 +77,7 @@ def run(
         checkpoint = open_checkpoint(store, proven=not unproven)
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(checkpoint.config, [ids])
-        engine = load(checkpoint, loading)
+        engine = load(checkpoint, loading, len(ids) + max_tokens)
         sampling = Sampling(temperature, top_p, top_k, seed)
         machine = lines()
         if machine is not None:
