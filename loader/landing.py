@@ -24,14 +24,11 @@ from jax.sharding import Sharding
 from loader.chunks import Chunk, Part
 from loader.sharding import Block
 
-__all__ = ["Landing", "Pieces", "fresh_memory", "landing"]
+__all__ = ["Landing", "fresh_memory", "landing"]
 
 HUGE_PAGE = 2**21
 ALIGNMENT = 64
 """Bytes; JAX takes over host memory that is aligned so."""
-
-Pieces = Sequence[tuple[Part, Sequence[Array]]]
-"""Parts of a chunk, each with the arrays on the devices that hold its block."""
 
 Holder = tuple[Block, tuple[jax.Device, ...]]
 
@@ -56,11 +53,8 @@ class Landing(Protocol):
     def blocks(self) -> Sequence[Block]:
         """Which they are."""
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> Pieces:
+    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
         """Copy the parts of a chunk out of the host's array; several threads may at a time."""
-
-    def join(self, pieces: Pieces) -> None:
-        """Add what `take` returned to the blocks."""
 
     def shards(self) -> list[Array]:
         """Every device's block, once all parts are there."""
@@ -85,13 +79,9 @@ class _Resident:
         self._devices = [devices for _, devices in holders]
         self._views = _views([_shape(block) for block in self.blocks], dtype, fresh_memory)
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> Pieces:
+    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
         for part in chunk.parts:
             np.copyto(self._views[part.block][part.target], source[part.source])
-        return ()
-
-    def join(self, pieces: Pieces) -> None:
-        assert not pieces
 
     def shards(self) -> list[Array]:
         return [
@@ -111,17 +101,19 @@ class _Staged:
         self._devices = [devices for _, devices in holders]
         self._dtype = dtype
         self._arrays: list[list[Array]] = [[] for _ in holders]
+        self._lock = threading.Lock()
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> Pieces:
+    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
         views = _views([part.shape for part in chunk.parts], self._dtype, self._buffer)
         pieces = []
         for part, view in zip(chunk.parts, views, strict=True):
             np.copyto(view, source[part.source])
-            sent = [jax.device_put(view, device) for device in self._devices[part.block]]
-            pieces.append((part, sent))
-        # Only now may the buffer be written again.
-        jax.block_until_ready([sent for _, sent in pieces])  # type: ignore[no-untyped-call]
-        return pieces
+            pieces.append([jax.device_put(view, device) for device in self._devices[part.block]])
+        with self._lock:
+            for part, sent in zip(chunk.parts, pieces, strict=True):
+                self._add(part, sent)
+            # Only now may the buffer be written again, and nothing piles up on the devices.
+            jax.block_until_ready((pieces, self._arrays))  # type: ignore[no-untyped-call]
 
     def _buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
         """This thread's buffer. It is not aligned as JAX likes it, lest it be taken over."""
@@ -130,19 +122,16 @@ class _Staged:
             held = self._staging.buffer = fresh_memory(nbytes + ALIGNMENT // 4)[ALIGNMENT // 4 :]
         return held
 
-    def join(self, pieces: Pieces) -> None:
-        for part, sent in pieces:
-            arrays, shape = self._arrays[part.block], _shape(self.blocks[part.block])
-            if part.shape == shape:
-                arrays[:] = sent
-                continue
-            if not arrays:
-                devices = self._devices[part.block]
-                arrays[:] = [jnp.zeros(shape, self._dtype, device=device) for device in devices]
-            start = tuple(cut.start for cut in part.target)
-            arrays[:] = [
-                _write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)
-            ]
+    def _add(self, part: Part, sent: list[Array]) -> None:
+        arrays, shape = self._arrays[part.block], _shape(self.blocks[part.block])
+        if part.shape == shape:
+            arrays[:] = sent
+            return
+        if not arrays:
+            devices = self._devices[part.block]
+            arrays[:] = [jnp.zeros(shape, self._dtype, device=device) for device in devices]
+        start = tuple(cut.start for cut in part.target)
+        arrays[:] = [_write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)]
 
     def shards(self) -> list[Array]:
         return list(itertools.chain.from_iterable(self._arrays))

@@ -19,7 +19,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from loader.checkpoint import Tensor
 from loader.chunks import Chunk, chunks
-from loader.landing import Pieces, landing
+from loader.landing import landing
 from loader.quantized import Quantized
 from loader.schema import ParamSpec
 from loader.sharding import expanded_rows
@@ -152,13 +152,12 @@ class _Leg:
         """Whether every chunk is settled."""
         return self._left == 0
 
-    def read(self, chunk: Chunk) -> Pieces:
+    def read(self, chunk: Chunk) -> None:
         """Copy the parts of a chunk to where they go; runs in a thread."""
-        return self._landing.take(self._source, chunk)
+        self._landing.take(self._source, chunk)
 
-    def settle(self, chunk: Chunk, pieces: Pieces) -> int:
-        """Put together what `read` returned; bytes of the checkpoint that this was more."""
-        self._landing.join(pieces)
+    def settle(self, chunk: Chunk) -> int:
+        """Note that a chunk has been read; bytes of the checkpoint that this was more."""
         before = self._used // self._times
         self._used += chunk.used
         self._left -= 1
@@ -176,7 +175,7 @@ class _Reader:
     def __init__(self, workers: int, on_bytes: Callable[[int], None] | None, *, drop: bool) -> None:
         self._threads = ThreadPoolExecutor(workers, "transfer")
         self._on_bytes, self._drop = on_bytes, drop
-        self._reading: deque[tuple[Future[Pieces], _Leg, Chunk]] = deque()
+        self._reading: deque[tuple[Future[None], _Leg, Chunk]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +186,7 @@ class _Reader:
     def begin(self, leg: _Leg) -> None:
         """Have all chunks of an array read; returns when the last is in hand."""
         for chunk in leg.chunks:
-            if len(self._reading) == AHEAD:
+            while len(self._reading) == AHEAD or (self._reading and self._reading[0][0].done()):
                 self._settle()
             if leg.file is not None:
                 leg.file.read_ahead(chunk.start, chunk.nbytes)
@@ -200,7 +199,8 @@ class _Reader:
 
     def _settle(self) -> None:
         future, leg, chunk = self._reading.popleft()
-        nbytes = leg.settle(chunk, future.result())
+        future.result()
+        nbytes = leg.settle(chunk)
         if leg.file is not None and self._drop:
             leg.file.let_go(chunk.start, chunk.nbytes)
         if self._on_bytes is not None:
