@@ -49,6 +49,8 @@ LAYOUTS = {"experts": 0, "rows": 1, "columns": 2}
 """The axis of `[experts, rows, columns]` that is split over the devices."""
 
 HUGE = "glibc.malloc.hugetlb=1"
+"""Gives every peer huge pages too."""
+
 ROUNDS = 4
 SIZES = (1, 2, 4, 8)
 
@@ -57,7 +59,7 @@ def main() -> None:
     """Measure and print the tables."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("folder", type=Path)
-    options.add_argument("--only", choices=("peers", "scaling"))
+    options.add_argument("--only", choices=("default", "huge", "scaling"))
     options.add_argument("--largest", metavar="GB", type=int, default=max(SIZES))
     options.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -66,9 +68,10 @@ def main() -> None:
         print(json.dumps(CHILDREN[way](chosen.folder, layout, int(count))))
         return
     prepare(chosen.folder)
-    if chosen.only != "scaling":
-        compare(chosen.folder)
-    if chosen.only != "peers":
+    for name, tunables in {"default": "", "huge": HUGE}.items():
+        if chosen.only in {None, name}:
+            compare(chosen.folder, tunables)
+    if chosen.only in {None, "scaling"}:
         scale(chosen.folder, [size for size in SIZES if size <= chosen.largest])
 
 
@@ -84,26 +87,25 @@ def prepare(folder: Path) -> None:
             run(folder, f"prepare {way}", "-", 8)
 
 
-def compare(folder: Path) -> None:
+def compare(folder: Path, tunables: str) -> None:
     """Print the rate of every way for every layout, and what it is of the limit and of ours."""
+    print(f"GLIBC_TUNABLES={tunables}")
     print(f"{'':11}{'layout':<10}{'GB/s':>6}{'limit':>8}{'of it':>7}{'in flight':>12}")
-    for tunables in ("", HUGE):
-        print(f"GLIBC_TUNABLES={tunables}")
-        for layout in LAYOUTS:
-            ours = 0.0
-            for way in WAYS:
-                if not installed(way):
-                    print(f"{way:<11}not installed")
-                    continue
-                told = run(folder, way, layout, 8, tunables)
-                ours = ours or told["rate"]
-                share = told["rate"] / told["limit"]
-                against = "" if way == "grokfetch" else f"   ours: {ours / told['rate']:.1f} times"
-                print(
-                    f"{way:<11}{layout:<10}{told['rate']:6.2f}{told['limit']:8.2f}{share:7.2f}"
-                    f"{told['in_flight'] / 2**20:8.0f} MiB{against}",
-                    flush=True,
-                )
+    for layout in LAYOUTS:
+        ours = 0.0
+        for way in WAYS:
+            if not installed(way):
+                print(f"{way:<11}not installed")
+                continue
+            told = run(folder, way, layout, 8, tunables)
+            ours = ours or told["rate"]
+            share = told["rate"] / told["limit"]
+            against = "" if way == "grokfetch" else f"   ours: {ours / told['rate']:.1f} times"
+            print(
+                f"{way:<11}{layout:<10}{told['rate']:6.2f}{told['limit']:8.2f}{share:7.2f}"
+                f"{told['in_flight'] / 2**20:8.0f} MiB{against}",
+                flush=True,
+            )
 
 
 def scale(folder: Path, sizes: list[int]) -> None:

@@ -6,17 +6,16 @@ and what the runtime itself keeps are not in it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
 
-from grokfetch.errors import MeshInvalid
 from loader.schema import GrokConfig, parameters
 from loader.sharding import (
     Block,
     MeshShape,
     Position,
-    choose_mesh,
+    arrangements,
     scale_block,
     scale_shape,
     weight_block,
@@ -151,13 +150,13 @@ def _needed(use: Use, memory: Memory) -> int:
 
 def _more_devices(use: Use, memory: Memory) -> int | None:
     for count in range(use.shape.devices + 1, MOST_DEVICES + 1):
-        with contextlib.suppress(MeshInvalid):
-            more = choose_mesh(use.config, count)
-            if _fits(dataclasses.replace(use, shape=more), memory):
-                return count
+        more = next(arrangements(use.config, count), None)
+        if more is not None and _fits(dataclasses.replace(use, shape=more), memory):
+            return count
     return None
 
 
+@functools.cache
 def _bytes_each(config: GrokConfig, shape: MeshShape) -> int:
     """Bytes of one device's block of every tensor, its scales included."""
     first, total = Position(0, 0), 0
@@ -168,6 +167,7 @@ def _bytes_each(config: GrokConfig, shape: MeshShape) -> int:
     return total
 
 
+@functools.cache
 def _bytes_once(config: GrokConfig, shape: MeshShape) -> int:
     """Bytes of all blocks of a mesh, each counted once however many devices hold it."""
     total = 0

@@ -127,14 +127,20 @@ class _Staged:
         if part.shape == shape:
             arrays[:] = sent
             return
-        if not arrays:
-            devices = self._devices[part.block]
-            arrays[:] = [jnp.zeros(shape, self._dtype, device=device) for device in devices]
         start = tuple(cut.start for cut in part.target)
+        if not arrays:
+            arrays[:] = [_begin(piece, start, shape) for piece in sent]
+            return
         arrays[:] = [_write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)]
 
     def shards(self) -> list[Array]:
         return list(itertools.chain.from_iterable(self._arrays))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _begin(piece: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """A block of which one part is there."""
+    return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

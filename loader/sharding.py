@@ -8,6 +8,7 @@ module imports neither jax nor numpy, so that a fetch can ask for one host's sha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -22,6 +23,7 @@ __all__ = [
     "MeshAxis",
     "MeshShape",
     "Position",
+    "arrangements",
     "check_mesh",
     "choose_mesh",
     "expanded_rows",
@@ -106,7 +108,7 @@ def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
     """
     if devices < 1:
         raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
-    found = next(_arrangements(config, devices), None)
+    found = next(arrangements(config, devices), None)
     if found is None:
         misfit = _misfit(config, MeshShape(model=devices))
         raise MeshInvalid(
@@ -192,9 +194,18 @@ def _units(config: GrokConfig, axis: Axis, size: int) -> int:
     return size // config.key_size if axis in {"q_heads", "kv_heads"} else size
 
 
+@functools.cache
+def _distinct(config: GrokConfig) -> tuple[ParamSpec, ...]:
+    """The first tensor of each kind; layers are alike."""
+    found: dict[tuple[Axis, ...], ParamSpec] = {}
+    for spec in parameters(config):
+        found.setdefault(spec.axes, spec)
+    return tuple(found.values())
+
+
 def _misfit(config: GrokConfig, shape: MeshShape) -> str:
     """The first dimension that the mesh does not divide, in words; empty if all do."""
-    for spec in parameters(config):
+    for spec in _distinct(config):
         for size, axis, split in zip(spec.shape, spec.axes, mesh_axes(spec), strict=True):
             units, parts = _units(config, axis, size), _count(shape, split)
             if units % parts:
@@ -202,7 +213,7 @@ def _misfit(config: GrokConfig, shape: MeshShape) -> str:
     return ""
 
 
-def _arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
+def arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
     """Every mesh of so many devices that fits, most on `model` first."""
     for model in range(devices, 0, -1):
         shape = MeshShape(devices // model, model)
@@ -213,7 +224,7 @@ def _arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
 def what_works(config: GrokConfig, devices: int) -> str:
     """The meshes of so many devices that fit, or of the largest smaller count, in words."""
     counts = range(devices, 0, -1)
-    found = next(shapes for n in counts if (shapes := list(_arrangements(config, n))))
+    found = next(shapes for n in counts if (shapes := list(arrangements(config, n))))
     count = found[0].devices
     meshes = " or ".join(f"--mesh expert={shape.expert},model={shape.model}" for shape in found)
     if count == devices:

@@ -116,8 +116,9 @@ def test_mesh_defaults_to_all_devices():
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(MeshInvalid, match="needs 16 devices, and there are 8"):
+    with pytest.raises(MeshInvalid, match="needs 16 devices, and there are 8") as caught:
         make_mesh(golden.CONFIG, MeshShape(2, 8))
+    assert "--mesh expert=2,model=4" in caught.value.hint
 
 
 def test_shape_that_does_not_divide_is_an_error_before_any_load():

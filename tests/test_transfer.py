@@ -47,7 +47,7 @@ CASES = [
     *((resident, WHOLE, axes) for axes in ((), ("a",), (None, "b"), ("b", "a"), (("a", "b"),))),
     (resident, 1000, ("b", "a")),
     (staged, WHOLE, ()),
-    (staged, 1000, ("b", "a")),
+    (staged, 12_000, (None, "a")),
 ]
 
 
@@ -56,7 +56,8 @@ def test_any_sharding_gives_the_bytes_of_the_file(monkeypatch, how, chunk, axes)
     how(monkeypatch)
     monkeypatch.setattr(transfer, "CHUNK", chunk)
     counted = []
-    tensors = [golden.CHECKPOINT[name] for name in NAMES[: 3 if len(axes) > 1 else 4]]
+    names = NAMES[1:2] if chunk < WHOLE else NAMES[: 3 if len(axes) > 1 else 4]
+    tensors = [golden.CHECKPOINT[name] for name in names]
     given = [(tensor, split(*axes)) for tensor in tensors]
     placed = list(transfer.transfer(given, on_bytes=counted.append))
     for tensor, array in zip(tensors, placed, strict=True):
