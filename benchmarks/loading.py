@@ -51,7 +51,7 @@ LAYOUTS = {"experts": 0, "rows": 1, "columns": 2}
 HUGE = "glibc.malloc.hugetlb=1"
 """Gives every peer huge pages too."""
 
-ROUNDS = 4
+ROUNDS = 6
 SIZES = (1, 2, 4, 8)
 
 
@@ -147,6 +147,7 @@ def installed(way: str) -> bool:
 # --- in a child ----------------------------------------------------------------------------------
 
 
+@functools.cache
 def sharding(axis: int) -> Any:
     """One axis of three over all devices."""
     import jax
@@ -166,6 +167,7 @@ def measure(folder: Path, layout: str, load: Callable[[Path, int], Any]) -> dict
     import jax
 
     axis = LAYOUTS[layout]
+    sharding(axis), scale_sharding(axis)
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()

@@ -19,11 +19,18 @@ __all__ = ["Chunk", "Part", "chunks"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """What a chunk holds of one block: `source` slices the tensor, `target` the block."""
+    """What a chunk holds of one block: `source` slices the tensor, `target` the block.
+
+    start: of its first byte, counted from the tensor's. nbytes: from there to its last, which are
+    all its own if it is `solid`.
+    """
 
     block: int
     source: Block
     target: Block
+    start: int
+    nbytes: int
+    solid: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,13 +63,12 @@ def chunks(
         most: bytes of a run at most, though never less than an element.
     """
     for box in _boxes(shape, max(1, most // itemsize)):
-        parts = tuple(_parts(box, blocks))
-        if not parts:
-            continue
-        first = min(_place(shape, [cut.start for cut in part.source]) for part in parts)
-        last = max(_place(shape, [cut.stop - 1 for cut in part.source]) for part in parts)
-        used = sum(math.prod(part.shape) for part in parts)
-        yield Chunk(first * itemsize, (last + 1 - first) * itemsize, used * itemsize, parts)
+        parts = tuple(_parts(shape, itemsize, box, blocks))
+        if parts:
+            first = min(part.start for part in parts)
+            end = max(part.start + part.nbytes for part in parts)
+            used = sum(math.prod(part.shape) for part in parts) * itemsize
+            yield Chunk(first, end - first, used, parts)
 
 
 def _boxes(shape: Sequence[int], most: int) -> Iterator[Block]:
@@ -81,18 +87,23 @@ def _boxes(shape: Sequence[int], most: int) -> Iterator[Block]:
             yield (*before, slice(start, min(start + step, shape[axis])), *inner)
 
 
-def _parts(box: Block, blocks: Sequence[Block]) -> Iterator[Part]:
+def _parts(
+    shape: Sequence[int], itemsize: int, box: Block, blocks: Sequence[Block]
+) -> Iterator[Part]:
     for number, block in enumerate(blocks):
-        shared = tuple(
+        source = tuple(
             slice(max(mine.start, run.start), min(mine.stop, run.stop))
             for mine, run in zip(block, box, strict=True)
         )
-        if all(cut.start < cut.stop for cut in shared):
+        if all(cut.start < cut.stop for cut in source):
             target = tuple(
                 slice(cut.start - mine.start, cut.stop - mine.start)
-                for cut, mine in zip(shared, block, strict=True)
+                for cut, mine in zip(source, block, strict=True)
             )
-            yield Part(number, shared, target)
+            first = _place(shape, [cut.start for cut in source])
+            count = _place(shape, [cut.stop - 1 for cut in source]) + 1 - first
+            solid = count == math.prod(cut.stop - cut.start for cut in source)
+            yield Part(number, source, target, first * itemsize, count * itemsize, solid)
 
 
 def _place(shape: Sequence[int], index: Sequence[int]) -> int:

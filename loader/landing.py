@@ -24,7 +24,7 @@ from jax.sharding import Sharding
 from loader.chunks import Chunk, Part
 from loader.sharding import Block
 
-__all__ = ["Landing", "fresh_memory", "landing"]
+__all__ = ["Copy", "Landing", "fresh_memory", "landing"]
 
 HUGE_PAGE = 2**21
 ALIGNMENT = 64
@@ -46,6 +46,10 @@ def _holders(sharding: Sharding, shape: tuple[int, ...]) -> list[Holder]:
     ]
 
 
+Copy = Callable[[Part, np.ndarray[Any, Any]], None]
+"""Writes a part of the host's array into an array of its shape."""
+
+
 class Landing(Protocol):
     """The blocks of one array that this process holds."""
 
@@ -53,8 +57,8 @@ class Landing(Protocol):
     def blocks(self) -> Sequence[Block]:
         """Which they are."""
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
-        """Copy the parts of a chunk out of the host's array; several threads may at a time."""
+    def take(self, chunk: Chunk, copy: Copy) -> None:
+        """Have the parts of a chunk copied to where they go; several threads may at a time."""
 
     def shards(self) -> list[Array]:
         """Every device's block, once all parts are there."""
@@ -79,9 +83,9 @@ class _Resident:
         self._devices = [devices for _, devices in holders]
         self._views = _views([_shape(block) for block in self.blocks], dtype, fresh_memory)
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
+    def take(self, chunk: Chunk, copy: Copy) -> None:
         for part in chunk.parts:
-            np.copyto(self._views[part.block][part.target], source[part.source])
+            copy(part, self._views[part.block][part.target])
 
     def shards(self) -> list[Array]:
         return [
@@ -103,11 +107,11 @@ class _Staged:
         self._arrays: list[list[Array]] = [[] for _ in holders]
         self._lock = threading.Lock()
 
-    def take(self, source: np.ndarray[Any, Any], chunk: Chunk) -> None:
+    def take(self, chunk: Chunk, copy: Copy) -> None:
         views = _views([part.shape for part in chunk.parts], self._dtype, self._buffer)
         pieces = []
         for part, view in zip(chunk.parts, views, strict=True):
-            np.copyto(view, source[part.source])
+            copy(part, view)
             pieces.append([jax.device_put(view, device) for device in self._devices[part.block]])
         with self._lock:
             for part, sent in zip(chunk.parts, pieces, strict=True):

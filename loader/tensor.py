@@ -157,20 +157,53 @@ class Tensor:
         """
         return np.frombuffer(self._mapped, np.uint8)
 
+    def read_into(self, start: int, target: npt.NDArray[np.generic]) -> None:
+        """Read bytes of the weight, `start` counted from its first, into a contiguous array.
+
+        Raises:
+            StorageFailed: the file cannot be read.
+            CheckpointInvalid: it is shorter than when the checkpoint was opened.
+        """
+        left = target.reshape(-1).view(np.uint8).data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.array.offset + start)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise CheckpointInvalid(
+                            f"{self.spec.name} has shrunk on disk", path=self.path
+                        )
+                    left = left[count:]
+        except OSError as error:
+            raise StorageFailed(f"cannot be read: {error.strerror}", path=self.path) from error
+
     def read_ahead(self, start: int, nbytes: int) -> None:
         """Have the kernel begin to read bytes of the weight, `start` counted from its first."""
-        self._advise(start, nbytes, "MADV_WILLNEED")
+        first = self.array.offset + start
+        # Looking up each page of what is there already would take a tenth of the time of a copy.
+        if not (self._is_cached(first) and self._is_cached(first + nbytes - 1)):
+            self._advise(first, nbytes, "MADV_WILLNEED")
 
     def let_go(self, start: int, nbytes: int) -> None:
         """Let the kernel forget bytes of the weight; they would be read from the disk again."""
-        self._advise(start, nbytes, "MADV_DONTNEED")
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb") as file:
-                offset = self.array.offset + start
-                os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
-
-    def _advise(self, start: int, nbytes: int, advice: str) -> None:
         first = self.array.offset + start
+        self._advise(first, nbytes, "MADV_DONTNEED")
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), first, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _is_cached(self, place: int) -> bool:
+        """Whether the page of a byte of the file is in memory; False where that is not told."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+    def _advise(self, first: int, nbytes: int, advice: str) -> None:
         page = first - first % mmap.PAGESIZE
         self._mapped.madvise(getattr(mmap, advice), page, first + nbytes - page)
 

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from loader.checkpoint import Tensor
-from loader.chunks import Chunk, chunks
+from loader.chunks import Chunk, Part, chunks
 from loader.landing import landing
 from loader.quantized import Quantized
 from loader.schema import ParamSpec
@@ -154,7 +154,14 @@ class _Leg:
 
     def read(self, chunk: Chunk) -> None:
         """Copy the parts of a chunk to where they go; runs in a thread."""
-        self._landing.take(self._source, chunk)
+        self._landing.take(chunk, self._copy)
+
+    def _copy(self, part: Part, target: np.ndarray[Any, Any]) -> None:
+        # Where bytes stay together, the kernel copies them without mapping a page.
+        if self.file is not None and part.solid and target.flags.c_contiguous:
+            self.file.read_into(part.start, target)
+        else:
+            np.copyto(target, self._source[part.source])
 
     def settle(self, chunk: Chunk) -> int:
         """Note that a chunk has been read; bytes of the checkpoint that this was more."""

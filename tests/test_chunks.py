@@ -37,8 +37,9 @@ def test_chunks_fill_every_block_once_in_file_order(split, itemsize, most):
         used += chunk.used
         for part in chunk.parts:
             taken = source[part.source]
-            assert chunk.start <= taken.min() * itemsize
-            assert taken.max() * itemsize < end
+            assert part.start == taken.min() * itemsize
+            assert part.start + part.nbytes == (taken.max() + 1) * itemsize <= end
+            assert part.solid == (part.nbytes == taken.size * itemsize)
             assert (filled[part.block][part.target] == -1).all()
             filled[part.block][part.target] = taken
     for block, array in zip(blocks, filled, strict=True):

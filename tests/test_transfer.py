@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from grokfetch.errors import CheckpointInvalid
 from loader import landing, transfer
+from loader.checkpoint import Tensor
 from loader.shardwriter import write_shard
 from loader.transfer import division, to_devices
 
@@ -101,11 +104,31 @@ def test_arrays_outlive_everything_that_they_were_made_from(monkeypatch):
         assert (np.asarray(array) == tensor.weight).all()
 
 
-def test_pages_that_are_dropped_are_read_again():
+def test_pages_that_are_dropped_are_read_again_and_announced(monkeypatch):
+    announced = []
+    monkeypatch.setattr(
+        Tensor, "_advise", lambda _, first, nbytes, advice: announced.append((advice, nbytes))
+    )
     tensor = golden.CHECKPOINT[NAMES[1]]
+    monkeypatch.setattr(Tensor, "_is_cached", lambda *_: False)
+    list(transfer.transfer([(tensor, split("a"))], drop=True))
+    nbytes = tensor.weight.nbytes
+    assert announced == [("MADV_WILLNEED", nbytes), ("MADV_DONTNEED", nbytes)]
+    monkeypatch.undo()
     for _ in range(2):
         (placed,) = transfer.transfer([(tensor, split("a"))], drop=True)
         assert (np.asarray(placed.weight) == tensor.weight).all()
+
+
+def test_a_file_that_has_shrunk_is_an_error_and_no_signal(tmp_path):
+    tensor = golden.CHECKPOINT[NAMES[0]]
+    path = tmp_path / "short"
+    path.write_bytes(tensor.path.read_bytes())
+    tensor = dataclasses.replace(tensor, path=path)
+    assert tensor.weight.size
+    os.truncate(path, 5000)
+    with pytest.raises(CheckpointInvalid, match="has shrunk"):
+        to_devices(tensor)
 
 
 def test_a_failure_in_a_thread_ends_the_transfer():
