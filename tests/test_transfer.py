@@ -107,7 +107,7 @@ def test_arrays_outlive_everything_that_they_were_made_from(monkeypatch):
 def test_pages_that_are_dropped_are_read_again_and_announced(monkeypatch):
     announced = []
     monkeypatch.setattr(
-        Tensor, "_advise", lambda _, first, nbytes, advice: announced.append((advice, nbytes))
+        Tensor, "_advise", lambda _, _first, nbytes, advice: announced.append((advice, nbytes))
     )
     tensor = golden.CHECKPOINT[NAMES[1]]
     monkeypatch.setattr(Tensor, "_is_cached", lambda *_: False)

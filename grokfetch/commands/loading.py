@@ -194,7 +194,7 @@ def _check_memory(config: GrokConfig, mesh: Mesh, loading: Loading, tokens: int)
         raise OutOfReach(
             f"the model takes {bytes_text(short.needed)} of memory{each},"
             f" {bytes_text(memory.free)} are free",
-            hint=_help(short),
+            hint=_help(short, memory),
         )
 
 
@@ -213,7 +213,7 @@ def _free_memory(mesh: Mesh) -> Memory | None:
     return Memory(min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told))
 
 
-def _help(short: Shortage) -> str:
+def _help(short: Shortage, memory: Memory) -> str:
     """The smallest change that makes a model fit, in words."""
     if short.tokens is not None:
         return f"a context of {short.tokens:,} tokens would fit: prompt and --max-tokens together"
@@ -221,4 +221,6 @@ def _help(short: Shortage) -> str:
         return "leave the weights in their files: --placement mapped"
     if short.devices is not None:
         return f"{short.devices} such devices would do"
+    if memory.sharers:
+        return "fewer tokens or devices would not do; make memory free, or use another machine"
     return "leave the weights in their files, on the CPU: JAX_PLATFORMS=cpu"
