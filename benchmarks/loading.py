@@ -90,19 +90,19 @@ def prepare(folder: Path) -> None:
 def compare(folder: Path, tunables: str) -> None:
     """Print the rate of every way for every layout, and what it is of the limit and of ours."""
     print(f"GLIBC_TUNABLES={tunables}")
-    print(f"{'':11}{'layout':<10}{'GB/s':>6}{'limit':>8}{'of it':>7}{'in flight':>12}")
+    print(f"{'':12}{'layout':<10}{'GB/s':>6}{'limit':>8}{'of it':>7}{'in flight':>12}")
     for layout in LAYOUTS:
         ours = 0.0
         for way in WAYS:
             if not installed(way):
-                print(f"{way:<11}not installed")
+                print(f"{way:<12}not installed")
                 continue
             told = run(folder, way, layout, 8, tunables)
             ours = ours or told["rate"]
             share = told["rate"] / told["limit"]
             against = "" if way == "grokfetch" else f"   ours: {ours / told['rate']:.1f} times"
             print(
-                f"{way:<11}{layout:<10}{told['rate']:6.2f}{told['limit']:8.2f}{share:7.2f}"
+                f"{way:<12}{layout:<10}{told['rate']:6.2f}{told['limit']:8.2f}{share:7.2f}"
                 f"{told['in_flight'] / 2**20:8.0f} MiB{against}",
                 flush=True,
             )
