@@ -2,3 +2,38 @@
 
 Importing this package imports nothing heavy; its modules say what they need.
 """
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loader.checkpoint import Checkpoint
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    state: str | os.PathLike[str] | None = None,
+    proven: bool = True,
+) -> Checkpoint:
+    """The checkpoint in a folder as a mapping of names to lazy tensors.
+
+    Args:
+        folder: what `grokfetch fetch` or `grokfetch manifest` was given.
+        state: where that keeps its state, if not in the folder.
+        proven: False to accept files that no hash vouches for, if their structure is right.
+
+    Raises:
+        GrokfetchError: as `loader.checkpoint.open_checkpoint`.
+    """
+    from pathlib import Path
+
+    from grokfetch.store import Store
+    from loader import checkpoint
+
+    store = Store(Path(folder), None if state is None else Path(state))
+    return checkpoint.open_checkpoint(store, proven=proven)

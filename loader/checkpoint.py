@@ -1,19 +1,21 @@
 """Binds the table of parameters to the bytes on disk: names to lazy, read-only, mapped arrays.
 
 Opening a checkpoint looks only at the frames of its files, some hundred bytes each; an array is
-mapped when it is first asked for and never copied.
+mapped when it is first asked for (`loader.tensor`). Methods that `safetensors.safe_open` has too
+are called as there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import mmap
+import fnmatch
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Self
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -21,8 +23,9 @@ from grokfetch.errors import CheckpointInvalid, GrokfetchError, NoModel, Storage
 from grokfetch.manifest import Manifest, ManifestTensor, Scales
 from grokfetch.store import Store
 from loader.schema import GrokConfig, ParamSpec, parameters
-from loader.shardfile import ArraySpan, read_shard
+from loader.shardfile import read_shard
 from loader.shares import Share, Span, tensor_spans
+from loader.tensor import Tensor
 
 __all__ = [
     "Checkpoint",
@@ -35,91 +38,51 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One parameter in its file; nothing is mapped before `weight` or `scales` is read.
+class Checkpoint(Mapping[str, Tensor]):
+    """Every parameter of a model by name, in file order.
 
-    Both arrays are views into one read-only mapping, at offsets that need not be aligned. The
-    mapping lives as long as the tensor or any view. A file that shrinks meanwhile kills the process
-    (SIGBUS), which is why writers hold the folder's lock.
+    Used in a `with` statement, it keeps writers out of the folder until the end.
+
+    Args:
+        config: the hyperparameters.
+        tensors: by name.
+        lock: makes what keeps writers out while it is entered; None if nothing does.
     """
 
-    spec: ParamSpec
-    path: Path
-    array: ArraySpan
-    scale_span: ArraySpan | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight and its scales."""
-        return self.array.nbytes + (0 if self.scale_span is None else self.scale_span.nbytes)
-
-    @functools.cached_property
-    def weight(self) -> npt.NDArray[np.generic]:
-        """float32 of `spec.shape`, or int8 if the tensor is quantised.
-
-        Raises:
-            StorageFailed: the file cannot be mapped.
-            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
-        """
-        return self._view(self.array)
-
-    @functools.cached_property
-    def scales(self) -> npt.NDArray[np.generic] | None:
-        """bfloat16 of `spec.scale_shape`, None if the tensor is not quantised.
-
-        Raises:
-            StorageFailed: the file cannot be mapped.
-            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
-        """
-        return None if self.scale_span is None else self._view(self.scale_span)
-
-    @property
-    def file(self) -> npt.NDArray[np.uint8]:
-        """The whole file in the mapping that `weight` and `scales` are views of; page aligned.
-
-        Raises:
-            StorageFailed: the file cannot be mapped.
-        """
-        return np.frombuffer(self._mapped, np.uint8)
-
-    def check_length(self) -> None:
-        """Notice that the file has been cut, before a touched page ends the process.
-
-        Raises:
-            CheckpointInvalid: it is shorter than its mapping.
-        """
-        if self._mapped.size() < len(self._mapped):
-            raise CheckpointInvalid(
-                f"{self.spec.name} has shrunk on disk while it was in use", path=self.path
-            )
-
-    def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
-        if span.offset + span.nbytes > len(self._mapped):
-            raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)
-        dtype = np.dtype(ml_dtypes.bfloat16 if span.dtype == "bfloat16" else span.dtype)
-        return np.ndarray(span.shape, dtype, self._mapped, span.offset, order=span.order)
-
-    @functools.cached_property
-    def _mapped(self) -> mmap.mmap:
-        try:
-            with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
-
-
-class Checkpoint(Mapping[str, Tensor]):
-    """Every parameter of a model by name, in file order."""
-
-    def __init__(self, config: GrokConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: GrokConfig,
+        tensors: Mapping[str, Tensor],
+        lock: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self.config = config
         self._tensors = tensors
+        self._lock = lock
+        self._held = contextlib.ExitStack()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and scales; looks at no file."""
         return sum(spec.nbytes for spec in parameters(self.config))
+
+    def __enter__(self) -> Self:
+        self._held.enter_context(self._lock())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def keys(self, pattern: str = "*") -> KeysView[str]:
+        """The names in file order, or those that match a glob; `*` matches `/` too."""
+        return dict.fromkeys(fnmatch.filter(self._tensors, pattern)).keys()
+
+    def get_slice(self, name: str) -> Tensor:
+        """The tensor itself, which reads what it is indexed with."""
+        return self[name]
+
+    def get_tensor(self, name: str) -> npt.NDArray[np.generic]:
+        """The whole weight as it is stored, read-only; `dequantize` has regard to its scales."""
+        return self[name].weight
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -151,7 +114,8 @@ def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = 
         ShardInvalid: a file is no shard.
         CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
     """
-    return Checkpoint(model_of(store), dict(_Opened(store, share, proven=proven)))
+    opened = dict(_Opened(store, share, proven=proven))
+    return Checkpoint(model_of(store), opened, functools.partial(store.lock, exclusive=False))
 
 
 def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
+import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -22,34 +23,18 @@ from grokfetch.errors import MeshInvalid, OutOfReach
 from loader.checkpoint import Checkpoint, Tensor
 from loader.kernels import Tuning
 from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
-from loader.quantized import Quantized, Table, Weights
-from loader.schema import GrokConfig, ParamSpec
+from loader.quantized import Table, Weights
+from loader.schema import GrokConfig, ParamSpec, parameters
 from loader.sharding import (
     MeshShape,
     check_mesh,
     choose_mesh,
     mesh_axes,
-    scale_shape,
-    source_rows,
+    what_works,
 )
+from loader.transfer import IN_FLIGHT, Stored, transfer
 
 __all__ = ["Layer", "Mesh", "Params", "Source", "Stored", "load", "make_mesh", "share"]
-
-
-class Stored(Protocol):
-    """One tensor on the host: `loader.checkpoint.Tensor`, or anything shaped like it."""
-
-    @property
-    def spec(self) -> ParamSpec:
-        """What the tensor is."""
-
-    @property
-    def weight(self) -> np.ndarray[Any, Any]:
-        """float32 or int8, of `spec.shape`; may be a read-only map at any alignment."""
-
-    @property
-    def scales(self) -> np.ndarray[Any, Any] | None:
-        """bfloat16 of `spec.scale_shape`, None where the tensor is not quantised."""
 
 
 class Source(Protocol):
@@ -99,6 +84,12 @@ class Params:
     layers: tuple[Layer, ...]
 
 
+OUTER_NAMES: Mapping[str, str] = {
+    "embedding": "language_model/in_out_embed/embeddings",
+    "norm": "language_model/rms_norm/scale",
+}
+"""The tensor behind each field of `Params` outside the layers."""
+
 _LAYER_NAMES: Mapping[str, str] = {
     "before_attention": "rms_norm/scale",
     "after_attention": "rms_norm_1/scale",
@@ -137,7 +128,8 @@ def make_mesh(
     if shape.devices > len(found):
         raise MeshInvalid(
             f"a mesh of expert {shape.expert} x model {shape.model} needs {shape.devices} devices,"
-            f" and there are {len(found)}"
+            f" and there are {len(found)}",
+            hint=what_works(config, len(found)),
         )
     chosen = _of_each_host(found, shape.devices)
     return Mesh(np.array(chosen, object).reshape(shape.expert, shape.model), ("expert", "model"))
@@ -154,28 +146,48 @@ def _of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]
 
 
 def load(
-    checkpoint: Source, mesh: Mesh, *, on_bytes: Callable[[int], None] | None = None
+    checkpoint: Source,
+    mesh: Mesh,
+    *,
+    in_flight: int = IN_FLIGHT,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> Params:
     """Place every tensor of a checkpoint, layer by layer.
 
-    Weights stay int8 and scales bfloat16. A block is copied from the source to its device; the
-    host never holds a whole tensor that is split, and one tensor is in flight at a time.
+    Weights stay int8 and scales bfloat16. Each block goes from the mapped pages of its file to the
+    devices that hold it, and of several processes each reads what its own devices hold.
 
     Args:
         checkpoint: the tensors on the host.
         mesh: from `make_mesh`, for the config of the checkpoint.
-        on_bytes: called after each tensor with the bytes it takes in the checkpoint.
+        in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
+        on_bytes: called with bytes of the checkpoint as they have been read.
     """
+    config = checkpoint.config
+    specs = {spec.name: spec for spec in parameters(config)}
+    names = [*OUTER_NAMES.values()]
+    for number in range(config.num_layers):
+        names += layer_names(number).values()
+    placed = transfer(
+        ((checkpoint[name], sharding(specs[name], mesh)) for name in names),
+        in_flight=in_flight,
+        on_bytes=on_bytes,
+        drop=_crowded(config, mesh),
+    )
+    return _params(dict(zip(names, placed, strict=True)).__getitem__, config.num_layers)
 
-    def place(name: str) -> Any:
-        tensor = checkpoint[name]
-        placed = _place(tensor, mesh)
-        jax.block_until_ready(placed)  # type: ignore[no-untyped-call]
-        if on_bytes is not None:
-            on_bytes(tensor.weight.nbytes + (0 if tensor.scales is None else tensor.scales.nbytes))
-        return placed
 
-    return _params(place, checkpoint.config.num_layers)
+def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
+    """Where the blocks of a tensor lie on a mesh, by the rules of `loader.sharding`."""
+    split = PartitionSpec(*mesh_axes(spec))  # type: ignore[no-untyped-call]
+    return NamedSharding(mesh, split)
+
+
+def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
+    """Whether the files do not fit the memory beside the arrays, so that keeping pages is idle."""
+    total = sum(spec.nbytes for spec in parameters(config))
+    on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
+    return total * (2 if on_host else 1) > psutil.virtual_memory().available
 
 
 def _params(place: Callable[[str], Any], layers: int) -> Params:
@@ -183,8 +195,7 @@ def _params(place: Callable[[str], Any], layers: int) -> Params:
         return Layer(**{field: place(name) for field, name in layer_names(number).items()})
 
     return Params(
-        embedding=place("language_model/in_out_embed/embeddings"),
-        norm=place("language_model/rms_norm/scale"),
+        **{field: place(name) for field, name in OUTER_NAMES.items()},
         layers=tuple(layer(number) for number in range(layers)),
     )
 
@@ -193,25 +204,6 @@ def layer_names(number: int) -> dict[str, str]:
     """The tensor behind each field of one `Layer`."""
     prefix = f"transformer/decoder_layer_{number}"
     return {field: f"{prefix}/{name}" for field, name in _LAYER_NAMES.items()}
-
-
-def _place(tensor: Stored, mesh: Mesh) -> Array | Quantized:
-    spec, scales = tensor.spec, tensor.scales
-    split = PartitionSpec(*mesh_axes(spec))  # type: ignore[no-untyped-call]
-    sharding = NamedSharding(mesh, split)
-    weight = jax.make_array_from_callback(spec.shape, sharding, lambda block: tensor.weight[block])
-    if scales is None:
-        return weight
-    shape = MeshShape(mesh.shape["expert"], mesh.shape["model"])
-
-    def rows(block: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
-        assert scales is not None
-        assert block is not None
-        *outer, groups, columns = block
-        return scales[(*outer, slice(None), columns)][..., source_rows(spec, shape, groups), :]
-
-    expanded = scale_shape(spec, shape)
-    return Quantized(weight, jax.make_array_from_callback(expanded, sharding, rows))
 
 
 def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> Params:

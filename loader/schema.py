@@ -165,7 +165,7 @@ class ParamSpec:
     def nbytes(self) -> int:
         """Bytes of the weight and its scales."""
         scales = 0 if self.scale_shape is None else 2 * math.prod(self.scale_shape)
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 1) + scales
+        return math.prod(self.shape) * (1 if self.dtype == "int8" else 4) + scales
 
 
 def shard_name(index: int) -> str:

@@ -8,6 +8,7 @@ module imports neither jax nor numpy, so that a fetch can ask for one host's sha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -22,8 +23,10 @@ __all__ = [
     "MeshAxis",
     "MeshShape",
     "Position",
+    "arrangements",
     "check_mesh",
     "choose_mesh",
+    "expanded_rows",
     "mesh_axes",
     "positions",
     "scale_block",
@@ -31,6 +34,7 @@ __all__ = [
     "scale_shape",
     "source_rows",
     "weight_block",
+    "what_works",
 ]
 
 MeshAxis = Literal["expert", "model"]
@@ -104,11 +108,12 @@ def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
     """
     if devices < 1:
         raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
-    found = _arrangement(config, devices)
+    found = next(arrangements(config, devices), None)
     if found is None:
         misfit = _misfit(config, MeshShape(model=devices))
         raise MeshInvalid(
-            f"{devices} devices cannot share this model: {misfit}", hint=_hint(config, devices)
+            f"{devices} devices cannot share this model: {misfit}",
+            hint=what_works(config, devices),
         )
     return found
 
@@ -117,14 +122,14 @@ def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
     """Make sure that a mesh divides every dimension that it splits, in whole heads and experts.
 
     Raises:
-        MeshInvalid: naming the tensor and the dimension that does not divide.
+        MeshInvalid: naming the tensor and the dimension that does not divide, and what would work.
     """
     if min(shape.expert, shape.model) < 1:
         raise MeshInvalid(f"both mesh axes must be at least 1, not {shape.expert} x {shape.model}")
     misfit = _misfit(config, shape)
     if misfit:
         what = f"a mesh of expert {shape.expert} x model {shape.model} does not fit: {misfit}"
-        raise MeshInvalid(what, hint=_hint(config, shape.devices))
+        raise MeshInvalid(what, hint=what_works(config, shape.devices))
 
 
 def weight_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:
@@ -142,7 +147,12 @@ def scale_rows(spec: ParamSpec, shape: MeshShape) -> int:
     whole rows only once there are lcm(G, n) of them: a device may hold part of a group.
     """
     assert spec.scale_groups is not None, spec.name
-    return math.lcm(spec.scale_groups, _count(shape, mesh_axes(spec)[-2]))
+    return expanded_rows(spec.scale_groups, _count(shape, mesh_axes(spec)[-2]))
+
+
+def expanded_rows(groups: int, parts: int) -> int:
+    """Scale rows of a tensor whose contracted axis is cut into equal parts; see `scale_rows`."""
+    return math.lcm(groups, parts)
 
 
 def scale_shape(spec: ParamSpec, shape: MeshShape) -> tuple[int, ...]:
@@ -184,9 +194,18 @@ def _units(config: GrokConfig, axis: Axis, size: int) -> int:
     return size // config.key_size if axis in {"q_heads", "kv_heads"} else size
 
 
+@functools.cache
+def _distinct(config: GrokConfig) -> tuple[ParamSpec, ...]:
+    """The first tensor of each kind; layers are alike."""
+    found: dict[tuple[Axis, ...], ParamSpec] = {}
+    for spec in parameters(config):
+        found.setdefault(spec.axes, spec)
+    return tuple(found.values())
+
+
 def _misfit(config: GrokConfig, shape: MeshShape) -> str:
     """The first dimension that the mesh does not divide, in words; empty if all do."""
-    for spec in parameters(config):
+    for spec in _distinct(config):
         for size, axis, split in zip(spec.shape, spec.axes, mesh_axes(spec), strict=True):
             units, parts = _units(config, axis, size), _count(shape, split)
             if units % parts:
@@ -194,19 +213,20 @@ def _misfit(config: GrokConfig, shape: MeshShape) -> str:
     return ""
 
 
-def _arrangement(config: GrokConfig, devices: int) -> MeshShape | None:
+def arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
+    """Every mesh of so many devices that fits, most on `model` first."""
     for model in range(devices, 0, -1):
         shape = MeshShape(devices // model, model)
         if devices % model == 0 and not _misfit(config, shape):
-            return shape
-    return None
+            yield shape
 
 
-def _hint(config: GrokConfig, devices: int) -> str:
-    best = next(
-        shape for count in range(devices - 1, 0, -1) if (shape := _arrangement(config, count))
-    )
-    return (
-        f"the largest smaller count that works is {best.devices}: "
-        f"expert {best.expert} x model {best.model}"
-    )
+def what_works(config: GrokConfig, devices: int) -> str:
+    """The meshes of so many devices that fit, or of the largest smaller count, in words."""
+    counts = range(devices, 0, -1)
+    found = next(shapes for n in counts if (shapes := list(arrangements(config, n))))
+    count = found[0].devices
+    meshes = " or ".join(f"--mesh expert={shape.expert},model={shape.model}" for shape in found)
+    if count == devices:
+        return f"with {devices} devices this works: {meshes}"
+    return f"the largest smaller count that works is {count}: {meshes}"

@@ -19,9 +19,11 @@ from click.testing import CliRunner
 
 from grokfetch import errors
 from grokfetch.cli import main
+from grokfetch.commands import loading
 from grokfetch.manifest import Manifest, TokenizerSource, encode, parse
 from grokfetch.metainfo import parse_torrent
 from grokfetch.swarm import SwarmSettings, make_torrent, seed
+from loader.fit import Memory
 from loader.inventory import expected
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
@@ -386,24 +388,41 @@ def test_a_prompt_that_cannot_be_is_refused_before_anything_is_loaded(fetched_on
 def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
     arguments = ("run", fetched_once, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
     one = grokfetch(*arguments, "--mesh", "model=1")
-    assert grokfetch(*arguments, "--mesh", "expert=2,model=4") == one
+    assert grokfetch(*arguments, "--mesh", "data=1,expert=2,model=4") == one
 
 
-def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
+def test_replicas_of_the_weights_are_refused(fetched_once):
+    arguments = ("run", fetched_once, "--tokens", "1", "--mesh", "data=2,model=4")
+    text = grokfetch(*arguments, code=errors.MeshInvalid.exit_code)
+    assert "data must be 1" in text
+
+
+def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(
     fetched_once, monkeypatch
 ):
-    free = psutil.virtual_memory()._replace(available=2_000_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(loading, "_free_memory", lambda _: Memory(3_000_000))
     text = grokfetch(
-        "run",
-        fetched_once,
-        "--tokens",
-        "1",
-        "--placement",
-        "sharded",
+        *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
         code=errors.OutOfReach.exit_code,
     )
-    assert "2.8 MB of memory, 2.0 MB are free" in text
+    assert "MB of memory of each device, 3.0 MB are free" in text
+    assert "such devices would do" in text
+
+
+@pytest.mark.parametrize(
+    ("free", "hint"), [(4_000_000, "--placement mapped"), (2_000_000, "make memory free")]
+)
+def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
+    fetched_once, monkeypatch, free, hint
+):
+    there = psutil.virtual_memory()._replace(available=free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    text = grokfetch(
+        *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
+        code=errors.OutOfReach.exit_code,
+    )
+    assert f"the model takes 5.6 MB of memory, {free / 1e6:.1f} MB are free\n" in text
+    assert hint in text
     assert "loaded" not in text
 
 

@@ -23,7 +23,7 @@ class Watched:
 
     def __init__(self, array):
         self._array = array
-        self.nbytes = array.nbytes
+        self.nbytes, self.shape, self.dtype = array.nbytes, array.shape, array.dtype
         self.largest = 0
 
     def __getitem__(self, index):
@@ -96,7 +96,7 @@ def test_progress_adds_up_to_the_checkpoint():
     counted = []
     load(golden.CHECKPOINT, make_mesh(golden.CONFIG, MeshShape()), on_bytes=counted.append)
     specs = parameters(golden.CONFIG)
-    assert len(counted) == len(specs)
+    assert len(counted) >= len(specs)
     wanted = sum(
         math.prod(spec.shape) * (1 if spec.dtype == "int8" else 4)
         + 2 * (math.prod(spec.scale_shape) if spec.scale_shape else 0)
@@ -116,8 +116,9 @@ def test_mesh_defaults_to_all_devices():
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(MeshInvalid, match="needs 16 devices, and there are 8"):
+    with pytest.raises(MeshInvalid, match="needs 16 devices, and there are 8") as caught:
         make_mesh(golden.CONFIG, MeshShape(2, 8))
+    assert "--mesh expert=2,model=4" in caught.value.hint
 
 
 def test_shape_that_does_not_divide_is_an_error_before_any_load():

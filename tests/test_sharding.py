@@ -55,6 +55,15 @@ def test_count_that_cannot_work_names_a_dimension_and_one_that_can(devices, work
     assert f"works is {works}:" in caught.value.hint
 
 
+def test_mesh_that_does_not_fit_is_told_which_of_as_many_devices_do():
+    with pytest.raises(MeshInvalid) as caught:
+        check_mesh(OFFICIAL, MeshShape(1, 16))
+    assert caught.value.hint == (
+        "with 16 devices this works: --mesh expert=2,model=8 or --mesh expert=4,model=4"
+        " or --mesh expert=8,model=2"
+    )
+
+
 def test_no_device_is_no_mesh():
     with pytest.raises(MeshInvalid, match="at least one"):
         choose_mesh(OFFICIAL, 0)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from grokfetch.caches import cache_folder
+from grokfetch.commands.fitting import check_fit
 from grokfetch.commands.reporting import lines, notice, reporter
-from grokfetch.errors import OutOfReach
+from grokfetch.errors import MeshInvalid, OutOfReach
 from grokfetch.events import Loaded
 from grokfetch.progress import bytes_text, parse_bytes, seconds_text
 from grokfetch.storage import replacing
@@ -128,14 +129,23 @@ def mesh_shape(text: str) -> MeshShape:
 
     Raises:
         click.BadParameter: it names none.
+        MeshInvalid: it has replicas.
     """
     from loader.sharding import MeshShape
 
-    found = re.fullmatch(r"(?:expert=(\d+))?(?:,?model=(\d+))?", text)
-    if not text or found is None:
+    counts = {"data": 1, "expert": 1, "model": 1}
+    found = [re.fullmatch(r"(data|expert|model)=(\d+)", part) for part in text.split(",")]
+    given = [(part[1], int(part[2])) for part in found if part is not None]
+    if len(dict(given)) != len(found):
         raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
-    expert, model = (int(digits or 1) for digits in found.groups())
-    return MeshShape(expert, model)
+    counts |= given
+    if counts["data"] != 1:
+        raise MeshInvalid(
+            f"data={counts['data']} asks for so many copies of the weights, and the rows of a batch"
+            " are not dealt out to copies: data must be 1",
+            hint="give all devices to expert and model",
+        )
+    return MeshShape(counts["expert"], counts["model"])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,12 +162,18 @@ class Arrangement:
         return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
 
 
-def arrange(config: GrokConfig, loading: Loading) -> Arrangement:
-    """Find the devices for a model.
+def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangement:
+    """Find the devices for a model, and whether they can hold it.
+
+    Args:
+        config: the hyperparameters.
+        loading: how it is to be held.
+        tokens: the longest context that will be generated, for which there must be memory.
 
     Raises:
         MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: mapped weights are to be used by devices that are no CPUs.
+        OutOfReach: weights, cache and work take more memory than the devices have, or mapped
+            weights are to be used by devices that are no CPUs.
     """
     from loader import machine
     from loader.placement import make_mesh
@@ -177,26 +193,26 @@ def arrange(config: GrokConfig, loading: Loading) -> Arrangement:
             f"mapped weights are for CPUs, and the devices are {found.platform}",
             hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
         )
+    check_fit(config, mesh, tokens, loading.dtype, mapped=placement == "mapped")
     return found
 
 
-def load(checkpoint: Checkpoint, loading: Loading) -> Engine:
+def load(checkpoint: Checkpoint, loading: Loading, tokens: int = 1) -> Engine:
     """The weights where the devices have them, ready to generate; says how long it took.
 
+    Args:
+        checkpoint: the tensors in their files.
+        loading: how they are to be held.
+        tokens: as of `arrange`.
+
     Raises:
-        MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: weights that are to be copied take more memory than is free, or mapped weights
-            are to be used by devices that are no CPUs.
+        MeshInvalid, OutOfReach: as `arrange`.
     """
-    return load_onto(arrange(checkpoint.config, loading), checkpoint)
+    return load_onto(arrange(checkpoint.config, loading, tokens), checkpoint)
 
 
 def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
-    """The same onto devices that are found already.
-
-    Raises:
-        OutOfReach: weights that are to be copied take more memory than is free.
-    """
+    """The same onto devices that are found already."""
     from loader.generate import Engine
 
     params, paging = place(there, checkpoint)
@@ -204,11 +220,7 @@ def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
 
 
 def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed | None]:
-    """The weights where the devices have them, and who brings their pages; says how long it took.
-
-    Raises:
-        OutOfReach: weights that are to be copied take more memory than is free.
-    """
+    """The weights where the devices have them, and who brings their pages; says the time."""
     from loader import placement as placing
 
     start = time.perf_counter()
@@ -239,8 +251,6 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
     from loader import placement
 
     total = checkpoint.nbytes
-    if {device.platform for device in mesh.devices.flat} == {"cpu"}:
-        _check_memory(total * len(mesh.local_devices) // mesh.size)
     done = 0
     with reporter("load") as sink:
 
@@ -250,22 +260,6 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
             sink.take(Progress(done, total, "loading"))
 
         return placement.load(checkpoint, mesh, on_bytes=count)
-
-
-def _check_memory(total: int) -> None:
-    """Refuse what the kernel would end without a word once the memory is full.
-
-    Raises:
-        OutOfReach: less than `total` bytes of memory are free.
-    """
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if total > free:
-        raise OutOfReach(
-            f"the weights take {bytes_text(total)} of memory, {bytes_text(free)} are free",
-            hint="leave them in their files: --placement mapped",
-        )
 
 
 def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:

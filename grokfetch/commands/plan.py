@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from grokfetch.devices import Device
     from grokfetch.manifest import Manifest
     from grokfetch.preflight import Check, Need, Place
-    from loader.schema import GrokConfig
 
 SCHEMA = 1
 DEVICE_COUNTS = (1, 2, 4, 8, 16)
@@ -31,20 +29,20 @@ WORK = 2**30
 LIMITLESS = 2**62
 """From here on a limit is none."""
 
-ITEM_SIZES = {"int8": 1, "bfloat16": 2, "float32": 4}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
     """What each of a number of devices holds in bytes, and whether that works here, or why not.
 
-    `cache` is the KV cache of one whole context in bfloat16. `mesh` is empty if no mesh divides.
+    `cache` is the KV cache of one whole context in bfloat16, `work` what one step adds. `mesh` is
+    empty if no mesh divides.
     """
 
     devices: int
     mesh: str
     weights: int
     cache: int
+    work: int
     fits: bool | None
     why: str
 
@@ -148,6 +146,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
     Raises:
         ManifestInvalid: the manifest's model is none.
     """
+    from loader.fit import Use, need
     from loader.schema import GrokConfig
     from loader.sharding import choose_mesh
 
@@ -158,32 +157,12 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
         try:
             mesh = choose_mesh(config, count)
         except MeshInvalid as error:
-            yield Share(count, "", 0, 0, fits=False, why=error.what)
+            yield Share(count, "", 0, 0, 0, fits=False, why=error.what)
             continue
-        weights, cache = _bytes_each(config, mesh.expert, mesh.model)
-        fits, why = verdict(count, weights + cache, machine)
+        each = need(Use(config, mesh, config.sequence_len))
+        fits, why = verdict(count, each.total, machine)
         name = f"expert={mesh.expert},model={mesh.model}"
-        yield Share(count, name, weights, cache, fits, why)
-
-
-def _bytes_each(config: GrokConfig, expert: int, model: int) -> tuple[int, int]:
-    """Weights and cache of one device; all hold equally much."""
-    from loader.schema import parameters
-    from loader.sharding import MeshShape, Position, scale_block, weight_block
-
-    shape, first = MeshShape(expert, model), Position(0, 0)
-    weights = 0
-    for spec in parameters(config):
-        weights += _volume(weight_block(spec, shape, first)) * ITEM_SIZES[spec.dtype]
-        if spec.scale_groups is not None:
-            weights += _volume(scale_block(spec, shape, first)) * ITEM_SIZES["bfloat16"]
-    heads = config.num_kv_heads // model if config.num_kv_heads % model == 0 else 1
-    places = config.sequence_len * heads * config.key_size
-    return weights, 2 * config.num_layers * places * ITEM_SIZES["bfloat16"]
-
-
-def _volume(block: tuple[slice, ...]) -> int:
-    return math.prod(part.stop - part.start for part in block)
+        yield Share(count, name, each.weights, each.cache, each.work, fits, why)
 
 
 def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:

@@ -90,7 +90,7 @@ def run(
         config, sampling = model_of(store), Sampling(temperature, top_p, top_k, seed)
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(config, [ids])
-        there = arrange(config, loading)
+        there = arrange(config, loading, len(ids) + max_tokens)
         share = local_share(there.mesh)
         if isinstance(store, Arriving):
             engine = load_as_it_comes(there, store, share, ids, sampling)
