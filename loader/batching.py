@@ -1,4 +1,4 @@
-"""Many texts at once: each joins the shared decoding step once its prompt is read, and leaves alone.
+"""Many texts at once: each joins the shared decoding step once its prompt is read.
 
 `Batch.step` does one bounded piece of work: at most one chunk of one prompt, then one token for
 every text that is being continued. So a long prompt does not hold the others up, and whoever calls
@@ -92,13 +92,16 @@ class Batch:
         engine: the model.
         slots: texts at work at once, rounded up to a power of two; others wait for their turn.
         chunk: most tokens of a prompt that are read in one step, a power of two.
+
+    Attributes:
+        slots: texts at work at once.
     """
 
     def __init__(self, engine: Engine, slots: int = 16, chunk: int = CHUNK) -> None:
         self._engine = engine
-        self._most = 1 << (slots - 1).bit_length()
+        self.slots = 1 << (slots - 1).bit_length()
         self._chunk = chunk
-        self._slots = Slots(engine, self._most)
+        self._rows = Slots(engine, self.slots)
         self._waiting: dict[int, Job] = {}
         self._reading: dict[int, Generator[None, None, list[Emission]]] = {}
         self._writing: dict[int, _Text] = {}
@@ -148,11 +151,11 @@ class Batch:
         self._waiting.clear()
         self._reading.clear()
         self._writing.clear()
-        self._slots.reset()
+        self._rows.reset()
 
     def step(self) -> list[Emission]:
         """One piece of work for the prompts, then one token for every text that has a slot."""
-        while self._waiting and self.working < self._most:
+        while self._waiting and self.working < self.slots:
             number = next(iter(self._waiting))
             self._reading[number] = self._read(_Text(number, self._waiting.pop(number)))
         emissions = self._read_on()
@@ -194,7 +197,7 @@ class Batch:
         assert last is not None
         (first,) = self._choose(self._engine.logits(last)[:, 0], [text])
         if first.finished is None:
-            text.slot = self._slots.join(state)
+            text.slot = self._rows.join(state)
             self._writing[text.number] = text
         return [*told, first]
 
@@ -214,14 +217,14 @@ class Batch:
     def _write_on(self) -> list[Emission]:
         """One token for every text that has a slot."""
         if not self._reading:
-            moved = self._slots.shrink()
+            moved = self._rows.shrink()
             for text in self._writing.values():
                 text.slot = moved[text.slot]
-        texts: list[_Text | None] = [None] * len(self._slots.lengths)
+        texts: list[_Text | None] = [None] * len(self._rows.lengths)
         for text in self._writing.values():
             texts[text.slot] = text
         latest = np.array([0 if text is None else text.latest for text in texts], np.int32)
-        emissions = self._choose(self._slots.step(latest), texts)
+        emissions = self._choose(self._rows.step(latest), texts)
         for emission in emissions:
             if emission.finished is not None:
                 self._leave(emission.number)
@@ -258,7 +261,7 @@ class Batch:
         return "length" if text.made >= text.job.max_tokens else None
 
     def _leave(self, number: int) -> None:
-        self._slots.leave(self._writing.pop(number).slot)
+        self._rows.leave(self._writing.pop(number).slot)
 
 
 _NOTHING = Sampling()

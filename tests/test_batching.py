@@ -104,7 +104,7 @@ def test_slots_grow_with_the_texts_and_are_given_up_when_few_are_left(batch):
     counts, made = [], []
     while batch.busy:
         made += [emission for emission in batch.step() if emission.number == 0]
-        counts.append(len(batch._slots.lengths))
+        counts.append(len(batch._rows.lengths))
     assert tokens(made)[:32] == wanted("p1")
     assert [count for count, _ in itertools.groupby(counts)] == [1, 2, 4, 1, 0]
 
