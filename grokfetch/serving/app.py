@@ -129,6 +129,7 @@ class _Desk:
         wanted = read_completion(await _body(request), self._served)
         if wanted.stop and isinstance(self._words, Numbers):
             raise Refused("stop needs a tokenizer, and this server has none", param="stop")
+        self._check_count(wanted)
         encoded = await asyncio.to_thread(self._encoded, wanted)
         texts = self._worker.open(wanted.generations(encoded, self._served))
         prompt_tokens = sum(map(len, encoded))
@@ -139,6 +140,14 @@ class _Desk:
             return _Stream(following, wanted)
         with contextlib.closing(following):
             return _json(await _unless_gone(request, following.whole()))
+
+    def _check_count(self, wanted: Completion) -> None:
+        """Refuse what would find no room however long its client waited."""
+        if len(wanted.prompts) * wanted.n > self._worker.capacity:
+            raise Refused(
+                f"this server takes at most {self._worker.capacity} texts at once",
+                param="n" if wanted.n > 1 else "prompt",
+            )
 
     def _encoded(self, wanted: Completion) -> list[tuple[int, ...]]:
         return [

@@ -23,7 +23,7 @@ class Metrics:
     """Counters and histograms of one server, and the state of its worker when it is asked for."""
 
     def __init__(self, worker: Worker, slots: int) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "grokfetch_requests", "HTTP requests", ("path", "status"), registry=registry

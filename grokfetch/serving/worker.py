@@ -50,6 +50,7 @@ class Worker:
         queue_length: texts that may wait beside them.
 
     Attributes:
+        capacity: texts that can be at work and wait together.
         working: texts that have a slot, as of the latest step.
         failures: steps that failed.
     """
@@ -57,7 +58,7 @@ class Worker:
     def __init__(self, model: Model, slots: int, queue_length: int) -> None:
         self._model = model
         self._slots = slots
-        self._queue_length = queue_length
+        self.capacity = slots + queue_length
         self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._texts: dict[int, Texts] = {}
         self._numbers = itertools.count()
@@ -87,7 +88,7 @@ class Worker:
         Raises:
             Busy: there is no room in the queue.
         """
-        if len(self._texts) + len(generations) > self._slots + self._queue_length:
+        if len(self._texts) + len(generations) > self.capacity:
             raise Busy(self._patience(len(generations)))
         numbers = [next(self._numbers) for _ in generations]
         texts = Texts(self, numbers)
@@ -107,7 +108,7 @@ class Worker:
 
     def _patience(self, wanted: int) -> int:
         """Seconds until some texts may find room, by how long recent requests took."""
-        rounds = (len(self._texts) + wanted - self._queue_length) / self._slots
+        rounds = (len(self._texts) + wanted - self.capacity) / self._slots
         return max(1, min(LONGEST_WAIT_S, round(rounds * self._seconds)))
 
     def _tell(self, emissions: Sequence[Emission], working: int) -> None:
