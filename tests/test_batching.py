@@ -109,6 +109,20 @@ def test_slots_grow_with_the_texts_and_are_given_up_when_few_are_left(batch):
     assert [count for count, _ in itertools.groupby(counts)] == [1, 2, 4, 1, 0]
 
 
+def test_a_free_slot_is_no_token_to_the_model(batch, engine, monkeypatch):
+    seen = []
+
+    def layers(cache, x, window, run=engine._steps.layers):
+        seen.append(np.asarray(window.real)[:, 0].tolist())
+        return run(cache, x, window)
+
+    monkeypatch.setattr(engine._steps, "layers", layers)
+    finish(batch, [Job([5, 6], 3), Job([7, 8], 4)])
+    # The first prompt and a token, the second prompt and a token of both, then the second alone.
+    alone = [False, True]
+    assert seen == [[True], [True], [True], [True, True], alone, alone]
+
+
 def test_logprobs_are_those_of_the_models_logits(batch, engine):
     prompt = golden.prompt("p2")
     (told,) = finish(batch, [Job(prompt, 3, logprobs=2, echo=True)]).values()
