@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loader.tokenizer import Tokenizer
 
 KEY_VARIABLE = "GROKFETCH_API_KEY"
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 @click.command()
@@ -90,6 +91,8 @@ def serve(
     store = Store(folder, state)
     key = _key(api_key_file)
     words = _words(store, tokenizer)
+    if key is None and host not in LOOPBACK:
+        click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
     with store.lock(exclusive=False), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
         batch = Batch(load(checkpoint, loading), slots)
