@@ -27,6 +27,7 @@ COMMANDS = (
     "publish",
     "seed",
     "run",
+    "serve",
     "demo",
 )
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""From a prompt to tokens: prefill, decode, sampling, and where to stop.
+"""From a prompt to tokens: prefill, decode, and where to stop.
 
 Prompts are read in chunks. Steps are padded to powers of two, and so is the cache, which keeps the
 number of compiled programs logarithmic in the context.
@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from grokfetch.errors import PromptInvalid
 from loader.model import KeyValues, Window
 from loader.paging import Paging
 from loader.placement import Params
+from loader.sampling import Choice, Sampling, draw
 from loader.schema import GrokConfig
 from loader.steps import steps_for
 
-__all__ = ["Choice", "Engine", "Sampling", "State", "check_prompts", "draw"]
+__all__ = ["Engine", "Part", "Sampling", "State", "check_prompts"]
 
 SMALLEST_STEP = 16
 """Tokens that a prompt is padded to at least."""
@@ -33,24 +34,6 @@ SMALLEST_CACHE = 256
 
 CHUNK = 2048
 """Most tokens of a prompt that are read in one step; bounds the memory of activations."""
-
-COLDEST = 1e-30
-"""Lowest temperature that float32 can still divide by safely."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    temperature: 0 takes the most probable token; higher is more random. top_k: only the k most
-    probable tokens count, None for all. top_p: of those, the most probable ones that together
-    reach this share. seed: the same seed gives the same tokens; its low 32 bits count.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +78,6 @@ class Engine:
         # On every device at once: a step must not fetch them from the first for each layer.
         copies = self._steps.everywhere
         self._window = jax.jit(_window, static_argnames="fresh", out_shardings=copies)
-        self._greedy = jax.jit(_best, out_shardings=copies)
         self._draw = jax.jit(draw, out_shardings=copies)
         self._pick = jax.jit(_pick, out_shardings=copies)
 
@@ -120,11 +102,11 @@ class Engine:
         """
         check_prompts(self.config, prompts)
         last: Array | None = None
-        for part in self._read(prompts):
-            last = self._pick(part.x, part.ends, part.x[:, :1] if last is None else last)
+        for part in self.read(prompts):
+            last = self.last(part, last)
             state = part.state
         assert last is not None
-        return self._steps.logits(last)[:, 0], state
+        return self.logits(last)[:, 0], state
 
     def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
@@ -136,10 +118,12 @@ class Engine:
             PromptInvalid: as `prefill`.
         """
         check_prompts(self.config, prompts)
-        parts = [self._steps.logits(part.x) for part in self._read(prompts)]
+        parts = [self.logits(part.x) for part in self.read(prompts)]
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
-    def decode(self, state: State, tokens: Array) -> tuple[Array, State]:
+    def decode(
+        self, state: State, tokens: Any, live: np.ndarray[Any, Any] | None = None
+    ) -> tuple[Array, State]:
         """Append one token to every row.
 
         A generated token is attended to whatever its id. The reference masks the whole step when it
@@ -148,6 +132,8 @@ class Engine:
         Args:
             state: used up by the call; its buffers become the new state's.
             tokens: int32 `[B]`.
+            live: bool `[B]`; the other rows stay as they are, cost no expert, and have logits that
+                mean nothing. None for all.
 
         Returns:
             float32 logits `[B, V]`, and the new state.
@@ -159,9 +145,10 @@ class Engine:
             raise PromptInvalid(f"the context of {self.config.sequence_len} tokens is full")
         if state.longest >= state.visible.shape[1]:
             state = self._grown(state)
-        ones = np.ones(len(tokens), np.int32)
-        x, state = self._advance(state, tokens[:, None], ones, ones[:, None] > 0, 1)
-        return self._steps.logits(x)[:, 0], state
+        counts = np.ones(len(tokens), np.int32) if live is None else live.astype(np.int32)
+        shown = np.ones((len(tokens), 1), bool)
+        x, state = self._advance(state, tokens[:, None], counts, shown, 1)
+        return self.logits(x)[:, 0], state
 
     def generate(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
@@ -190,16 +177,11 @@ class Engine:
             sampling: how to choose.
             step: how many tokens were chosen before; with the seed it fixes the random numbers.
         """
-        if sampling.temperature == 0:
-            best: Array = self._greedy(logits)
-            return best
-        choice = Choice(
-            jnp.uint32(sampling.seed & 0xFFFFFFFF),
-            jnp.int32(step),
-            jnp.float32(sampling.temperature),
-            jnp.int32(self.config.vocab_size if sampling.top_k is None else sampling.top_k),
-            jnp.float32(sampling.top_p),
-        )
+        rows = logits.shape[0]
+        return self.draw(logits, Choice.of([sampling] * rows, [step] * rows))
+
+    def draw(self, logits: Array, choice: Choice) -> Array:
+        """The next token of each row by settings of its own, int32 `[B]`, on every device."""
         drawn: Array = self._draw(logits, choice)
         return drawn
 
@@ -216,23 +198,57 @@ class Engine:
             if step + 1 < limit:
                 logits, state = self.decode(state, token)
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> Iterator[_Part]:
-        """Chunks of the prompts, one step each."""
+    def read(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Iterator[Part]:
+        """Chunks of the prompts, one step each; the state of one is used up by the next.
+
+        Args:
+            prompts: as `check_prompts` wants them.
+            chunk: most tokens of a prompt in a step, a power of two; None for `CHUNK`.
+        """
+        chunk = CHUNK if chunk is None else chunk
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(counts.max())
-        state = self._empty(len(prompts), self._rounded(longest, SMALLEST_CACHE))
-        for start in range(0, longest, CHUNK):
-            width = self._rounded(min(longest - start, CHUNK), SMALLEST_STEP)
+        state = self._empty(len(prompts), self.places(longest))
+        for start in range(0, longest, chunk):
+            width = self._rounded(min(longest - start, chunk), SMALLEST_STEP)
             tokens = np.full((len(prompts), width), self.config.pad_token, np.int32)
             for row, prompt in enumerate(prompts):
-                part = prompt[start : start + CHUNK]
+                part = prompt[start : start + chunk]
                 tokens[row, : len(part)] = part
             # Pad ids in a prompt are no keys; filling tokens are none either, by their count.
             shown = tokens != self.config.pad_token
-            left = np.clip(counts - start, 0, CHUNK).astype(np.int32)
+            left = np.clip(counts - start, 0, chunk).astype(np.int32)
             x, state = self._advance(state, tokens, left, shown, int(left.max()))
-            ends = np.where(counts - start <= CHUNK, counts - start - 1, -1).astype(np.int32)
-            yield _Part(x, ends, state)
+            ends = np.where(counts - start <= chunk, counts - start - 1, -1).astype(np.int32)
+            yield Part(x, ends, state)
+
+    def last(self, part: Part, before: Array | None) -> Array:
+        """The residual stream at each row's last token so far, `[B, 1, D]`.
+
+        Args:
+            part: the latest chunk read.
+            before: what this returned for the chunk before it, None for the first.
+        """
+        picked: Array = self._pick(part.x, part.ends, part.x[:, :1] if before is None else before)
+        return picked
+
+    def logits(self, x: Array) -> Array:
+        """The residual stream `[B, T, D]` to float32 logits `[B, T, V]`."""
+        return self._steps.logits(x)
+
+    def places(self, tokens: int) -> int:
+        """Places of a cache in which so many tokens of a row have room."""
+        return self._rounded(tokens, SMALLEST_CACHE)
+
+    @property
+    def heads(self) -> NamedSharding:
+        """How the devices share a cache `[B, S, K, d]`."""
+        return self._steps.heads
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """How an array lies that all devices hold."""
+        return self._steps.everywhere
 
     def _advance(
         self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
@@ -259,7 +275,7 @@ class Engine:
 
     def _grown(self, state: State) -> State:
         """The state with room for more: twice the places, at most the model's context."""
-        more = self._rounded(state.longest + 1, SMALLEST_CACHE) - state.visible.shape[1]
+        more = self.places(state.longest + 1) - state.visible.shape[1]
 
         def pad(array: Array) -> Array:
             padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
@@ -277,7 +293,7 @@ class Engine:
         return min(max(power, smallest), self.config.sequence_len)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A chunk read: its residual stream `[B, T, D]`, where in it each row ends, and the state.
 
     ends: int32 `[B]`, negative where the row has ended before, or beyond.
@@ -305,42 +321,6 @@ def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
     for token in (token for prompt in prompts for token in prompt):
         if not 0 <= token < config.vocab_size:
             raise PromptInvalid(f"token {token} is outside the vocabulary of {config.vocab_size}")
-
-
-class Choice(NamedTuple):
-    """`Sampling` as scalars on the device, so that one compiled function serves all its values."""
-
-    seed: Array
-    step: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-
-
-def draw(logits: Array, choice: Choice) -> Array:
-    """Sample from logits `[B, V]`: temperature, then the top k, then the nucleus of share top_p.
-
-    The most probable token is always among the candidates. Nucleus sampling: Holtzman et al. 2020.
-
-    Returns:
-        int32 `[B]`.
-    """
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    # Relative to the best, and never divided by zero: a tiny temperature must not give a NaN.
-    scaled = (ranked - ranked[:, :1]) / jnp.maximum(choice.temperature, COLDEST)
-    ranks = jnp.arange(logits.shape[-1])
-    scaled = jnp.where(ranks < jnp.maximum(choice.top_k, 1), scaled, -jnp.inf)
-    shares = jax.nn.softmax(scaled, axis=-1)
-    better = jnp.cumsum(shares, axis=-1) - shares
-    scaled = jnp.where((better < choice.top_p) | (ranks == 0), scaled, -jnp.inf)
-    key = jax.random.fold_in(jax.random.key(choice.seed), choice.step)
-    pick = jax.random.categorical(key, scaled, axis=-1)
-    return jnp.take_along_axis(order, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def _best(logits: Array) -> Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _window(

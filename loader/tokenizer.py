@@ -57,6 +57,13 @@ class Tokenizer:
         """Token ids of a text, without begin- or end-of-sequence ids."""
         return [int(token) for token in self._processor.encode(text)]
 
+    def piece(self, token: int) -> str:
+        """What a token is called: its text with spaces, `<0xE2>` for a byte, `</s>` for an end."""
+        if token >= self.size:
+            return f"<{token}>"
+        name: str = self._processor.id_to_piece(token)
+        return name.replace(SPACE, " ")
+
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""
         return TextStream(self._processor)

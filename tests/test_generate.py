@@ -13,7 +13,8 @@ import pytest
 
 from grokfetch.errors import PromptInvalid
 from loader import generate
-from loader.generate import Choice, Engine, Sampling, draw
+from loader.generate import Engine
+from loader.sampling import Choice, Sampling, draw
 from loader.sharding import MeshShape
 
 
@@ -119,11 +120,14 @@ def test_seed_means_the_same_on_every_mesh():
     assert one != wanted("p1")[:8]
 
 
-def shares(logits, **choice):
-    """How often each token is drawn from one row of logits."""
-    values = {"seed": 0, "step": 0, "temperature": 1.0, "top_k": len(logits), "top_p": 1.0} | choice
+DRAWN = jax.jit(draw)
+
+
+def shares(logits, step=0, **sampling):
+    """How often each token is drawn from one row of logits, by 20,000 seeds."""
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (20_000, 1))
-    drawn = jax.jit(draw)(rows, Choice(**values))
+    settings = [Sampling(**{"temperature": 1.0, "seed": seed} | sampling) for seed in range(20_000)]
+    drawn = DRAWN(rows, Choice.of(settings, [step] * 20_000))
     return np.bincount(drawn, minlength=len(logits)) / len(rows)
 
 
@@ -158,6 +162,19 @@ def test_nucleus_is_the_smallest_set_that_reaches_the_share():
 def test_nucleus_is_taken_from_what_top_k_leaves():
     # Of 4/7 and 3/7 the first alone reaches half; of all four it would take two.
     assert shares(LOGITS, top_k=2, top_p=0.5).tolist() == [0, 1, 0, 0]
+
+
+def test_a_row_draws_the_same_alone_and_beside_others_that_are_restricted_otherwise():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    rows = [Sampling(), Sampling(1.0, seed=5), Sampling(1.0, 0.8, 7, seed=5)]
+    alone = [
+        DRAWN(logits[row : row + 1], Choice.of([rows[row]], [step])).item()
+        for step in range(20)
+        for row in range(3)
+    ]
+    together = [DRAWN(logits, Choice.of(rows, [step] * 3)).tolist() for step in range(20)]
+    assert [token for row in together for token in row] == alone
+    assert {row[0] for row in together} == {int(logits[0].argmax())}
 
 
 def test_steps_of_one_seed_differ():

@@ -1,0 +1,170 @@
+"""`grokfetch serve`: proven files become a model that other programs call over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch.commands.loading import Loading, load, loading_options
+from grokfetch.commands.state_option import state_option
+from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
+from grokfetch.errors import StorageFailed, TokenizerMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from grokfetch.serving.model import Generation
+    from grokfetch.store import Store
+    from loader.batching import Batch, Emission
+    from loader.tokenizer import Tokenizer
+
+KEY_VARIABLE = "GROKFETCH_API_KEY"
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 for any that is free.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="Texts that are generated at once; a power of two.",
+)
+@click.option(
+    "--queue",
+    "queue_length",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Texts that may wait for a slot; beyond them clients are told to come back.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help=f"File with the key that clients must send; or set {KEY_VARIABLE}.",
+)
+@tokenizer_option
+@loading_options
+@click.option(
+    "--unproven", is_flag=True, help="Serve files of the right form that no hash vouches for."
+)
+@state_option
+def serve(
+    folder: Path,
+    tokenizer: Path | None,
+    *,
+    host: str,
+    port: int,
+    slots: int,
+    queue_length: int,
+    api_key_file: Path | None,
+    loading: Loading,
+    unproven: bool,
+    state: Path | None,
+) -> None:
+    """Serve the model in DIR over HTTP, as OpenAI's completions API.
+
+    Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
+    have been answered.
+    """
+    from grokfetch.serving.app import application
+    from grokfetch.serving.model import Served
+    from grokfetch.serving.server import bound, listen
+    from grokfetch.serving.worker import Worker
+    from grokfetch.store import Store
+    from loader.batching import Batch
+    from loader.checkpoint import open_checkpoint
+    from loader.sampling import MOST_RANKED
+
+    store = Store(folder, state)
+    key = _key(api_key_file)
+    words = _words(store, tokenizer)
+    if key is None and host not in LOOPBACK:
+        click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
+    with store.lock(exclusive=False), bound(host, port) as at:
+        checkpoint = open_checkpoint(store, proven=not unproven)
+        batch = Batch(load(checkpoint, loading), slots)
+        config = checkpoint.config
+        served = Served(
+            store.manifest().name,
+            config.sequence_len,
+            config.vocab_size,
+            config.eos_token,
+            batch.slots,
+            MOST_RANKED,
+        )
+        worker = Worker(_Jobs(batch), batch.slots, queue_length)
+        app = application(worker, served, words, key)
+        listen(app, at, lambda text: click.echo(text, err=True), served.name)
+
+
+class _Jobs:
+    """A batch that takes what the server asks for; see `grokfetch.serving.model.Model`."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self.drop = batch.drop
+        self.reset = batch.reset
+
+    @property
+    def busy(self) -> bool:
+        return self._batch.busy
+
+    @property
+    def working(self) -> int:
+        return self._batch.working
+
+    def add(self, number: int, generation: Generation) -> None:
+        from loader.batching import Job
+        from loader.sampling import Sampling
+
+        sampling = Sampling(
+            generation.temperature, generation.top_p, generation.top_k, generation.seed
+        )
+        job = Job(
+            generation.prompt,
+            generation.max_tokens,
+            sampling,
+            generation.logprobs,
+            generation.echo,
+        )
+        self._batch.add(number, job)
+
+    def step(self) -> Sequence[Emission]:
+        return self._batch.step()
+
+
+def _words(store: Store, chosen: Path | None) -> Tokenizer | None:
+    """The tokenizer, or a warning that there is none."""
+    try:
+        return find_tokenizer(store, chosen)
+    except TokenizerMissing as error:
+        if chosen is not None:
+            raise
+        click.echo(f"warning: {error}\n  until then prompts must be token ids", err=True)
+        return None
+
+
+def _key(file: Path | None) -> str | None:
+    """The key that clients must send, None for no key."""
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageFailed("the API key cannot be read", path=file) from error
+    if not key:
+        raise StorageFailed("there is no API key in it", path=file)
+    return key

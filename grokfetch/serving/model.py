@@ -1,0 +1,123 @@
+"""What the server asks of a model and of a tokenizer; `grokfetch.commands.serve` provides both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+__all__ = ["Emission", "Generation", "Model", "Scored", "Served", "TextStream", "Words"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Served:
+    """The model as clients see it.
+
+    name: its id. context: tokens of prompt and text together, at most. vocabulary: token ids. eos:
+    the id that ends a text. slots: texts at work at once. logprobs: most probable tokens, at most,
+    that are told beside each token.
+    """
+
+    name: str
+    context: int
+    vocabulary: int
+    eos: int
+    slots: int
+    logprobs: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """One prompt to continue; `loader.batching.Job` says what the fields mean."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class Scored(Protocol):
+    """A token, its log-probability, and the most probable ones, as `loader.batching.Scored`."""
+
+    @property
+    def token(self) -> int:
+        """Its id."""
+
+    @property
+    def logprob(self) -> float | None:
+        """Natural logarithm; None where it was not asked for."""
+
+    @property
+    def best(self) -> Sequence[tuple[int, float]]:
+        """The most probable tokens with theirs, best first."""
+
+
+class Emission(Protocol):
+    """What became known of one text, as `loader.batching.Emission`."""
+
+    @property
+    def number(self) -> int:
+        """Which text."""
+
+    @property
+    def prompt(self) -> Sequence[Scored]:
+        """All tokens of the prompt, once, where they are to be echoed."""
+
+    @property
+    def token(self) -> Scored | None:
+        """The next token; the one that ends the sequence included."""
+
+    @property
+    def finished(self) -> Literal["stop", "length"] | None:
+        """Why this is the last of it."""
+
+
+class Model(Protocol):
+    """Continues many texts at once; used by one thread."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+
+    @property
+    def working(self) -> int:
+        """Texts that have a slot."""
+
+    def add(self, number: int, generation: Generation) -> None:
+        """Take in a text."""
+
+    def drop(self, number: int) -> None:
+        """Forget a text, whatever its state."""
+
+    def reset(self) -> None:
+        """Forget all texts, after a step that failed."""
+
+    def step(self) -> Sequence[Emission]:
+        """Do one bounded piece of work."""
+
+
+class TextStream(Protocol):
+    """Turns token ids into text as they come."""
+
+    def push(self, token: int) -> str:
+        """The text that a token completes."""
+
+    def finish(self) -> str:
+        """What is left at the end."""
+
+
+class Words(Protocol):
+    """A tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def piece(self, token: int) -> str:
+        """What a token is called."""
+
+    def stream(self) -> TextStream:
+        """A decoder of the tokens that continue a text."""

@@ -1,0 +1,109 @@
+"""The response to one request, whole or in chunks, as OpenAI's completions API words it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from grokfetch.serving.model import Emission, Served, Words
+from grokfetch.serving.requests import Completion
+from grokfetch.serving.text import Answer, Piece
+
+__all__ = ["Reply", "error_body", "event"]
+
+
+class Reply:
+    """What becomes of a request.
+
+    Args:
+        wanted: the request.
+        prompt_tokens: of all its prompts.
+        served: the model.
+        words: its tokenizer.
+    """
+
+    def __init__(
+        self, wanted: Completion, prompt_tokens: int, served: Served, words: Words
+    ) -> None:
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+        self._prompt_tokens = prompt_tokens
+        self._answers = [
+            Answer(
+                words,
+                wanted.stop,
+                logprobs=wanted.logprobs is not None,
+                prompt=prompt if isinstance(prompt, str) else None,
+            )
+            for prompt in wanted.prompts
+            for _ in range(wanted.n)
+        ]
+        self._choices = [
+            {"text": "", "index": index, "logprobs": None, "finish_reason": None}
+            for index in range(len(self._answers))
+        ]
+
+    @property
+    def generated(self) -> int:
+        """Tokens so far, of all texts."""
+        return sum(answer.generated for answer in self._answers)
+
+    def take(self, index: int, emission: Emission) -> Piece:
+        """What an emission adds to a choice; nothing more comes after a `finish_reason`."""
+        return self._answers[index].take(emission)
+
+    def add(self, index: int, piece: Piece) -> None:
+        """Put a piece to its choice, for `whole`."""
+        choice: dict[str, Any] = self._choices[index]
+        choice["text"] += piece.text
+        choice["finish_reason"] = piece.finish_reason
+        if choice["logprobs"] is None:
+            choice["logprobs"] = piece.logprobs
+        elif piece.logprobs is not None:
+            for name, column in piece.logprobs.items():
+                choice["logprobs"][name] += column
+
+    def whole(self) -> dict[str, Any]:
+        """The response in one piece."""
+        return {**self._head, "choices": self._choices, "usage": self._usage()}
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A part of the response."""
+        choice = {
+            "text": piece.text,
+            "index": index,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+        return {**self._head, "choices": [choice]}
+
+    def last_chunk(self) -> dict[str, Any]:
+        """The usage, after all parts."""
+        return {**self._head, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self.generated,
+            "total_tokens": self._prompt_tokens + self.generated,
+        }
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI words it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def event(data: Mapping[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()

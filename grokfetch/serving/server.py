@@ -1,0 +1,94 @@
+"""Listens, and ends when it is told to: requests at work are answered first."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from grokfetch.errors import OutOfReach
+
+__all__ = ["bound", "listen"]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address; nobody can connect before `listen`.
+
+    Args:
+        host: a name or an address, of IPv4 or IPv6.
+        port: 0 for any that is free.
+
+    Raises:
+        OutOfReach: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
+    except OSError as error:
+        raise OutOfReach(
+            f"cannot listen on {host} port {port}: {error.strerror}",
+            hint="choose another one: --host, --port",
+        ) from error
+    return made
+
+
+def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name: str) -> None:
+    """Serve until SIGTERM or Ctrl-C, and until what is at work then is answered.
+
+    Args:
+        app: the application.
+        at: from `bound`; closed in the end.
+        say: is told where it listens, and when it stops.
+        name: of what is served.
+    """
+    config = uvicorn.Config(
+        app, lifespan="on", log_level="warning", access_log=False, server_header=False
+    )
+    with at, _signals_end_nothing():
+        _Server(config, say, name).run([at])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, say: Callable[[str], object], name: str) -> None:
+        super().__init__(config)
+        self._say = say
+        self._name = name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        self._say(f"serving {self._name} on http://{shown}:{port}/v1; Ctrl-C ends it")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._say(
+                "no new requests; those at work are answered first, a second Ctrl-C ends them"
+            )
+        super().handle_exit(sig, frame)
+
+
+@contextlib.contextmanager
+def _signals_end_nothing() -> Iterator[None]:
+    """Uvicorn raises the signal that ended it once more when it is done; here that is a success."""
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: None) for number in names]
+    try:
+        yield
+    finally:
+        for number, handler in zip(names, before, strict=True):
+            signal.signal(number, handler)

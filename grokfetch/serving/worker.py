@@ -1,0 +1,202 @@
+"""The thread that owns the model, and the event loop's side of it.
+
+Orders go to the thread through a queue; after each step what became known goes back to the loop in
+one call. Everything but `_work` and what it calls runs in the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from grokfetch.serving.model import Emission, Generation, Model
+
+__all__ = ["Busy", "Failed", "Worker"]
+
+LONGEST_WAIT_S = 60
+SMOOTHING = 0.2
+
+log = logging.getLogger("grokfetch.serving")
+
+
+class Busy(Exception):
+    """The queue is full.
+
+    Args:
+        retry_after: whole seconds after which there may be room.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Failed(Exception):
+    """The model could not go on; the log says why."""
+
+
+class Worker:
+    """Texts at work and in the queue.
+
+    Args:
+        model: used by the worker's thread alone.
+        slots: texts at work at once.
+        queue_length: texts that may wait beside them.
+
+    Attributes:
+        capacity: texts that can be at work and wait together.
+        working: texts that have a slot, as of the latest step.
+        failures: steps that failed.
+    """
+
+    def __init__(self, model: Model, slots: int, queue_length: int) -> None:
+        self._model = model
+        self._slots = slots
+        self.capacity = slots + queue_length
+        self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._texts: dict[int, Texts] = {}
+        self._numbers = itertools.count()
+        self._seconds = 1.0
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self.working = 0
+        self.failures = 0
+
+    @property
+    def waiting(self) -> int:
+        """Texts in the queue."""
+        return max(0, len(self._texts) - self.working)
+
+    def start(self) -> None:
+        """Start the thread; the running loop is the one that is told."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Have the thread end after its step, and wait for it."""
+        self._orders.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def open(self, generations: Sequence[Generation]) -> Texts:
+        """Have texts generated, until what is returned is closed.
+
+        Raises:
+            Busy: there is no room in the queue.
+        """
+        if len(self._texts) + len(generations) > self.capacity:
+            raise Busy(self._patience(len(generations)))
+        numbers = [next(self._numbers) for _ in generations]
+        texts = Texts(self, numbers)
+        for number, generation in zip(numbers, generations, strict=True):
+            self._texts[number] = texts
+            self._orders.put(functools.partial(self._model.add, number, generation))
+        return texts
+
+    def closed(self, seconds: float) -> None:
+        """Learn how long some texts took, for the guess when there will be room."""
+        self._seconds += SMOOTHING * (seconds - self._seconds)
+
+    def forget(self, number: int) -> None:
+        """Free the slot of a text."""
+        del self._texts[number]
+        self._orders.put(functools.partial(self._model.drop, number))
+
+    def _patience(self, wanted: int) -> int:
+        """Seconds until some texts may find room, by how long recent requests took."""
+        rounds = (len(self._texts) + wanted - self.capacity) / self._slots
+        return max(1, min(LONGEST_WAIT_S, round(rounds * self._seconds)))
+
+    def _tell(self, emissions: Sequence[Emission], working: int) -> None:
+        self.working = working
+        for emission in emissions:
+            texts = self._texts.get(emission.number)
+            if texts is None:
+                continue
+            if emission.finished is not None:
+                del self._texts[emission.number]
+            texts.take(emission)
+
+    def _fail(self) -> None:
+        self.working = 0
+        self.failures += 1
+        for texts in set(self._texts.values()):
+            texts.fail()
+        self._texts.clear()
+
+    def _work(self) -> None:
+        """The thread: orders, a step, orders, a step, until told to end."""
+        ended = False
+        told: Callable[[], object]
+        while not ended:
+            try:
+                ended = self._obey()
+                told = functools.partial(self._tell, self._model.step(), self._model.working)
+            except Exception:
+                log.exception("a step of the model failed, and all texts at work with it")
+                self._model.reset()
+                told = self._fail
+            self._loop.call_soon_threadsafe(told)
+
+    def _obey(self) -> bool:
+        """Carry out all orders; where there is nothing to do, wait for one. True: it is over."""
+        while True:
+            try:
+                order = self._orders.get(block=not self._model.busy)
+            except queue.Empty:
+                return False
+            if order is None:
+                return True
+            order()
+            if not self._model.busy:
+                self._loop.call_soon_threadsafe(self._tell, (), 0)
+
+
+class Texts:
+    """What becomes known of some texts, from `Worker.open`.
+
+    Iterating gives each emission with the index of its text, and ends when all have finished or
+    been dropped; it raises `Failed` if the model cannot go on.
+    """
+
+    def __init__(self, worker: Worker, numbers: Sequence[int]) -> None:
+        self._worker = worker
+        self._first = numbers[0]
+        self._open = set(numbers)
+        self._told: asyncio.Queue[Emission | None] = asyncio.Queue()
+        self._start = time.monotonic()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Emission]]:
+        while self._open or not self._told.empty():
+            emission = await self._told.get()
+            if emission is None:
+                raise Failed
+            yield emission.number - self._first, emission
+
+    def drop(self, index: int) -> None:
+        """Give a text up; nothing happens if it has finished."""
+        number = self._first + index
+        if number in self._open:
+            self._open.discard(number)
+            self._worker.forget(number)
+
+    def close(self) -> None:
+        """Give all of them up that have not finished."""
+        for number in tuple(self._open):
+            self.drop(number - self._first)
+        self._worker.closed(time.monotonic() - self._start)
+
+    def take(self, emission: Emission) -> None:
+        """What the worker has to tell."""
+        if emission.finished is not None:
+            self._open.discard(emission.number)
+        self._told.put_nowait(emission)
+
+    def fail(self) -> None:
+        """No more will come."""
+        self._open.clear()
+        self._told.put_nowait(None)
