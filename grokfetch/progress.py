@@ -8,6 +8,7 @@ coloured, so that `NO_COLOR` has nothing to switch off.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from grokfetch.fetch import Status
 from grokfetch.source import Notice
 from grokfetch.verify import Finding, Progress
 
-__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "seconds_text"]
+__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "seconds_text", "share_text"]
 
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
@@ -105,10 +106,16 @@ class Bar:
         label: the step, one word.
         stream: where to draw; stderr unless a test says otherwise.
         findings: where findings go, one a line; to `stream` by default.
+        plain: never draw, as on a terminal that can only append.
     """
 
     def __init__(
-        self, label: str, stream: TextIO | None = None, findings: TextIO | None = None
+        self,
+        label: str,
+        stream: TextIO | None = None,
+        findings: TextIO | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         self._label = label
         self._stream = stream or sys.stderr
@@ -116,7 +123,8 @@ class Bar:
         self._tqdm: tqdm[Never] | None = None
         self._start = time.monotonic()
         self._next_line = self._start + LINE_INTERVAL_S
-        self._terminal = self._stream.isatty()
+        dumb = plain or os.environ.get("TERM") == "dumb"
+        self._terminal = self._stream.isatty() and not dumb
 
     def __enter__(self) -> Self:
         return self
@@ -224,3 +232,9 @@ def seconds_text(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def share_text(part: int, whole: int) -> str:
+    """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
+    tenths = 1000 * part // whole if whole else 1000
+    return f"{tenths // 10}.{tenths % 10} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ import click
 from grokfetch.commands.loading import Loading, load, loading_options
 from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
+from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.progress import seconds_text
 
 if TYPE_CHECKING:
+    from grokfetch.commands.measuring import Measured
     from grokfetch.progress import Lines
     from loader.tokenizer import Tokenizer
 
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
 )
+@click.option(
+    "--stats", is_flag=True, help="Tell at the end what it took, and which experts were chosen."
+)
+@plain_option
 @state_option
 @json_option
 def run(
@@ -55,12 +62,15 @@ def run(
     seed: int,
     loading: Loading,
     unproven: bool,
+    stats: bool,
     state: Path | None,
 ) -> None:
     """Continue PROMPT with the model in DIR.
 
     The text goes to stdout as it is generated, timings go to stderr.
     """
+    from grokfetch.commands.measuring import Measured
+    from grokfetch.meter import Meter
     from grokfetch.store import Store
     from loader.checkpoint import open_checkpoint
     from loader.generate import Sampling, check_prompts
@@ -73,67 +83,68 @@ def run(
     if words is not None and prompt is not None:
         ids = words.encode(prompt)
     assert ids is not None
-    with store.lock(exclusive=False):
+    with store.lock(exclusive=False), Meter() as meter:
         checkpoint = open_checkpoint(store, proven=not unproven)
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(checkpoint.config, [ids])
+        start = time.perf_counter()
         engine = load(checkpoint, loading)
+        weights = sum(tensor.nbytes for tensor in checkpoint.values())
+        taken = Measured(meter, engine, weights, time.perf_counter() - start, stats=stats)
         sampling = Sampling(temperature, top_p, top_k, seed)
+        generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling))
         machine = lines()
-        if machine is not None:
-            _events(machine, engine.generate(ids, max_tokens, sampling), words)
-            return
-        generated = _timed(engine.generate(ids, max_tokens, sampling))
-        for text in _numbers(generated) if words is None else _texts(generated, words):
-            click.echo(text, nl=False)
-        click.echo()
+        with taken.kept(store):
+            if machine is not None:
+                _events(machine, generated, words, taken)
+                return
+            for text in _numbers(generated) if words is None else _texts(generated, words):
+                click.echo(text, nl=False)
+            click.echo()
+        _tell(taken, stats=stats)
 
 
-def _events(machine: Lines, tokens: Iterator[int], words: Tokenizer | None) -> None:
-    """Tell a machine each token as it comes, and at the end the text and the times."""
+def _events(
+    machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
+) -> None:
+    """Tell a machine each token as it comes, and at the end the text and what it took."""
     from grokfetch.events import Ended, Token
 
-    start = first = now = time.perf_counter()
+    start = time.perf_counter()
     stream = None if words is None else words.stream()
     parts: list[str] = []
-    count = 0
     for token in tokens:
-        now = time.perf_counter()
-        count += 1
-        first = now if count == 1 else first
         text = None if stream is None else stream.push(token)
         parts.append(text or "")
         machine.take(Token(token, text))
     if stream is not None:
         parts.append(stream.finish())
+    run = taken.run()
     results: dict[str, object] = {
-        "tokens": count,
+        "tokens": run.tokens,
         "text": None if stream is None else "".join(parts),
-        "first_token_s": round(first - start, 3) if count else None,
-        "tokens_per_s": round((count - 1) / (now - first), 3) if count > 1 else None,
+        "first_token_s": run.first_token_s if run.tokens else None,
+        "tokens_per_s": run.tokens_per_s,
+        "peak_memory": run.peak_memory,
+        "read": run.read,
+        "experts": run.experts,
     }
-    machine.take(Ended(now - start, results))
+    machine.take(Ended(time.perf_counter() - start, results))
 
 
-def _timed(tokens: Iterator[int]) -> Iterator[int]:
-    """The same tokens; says at the end how long the first took, and how many came a second."""
-    start = first = time.perf_counter()
-    count = 0
-    for token in tokens:
-        count += 1
-        if count == 1:
-            first = time.perf_counter()
-        yield token
-    now = time.perf_counter()
-    click.echo(err=True)
-    if count == 0:
-        click.echo(f"end of sequence at once, after {seconds_text(now - start)}", err=True)
-    elif count == 1:
-        click.echo(f"1 token after {seconds_text(first - start)}", err=True)
+def _tell(taken: Measured, *, stats: bool) -> None:
+    """Say how long it took, or all that it took."""
+    if not taken.tokens:
+        click.echo("end of sequence at once", err=True)
+    elif stats:
+        for line in taken.said(screen(sys.stderr)):
+            click.echo(line, err=True)
+    elif taken.tokens_per_s is None:
+        click.echo(f"1 token after {seconds_text(taken.first_token_s)}", err=True)
     else:
         click.echo(
-            f"first token after {seconds_text(first - start)}, "
-            f"then {count - 1} at {(count - 1) / (now - first):.2f} tokens/s",
+            f"first token after {seconds_text(taken.first_token_s)}, "
+            f"then {taken.tokens - 1} at {taken.tokens_per_s:.2f} tokens/s",
             err=True,
         )
 
