@@ -22,7 +22,16 @@ from grokfetch.fetch import Status
 from grokfetch.source import Notice
 from grokfetch.verify import Finding, Progress
 
-__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "seconds_text", "share_text"]
+__all__ = [
+    "Bar",
+    "Lines",
+    "Sink",
+    "bytes_text",
+    "finding_line",
+    "seconds_text",
+    "share_text",
+    "speed_text",
+]
 
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
@@ -238,3 +247,9 @@ def share_text(part: int, whole: int) -> str:
     """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
     tenths = 1000 * part // whole if whole else 1000
     return f"{tenths // 10}.{tenths % 10} %"
+
+
+def speed_text(tokens_per_s: float) -> str:
+    """Tokens a second for people, three digits where they are few."""
+    digits = 2 if tokens_per_s >= 1 else 3
+    return f"{tokens_per_s:.{digits}f} tokens/s"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from grokfetch.commands.terminal import LABEL
 from grokfetch.meter import Meter
-from grokfetch.progress import bytes_text, seconds_text, share_text
+from grokfetch.progress import bytes_text, seconds_text, share_text, speed_text
 
 if TYPE_CHECKING:
     from grokfetch.commands.terminal import Screen
@@ -106,7 +106,7 @@ class Measured:
     def said(self, view: Screen) -> Iterator[str]:
         """What `--stats` tells of the run, as lines."""
         run = self.run()
-        speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.2f} tokens/s"
+        speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
         first = f"the first after {seconds_text(run.first_token_s)}{speed}"
         yield from view.fact("tokens", f"{run.tokens} after {run.prompt} of the prompt, {first}")
         yield from view.fact("read", self._read(run.read))

@@ -15,7 +15,7 @@ from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
-from grokfetch.progress import seconds_text
+from grokfetch.progress import seconds_text, speed_text
 
 if TYPE_CHECKING:
     from grokfetch.commands.measuring import Measured
@@ -144,7 +144,7 @@ def _tell(taken: Measured, *, stats: bool) -> None:
     else:
         click.echo(
             f"first token after {seconds_text(taken.first_token_s)}, "
-            f"then {taken.tokens - 1} at {taken.tokens_per_s:.2f} tokens/s",
+            f"then {taken.tokens - 1} at {speed_text(taken.tokens_per_s)}",
             err=True,
         )
 

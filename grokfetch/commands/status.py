@@ -13,7 +13,7 @@ import click
 
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.terminal import Screen, plain_option, screen
-from grokfetch.progress import bytes_text, seconds_text, share_text
+from grokfetch.progress import bytes_text, seconds_text, share_text, speed_text
 
 if TYPE_CHECKING:
     from grokfetch.history import History
@@ -156,7 +156,7 @@ def _findings(check: Check) -> str:
 
 
 def _run(run: Run, now: float) -> str:
-    speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.2f} tokens/s"
+    speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
     return (
         f"{_ago(run.time, now)}, {run.placement}: first token after "
         f"{seconds_text(run.first_token_s)}{speed}"
