@@ -305,8 +305,8 @@ def test_a_table_that_does_not_fit_continues_below_aligned():
         "  yyyyyyyyy",
     ]
     assert list(Screen(plain=True).table(titles, rows)) == [
-        "name aaaaaaaaaaaa, bytes 1, file x",
-        "name b, bytes 22,000, file yyyyyyyyy",
+        "aaaaaaaaaaaa: bytes 1, file x",
+        "b: bytes 22,000, file yyyyyyyyy",
     ]
 
 

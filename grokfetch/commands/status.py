@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.commands.terminal import Screen, plain_option, screen
+from grokfetch.commands.terminal import LABEL, Screen, plain_option, screen
 from grokfetch.progress import bytes_text, seconds_text, share_text, speed_text
 
 if TYPE_CHECKING:
@@ -59,11 +59,10 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
 def lines(seen: Overview, view: Screen, *, now: float) -> Iterator[str]:
     """What a person sees, as wide as the screen at most."""
     found = seen.found
-    yield f"{seen.folder}: {found.name}, {bytes_text(found.total)}"
+    yield from view.wrapped(f"{seen.folder}: {found.name}, {bytes_text(found.total)}")
     for label, text in _facts(seen, now):
         yield from view.fact(label, text)
-    if not view.plain:
-        yield from _rates(seen.history, view)
+    yield from _rates(seen.history, view)
     if found.pieces:
         yield from _map(found.pieces, view)
     if found.groups:
@@ -86,7 +85,7 @@ def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
     if seen.history.samples:
         yield "fetch", _fetch(seen.history, now)
     if seen.history.sent:
-        yield "sent by", _senders(seen.history)
+        yield "sent", _senders(seen.history)
     for command, check in seen.checks.items():
         yield "found", f"by {command}, {_ago(check.time, now)}: {_findings(check)}"
     if seen.runs:
@@ -138,9 +137,8 @@ def _senders(history: History) -> str:
     for kind, word in (("peer", "peers"), ("mirror", "mirrors")):
         counts = [count for origin, count in history.sent.items() if origin.kind == kind]
         if counts:
-            said.append(
-                f"{len(counts)} {kind if len(counts) == 1 else word} {bytes_text(sum(counts))}"
-            )
+            many = f"1 {kind}" if len(counts) == 1 else f"{len(counts)} {word}"
+            said.append(f"{bytes_text(sum(counts))} by {many}")
     return ", ".join(said)
 
 
@@ -170,13 +168,12 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
     """Bytes a second over the time at work, each cell an equal part of it."""
     from grokfetch.history import rates
 
-    width = max(10, view.columns - 30)
-    found = rates(history.samples, width)
-    top = max(found, default=0.0)
-    if top > 0:
-        row = view.painted([view.shade(rate / top) for rate in found])
-        yield from view.fact("rate", f"up to {bytes_text(top)}/s")
-        yield " " * 9 + row
+    found = rates(history.samples, max(10, view.columns - LABEL))
+    if not found or not max(found):
+        return
+    yield from view.fact("rate", f"up to {bytes_text(max(found))}/s")
+    if len(found) > 1 and not view.plain:
+        yield " " * LABEL + view.painted([view.shade(rate / max(found)) for rate in found])
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:

@@ -61,7 +61,7 @@ def plain() -> bool:
 class Screen:
     """What can be shown.
 
-    width: columns, None for no bound: nobody looks, and lines stay whole for other programs.
+    width: columns, None for no bound: lines stay whole.
     shades: five characters from nothing to all.
     """
 
@@ -102,14 +102,14 @@ class Screen:
             yield f"{label}: {text}"
             return
         head = f"{label:<{LABEL}}"
-        yield from self._wrapped(head + text, " " * LABEL)
+        yield from self.wrapped(head + text, " " * LABEL)
 
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
     ) -> Iterator[str]:
         """Aligned columns; those that do not fit stand below, indented, on a line of their own.
 
-        In plain text each row is one line, and names its columns.
+        In plain text each row is one line, and names its columns but for the first.
 
         Args:
             titles: of the columns.
@@ -118,8 +118,9 @@ class Screen:
         """
         if self.plain:
             for row in rows:
-                said = [f"{title} {cell}".strip() for title, cell in zip(titles, row, strict=True)]
-                yield ", ".join(it for it, cell in zip(said, row, strict=True) if cell)
+                both = zip(titles[1:], row[1:], strict=True)
+                said = [f"{title} {cell}".strip() for title, cell in both if cell]
+                yield f"{row[0]}: {', '.join(said)}"
             return
         cells = [titles, *rows]
         widths = [max(map(_columns, column)) for column in zip(*cells, strict=True)]
@@ -130,7 +131,7 @@ class Screen:
                     _padded(row[at], widths[at], to_right=at in right) for at in line
                 ).rstrip()
                 if text:
-                    yield from self._wrapped("  " * (place > 0) + text, "    ")
+                    yield from self.wrapped("  " * (place > 0) + text, "    ")
 
     def _lines(self, widths: Sequence[int]) -> list[list[int]]:
         """The columns of each line of a row."""
@@ -144,11 +145,12 @@ class Screen:
             lines[-1].append(column)
         return lines
 
-    def _wrapped(self, text: str, indent: str) -> Iterator[str]:
+    def wrapped(self, text: str, indent: str = "  ") -> Iterator[str]:
+        """A text in lines that fit; all but the first are indented."""
         if self.width is None or _columns(text) <= self.width:
             yield text
             return
-        # A name that is longer than the line is cut: what a terminal does would hide the indent.
+        # A name that is longer than a line is broken: left to the terminal it loses the indent.
         yield from textwrap.wrap(
             text,
             max(self.width, NARROWEST),
@@ -161,18 +163,22 @@ class Screen:
         return click.style(text, fg=colour) if self.colour and colour else text
 
 
-def screen(stream: TextIO | None = None) -> Screen:
+def screen(stream: TextIO | None = None, *, listing: bool = False) -> Screen:
     """What stdout, or another stream, can show: as it is, and as the environment and the call say.
 
     `NO_COLOR` and `TERM=dumb` are respected.
+
+    Args:
+        stream: stdout by default.
+        listing: keep lines whole where there is no terminal, for programs that read them.
     """
     stream = stream or sys.stdout
     terminal = stream.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     asked_plain = plain()
-    width = shutil.get_terminal_size().columns if terminal or "COLUMNS" in os.environ else None
+    whole = asked_plain or (listing and not terminal)
     return Screen(
-        None if asked_plain or width is None else max(width, NARROWEST),
+        None if whole else max(shutil.get_terminal_size().columns, NARROWEST),
         _shades(stream),
         colour and not asked_plain,
         asked_plain,

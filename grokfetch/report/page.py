@@ -44,6 +44,7 @@ def render(seen: Overview, *, now: float) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(
         bytes=bytes_text,
