@@ -2,7 +2,7 @@
 
 The bar goes to stderr, as sparse lines where that is no terminal, and results go to stdout, so that
 output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
-coloured, so that `NO_COLOR` has nothing to switch off.
+coloured.
 """
 
 from __future__ import annotations
