@@ -21,6 +21,7 @@ COMMANDS = (
     "plan",
     "fetch",
     "status",
+    "report",
     "verify",
     "inspect",
     "manifest",

@@ -73,7 +73,6 @@ Event = (
 _NAMES = {
     Started: "started",
     Metadata: "metadata",
-    Status: "progress",
     Progress: "progress",
     Finding: "finding",
     Notice: "notice",
@@ -90,6 +89,11 @@ def as_fields(event: Event) -> list[dict[str, Any]]:
     match event:
         case Proven():
             return [{"event": "piece", "piece": piece, "proven": True} for piece in event.pieces]
+        case Status():
+            # Who has sent how much is told by `grokfetch status --json`; here it would be long.
+            fields = dataclasses.asdict(dataclasses.replace(event, sent={}))
+            del fields["sent"]
+            return [{"event": "progress", **fields, "received": event.received}]
         case Finding():
             fields = dataclasses.asdict(event) | {"path": str(event.path)}
             return [{"event": "finding", **fields}]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import PurePosixPath
@@ -26,7 +26,7 @@ from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
 from grokfetch.selection import Request, Selection, pieces_of, spans, urgency
-from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
+from grokfetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
 from grokfetch.store import Store
 from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files, refuse_links
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
@@ -49,7 +49,7 @@ class Status:
     """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
 
     While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
-    the proven bytes in every phase.
+    the proven bytes in every phase. `sent` is who has sent how many payload bytes in this fetch.
     """
 
     phase: Phase
@@ -60,6 +60,12 @@ class Status:
     pieces_done: int = 0
     pieces_total: int = 0
     proven: int = 0
+    sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def received(self) -> int:
+        """Payload bytes that came in this fetch, right or wrong."""
+        return sum(self.sent.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,6 +174,7 @@ class _Fetch:
         self._clock = clock
         self._fetched = 0
         self._rehashed = 0
+        self._sent: Mapping[Origin, int] = {}
         self._save_at = clock() + limits.save_s
 
     def run(self, request: Asked | None, *, repair: bool) -> Iterator[Event]:
@@ -372,6 +379,7 @@ class _Fetch:
             else:
                 alive = self._clock() if event.received > traffic.received else alive
                 traffic = event
+                self._sent = event.sent
             yield from self._collect(hashers, traffic, wait=False)
             self._check_alive(alive, traffic)
         while hashers.busy:
@@ -447,6 +455,7 @@ class _Fetch:
             pieces_done=len(self._proofs.pieces & self._asked),
             pieces_total=len(self._asked),
             proven=self._done,
+            sent=self._sent,
         )
 
 

@@ -2,12 +2,13 @@
 
 The bar goes to stderr, as sparse lines where that is no terminal, and results go to stdout, so that
 output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
-coloured, so that `NO_COLOR` has nothing to switch off.
+coloured.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -22,7 +23,17 @@ from grokfetch.fetch import Status
 from grokfetch.source import Notice
 from grokfetch.verify import Finding, Progress
 
-__all__ = ["Bar", "Lines", "Sink", "bytes_text", "finding_line", "parse_bytes", "seconds_text"]
+__all__ = [
+    "Bar",
+    "Lines",
+    "Sink",
+    "bytes_text",
+    "finding_line",
+    "parse_bytes",
+    "seconds_text",
+    "share_text",
+    "speed_text",
+]
 
 FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
@@ -108,10 +119,16 @@ class Bar:
         label: the step, one word.
         stream: where to draw; stderr unless a test says otherwise.
         findings: where findings go, one a line; to `stream` by default.
+        plain: never draw, as on a terminal that can only append.
     """
 
     def __init__(
-        self, label: str, stream: TextIO | None = None, findings: TextIO | None = None
+        self,
+        label: str,
+        stream: TextIO | None = None,
+        findings: TextIO | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         self._label = label
         self._stream = stream or sys.stderr
@@ -119,7 +136,8 @@ class Bar:
         self._tqdm: tqdm[Never] | None = None
         self._start = time.monotonic()
         self._next_line = self._start + LINE_INTERVAL_S
-        self._terminal = self._stream.isatty()
+        dumb = plain or os.environ.get("TERM") == "dumb"
+        self._terminal = self._stream.isatty() and not dumb
 
     def __enter__(self) -> Self:
         return self
@@ -233,3 +251,15 @@ def seconds_text(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def share_text(part: int, whole: int) -> str:
+    """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
+    tenths = 1000 * part // whole if whole else 1000
+    return f"{tenths // 10}.{tenths % 10} %"
+
+
+def speed_text(tokens_per_s: float) -> str:
+    """Tokens a second for people, three digits where they are few."""
+    digits = 2 if tokens_per_s >= 1 else 3
+    return f"{tokens_per_s:.{digits}f} tokens/s"

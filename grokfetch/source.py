@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from grokfetch.metainfo import TorrentFile
 from grokfetch.pieces import Layout
 
-__all__ = ["Arrived", "Notice", "Order", "PieceSource", "Traffic"]
+__all__ = ["Arrived", "Notice", "Order", "Origin", "PieceSource", "Traffic"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,12 +38,27 @@ class Arrived:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Who sends bytes: a peer by its address, or a mirror by its address for people.
+
+    An empty name stands for those that are not told apart.
+    """
+
+    kind: Literal["peer", "mirror"]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Traffic:
-    """How the source is doing: payload bytes received since the order, bytes a second, peers."""
+    """How the source is doing: payload bytes received since the order, bytes a second, peers.
+
+    `sent` is who has sent how many payload bytes since the source was made, over all orders.
+    """
 
     received: int
     rate: float
     peers: int
+    sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

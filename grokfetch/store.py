@@ -15,7 +15,10 @@
         record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
                              the proven pieces in hexadecimal (piece 0 is the highest bit), and for
                              each file: size, mtime_ns, sha256 or null, "writing" or ""
-        progress.json        how the latest fetch has gone (`history.SCHEMA`), for `status` only
+        progress.json        how the fetches have gone, and who has sent how much
+                             (`history.SCHEMA`), for `status` and `report` only
+        findings.json        what the latest fetch and the latest verification have found, and
+        runs.json            what the last runs took (`journal`), for the same two only
         *.damaged-N          a state file that could not be read, set aside
 
 Every file of ours but the lock is written beside its target, flushed, renamed over it, and its

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -103,7 +103,7 @@ class Summary:
 Event = Finding | Progress | Proven | Summary
 
 
-def verify(store: Store, *, threads: int | None = None) -> Iterator[Event]:
+def verify(store: Store, *, threads: int | None = None) -> Generator[Event, None, None]:
     """Read the whole checkpoint back and record what is proven.
 
     Args:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from grokfetch.errors import CheckpointInvalid, GrokfetchError, NoModel, StorageFailed
 from grokfetch.manifest import Manifest, ManifestTensor, Scales
 from grokfetch.store import Store
-from loader.schema import GrokConfig, ParamSpec, parameters
+from loader.schema import GrokConfig, ParamSpec, parameters, weight_bytes
 from loader.shardfile import read_shard
 from loader.shares import Share, Span, tensor_spans
 from loader.tensor import Tensor
@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and scales; looks at no file."""
-        return sum(spec.nbytes for spec in parameters(self.config))
+        return weight_bytes(self.config)
 
     def __enter__(self) -> Self:
         self._held.enter_context(self._lock())

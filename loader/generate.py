@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from grokfetch.errors import PromptInvalid
+from loader.choices import Choices
 from loader.model import KeyValues, Window
 from loader.paging import Paging
 from loader.placement import Params
@@ -168,6 +169,15 @@ class Engine:
                 hint="shorten it",
             )
         return self._stream(prompt, min(max_tokens, room), sampling or Sampling())
+
+    def count_experts(self) -> Choices:
+        """Count from now on how often each layer chooses each expert.
+
+        Where weights are mapped the host knows that anyway. Otherwise the devices send it to the
+        host, which takes time in every step.
+        """
+        self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
+        return self._steps.choices
 
     def sample(self, logits: Array, sampling: Sampling, step: int) -> Array:
         """The next token of each row, int32 `[B]`, from logits `[B, V]`; it stays on the device.

@@ -100,15 +100,18 @@ def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:
 
 def layer(
     weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
-) -> tuple[Array, KeyValues]:
+) -> tuple[Array, KeyValues, Array]:
     """One decoder layer over the residual stream, float32 `[B, T, D]`.
 
     Each half is normed twice, before it and after it, so what is added to the stream has the size
     that the second norm's scale gives it.
+
+    Returns:
+        The stream, the cache, and the experts that each token chose, int32 `[B * T, chosen]`.
     """
     x, cache, routed = attend(weights, cache, x, window, config)
     mixed = experts(weights, routed, window.real, config, cache.keys.dtype)
-    return close(weights, x, mixed), cache
+    return close(weights, x, mixed), cache, routed.choices
 
 
 @jax.tree_util.register_dataclass

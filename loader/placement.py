@@ -24,7 +24,7 @@ from loader.checkpoint import Checkpoint, Tensor
 from loader.kernels import Tuning
 from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
 from loader.quantized import Table, Weights
-from loader.schema import GrokConfig, ParamSpec, parameters
+from loader.schema import GrokConfig, ParamSpec, parameters, weight_bytes
 from loader.sharding import (
     MeshShape,
     check_mesh,
@@ -185,7 +185,7 @@ def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
 
 def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
     """Whether the files do not fit the memory beside the arrays, so that keeping pages is idle."""
-    total = sum(spec.nbytes for spec in parameters(config))
+    total = weight_bytes(config)
     on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
     return total * (2 if on_host else 1) > psutil.virtual_memory().available
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 from grokfetch.errors import ManifestInvalid
 
-__all__ = ["Axis", "GrokConfig", "ParamSpec", "parameters", "shard_name"]
+__all__ = ["Axis", "GrokConfig", "ParamSpec", "parameters", "shard_name", "weight_bytes"]
 
 Axis = Literal["vocab", "embed", "q_heads", "kv_heads", "expert", "ff", "router"]
 """The meaning of one dimension.
@@ -166,6 +166,11 @@ class ParamSpec:
         """Bytes of the weight and its scales."""
         scales = 0 if self.scale_shape is None else 2 * math.prod(self.scale_shape)
         return math.prod(self.shape) * (1 if self.dtype == "int8" else 4) + scales
+
+
+def weight_bytes(config: GrokConfig) -> int:
+    """Bytes of all weights and scales of a model."""
+    return sum(spec.nbytes for spec in parameters(config))
 
 
 def shard_name(index: int) -> str:

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loader import model
+from loader.choices import Choices
 from loader.mapped import Mapped
 from loader.model import KeyValues, Window
 from loader.paging import Paging
@@ -50,11 +51,13 @@ class Steps:
     Attributes:
         everywhere: how an array lies that all devices hold.
         heads: how a cache `[B, S, K, d]` lies.
+        choices: where the experts chosen are counted, None for nowhere.
     """
 
     _compiler_options: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
+        self.choices: Choices | None = None
         self._mesh = mesh
         self._params = params
         embedding, final, self._layer_spec = (
@@ -82,7 +85,7 @@ class Steps:
         self._layer = self._spread(
             lambda weights, cache, x, window: model.layer(weights, cache, x, window, config),
             (self._layer_spec, self._heads, self._nothing, self._nothing),
-            (self._nothing, self._heads),
+            (self._nothing, self._heads, self._nothing),
             donate=(1,),
         )
 
@@ -100,9 +103,11 @@ class Steps:
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """All layers over the residual stream; the cache's buffers are used up."""
         filled = []
-        for weights, entry in zip(self._params.layers, cache, strict=True):
-            x, kept = self._layer(weights, entry, x, window)
+        for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
+            x, kept, chosen = self._layer(weights, entry, x, window)
             filled.append(kept)
+            if self.choices is not None:
+                self.choices.add(number, chosen, window.real)
         return x, tuple(filled)
 
     def logits(self, x: Array) -> Array:
@@ -171,7 +176,10 @@ class _OnDemand(Steps):
             x, kept, routed = self._attend(weights, entry, x, window)
             filled.append(kept)
             total = jnp.zeros(routed.x.shape, jnp.float32, device=self.everywhere)
-            groups = dict(expert_groups(np.asarray(routed.choices), real))
+            chosen = np.asarray(routed.choices)
+            if self.choices is not None:
+                self.choices.add(number, chosen, real)
+            groups = dict(expert_groups(chosen, real))
             self._paging.experts(number, tuple(groups))
             for expert, pairs in groups.items():
                 self._paging.expert(number, expert)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from grokfetch.errors import StorageFailed
 from grokfetch.metainfo import TorrentFile
-from grokfetch.source import Arrived, Notice, Order, Traffic
+from grokfetch.source import Arrived, Notice, Order, Origin, Traffic
+
+PEER = Origin("peer", "192.0.2.1")
 
 
 @dataclasses.dataclass
@@ -33,6 +35,7 @@ class FakeSwarm:
     orders: list[Order] = dataclasses.field(default_factory=list)
     metadata_asked: int = 0
     closed: int = 0
+    sent: int = 0
 
     @property
     def info_hash(self) -> str:
@@ -64,8 +67,9 @@ class FakeSwarm:
                 if count == self.die_after:
                     raise Killed
                 received += order.layout.piece_size(piece)
+                self.sent += order.layout.piece_size(piece)
                 yield Arrived((piece,))
-                yield Traffic(received, 1.0, 1)
+                yield Traffic(received, 1.0, 1, {PEER: self.sent})
         finally:
             self.on_close()
             self.closed += 1

@@ -104,8 +104,13 @@ def flip(path, offset):
 
 def test_a_magnet_link_becomes_the_references_tokens(fetched_once):
     prompt = " ".join(map(str, golden.prompt("p1")))
-    text = grokfetch(*("run", fetched_once, "--tokens", prompt, "--max-tokens", 32, *ALONE))
-    assert text == " ".join(map(str, golden.arrays()["f32/p1_tokens"])) + "\n"
+    asked = ("run", fetched_once, "--tokens", prompt, "--max-tokens", 32, *ALONE)
+    assert grokfetch(*asked) == " ".join(map(str, golden.arrays()["f32/p1_tokens"])) + "\n"
+    # What it took is told to status and report.
+    run = json.loads(grokfetch("status", fetched_once, "--json"))["runs"][-1]
+    assert (run["placement"], run["prompt"], run["tokens"]) == ("mapped", 7, 32)
+    assert [sum(layer) for layer in run["experts"]] == [2 * (7 + 31)] * golden.CONFIG.num_layers
+    assert run["first_token_s"] > 0 < run["tokens_per_s"]
 
 
 def test_a_second_fetch_says_that_all_is_there_and_asks_nobody(fetched_once):

@@ -236,7 +236,7 @@ def test_a_wall_clock_that_jumps_changes_nothing_but_what_is_shown(tmp_path, jum
     turns = Clock(*[5.0] * 1000)
     *_, last = recorded(store, events, clock=turns, now=Clock(0, 1, jump, 1))
     assert isinstance(last, Outcome)
-    assert len(read_history(store)) > 4
+    assert len(read_history(store).samples) > 4
     text = subprocess.run(
         [sys.executable, "-m", "grokfetch", "status", tmp_path],
         capture_output=True,

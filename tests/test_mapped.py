@@ -50,6 +50,18 @@ def test_logits_and_tokens_are_the_references(devices):
             assert made == wanted[f"f32/{name}_tokens"][:DECODE].tolist()
 
 
+@pytest.mark.parametrize("placed", [engine, golden.engine], ids=["mapped", "sharded"])
+def test_the_experts_counted_are_those_that_the_reference_chose(placed):
+    counted = placed()
+    choices = counted.count_experts()
+    counted.prefill([golden.prompt("p2")])
+    wanted = golden.arrays()["f32/p2_router_idx"]
+    assert choices.counts().tolist() == [
+        np.bincount(layer.reshape(-1), minlength=golden.CONFIG.num_experts).tolist()
+        for layer in wanted
+    ]
+
+
 def test_prompt_read_in_chunks_gives_the_same_logits(monkeypatch):
     tokens = golden.prompt(LONGEST_PROMPT)
     monkeypatch.setattr(generate, "CHUNK", 16)

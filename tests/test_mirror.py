@@ -22,7 +22,7 @@ from grokfetch.metainfo import encode_torrent, parse_torrent
 from grokfetch.mirror import MirrorSettings, Together, bring_tokenizer, together
 from grokfetch.mirror.addresses import label, places, unusable
 from grokfetch.mirror.http import Faulty, redirected
-from grokfetch.source import Arrived, Notice, Traffic
+from grokfetch.source import Arrived, Notice, Origin, Traffic
 from grokfetch.store import Store
 from grokfetch.swarm import Swarm, SwarmSettings, make_torrent, seed
 from grokfetch.verify import Finding, Summary, verify
@@ -112,6 +112,7 @@ def whole(root):
 def test_without_any_peer_a_web_seed_brings_everything(tmp_path, torrent, top):
     events = run(tmp_path, NoPeers(torrent), top.url)
     assert events[-1] == Outcome(SIZE, Store(tmp_path).layout().piece_count, 0)
+    assert events[-2].sent == {Origin("mirror", top.url): SIZE}
     assert whole(tmp_path)
     assert not notices(events)
     assert not [event for event in events if isinstance(event, Finding)]
@@ -311,6 +312,8 @@ def test_swarm_and_mirror_share_the_pieces_and_none_comes_twice(tmp_path, torren
     assert 0 < len(swarm.orders[0].want) < count
     assert max(swarm.orders[0].want) < count - 1
     assert top.asked
+    assert {origin.kind for origin in events[-2].sent} == {"peer", "mirror"}
+    assert events[-2].received == SIZE
 
 
 def test_while_both_run_they_are_given_disjoint_pieces(tmp_path, torrent, top):

@@ -132,7 +132,7 @@ def whole_model(params, cache, tokens, window, config):
     x = model.embed(params.embedding, tokens, config, dtype)
     filled = []
     for weights, entry in zip(params.layers, cache, strict=True):
-        x, kept = model.layer(weights, entry, x, window, config)
+        x, kept, _ = model.layer(weights, entry, x, window, config)
         filled.append(kept)
     return model.logits(params.embedding, params.norm, x, config, dtype), tuple(filled)
 

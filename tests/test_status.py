@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 import pytest
 from click.testing import CliRunner
-from fake_swarm import FakeSwarm
+from fake_swarm import FakeSwarm, Killed
 from test_cli import HEAVY, imported_by
 from torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch import errors, history
 from grokfetch.cli import main
 from grokfetch.commands import status
+from grokfetch.commands.terminal import ASCII_SHADES, SHADES, Screen, screen
 from grokfetch.fetch import Status, fetch
-from grokfetch.history import Sample, recorded, thinned
+from grokfetch.history import Sample, rates, recorded, thinned
 from grokfetch.manifest import Manifest, ManifestTensor
+from grokfetch.overview import overview
+from grokfetch.progress import share_text
 from grokfetch.record import FileProof, Record
+from grokfetch.source import Origin
 from grokfetch.storage import read_owner
 from grokfetch.store import Store
 from grokfetch.survey import Group, piece_map, survey
@@ -64,7 +72,7 @@ def test_all_is_proven_after_a_fetch_and_said_so_by_what(fetched):
     assert "missing" not in text
     assert "files    3 proven" in text
     assert "at work  nobody" in text
-    assert f"{status.SHADES[-1] * PIECES}\n" in text
+    assert f"{SHADES[-1] * PIECES}\n" in text
 
 
 def test_what_is_missing_is_said_in_bytes_and_pieces_and_seen_in_the_map(fetched):
@@ -78,7 +86,7 @@ def test_what_is_missing_is_said_in_bytes_and_pieces_and_seen_in_the_map(fetched
     }
     assert found["bytes"]["proven"] == SIZE - 3 * PIECE
     assert found["not_proven"] == {"top/a": "begun", "top/b": "begun", "top/c": "begun"}
-    none, all_ = status.SHADES[0], status.SHADES[-1]
+    none, all_ = SHADES[0], SHADES[-1]
     row = "".join(none if piece in {2, 3, 7} else all_ for piece in range(PIECES))
     assert f"\n{row}\n" in shown(fetched)
     assert f"missing  {3 * PIECE / 1000:.1f} kB, 3 of {PIECES} pieces" in shown(fetched)
@@ -186,7 +194,8 @@ def test_layers_stand_in_numeric_order_and_the_rest_after_them(tmp_path):
         Group("embedding and final norm", PIECE, PIECE),
         Group("other tensors", PIECE, PIECE),
     )
-    assert "layer 10   0.0 %" in shown(tmp_path)
+    assert f"layer 10 {SHADES[0] * 8}   0.0 %" in shown(tmp_path)
+    assert "layer 10: 0.0 % proven, 0 of 32,768 bytes" in shown(tmp_path, "--plain")
 
 
 def test_what_a_manifests_sha256_proves_is_told_apart(tmp_path):
@@ -205,46 +214,170 @@ def test_what_a_manifests_sha256_proves_is_told_apart(tmp_path):
     assert machine(tmp_path)["bytes"]["by_sha256"] == len(FILES["b"])
 
 
-@pytest.mark.parametrize("width", [20, 80, 200])
-def test_the_map_fits_the_terminal_and_needs_no_colour(fetched, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", str(width))
-    found = survey(Store(fetched))
-    wide = type(found)(**{**fields(found), "pieces": tuple(i % 3 > 0 for i in range(20_000))})
-    rows = list(status.lines(fetched, wide, None, (), width=width, now=0.0))
-    rows = rows[rows.index("") + 2 :]
-    assert rows
-    assert all(len(row) == width for row in rows)
-    assert len(rows) <= status.MAP_ROWS
+def large(seen):
+    """The same folder as one of 20,000 pieces and 64 layers, with a history and runs."""
+    groups = tuple(Group(f"layer {n}", n * 1000, 63_000) for n in range(64))
+    samples = tuple(Sample(60.0 * n, 60.0 * n, n, n * n, 3, n, "downloading") for n in range(100))
+    sent = {Origin("peer", "192.0.2.1"): 5000, Origin("mirror", "https://host.example/x"): 4801}
+    return dataclasses.replace(
+        seen,
+        found=dataclasses.replace(
+            seen.found, pieces=tuple(i % 3 > 0 for i in range(20_000)), groups=groups
+        ),
+        history=history.History(samples, sent),
+    )
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_no_line_is_wider_than_the_terminal_and_the_map_fills_it(fetched, width):
+    seen = large(overview(Store(fetched)))
+    rows = list(status.lines(seen, Screen(width), now=1e6))[1:]
+    assert max(map(len, rows)) == width
+    pictures = [row for row in rows if len(row) == width and set(row) <= set(SHADES)]
+    assert len(pictures) == status.MAP_ROWS
     assert "\x1b" not in "".join(rows)
+    layers = [number for row in rows for number in re.findall(r"layer (\d+)", row)]
+    assert sorted(layers, key=int) == [str(number) for number in range(64)]
 
 
-def fields(value):
-    return {name: getattr(value, name) for name in type(value).__dataclass_fields__}
+def test_plain_text_has_no_picture_and_says_one_thing_a_line(fetched):
+    forget(fetched, 2, 3, 7)
+    text = shown(fetched, "--plain")
+    assert text.isascii()
+    assert "pieces missing: 2 to 3, 7\n" in text
+    assert all(": " in line for line in text.splitlines())
+    asked = CliRunner().invoke(
+        main, ["status", str(fetched)], env={"GROKFETCH_PLAIN": "1", "COLUMNS": "30"}
+    )
+    assert re.sub(r"[\d.]+ s ago", "", asked.output) == re.sub(r"[\d.]+ s ago", "", text)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colour_is_for_terminals_that_know_it_and_people_who_want_it(
+    monkeypatch, environment, coloured
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert screen(Terminal()).colour is coloured
+    assert screen(io.StringIO()).colour is False
+    row = dataclasses.replace(screen(Terminal()), colour=coloured).painted([0, 2, 4, 4])
+    assert row == ("·\x1b[33m▒\x1b[0m\x1b[32m██\x1b[0m" if coloured else "·▒██")
+
+
+def test_bars_and_shares_say_all_and_nothing_only_where_it_is_so():
+    view = Screen()
+    assert [view.bar(share, 4) for share in (0, 0.001, 0.5, 0.999, 1)] == [
+        "····",
+        "░···",
+        "██··",
+        "███▓",
+        "████",
+    ]
+    assert share_text(999_999, 1_000_000) == "99.9 %"
+    assert (share_text(0, 5), share_text(5, 5), share_text(0, 0)) == ("0.0 %", "100.0 %", "100.0 %")
+
+
+def test_a_table_that_does_not_fit_continues_below_aligned():
+    titles, rows = ("name", "bytes", "file"), [("a" * 12, "1", "x"), ("b", "22,000", "y" * 9)]
+    assert list(Screen(None).table(titles, rows, right=(1,))) == [
+        "name           bytes  file",
+        "aaaaaaaaaaaa       1  x",
+        "b             22,000  yyyyyyyyy",
+    ]
+    assert list(Screen(22).table(titles, rows, right=(1,))) == [
+        "name           bytes",
+        "  file",
+        "aaaaaaaaaaaa       1",
+        "  x",
+        "b             22,000",
+        "  yyyyyyyyy",
+    ]
+    assert list(Screen(plain=True).table(titles, rows)) == [
+        "aaaaaaaaaaaa: bytes 1, file x",
+        "b: bytes 22,000, file yyyyyyyyy",
+    ]
+
+
+def test_wide_characters_take_two_columns():
+    rows = [("重み", "1"), ("e\u0301", "2"), ("plain", "3")]
+    assert [line[-1] for line in Screen(80).table(("n", "k"), rows)] == ["k", "1", "2", "3"]
+    lines = list(Screen(80).table(("n", "k"), rows))
+    assert lines[1:] == ["重み   1", "e\u0301      2", "plain  3"]
 
 
 def test_the_map_says_all_and_nothing_only_where_it_is_so():
     assert piece_map([True] * 5, 80) == [1.0] * 5
     assert piece_map([False, True, True, True], 2) == [0.5, 1.0]
-    assert status._shade(0.999, "·░▒▓█") == "▓"
-    assert status._shade(0.001, "·░▒▓█") == "░"
+    assert SHADES[Screen().shade(0.999)] == "▓"
+    assert SHADES[Screen().shade(0.001)] == "░"
     assert sum(piece_map([piece % 7 == 0 for piece in range(7000)], 10)) == pytest.approx(10 / 7)
 
 
-def test_a_terminal_that_knows_ascii_only_gets_ascii(fetched, monkeypatch):
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", ascii_only)
-    text = "\n".join(status.lines(fetched, survey(Store(fetched)), None, (), width=80, now=0.0))
+def test_a_terminal_that_knows_ascii_only_gets_ascii(fetched):
+    view = screen(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert view.shades == ASCII_SHADES
+    text = "\n".join(status.lines(overview(Store(fetched)), view, now=0.0))
     assert text.isascii()
 
 
-def test_a_history_of_days_stays_small_and_keeps_its_ends():
+# --- history -------------------------------------------------------------------------------------
+
+
+def test_a_history_of_days_stays_small_even_and_keeps_its_ends():
     samples = ()
     for second in range(10_000):
-        samples = thinned((*samples, Sample(float(second), second, 1, 1.0, "downloading")))
+        sample = Sample(0.0, float(second), second, second * second, 1, 1.0, "downloading")
+        samples = thinned((*samples, sample))
     assert len(samples) <= history.LIMIT
-    assert samples[0].time == 0
-    assert samples[-1].time == 9999
-    assert history.decode(history.encode(samples)) == samples
+    assert samples[0].worked == 0
+    assert samples[-1].worked == 9999
+    gaps = [b.worked - a.worked for a, b in pairwise(samples)]
+    assert max(gaps) <= 4 * 10_000 / history.LIMIT
+    # Bytes a second follow from the bytes, which no thinning changes.
+    found = rates(samples, 10)
+    assert sum(found) / 10 == pytest.approx(9999)
+    assert found == pytest.approx([(2 * n + 1) * 999.9 for n in range(10)], rel=0.02)
+
+
+def test_a_second_fetch_goes_on_with_the_history_of_the_first(tmp_path):
+    swarm, store = FakeSwarm(TORRENT, dict(FILES), die_after=4), Store(tmp_path)
+    with pytest.raises(Killed):
+        list(recorded(store, fetch(store, swarm), clock=Turns()))
+    first = history.read(store)
+    assert first.samples[-1].received == first.sent[Origin("peer", "192.0.2.1")] == 4 * PIECE
+    store = Store(tmp_path)
+    list(recorded(store, fetch(store, FakeSwarm(TORRENT, dict(FILES))), clock=Turns()))
+    told = machine(tmp_path)
+    assert told["history"][: len(first.samples)] == [
+        dataclasses.asdict(sample) for sample in first.samples
+    ]
+    assert [it["worked"] for it in told["history"]] == sorted(
+        it["worked"] for it in told["history"]
+    )
+    (sender,) = told["sent"]
+    assert sender == {"kind": "peer", "name": "192.0.2.1", "bytes": told["history"][-1]["received"]}
+    # The pieces that were not yet recorded when the first died came twice, or were read back.
+    assert SIZE <= sender["bytes"] <= SIZE + 4 * PIECE
+
+
+def test_peers_beyond_the_first_hundred_are_counted_together(tmp_path):
+    sent = Counter({Origin("peer", f"192.0.2.{n}"): n for n in range(1, 151)})
+    kept = history._most(sent)
+    assert len(kept) == history.SENDERS + 1
+    assert kept.total() == sent.total()
+    assert kept[Origin("peer", "")] == sum(range(1, 51))
 
 
 @pytest.mark.parametrize(
@@ -253,12 +386,14 @@ def test_a_history_of_days_stays_small_and_keeps_its_ends():
         b"",
         b"\xff",
         b"[]",
-        b'{"schema": 9, "samples": []}',
-        b'{"schema": 1}',
-        b'{"schema": 1, "sam',
-        b'{"schema": 1, "samples": [[1]]}',
-        b'{"schema": 1, "samples": [["x", 1, 2, 3, 4]]}',
-        b'{"schema": 1, "samples": [[1, 1e400, 2, 3, 4]]}',
+        b'{"schema": 9, "samples": [], "sent": []}',
+        b'{"schema": 1, "samples": [[1, 2, 3, 4, "done"]]}',
+        b'{"schema": 2, "sam',
+        b'{"schema": 2, "samples": [[1]], "sent": []}',
+        b'{"schema": 2, "samples": [["x", 1, 2, 3, 4, 5, "done"]], "sent": []}',
+        b'{"schema": 2, "samples": [[1, 1e400, 2, 3, 4, 5, "done"]], "sent": []}',
+        b'{"schema": 2, "samples": [[1, 1, -2, 3, 4, 5, "done"]], "sent": []}',
+        b'{"schema": 2, "samples": [], "sent": [["peer", "x"]]}',
     ],
 )
 def test_a_damaged_history_is_ignored(fetched, text):

@@ -19,9 +19,10 @@ from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, 
 from grokfetch.fetch import Limits, Outcome, Status, fetch
 from grokfetch.magnet import parse_magnet
 from grokfetch.metainfo import parse_info, parse_torrent
-from grokfetch.source import Notice, Order
+from grokfetch.source import Notice, Order, Origin
 from grokfetch.store import Store
 from grokfetch.swarm import Swarm, SwarmSettings, make_torrent, seed
+from grokfetch.swarm.tally import Tally
 from grokfetch.verify import Finding, Summary, verify
 
 PIECE = 32768
@@ -80,6 +81,9 @@ def test_a_magnet_link_alone_becomes_proven_files(tmp_path, seeded):
     pieces = Store(tmp_path).layout().piece_count
     assert events[-1] == Outcome(SIZE, pieces, 0)
     assert not [event for event in events if isinstance(event, Finding)]
+    (last,) = (event for event in events if isinstance(event, Status) and event.phase == "done")
+    assert {origin.name for origin in last.sent} <= {"127.0.0.1", ""}
+    assert last.sent[Origin("peer", "127.0.0.1")] >= SIZE
     assert whole(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"top", ".grokfetch"}
 
@@ -402,3 +406,16 @@ def bytes_of(part):
         return bytes(part.length)
     data = FILES[str(part.file.path.relative_to("top"))]
     return data[part.offset : part.offset + part.length]
+
+
+def test_what_peers_have_sent_is_added_up_over_connections_and_sessions():
+    tally, ours, other = Tally(), ("192.0.2.1", 5000), ("192.0.2.1", 5001)
+    one, two = Origin("peer", "192.0.2.1"), Origin("peer", "192.0.2.2")
+    tally.look([(ours, 10), (("192.0.2.2", 1), 5), (("192.0.2.3", 1), 0)])
+    assert tally.sent(15) == {one: 10, two: 5}
+    # The same peer, connected anew: what the first connection has brought is not forgotten.
+    tally.look([(ours, 4), (other, 1)])
+    assert tally.sent(25) == {one: 15, two: 5, Origin("peer", ""): 5}
+    tally.begin()
+    tally.look([(ours, 2)])
+    assert tally.sent(2) == {one: 17, two: 5}

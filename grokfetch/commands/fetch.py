@@ -17,6 +17,7 @@ from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.seed import Goal, goal_options, share
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
+from grokfetch.commands.terminal import plain_option
 from grokfetch.errors import SourceInvalid, TorrentInvalid
 from grokfetch.progress import bytes_text, seconds_text
 
@@ -80,6 +81,7 @@ class Wanted:
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options
+@plain_option
 @state_option
 @json_option
 def fetch(
@@ -182,12 +184,13 @@ def bring(
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
     from grokfetch.history import recorded
+    from grokfetch.journal import checked
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
     brought = fetching.fetch(
         store, source, manifest=manifest, limits=limits, repair=repair, request=request
     )
-    events = recorded(store, brought)
+    events = checked(store, "fetch", recorded(store, brought))
     with reporter("fetch") as sink, contextlib.closing(events):
         for event in events:
             sink.take(event)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
+from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.errors import CheckpointInvalid, GrokfetchError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 @click.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tensor and line.")
+@plain_option
 @state_option
 def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
     """List the tensors of a shard FILE or a checkpoint DIR.
@@ -93,13 +95,9 @@ def _official_name(file: Path, shard: Shard) -> str | None:
 def _print_table(rows: list[dict[str, object]]) -> None:
     titles = list(rows[0])
     cells = [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    for line in (titles, *cells):
-        aligned = (
-            cell.rjust(width) if title in ("bytes", "offset") else cell.ljust(width)
-            for title, cell, width in zip(titles, line, widths, strict=True)
-        )
-        click.echo("  ".join(aligned).rstrip())
+    figures = (titles.index("bytes"), titles.index("offset"))
+    for line in screen(listing=True).table(titles, cells, figures):
+        click.echo(line)
 
 
 def _cell(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
+from grokfetch.commands.terminal import plain, plain_option
 from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
 from grokfetch.manifest import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.progress import Bar, bytes_text
@@ -37,6 +38,7 @@ TOKENIZER = PurePosixPath("tokenizer.model")
     help="Hyperparameters as JSON; the official model's if not given.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the manifest here as well.")
+@plain_option
 @state_option
 def manifest(folder: Path, config: Path | None, output: Path | None, state: Path | None) -> None:
     """Write the manifest of the checkpoint in DIR, with the sha256 of every file.
@@ -189,7 +191,7 @@ def _measure(
     measured: dict[PurePosixPath, tuple[ManifestFile, FileProof]] = {}
     done = 0
     hashers: Hashers[tuple[ManifestFile, FileProof]] = Hashers()
-    with Bar("hash") as bar, hashers:
+    with Bar("hash", plain=plain()) as bar, hashers:
         for file, proof in hashers.run(partial(hashed, file) for file in described.files):
             measured[file.path] = (file, proof)
             done += file.size

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grokfetch.commands.terminal import Screen, plain_option, screen
 from grokfetch.errors import MeshInvalid
 from grokfetch.progress import bytes_text, seconds_text
 
@@ -83,6 +84,7 @@ class Plan:
     help="Where it is to go; this folder if not given.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@plain_option
 def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
     """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
 
@@ -95,7 +97,7 @@ def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(as_fields(made)))
     else:
-        for line in lines(made):
+        for line in lines(made, screen()):
             click.echo(line)
     refuse(made.checks, folder)
 
@@ -234,48 +236,71 @@ def as_fields(made: Plan) -> dict[str, Any]:
     }
 
 
-def lines(made: Plan) -> Iterator[str]:
-    """Tables of at most 80 columns, but for long names."""
+def lines(made: Plan, view: Screen) -> Iterator[str]:
+    """Tables that fit the screen."""
     manifest, missing = made.manifest, made.need.bytes
-    yield f"{manifest.name}: {len(manifest.files)} files, {bytes_text(manifest.size)}"
-    yield f"to {made.place.folder} ({made.place.file_system}), {bytes_text(missing)} still to come"
+    place = made.place
+    yield from view.wrapped(
+        f"{manifest.name}: {len(manifest.files)} files, {bytes_text(manifest.size)}"
+    )
+    yield from view.wrapped(
+        f"to {place.folder} ({place.file_system}), {bytes_text(missing)} still to come"
+    )
     yield ""
-    yield f"{'to fetch it':<16}{'needed':>12}{'there':>12}"
-    for check in made.checks:
-        yield _check_line(check)
-    holes = "yes" if made.place.sparse else "no, each file takes all its room at once"
-    yield f"{'sparse files':<40}  {holes}"
+    holes = "yes" if place.sparse else "no, each file takes all its room at once"
+    checks = [*map(_check_row, made.checks), ("sparse files", "", "", holes)]
+    yield from view.table(("to fetch it", "needed", "there", ""), checks, right=(1, 2))
     yield ""
-    yield f"{'at a rate of':<16}" + "".join(f"{rate:>16,}" for rate in RATES)
-    for unit, factor in (("MB/s", 1), ("Mbit/s", 8)):
-        times = (seconds_text(missing * factor / rate / 1e6) for rate in RATES)
-        yield f"{unit:<16}" + "".join(f"{time:>16}" for time in times)
+    yield from _durations(missing, view)
     if made.shares:
         yield ""
-        yield from _share_lines(made.shares, mapped(made.shares, made.machine))
+        in_files = mapped(made.shares, made.machine)
+        rows = [] if in_files is None else [_mapped_row(in_files)]
+        rows += map(_share_row, made.shares)
+        titles = (
+            "to run it, on",
+            "weights each",
+            "KV cache each",
+            "mesh",
+            "",
+            "because" if view.plain else "",
+        )
+        yield from view.table(titles, rows, right=(1, 2))
 
 
-def _check_line(check: Check) -> str:
+def _check_row(check: Check) -> tuple[str, str, str, str]:
     # Bytes for people, counts as they are; no figure where there is no limit.
     show = bytes_text if check.name in {"free disk", "longest file"} else "{:,}".format
     needed = "" if check.needed is None else show(check.needed)
     limitless = check.there is None or check.there >= LIMITLESS
     there = ("" if check.needed is None else "no limit") if limitless else show(check.there or 0)
-    return f"{check.name:<16}{needed:>12}{there:>12}  {'yes' if check.ok else 'NO'}"
+    return check.name, needed, there, "yes" if check.ok else "NO"
 
 
-def _share_lines(found: Sequence[Share], in_files: Share | None) -> Iterator[str]:
-    yield f"{'to run it, on':<14}{'weights each':>13}{'KV cache each':>14}  mesh and verdict"
-    if in_files is not None:
-        figures = f"{'in files':>13}{bytes_text(in_files.cache):>14}"
-        yield f"{'CPU, mapped':<14}{figures}  {'yes' if in_files.fits else 'NO'}"
-        yield f"{'':14}{in_files.why}"
-    for share in found:
-        devices = f"{share.devices} {'device' if share.devices == 1 else 'devices'}"
-        if not share.mesh:
-            yield f"{devices:<14}{'':27}  no mesh divides the model"
-            continue
-        word = {True: "yes", False: "NO", None: "?"}[share.fits]
-        figures = f"{bytes_text(share.weights):>13}{bytes_text(share.cache):>14}"
-        yield f"{devices:<14}{figures}  {share.mesh}  {word}"
-        yield f"{'':43}{share.why}"
+def _durations(missing: int, view: Screen) -> Iterator[str]:
+    """How long the fetch takes at some rates."""
+    rows = [
+        (unit, *(seconds_text(missing * factor / rate / 1e6) for rate in RATES))
+        for unit, factor in (("MB/s", 1), ("Mbit/s", 8))
+    ]
+    if view.plain:
+        for unit, *times in rows:
+            for rate, duration in zip(RATES, times, strict=True):
+                yield f"at {rate:,} {unit}: {duration}"
+        return
+    titles = ("at a rate of", *(f"{rate:,}" for rate in RATES))
+    yield from view.table(titles, rows, right=range(1, len(titles)))
+
+
+def _mapped_row(share: Share) -> tuple[str, ...]:
+    verdict = "yes" if share.fits else "NO"
+    return "CPU, mapped", "in files", bytes_text(share.cache), "", verdict, share.why
+
+
+def _share_row(share: Share) -> tuple[str, ...]:
+    devices = f"{share.devices} {'device' if share.devices == 1 else 'devices'}"
+    if not share.mesh:
+        return devices, "", "", "", "NO", "no mesh divides the model"
+    word = {True: "yes", False: "NO", None: "?"}[share.fits]
+    figures = bytes_text(share.weights), bytes_text(share.cache)
+    return devices, *figures, share.mesh, word, share.why

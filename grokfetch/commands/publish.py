@@ -19,6 +19,7 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
+from grokfetch.commands.terminal import plain, plain_option
 from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.progress import Bar, bytes_text, seconds_text
 
@@ -92,6 +93,7 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
 )
+@plain_option
 def publish(
     folder: Path,
     *,
@@ -169,7 +171,7 @@ def _make(
     files = making.list_files(folder)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)
-    with Bar("hash") as bar:
+    with Bar("hash", plain=plain()) as bar:
         for event in making.make(folder, files, length, trackers=trackers, web_seeds=web_seeds):
             if isinstance(event, making.Hashed):
                 bar.show(event.done // 2, sum(sizes))

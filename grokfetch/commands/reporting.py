@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from grokfetch import __version__
+from grokfetch.commands.terminal import plain
 from grokfetch.progress import Bar, Lines, Sink
 
 __all__ = ["ended", "failed", "json_option", "lines", "notice", "reporter"]
@@ -50,7 +51,7 @@ def lines(context: click.Context | None = None) -> Lines | None:
 
 def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
     """Where the events of a step go: a bar with that label, or the JSON lines."""
-    return lines() or Bar(label, findings=sys.stdout if findings_to_stdout else None)
+    return lines() or Bar(label, findings=sys.stdout if findings_to_stdout else None, plain=plain())
 
 
 def notice(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,12 @@ from grokfetch.commands.loading import Loading, arrange, load_onto, loading_opti
 from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.streaming import Meanwhile, load_as_it_comes, meanwhile_options
+from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
-from grokfetch.progress import seconds_text
+from grokfetch.progress import seconds_text, speed_text
 
 if TYPE_CHECKING:
+    from grokfetch.commands.measuring import Measured
     from grokfetch.fetch import Asked
     from grokfetch.progress import Lines
     from grokfetch.store import Store
@@ -48,6 +51,10 @@ if TYPE_CHECKING:
 @click.option(
     "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
 )
+@click.option(
+    "--stats", is_flag=True, help="Tell at the end what it took, and which experts were chosen."
+)
+@plain_option
 @state_option
 @json_option
 def run(
@@ -65,6 +72,7 @@ def run(
     hosts: Hosts,
     meanwhile: Meanwhile | None,
     unproven: bool,
+    stats: bool,
     state: Path | None,
 ) -> None:
     """Continue PROMPT with the model in DIR.
@@ -78,11 +86,18 @@ def run(
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
     from grokfetch.arriving import Arriving
+    from grokfetch.commands.measuring import Measured
+    from grokfetch.meter import Meter
     from loader.checkpoint import model_of, open_checkpoint
     from loader.cluster import is_first, local_share, meet
     from loader.generate import Sampling, check_prompts
+    from loader.schema import weight_bytes
 
-    with hosts.joined(), _reading(folder, state, meanwhile, hosts.asked(loading)) as store:
+    with (
+        hosts.joined(),
+        _reading(folder, state, meanwhile, hosts.asked(loading)) as store,
+        Meter() as meter,
+    ):
         words = None if prompt is None else find_tokenizer(store, tokenizer)
         if words is not None and prompt is not None:
             ids = words.encode(prompt)
@@ -91,17 +106,22 @@ def run(
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(config, [ids])
         there = arrange(config, loading, len(ids) + max_tokens)
-        share = local_share(there.mesh)
+        share, start = local_share(there.mesh), time.perf_counter()
         if isinstance(store, Arriving):
             engine = load_as_it_comes(there, store, share, ids, sampling)
         else:
             engine = load_onto(there, open_checkpoint(store, proven=not unproven, share=share))
+        loaded_s = time.perf_counter() - start
         meet("loaded")
-        generated = engine.generate(ids, max_tokens, sampling)
-        if is_first():
-            _tell(generated, words)
-        else:
-            deque(generated, maxlen=0)
+        taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)
+        generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling))
+        with taken.kept(store):
+            if is_first():
+                _write(generated, words, taken)
+            else:
+                deque(generated, maxlen=0)
+        if is_first() and lines() is None:
+            _tell(taken, stats=stats)
 
 
 @contextlib.contextmanager
@@ -124,63 +144,58 @@ def _reading(
             yield arriving
 
 
-def _tell(tokens: Iterator[int], words: Tokenizer | None) -> None:
+def _write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> None:
     """Write the text as it is generated."""
     machine = lines()
     if machine is not None:
-        _events(machine, tokens, words)
+        _events(machine, tokens, words, taken)
         return
-    timed = _timed(tokens)
-    for text in _numbers(timed) if words is None else _texts(timed, words):
+    for text in _numbers(tokens) if words is None else _texts(tokens, words):
         click.echo(text, nl=False)
     click.echo()
 
 
-def _events(machine: Lines, tokens: Iterator[int], words: Tokenizer | None) -> None:
-    """Tell a machine each token as it comes, and at the end the text and the times."""
+def _events(
+    machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
+) -> None:
+    """Tell a machine each token as it comes, and at the end the text and what it took."""
     from grokfetch.events import Ended, Token
 
-    start = first = now = time.perf_counter()
+    start = time.perf_counter()
     stream = None if words is None else words.stream()
     parts: list[str] = []
-    count = 0
     for token in tokens:
-        now = time.perf_counter()
-        count += 1
-        first = now if count == 1 else first
         text = None if stream is None else stream.push(token)
         parts.append(text or "")
         machine.take(Token(token, text))
     if stream is not None:
         parts.append(stream.finish())
+    run = taken.run()
     results: dict[str, object] = {
-        "tokens": count,
+        "tokens": run.tokens,
         "text": None if stream is None else "".join(parts),
-        "first_token_s": round(first - start, 3) if count else None,
-        "tokens_per_s": round((count - 1) / (now - first), 3) if count > 1 else None,
+        "first_token_s": run.first_token_s if run.tokens else None,
+        "tokens_per_s": run.tokens_per_s,
+        "peak_memory": run.peak_memory,
+        "read": run.read,
+        "experts": run.experts,
     }
-    machine.take(Ended(now - start, results))
+    machine.take(Ended(time.perf_counter() - start, results))
 
 
-def _timed(tokens: Iterator[int]) -> Iterator[int]:
-    """The same tokens; says at the end how long the first took, and how many came a second."""
-    start = first = time.perf_counter()
-    count = 0
-    for token in tokens:
-        count += 1
-        if count == 1:
-            first = time.perf_counter()
-        yield token
-    now = time.perf_counter()
-    click.echo(err=True)
-    if count == 0:
-        click.echo(f"end of sequence at once, after {seconds_text(now - start)}", err=True)
-    elif count == 1:
-        click.echo(f"1 token after {seconds_text(first - start)}", err=True)
+def _tell(taken: Measured, *, stats: bool) -> None:
+    """Say how long it took, or all that it took."""
+    if not taken.tokens:
+        click.echo("end of sequence at once", err=True)
+    elif stats:
+        for line in taken.said(screen(sys.stderr)):
+            click.echo(line, err=True)
+    elif taken.tokens_per_s is None:
+        click.echo(f"1 token after {seconds_text(taken.first_token_s)}", err=True)
     else:
         click.echo(
-            f"first token after {seconds_text(first - start)}, "
-            f"then {count - 1} at {(count - 1) / (now - first):.2f} tokens/s",
+            f"first token after {seconds_text(taken.first_token_s)}, "
+            f"then {taken.tokens - 1} at {speed_text(taken.tokens_per_s)}",
             err=True,
         )
 

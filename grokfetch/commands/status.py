@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.errors import StateMissing
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.commands.terminal import LABEL, Screen, plain_option, screen
+from grokfetch.progress import bytes_text, seconds_text, share_text, speed_text
 
 if TYPE_CHECKING:
-    from grokfetch.history import Sample
-    from grokfetch.storage import Owner
+    from grokfetch.history import History
+    from grokfetch.journal import Check, Run
+    from grokfetch.overview import Overview
     from grokfetch.survey import Group, Survey
 
-SCHEMA = 1
 MAP_ROWS = 6
-SHADES = "·░▒▓█"
-PLAIN_SHADES = ".:-+#"
-"""For terminals that know ASCII only. The first is nothing, the last is all; no colour is used."""
+GROUP_WIDTH = 25
+"""Columns of a layer's bar at least, its name and figure included."""
+
+MOST_RUNS = 12
+"""Runs of missing pieces that plain text names."""
 
 
 @click.command()
@@ -35,6 +34,7 @@ PLAIN_SHADES = ".:-+#"
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@plain_option
 @state_option
 def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
     """Show what of DIR is proven and what is missing.
@@ -42,119 +42,58 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
     Reads the record and the files' sizes and times, hashes nothing and takes no lock: it may run
     beside a fetch.
     """
-    from grokfetch import history
-    from grokfetch.storage import read_owner
+    from grokfetch.overview import as_fields, overview
     from grokfetch.store import Store
-    from grokfetch.survey import survey
 
     store = Store(folder, state)
-    owner = read_owner(store.state)
-    if owner is not None and store.manifest_or_none() is None:
-        raise StateMissing(
-            f"{owner} is at work here and has not got the torrent's metadata yet",
-            path=folder,
-            hint="look again in a while",
-        )
-    found, samples = survey(store), history.read(store)
+    seen = overview(store)
     for warning in store.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
-        click.echo(json.dumps(as_fields(folder, found, owner, samples)))
+        click.echo(json.dumps(as_fields(seen)))
         return
-    width = shutil.get_terminal_size().columns
-    for line in lines(folder, found, owner, samples, width=width, now=time.time()):
+    for line in lines(seen, screen(), now=time.time()):
         click.echo(line)
 
 
-def as_fields(
-    folder: Path, found: Survey, owner: Owner | None, samples: Sequence[Sample]
-) -> dict[str, Any]:
-    """The JSON object that `--json` prints; docs/events.md describes it."""
-    return {
-        "schema": SCHEMA,
-        "folder": str(folder),
-        "name": found.name,
-        "info_hash": found.info_hash,
-        "owner": None if owner is None else {"pid": owner.pid, "host": owner.host},
-        "bytes": {
-            "total": found.total,
-            "proven": found.proven,
-            "by_pieces": found.by_pieces,
-            "by_sha256": found.by_sha256,
-        },
-        "pieces": {
-            "total": len(found.pieces),
-            "proven": sum(found.pieces),
-            "missing": list(_runs(found.pieces)),
-        },
-        "asked": None if found.asked is None else dataclasses.asdict(found.asked),
-        "files": Counter(found.files.values()),
-        "not_proven": {str(p): state for p, state in found.files.items() if state != "proven"},
-        "layers": [
-            {"name": group.name, "proven": group.proven, "total": group.total}
-            for group in found.groups
-        ],
-        "history": [
-            {
-                "time": sample.time,
-                "proven": sample.proven,
-                "peers": sample.peers,
-                "rate": sample.rate,
-                "phase": sample.phase,
-            }
-            for sample in samples
-        ],
-    }
+def lines(seen: Overview, view: Screen, *, now: float) -> Iterator[str]:
+    """What a person sees, as wide as the screen at most."""
+    found = seen.found
+    yield from view.wrapped(f"{seen.folder}: {found.name}, {bytes_text(found.total)}")
+    for label, text in _facts(seen, now):
+        yield from view.fact(label, text)
+    yield from _rates(seen.history, view)
+    if found.pieces:
+        yield from _map(found.pieces, view)
+    if found.groups:
+        yield from _groups(found.groups, view)
 
 
-def _runs(pieces: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """First and last piece of each run that is not proven."""
-    first = None
-    for piece, proven in enumerate(pieces):
-        if not proven and first is None:
-            first = piece
-        elif proven and first is not None:
-            yield first, piece - 1
-            first = None
-    if first is not None:
-        yield first, len(pieces) - 1
-
-
-def lines(
-    folder: Path,
-    found: Survey,
-    owner: Owner | None,
-    samples: Sequence[Sample],
-    *,
-    width: int,
-    now: float,
-) -> Iterator[str]:
-    """What a person sees, no line longer than `width` but for names."""
-    yield f"{folder}: {found.name}, {bytes_text(found.total)}"
-    share = 100 * found.proven / found.total if found.total else 100.0
-    yield f"proven   {_floor(share)} %, {found.proven:,} of {found.total:,} bytes{_by(found)}"
+def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
+    """What can be said in words: what it is about, and the rest of the statement."""
+    found = seen.found
+    share = share_text(found.proven, found.total)
+    yield "proven", f"{share}, {found.proven:,} of {found.total:,} bytes{_by(found)}"
     if found.proven < found.total:
-        yield f"missing  {bytes_text(found.total - found.proven)}{_missing_pieces(found)}"
+        yield "missing", f"{bytes_text(found.total - found.proven)}{_missing_pieces(found)}"
     if found.asked is not None:
         asked = found.asked
-        share = 100 * asked.proven / asked.total if asked.total else 100.0
-        yield f"asked    {asked.what}"
-        yield f"         {_floor(share)} % of {asked.total:,} bytes are proven"
-    yield f"files    {_files(found)}"
-    yield f"at work  {'nobody' if owner is None else owner}"
-    if samples:
-        yield from _history(samples, width, now)
-    if found.pieces:
-        yield ""
-        yield from _map(found.pieces, width)
-    if found.groups:
-        yield ""
-        yield from _layers(found.groups, width)
+        share = share_text(asked.proven, asked.total)
+        yield "asked", f"{asked.what}, {share} of {asked.total:,} bytes are proven"
+    yield "files", _files(found)
+    yield "at work", "nobody" if seen.owner is None else str(seen.owner)
+    if seen.history.samples:
+        yield "fetch", _fetch(seen.history, now)
+    if seen.history.sent:
+        yield "sent", _senders(seen.history)
+    for command, check in seen.checks.items():
+        yield "found", f"by {command}, {_ago(check.time, now)}: {_findings(check)}"
+    if seen.runs:
+        yield "run", _run(seen.runs[-1], now)
 
 
-def _floor(share: float) -> str:
-    """A percentage that says 100 only of all: 99.9 otherwise."""
-    return f"{int(share * 10) / 10:.1f}"
+def _ago(then: float, now: float) -> str:
+    return f"{seconds_text(max(0.0, now - then))} ago"
 
 
 def _by(found: Survey) -> str:
@@ -186,56 +125,98 @@ def _files(found: Survey) -> str:
     )
 
 
-def _shades() -> str:
-    try:
-        SHADES.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return PLAIN_SHADES
-    return SHADES
-
-
-def _shade(share: float, shades: str) -> str:
-    """The first only for nothing, the last only for all."""
-    if share >= 1:
-        return shades[-1]
-    return shades[0] if share <= 0 else shades[1 + int(share * (len(shades) - 2))]
-
-
-def _map(pieces: Sequence[bool], width: int) -> Iterator[str]:
-    from grokfetch.survey import piece_map
-
-    shades = _shades()
-    shares = piece_map(pieces, width * MAP_ROWS)
-    each = len(pieces) / len(shares)
-    per_cell = "1 piece" if each == 1 else f"{each:.1f} pieces"
-    yield f"each cell {per_cell}: {shades[0]} none proven, {shades[-1]} all"
-    for start in range(0, len(shares), width):
-        yield "".join(_shade(share, shades) for share in shares[start : start + width])
-
-
-def _layers(groups: Sequence[Group], width: int) -> Iterator[str]:
-    """Layers in columns, what lies outside them on lines of their own."""
-    shares = [(g.name, 100 * g.proven / g.total if g.total else 100.0) for g in groups]
-    cells = [f"{name:>8} {_floor(share):>5} %" for name, share in shares if name[:6] == "layer "]
-    columns = max(1, (width + 2) // 18)
-    for start in range(0, len(cells), columns):
-        yield "  ".join(cells[start : start + columns])
-    for name, share in shares:
-        if name[:6] != "layer ":
-            yield f"{name} {_floor(share)} %"
-
-
-def _history(samples: Sequence[Sample], width: int, now: float) -> Iterator[str]:
-    last = samples[-1]
-    ago = seconds_text(max(0.0, now - last.time))
+def _fetch(history: History, now: float) -> str:
+    last = history.samples[-1]
     peers = f"{last.peers} {'peer' if last.peers == 1 else 'peers'}"
     speed = "" if last.phase == "done" else f", {bytes_text(last.rate)}/s from {peers}"
-    yield f"fetch    {last.phase} {ago} ago{speed}"
-    top = max(sample.rate for sample in samples)
-    if top > 0 and len(samples) > 1:
-        shades = _shades()
-        count = min(len(samples), max(1, width - 30))
-        step = len(samples) / count
-        bars = [samples[int(cell * step)].rate / top for cell in range(count)]
-        row = "".join(_shade(share, shades) for share in bars)
-        yield f"rate     {row} up to {bytes_text(top)}/s"
+    return f"{last.phase} {_ago(last.time, now)}{speed}"
+
+
+def _senders(history: History) -> str:
+    said = []
+    for kind, word in (("peer", "peers"), ("mirror", "mirrors")):
+        counts = [count for origin, count in history.sent.items() if origin.kind == kind]
+        if counts:
+            many = f"1 {kind}" if len(counts) == 1 else f"{len(counts)} {word}"
+            said.append(f"{bytes_text(sum(counts))} by {many}")
+    return ", ".join(said)
+
+
+def _findings(check: Check) -> str:
+    if not check.count:
+        return "nothing wrong"
+    kinds = Counter(found.kind for found in check.findings)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + (
+        f" of the first {len(check.findings)} of {check.count:,}"
+        if check.count > len(check.findings)
+        else ""
+    )
+
+
+def _run(run: Run, now: float) -> str:
+    speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
+    return (
+        f"{_ago(run.time, now)}, {run.placement}: first token after "
+        f"{seconds_text(run.first_token_s)}{speed}"
+    )
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def _rates(history: History, view: Screen) -> Iterator[str]:
+    """Bytes a second over the time at work, each cell an equal part of it."""
+    from grokfetch.history import rates
+
+    found = rates(history.samples, max(10, view.columns - LABEL))
+    if not found or not max(found):
+        return
+    yield from view.fact("rate", f"up to {bytes_text(max(found))}/s")
+    if len(found) > 1 and not view.plain:
+        yield " " * LABEL + view.painted([view.shade(rate / max(found)) for rate in found])
+
+
+def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
+    from grokfetch.overview import missing_runs
+    from grokfetch.survey import piece_map
+
+    if view.plain:
+        runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(pieces)]
+        more = f" and {len(runs) - MOST_RUNS:,} more runs" if len(runs) > MOST_RUNS else ""
+        yield f"pieces missing: {', '.join(runs[:MOST_RUNS]) or 'none'}{more}"
+        return
+    shares = piece_map(pieces, view.columns * MAP_ROWS)
+    each = len(pieces) / len(shares)
+    per_cell = "1 piece" if each == 1 else f"{each:.1f} pieces"
+    yield ""
+    yield from view.fact(
+        "pieces", f"each cell {per_cell}: {view.shades[0]} none proven, {view.shades[-1]} all"
+    )
+    for start in range(0, len(shares), view.columns):
+        cells = shares[start : start + view.columns]
+        yield view.painted([view.shade(share) for share in cells])
+
+
+def _groups(groups: Sequence[Group], view: Screen) -> Iterator[str]:
+    """Layers in columns of bars, what lies outside them on lines of their own."""
+    if view.plain:
+        for group in groups:
+            share = share_text(group.proven, group.total)
+            yield f"{group.name}: {share} proven, {group.proven:,} of {group.total:,} bytes"
+        return
+    yield ""
+    layers = [group for group in groups if group.name[:6] == "layer "]
+    columns = max(1, (view.columns + 2) // (GROUP_WIDTH + 2))
+    width = (view.columns + 2) // columns - 2
+    rows = -(-len(layers) // columns)
+    for row in range(rows):
+        yield "  ".join(_bar(group, width, view) for group in layers[row::rows]).rstrip()
+    for group in groups:
+        if group not in layers:
+            yield f"{group.name} {share_text(group.proven, group.total)}"
+
+
+def _bar(group: Group, width: int, view: Screen) -> str:
+    share = group.proven / group.total if group.total else 1.0
+    bar = view.bar(share, max(0, width - 17))
+    return f"{group.name:<8} {bar} {share_text(group.proven, group.total):>7}"

@@ -13,11 +13,13 @@ from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, lines, reporter
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
+from grokfetch.commands.terminal import plain_option
 from grokfetch.errors import Damaged
 from grokfetch.progress import seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.errors import GrokfetchError
+    from grokfetch.journal import Command
     from grokfetch.manifest import Manifest
     from grokfetch.store import Store
     from grokfetch.swarm import SwarmSettings
@@ -34,6 +36,7 @@ TIMEOUT_S = 600.0
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @swarm_options
 @mirror_options
+@plain_option
 @state_option
 @json_option
 def verify(
@@ -82,7 +85,7 @@ def _repair(store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float) 
     wanted = begun_in(store)
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
     outcome = bring(store, pieces, wanted.manifest, timeout_s=TIMEOUT_S, repair=True)
-    faults = check_tensors(store)
+    faults = check_tensors(store, "fetch")
     again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start
     ended(
@@ -105,9 +108,10 @@ def _of(store: Store) -> str:
 def check_bytes(store: Store) -> Summary:
     """Read back a checkpoint with a bar, print the findings, return the summary."""
     from grokfetch import verify as verification
+    from grokfetch.journal import checked
 
     with reporter("verify", findings_to_stdout=True) as sink:
-        for event in verification.verify(store):
+        for event in checked(store, "verify", verification.verify(store)):
             sink.take(event)
             if isinstance(event, verification.Summary):
                 summary = event
@@ -116,19 +120,26 @@ def check_bytes(store: Store) -> Summary:
     return summary
 
 
-def check_tensors(store: Store) -> int:
-    """Compare the frames of all shards with the manifest; print and count what differs."""
+def check_tensors(store: Store, command: Command = "verify") -> int:
+    """Compare the frames of all shards with the manifest; print and count what differs.
+
+    Args:
+        store: the checkpoint folder.
+        command: whose findings these complete.
+    """
+    from grokfetch.journal import Found, note_more
     from loader.checkpoint import faults
 
-    count = 0
+    found = []
     machine = lines()
     for fault in faults(store):
         if machine is None:
             click.echo(f"wrong {fault}")
         else:
             machine.put({"event": "finding", "kind": "wrong", "path": fault.path, **_wrong(fault)})
-        count += 1
-    return count
+        found.append(Found("wrong", fault.path or "", None, None, fault.what))
+    note_more(store, command, found)
+    return len(found)
 
 
 def _wrong(fault: GrokfetchError) -> dict[str, str | None]:

@@ -237,13 +237,15 @@ class Pool:
             ):
                 with Writer(self._root) as writer:
                     while left:
-                        await self._bring_piece(left[0], reader, writer)
+                        await self._bring_piece(mirror, left[0], reader, writer)
                         mirror.delivered, mirror.strikes = True, 0
                         self._events.put(Arrived((left.popleft(),)))
         except TimeoutError:
             raise Failed(f"it sent less than {size:,} bytes in {longest_s:.0f} s") from None
 
-    async def _bring_piece(self, piece: int, reader: Reader, writer: Writer) -> None:
+    async def _bring_piece(
+        self, mirror: Mirror, piece: int, reader: Reader, writer: Writer
+    ) -> None:
         hasher = self._layout.hasher(piece)
         path = None
         for part in self._layout.segments(piece):
@@ -258,6 +260,7 @@ class Pool:
                 writer.write(part.file, offset, chunk)
                 offset += len(chunk)
                 self.received += len(chunk)
+                mirror.received += len(chunk)
                 await self._pace(len(chunk))
         if hasher.digest() != self._layout.expected(piece):
             raise Faulty(f"it sent wrong bytes for piece {piece} ({path})")

@@ -32,10 +32,12 @@ class MirrorSettings:
 class Mirror:
     """What is known of a mirror; lives as long as the fetch.
 
-    `lacks` are files that it does not have, `form` the form of its addresses that answered last.
+    `lacks` are files that it does not have, `form` the form of its addresses that answered last,
+    `received` the payload bytes that came from it.
     """
 
     address: str
+    received: int = 0
     dropped: bool = False
     lacks: set[PurePosixPath] = dataclasses.field(default_factory=set)
     form: int = 0

@@ -16,7 +16,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 from grokfetch.errors import OutOfReach
@@ -25,7 +26,7 @@ from grokfetch.mirror.addresses import label, unusable
 from grokfetch.mirror.pool import Pool
 from grokfetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.pieces import Layout
-from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
+from grokfetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
 
 __all__ = ["Together"]
 
@@ -70,6 +71,7 @@ class Together:
         self._settings = settings or MirrorSettings()
         self._mirrors: dict[str, Mirror | None] = {}
         self._swarm_works = True
+        self._from_peers: Mapping[Origin, int] = {}
 
     @property
     def info_hash(self) -> str:
@@ -101,14 +103,30 @@ class Together:
             ours = self._share(order.layout, left, 1.0 if quiet else share)
             theirs = left.difference(ours)
             if not ours and not self._can_help(order.layout, left):
-                yield from _shifted(self._swarm.download(_want(order, theirs)), received)
+                swarm = self._swarm.download(_want(order, theirs))
+                with contextlib.closing(swarm):
+                    yield from map(self._told_apart, _shifted(swarm, received))
                 return
             a_round = _Round(order, theirs, ours, received, self._can_help)
-            with Pool(self._alive(), order.layout, order.root, ours, self._settings) as pool:
-                yield from a_round.run(pool, self._join(_want(order, theirs)))
+            with (
+                Pool(self._alive(), order.layout, order.root, ours, self._settings) as pool,
+                contextlib.closing(a_round.run(pool, self._join(_want(order, theirs)))) as events,
+            ):
+                yield from map(self._told_apart, events)
             left -= a_round.arrived
             received = a_round.received
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
+
+    def _told_apart(self, event: Event) -> Event:
+        """Traffic with who has sent how much, in earlier rounds too; all else as it is."""
+        if not isinstance(event, Traffic):
+            return event
+        self._from_peers = event.sent or self._from_peers
+        sent = Counter(self._from_peers)
+        for mirror in self._mirrors.values():
+            if mirror is not None and mirror.received:
+                sent[Origin("mirror", label(mirror.address))] += mirror.received
+        return dataclasses.replace(event, sent=sent)
 
     def _meet(self, torrent: TorrentFile) -> Iterator[Notice]:
         """Take in the addresses, once each."""
@@ -184,7 +202,7 @@ class _Round:
         self.received = received
         self.swarm_moved = not theirs
 
-    def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Iterator[Event]:
+    def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """Run until both are done, or until it is better to divide the rest anew."""
         swarm_runs = True
         give_up_at = math.inf
@@ -206,6 +224,7 @@ class _Round:
                 if time.monotonic() > give_up_at:
                     break
         yield from self._from_mirrors(pool, 0.0)
+        yield self._traffic(pool)
 
     def _from_mirrors(self, pool: Pool, timeout_s: float) -> Iterator[Event]:
         for event in pool.take(timeout_s):
@@ -232,7 +251,7 @@ class _Round:
     def _traffic(self, pool: Pool) -> Traffic:
         self.received = self._before + self._swarm.received + pool.received
         rate = self._swarm.rate + self._rate.of(pool.received)
-        return Traffic(self.received, rate, self._swarm.peers)
+        return Traffic(self.received, rate, self._swarm.peers, self._swarm.sent)
 
     def _swarm_is_slow(self) -> bool:
         """Whether mirrors, idle now, should take pieces over."""

@@ -15,6 +15,7 @@ from grokfetch.pieces import Layout
 from grokfetch.source import Arrived, Notice, Order, Traffic
 from grokfetch.storage import storage_failed
 from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
+from grokfetch.swarm.tally import Tally
 
 __all__ = ["Swarm", "file_error", "renamed"]
 
@@ -45,6 +46,7 @@ class Swarm:
         self._settings = settings or SwarmSettings()
         named = origin.peers if isinstance(origin, Magnet) else ()
         self._peers = [address(peer) for peer in (*self._settings.peers, *named)]
+        self._tally = Tally()
 
     @property
     def info_hash(self) -> str:
@@ -91,9 +93,10 @@ class Swarm:
             TorrentInvalid: libtorrent understands the torrent otherwise than we do.
         """
         lt = libtorrent()
+        self._tally.begin()
         with Session(self._settings) as session:
             handle = session.add(self._download_params(lt, order), self._peers)
-            yield from _Download(lt, session, handle, order).run()
+            yield from _Download(lt, session, handle, order, self._tally).run()
 
     def _download_params(self, lt: Any, order: Order) -> Any:
         try:
@@ -167,11 +170,12 @@ class _Inquiry:
 class _Download:
     """One order under way."""
 
-    def __init__(self, lt: Any, session: Session, handle: Any, order: Order) -> None:
+    def __init__(self, lt: Any, session: Session, handle: Any, order: Order, tally: Tally) -> None:
         self._lt = lt
         self._session = session
         self._handle = handle
         self._order = order
+        self._tally = tally
         self._left = set(order.want)
         self._finished: set[int] = set()
         self._flushing: set[int] = set()
@@ -191,6 +195,7 @@ class _Download:
             if now >= self._traffic_at:
                 self._traffic_at = now + TRAFFIC_INTERVAL_S
                 yield self._traffic()
+        yield self._traffic()
 
     def _traffic(self) -> Traffic:
         status = self._handle.status()
@@ -198,8 +203,13 @@ class _Download:
             # An alert may have been dropped from a queue that had run full.
             had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
             self._finished = {piece for piece in self._left if had[piece]}
+        received = status.total_payload_download
+        self._tally.look((peer.ip, peer.total_download) for peer in self._handle.get_peer_info())
         return Traffic(
-            status.total_payload_download, float(status.download_payload_rate), status.num_peers
+            received,
+            float(status.download_payload_rate),
+            status.num_peers,
+            self._tally.sent(received),
         )
 
     def _take(self, alert: Any) -> Iterator[Arrived | Notice]:

@@ -1,0 +1,53 @@
+"""`grokfetch report`: how far a folder is, and how it got there, as a page for a browser."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from grokfetch.commands.state_option import state_option
+from grokfetch.progress import bytes_text
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="- writes it to stdout.",
+)
+@state_option
+def report(folder: Path, output: Path, *, state: Path | None) -> None:
+    """Write a page about DIR: what is proven, where it came from, how it ran.
+
+    One file that loads nothing from elsewhere. It shows what `status --json` tells and, like it,
+    hashes nothing and takes no lock. It names the peers and mirrors that sent something.
+    """
+    from grokfetch.overview import overview
+    from grokfetch.report.page import render
+    from grokfetch.storage import replacing, storage_failed
+    from grokfetch.store import Store
+
+    store = Store(folder, state)
+    seen = overview(store)
+    for warning in store.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    # A file name need not be text; what is none is shown by its bytes.
+    page = render(seen, now=time.time()).encode("utf-8", "backslashreplace")
+    if str(output) == "-":
+        click.echo(page, nl=False)
+        return
+    try:
+        with replacing(output) as file:
+            file.write(page)
+    except OSError as error:
+        raise storage_failed(error, output) from error
+    click.echo(f"{output}: {bytes_text(len(page))}, open it in a browser")

@@ -1,0 +1,203 @@
+"""What a terminal can show, and text laid out for it; no command.
+
+`--plain` is for screen readers, and for whoever prefers words: no pictures, no colour, one
+statement a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TextIO, TypeVar
+from unicodedata import combining, east_asian_width
+
+import click
+
+__all__ = ["LABEL", "Screen", "plain", "plain_option", "screen"]
+
+KEY = "grokfetch.plain"
+"""Under which a run of the program keeps whether `--plain` was given."""
+
+SHADES = "·░▒▓█"
+ASCII_SHADES = ".:-+#"
+"""For terminals that know ASCII only. The first is nothing, the last is all."""
+
+COLOURS = (None, "yellow", "yellow", "yellow", "green")
+"""Of the shades. They add nothing that the shades do not say."""
+
+LABEL = 9
+"""Columns of the word that a statement begins with."""
+
+NARROWEST = 20
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def plain_option(function: Function) -> Function:
+    """Add `--plain` to a command; whoever prints asks `plain`."""
+    return click.option(
+        "--plain",
+        is_flag=True,
+        envvar="GROKFETCH_PLAIN",
+        show_envvar=True,
+        expose_value=False,
+        callback=lambda context, _parameter, value: context.meta.__setitem__(KEY, value),
+        help="Words and numbers only, one statement a line, as for a screen reader.",
+    )(function)
+
+
+def plain() -> bool:
+    """Whether this run of the program was asked for plain text."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(KEY))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Screen:
+    """What can be shown.
+
+    width: columns, None for no bound: lines stay whole.
+    shades: five characters from nothing to all.
+    """
+
+    width: int | None = 80
+    shades: str = SHADES
+    colour: bool = False
+    plain: bool = False
+
+    @property
+    def columns(self) -> int:
+        """The width of pictures, which must have one."""
+        return self.width or 80
+
+    def shade(self, share: float) -> int:
+        """Which shade stands for a share: the first only for nothing, the last only for all."""
+        if share >= 1:
+            return len(self.shades) - 1
+        return 0 if share <= 0 else 1 + int(share * (len(self.shades) - 2))
+
+    def painted(self, shades: Sequence[int]) -> str:
+        """A row of shades by their numbers."""
+        return "".join(
+            self._paint(self.shades[shade] * len(list(run)), COLOURS[shade])
+            for shade, run in groupby(shades)
+        )
+
+    def bar(self, share: float, length: int) -> str:
+        """A row of `length` cells that is filled from the left."""
+        full = int(share * length)
+        rest = [self.shade(share * length - full)] if full < length else []
+        if rest and not rest[0] and not full and share > 0:
+            rest = [1]
+        return self.painted(([4] * full + rest + [0] * length)[:length])
+
+    def fact(self, label: str, text: str) -> Iterator[str]:
+        """A statement behind the word that says what it is about, wrapped behind it."""
+        if self.plain:
+            yield f"{label}: {text}"
+            return
+        head = f"{label:<{LABEL}}"
+        yield from self.wrapped(head + text, " " * LABEL)
+
+    def table(
+        self, titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+    ) -> Iterator[str]:
+        """Aligned columns; those that do not fit stand below, indented, on a line of their own.
+
+        In plain text each row is one line, and names its columns but for the first.
+
+        Args:
+            titles: of the columns.
+            rows: their cells.
+            right: the columns that are aligned to the right.
+        """
+        if self.plain:
+            for row in rows:
+                both = zip(titles[1:], row[1:], strict=True)
+                said = [f"{title} {cell}".strip() for title, cell in both if cell]
+                yield f"{row[0]}: {', '.join(said)}"
+            return
+        cells = [titles, *rows]
+        widths = [max(map(_columns, column)) for column in zip(*cells, strict=True)]
+        lines = self._lines(widths)
+        for row in cells:
+            for place, line in enumerate(lines):
+                text = "  ".join(
+                    _padded(row[at], widths[at], to_right=at in right) for at in line
+                ).rstrip()
+                if text:
+                    yield from self.wrapped("  " * (place > 0) + text, "    ")
+
+    def _lines(self, widths: Sequence[int]) -> list[list[int]]:
+        """The columns of each line of a row."""
+        lines: list[list[int]] = [[]]
+        taken = 0
+        for column, width in enumerate(widths):
+            taken += 2 + width
+            if lines[-1] and self.width is not None and taken - 2 > self.width:
+                lines.append([])
+                taken = 4 + width
+            lines[-1].append(column)
+        return lines
+
+    def wrapped(self, text: str, indent: str = "  ") -> Iterator[str]:
+        """A text in lines that fit; all but the first are indented."""
+        if self.width is None or _columns(text) <= self.width:
+            yield text
+            return
+        # A name that is longer than a line is broken: left to the terminal it loses the indent.
+        yield from textwrap.wrap(
+            text,
+            max(self.width, NARROWEST),
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        )
+
+    def _paint(self, text: str, colour: str | None) -> str:
+        return click.style(text, fg=colour) if self.colour and colour else text
+
+
+def screen(stream: TextIO | None = None, *, listing: bool = False) -> Screen:
+    """What stdout, or another stream, can show: as it is, and as the environment and the call say.
+
+    `NO_COLOR` and `TERM=dumb` are respected.
+
+    Args:
+        stream: stdout by default.
+        listing: keep lines whole where there is no terminal, for programs that read them.
+    """
+    stream = stream or sys.stdout
+    terminal = stream.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    asked_plain = plain()
+    whole = asked_plain or (listing and not terminal)
+    return Screen(
+        None if whole else max(shutil.get_terminal_size().columns, NARROWEST),
+        _shades(stream),
+        colour and not asked_plain,
+        asked_plain,
+    )
+
+
+def _shades(stream: TextIO) -> str:
+    try:
+        SHADES.encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII_SHADES
+    return SHADES
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text takes; UAX #11 calls them wide and full."""
+    return sum(0 if combining(it) else 1 + (east_asian_width(it) in "WF") for it in text)
+
+
+def _padded(text: str, width: int, *, to_right: bool) -> str:
+    room = " " * (width - _columns(text))
+    return room + text if to_right else text + room

@@ -1,0 +1,1 @@
+"""A folder as one page for a browser: `page.render`."""
