@@ -25,6 +25,7 @@ from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
+from grokfetch.saving import Saver
 from grokfetch.selection import Request, Selection, pieces_of, spans, urgency
 from grokfetch.source import Arrived, Notice, Order, PieceSource, Traffic
 from grokfetch.store import Store
@@ -164,7 +165,6 @@ class _Fetch:
         self._clock = clock
         self._fetched = 0
         self._rehashed = 0
-        self._save_at = clock() + limits.save_s
 
     def run(self, request: Request | None, *, repair: bool) -> Iterator[Event]:
         self._torrent = yield from self._metadata()
@@ -184,7 +184,8 @@ class _Fetch:
         self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
         if repair:
             yield from self._read_again()
-        yield from self._bring_all()
+        with Saver(self._proofs, self._limits.save_s, self._clock) as self._saver:
+            yield from self._bring_all()
         yield from self._check_digests()
         if self._store.record() != self._proofs.record():
             self._proofs.end_writing()
@@ -310,13 +311,14 @@ class _Fetch:
                     read += self._weights[result.piece]
                     self._count(result)
                 yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
-                self._save_if_due()
+                self._saver.turn()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
 
     def _download(self, missing: list[int]) -> Iterator[Event]:
         files = _files_of(self._layout, missing)
         refuse_links(self._store, files)
         preflight.check(self._store.root, self._room(files))
+        self._saver.settle()
         self._proofs.mark_writing(file.path for file in files)
         order = Order(
             self._torrent,
@@ -337,6 +339,7 @@ class _Fetch:
                 while hashers.busy:
                     for result in chain.from_iterable(hashers.take(None)):
                         self._count(result)
+                self._saver.settle()
                 self._proofs.end_writing()
 
     def _room(self, files: list[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
@@ -388,7 +391,7 @@ class _Fetch:
                 yield Proven((result.piece,))
             else:
                 yield from corrupt(self._layout, result, self._tensors)
-        self._save_if_due()
+        self._saver.turn()
         yield dataclasses.replace(
             self._status("downloading"), rate=traffic.rate, peers=traffic.peers
         )
@@ -397,11 +400,6 @@ class _Fetch:
         if result.verdict == "good":
             self._done += self._weights[result.piece] if result.piece in self._asked else 0
             self._proofs.add(result.piece)
-
-    def _save_if_due(self) -> None:
-        if self._clock() >= self._save_at:
-            self._proofs.save()
-            self._save_at = self._clock() + self._limits.save_s
 
     # --- digests ------------------------------------------------------------------------------
 
