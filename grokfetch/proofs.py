@@ -223,6 +223,11 @@ class Proofs:
         told, self._spoilt = list(dict.fromkeys(self._spoilt)), []
         return told
 
+    def renew(self, files: Iterable[LayoutFile]) -> None:
+        """Doubt files that we have replaced ourselves; nobody need be told."""
+        for file in files:
+            self._distrust_if_changed(file)
+
     def end_writing(self) -> None:
         """Save, and tie the proofs to the files as they look now that nobody writes them.
 
