@@ -19,7 +19,7 @@ from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
 __all__ = ["Swarm", "file_error", "renamed"]
 
-FLUSH_INTERVAL_S = 0.1
+FLUSH_INTERVAL_S = 0.05
 """How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
 
 TRAFFIC_INTERVAL_S = 0.5
