@@ -14,7 +14,17 @@ from grokfetch.fetch import Metadata, Outcome, Status
 from grokfetch.source import Notice
 from grokfetch.verify import Finding, Progress, Proven, Summary
 
-__all__ = ["SCHEMA", "Ended", "Event", "Loaded", "Started", "Token", "as_fields", "error_fields"]
+__all__ = [
+    "SCHEMA",
+    "Ended",
+    "Event",
+    "Loaded",
+    "Seeding",
+    "Started",
+    "Token",
+    "as_fields",
+    "error_fields",
+]
 
 SCHEMA = 1
 
@@ -48,6 +58,21 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Seeding:
+    """How a seed is doing: its port, pieces and bytes that it shares, and what others have had.
+
+    `uploaded` is payload bytes since it began, `rate` bytes a second.
+    """
+
+    port: int
+    pieces: int
+    bytes: int
+    uploaded: int
+    rate: float
+    peers: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
     """What the command found or did, by name, and the seconds it took."""
 
@@ -65,6 +90,7 @@ Event = (
     | Notice
     | Loaded
     | Token
+    | Seeding
     | Outcome
     | Summary
     | Ended
@@ -78,6 +104,7 @@ _NAMES = {
     Notice: "notice",
     Loaded: "loaded",
     Token: "token",
+    Seeding: "seeding",
 }
 
 

@@ -17,18 +17,21 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from grokfetch import preflight
+from grokfetch.adoption import adopt
 from grokfetch.agreement import in_force
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
 from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, may_be_on_disk
 from grokfetch.manifest import Manifest, ManifestFile
 from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
 from grokfetch.pieces import Layout, LayoutFile
+from grokfetch.places import relocated
 from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
+from grokfetch.saving import Saver
 from grokfetch.selection import Request, Selection, pieces_of, spans, urgency
 from grokfetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
 from grokfetch.store import Store
-from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files, refuse_links
+from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files, own
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
 __all__ = [
@@ -175,11 +178,10 @@ class _Fetch:
         self._fetched = 0
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
-        self._save_at = clock() + limits.save_s
 
     def run(self, request: Asked | None, *, repair: bool) -> Iterator[Event]:
         self._torrent = yield from self._metadata()
-        self._layout = self._settle(request)
+        self._layout = yield from self._settle(request)
         self._tensors = TensorIndex(self._store.manifest())
         self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
         asked = self._store.asked()
@@ -195,7 +197,8 @@ class _Fetch:
         self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
         if repair:
             yield from self._read_again()
-        yield from self._bring_all()
+        with Saver(self._proofs, self._limits.save_s, self._clock) as self._saver:
+            yield from self._bring_all()
         yield from self._check_digests()
         if self._store.record() != self._proofs.record():
             self._proofs.end_writing()
@@ -229,15 +232,19 @@ class _Fetch:
             hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
         )
 
-    def _settle(self, request: Asked | None) -> Layout:
+    def _settle(self, request: Asked | None) -> Generator[Event, None, Layout]:
         """Put the manifest in force, and only then keep the torrent: a contradiction keeps none."""
         torrent = self._torrent
         begun = self._store.layout()
         layout = begun or parse_info(torrent.info, torrent.piece_layers)
         earlier = self._store.manifest_or_none()
+        manifest = None
         if self._wanted is not None or earlier is None or begun is None:
             manifest = in_force(self._wanted or earlier, torrent, layout, self._source.magnet)
-            if manifest != earlier:
+        yield from self._adopt(layout)
+        if manifest is not None:
+            manifest = relocated(manifest, self._store.places())
+            if manifest != self._store.manifest_or_none():
                 self._store.save_manifest(manifest)
         if callable(request):
             request = request(self._store.manifest(), layout.piece_length)
@@ -250,6 +257,22 @@ class _Fetch:
         assert settled is not None
         self._rename(settled)
         return settled
+
+    def _adopt(self, layout: Layout) -> Iterator[Status]:
+        """Find files that lie in another layout than the torrent's, and remember where.
+
+        What was asked for before names files by their places, which must then stay.
+        """
+        if self._store.selection() is not None:
+            return
+        search = adopt(self._store, layout)
+        try:
+            while True:
+                progress = next(search)
+                yield Status("checking", progress.done, progress.total)
+        except StopIteration as end:
+            if end.value:
+                self._store.save_places({**self._store.places(), **end.value})
 
     def _selection(self, request: Request | None, *, everything: bool) -> Selection | None:
         """What is asked for now: the request beside what earlier ones have asked for.
@@ -301,6 +324,8 @@ class _Fetch:
                     f"({len(missing)} such pieces): the disk, or memory, is failing",
                     path=self._store.root,
                 )
+            if (yield from self._make_room(missing)):
+                continue
             before = len(self._proofs.pieces)
             yield from self._download(missing)
             in_vain = in_vain + 1 if len(self._proofs.pieces) <= before else 0
@@ -323,14 +348,23 @@ class _Fetch:
                     read += self._weights[result.piece]
                     self._count(result)
                 yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
-                self._save_if_due()
+                self._saver.turn()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
 
-    def _download(self, missing: list[int]) -> Iterator[Event]:
+    def _make_room(self, missing: list[int]) -> Generator[Event, None, bool]:
+        """Make sure that these pieces can be written; whether files had to be copied for that."""
         files = _files_of(self._layout, missing)
-        refuse_links(self._store, files)
         preflight.check(self._store.root, self._room(files))
-        self._proofs.mark_writing(file.path for file in files)
+        copied = []
+        for file in own(self._store, files):
+            copied.append(file)
+            yield Notice(f"{file.path} was a link, and is a copy now, for bytes of it are missing")
+        self._proofs.renew(copied)
+        return bool(copied)
+
+    def _download(self, missing: list[int]) -> Iterator[Event]:
+        self._saver.settle()
+        self._proofs.mark_writing(file.path for file in _files_of(self._layout, missing))
         order = Order(
             self._torrent,
             self._layout,
@@ -350,6 +384,7 @@ class _Fetch:
                 while hashers.busy:
                     for result in chain.from_iterable(hashers.take(None)):
                         self._count(result)
+                self._saver.settle()
                 self._proofs.end_writing()
 
     def _room(self, files: list[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
@@ -402,7 +437,7 @@ class _Fetch:
                 yield Proven((result.piece,))
             else:
                 yield from corrupt(self._layout, result, self._tensors)
-        self._save_if_due()
+        self._saver.turn()
         yield dataclasses.replace(
             self._status("downloading"), rate=traffic.rate, peers=traffic.peers
         )
@@ -411,11 +446,6 @@ class _Fetch:
         if result.verdict == "good":
             self._done += self._weights[result.piece] if result.piece in self._asked else 0
             self._proofs.add(result.piece)
-
-    def _save_if_due(self) -> None:
-        if self._clock() >= self._save_at:
-            self._proofs.save()
-            self._save_at = self._clock() + self._limits.save_s
 
     # --- digests ------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ __all__ = [
     "Scales",
     "TokenizerSource",
     "bind",
+    "common_tail",
     "encode",
     "parse",
     "plain",
@@ -166,13 +167,14 @@ def _place(file: ManifestFile, candidates: list[tuple[PurePosixPath, int]]) -> P
     if not fitting:
         sizes = " or ".join(f"{size:,}" for _, size in candidates)
         raise Contradiction(f"{file.path} must have {file.size:,} bytes, here it has {sizes}")
-    ranked = sorted(fitting, key=lambda path: _common_tail(path, file.path), reverse=True)
-    if len(ranked) > 1 and _common_tail(ranked[0], file.path) == _common_tail(ranked[1], file.path):
+    ranked = sorted(fitting, key=lambda path: common_tail(path, file.path), reverse=True)
+    if len(ranked) > 1 and common_tail(ranked[0], file.path) == common_tail(ranked[1], file.path):
         raise Contradiction(f"both {ranked[0]} and {ranked[1]} fit {file.path} of the manifest")
     return ranked[0]
 
 
-def _common_tail(one: PurePosixPath, other: PurePosixPath) -> int:
+def common_tail(one: PurePosixPath, other: PurePosixPath) -> int:
+    """How many parts two paths share, counted from their ends."""
     same = 0
     for mine, theirs in zip(reversed(one.parts), reversed(other.parts), strict=False):
         if mine != theirs:

@@ -120,13 +120,6 @@ class Layout:
         """The file of that path, None if the torrent has none."""
         return self._by_path.get(path)
 
-    def by_name(self, name: PurePosixPath) -> LayoutFile | None:
-        """The file of that path in the torrent, None if there is none."""
-        file = self._by_path.get(name)
-        if file is not None and file.name == name:
-            return file
-        return next((file for file in self.payload if file.name == name), None)
-
     def moved(self, places: Mapping[PurePosixPath, PurePosixPath]) -> Layout:
         """The same with some files elsewhere: `places` goes from the torrent's path to ours."""
         return dataclasses.replace(

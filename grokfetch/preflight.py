@@ -154,8 +154,10 @@ def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
     for path, size in wanted:
         target = root / path
         try:
-            status = target.stat()
-            missing += max(0, size - status.st_blocks * 512)
+            status = target.lstat()
+            # What a link leads to is not written; a copy takes its place.
+            there = 0 if stat.S_ISLNK(status.st_mode) else status.st_blocks * 512
+            missing += max(0, size - there)
         except OSError:
             missing += size
             new.update(_absent(target))
@@ -171,7 +173,7 @@ def _absent(path: Path) -> list[Path]:
 
 
 def _denied(target: Path) -> Path | None:
-    place = nearest(target)
+    place = nearest(target.parent if target.is_symlink() else target)
     return None if os.access(place, os.W_OK) else place
 
 

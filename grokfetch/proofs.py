@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from grokfetch.errors import StorageFailed
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.record import FileProof, Record, Stamp
 from grokfetch.storage import gone, storage_failed
@@ -30,6 +31,8 @@ class Proofs:
 
     Attributes:
         pieces: the proven ones, including those not yet saved.
+        unflushed_bytes: of pieces proven since the last flush began.
+        whole_file: whether a file has become whole since the record was written.
     """
 
     def __init__(self, store: Store, layout: Layout, info_hash: str) -> None:
@@ -39,7 +42,11 @@ class Proofs:
         record = store.record()
         self._files = dict(record.files)
         self.pieces = set(record.pieces)
-        self._unsaved: set[int] = set()
+        self._unflushed: set[int] = set()
+        self._flushing: set[int] = set()
+        self.unflushed_bytes = 0
+        self.whole_file = False
+        self._left: dict[PurePosixPath, int] = {}
         self._inodes: dict[PurePosixPath, tuple[int, int] | None] = {}
         self._spoilt: list[PurePosixPath] = []
         for file in layout.payload:
@@ -53,7 +60,7 @@ class Proofs:
         self._files.pop(file.path, None)
         if now is not None:
             self._files[file.path] = FileProof(now)
-        self.pieces.difference_update(self._layout.pieces_over(file))
+        self.remove(self._layout.pieces_over(file))
 
     @property
     def missing(self) -> list[int]:
@@ -62,14 +69,32 @@ class Proofs:
 
     def add(self, piece: int) -> None:
         """Count a piece whose read-back was right."""
-        if piece not in self.pieces:
-            self.pieces.add(piece)
-            self._unsaved.add(piece)
+        if piece in self.pieces:
+            return
+        self.pieces.add(piece)
+        self._unflushed.add(piece)
+        for part in self._layout.segments(piece):
+            if not part.file.pad:
+                self.unflushed_bytes += part.length
+                self._count_down(part.file)
+
+    def _count_down(self, file: LayoutFile) -> None:
+        """One piece less is missing of a file."""
+        left = self._left.get(file.path)
+        if left is None:
+            left = sum(piece not in self.pieces for piece in self._layout.pieces_over(file))
+        else:
+            left -= 1
+        self._left[file.path] = left
+        self.whole_file |= not left
 
     def remove(self, pieces: Iterable[int]) -> None:
         """Doubt pieces that do not read right any more."""
-        self.pieces.difference_update(pieces)
-        self._unsaved.difference_update(pieces)
+        doubtful = set(pieces)
+        self.pieces -= doubtful
+        self._unflushed -= doubtful
+        self._flushing -= doubtful
+        self._left.clear()
 
     def forget_digests(self) -> None:
         """Doubt the digests of whole files."""
@@ -93,15 +118,45 @@ class Proofs:
         Raises:
             StorageFailed: either failed.
         """
-        self._look_at_targets()
+        try:
+            flush(self.begin_flush())
+        except StorageFailed:
+            self.end_flush(well=False)
+            raise
+        self.end_flush(well=True)
+        self.write()
+
+    def begin_flush(self) -> list[Path]:
+        """The files to be flushed, before the record can claim what has been proven by now."""
+        self._flushing |= self._unflushed
+        self._unflushed.clear()
+        self.unflushed_bytes = 0
         paths = {
             segment.file.path
-            for piece in self._unsaved
+            for piece in self._flushing
             for segment in self._layout.segments(piece)
             if not segment.file.pad
         }
-        flush(self._store.payload(path) for path in paths)
-        self._write()
+        return [self._store.payload(path) for path in paths]
+
+    def end_flush(self, *, well: bool) -> None:
+        """Count the pieces as flushed for which `begin_flush` named the files.
+
+        Where that failed they are doubted: the system says only once that data was lost.
+        """
+        if not well:
+            self.remove(self._flushing)
+        self._flushing.clear()
+
+    def write(self) -> None:
+        """Write the record of what is proven and flushed.
+
+        Raises:
+            StorageFailed: it cannot be written.
+        """
+        self._look_at_targets()
+        self._store.save_record(self.record())
+        self.whole_file = False
 
     def _look_at_targets(self) -> None:
         """Note how the files that we write look now, and doubt those that others have spoilt.
@@ -168,6 +223,11 @@ class Proofs:
         told, self._spoilt = list(dict.fromkeys(self._spoilt)), []
         return told
 
+    def renew(self, files: Iterable[LayoutFile]) -> None:
+        """Doubt files that we have replaced ourselves; nobody need be told."""
+        for file in files:
+            self._distrust_if_changed(file)
+
     def end_writing(self) -> None:
         """Save, and tie the proofs to the files as they look now that nobody writes them.
 
@@ -183,7 +243,7 @@ class Proofs:
                 if now is not None:
                     self._files[path] = FileProof(now)
         self._inodes.clear()
-        self._write()
+        self.write()
 
     def sha256(self, path: PurePosixPath) -> str | None:
         """The digest of a file computed earlier, None if there is none or the file was written."""
@@ -195,16 +255,13 @@ class Proofs:
         self._files[path] = FileProof(stamp, sha256)
 
     def record(self) -> Record:
-        """The record of all this."""
-        return Record(self._info_hash, frozenset(self.pieces), self._files.copy())
-
-    def _write(self) -> None:
-        self._store.save_record(self.record())
-        self._unsaved.clear()
+        """The record of all this, but for what is not flushed."""
+        pieces = self.pieces - self._unflushed - self._flushing
+        return Record(self._info_hash, frozenset(pieces), self._files.copy())
 
 
 def flush(paths: Iterable[Path]) -> None:
-    """Force files, and the folders that name them, to the disk.
+    """Force files, and the folders that name them, to the disk. What is gone is passed over.
 
     Raises:
         StorageFailed: the disk refuses.
@@ -224,6 +281,9 @@ def _flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except FileNotFoundError:
+        # Its stamp will not be the one that its proofs rest on.
+        return
     except OSError as error:
         raise storage_failed(error, path) from error
 

@@ -249,11 +249,11 @@ def _merged(parts: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def pieces_of(layout: Layout, asked: Spans) -> frozenset[int]:
-    """The pieces with a byte that is asked for; `asked` goes by the torrent's paths."""
+    """The pieces with a byte that is asked for."""
     return frozenset(
         piece
         for file in layout.payload
-        for start, stop in asked.get(file.name, ())
+        for start, stop in asked.get(file.path, ())
         for piece in layout.pieces_over(file, start, stop - start)
     )
 
@@ -269,7 +269,7 @@ def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[i
     )
     wanted = set(pieces)
     for tensor in ranked:
-        file = layout.by_name(tensor.file)
+        file = layout.file(tensor.file)
         if file is not None:
             for piece in layout.pieces_over(file):
                 if piece in wanted:

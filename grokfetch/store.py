@@ -1,6 +1,7 @@
 """The checkpoint directory: what lies where, who may write, what is proven.
 
-    DIR/                     the payload as the torrent lays it down, top folder kept
+    DIR/                     the payload as the torrent lays it down, top folder kept, but for files
+                             that lay there in another layout and were adopted
     DIR/.../NAME.part        a file that is not asked for, with the bytes that share a piece with
                              one that is; it gets its name when it is asked for
     DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
@@ -10,6 +11,7 @@
         manifest.json        the manifest in force (`manifest.SCHEMA`), its paths those of the
                              torrent
         selection.json       what is asked for, where that is not everything (`selection.SCHEMA`)
+        places.json          where files lie, if not where the torrent puts them (`places.SCHEMA`)
         metadata.torrent     a torrent file: the info dictionary as the swarm gave it, and its v2
                              piece layers. The format is BitTorrent's own
         record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
@@ -38,6 +40,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from grokfetch import manifest as manifests
+from grokfetch import places as placing
 from grokfetch import record as records
 from grokfetch import selection as selections
 from grokfetch.errors import (
@@ -50,6 +53,7 @@ from grokfetch.errors import (
 from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile
 from grokfetch.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
 from grokfetch.pieces import Layout, LayoutFile
+from grokfetch.places import Places, relocated
 from grokfetch.record import Record, RecordDamaged, Stamp
 from grokfetch.selection import Selection, Spans
 from grokfetch.storage import folder_lock, replacing, storage_failed
@@ -86,6 +90,7 @@ class Store:
 
     def _forget(self) -> None:
         self._manifest: Manifest | None = None
+        self._places: Places | None = None
         self._selection: Selection | None = None
         self._asked: Spans | None = None
         self._torrent: TorrentFile | None = None
@@ -145,18 +150,35 @@ class Store:
         return found
 
     def manifest_or_none(self) -> Manifest | None:
-        """The manifest in force, None if there is none."""
+        """The manifest in force, its paths those where files lie here; None if there is none."""
         if self._manifest is None:
             path = self.state / "manifest.json"
             text = self._read(path)
             if text is not None:
                 try:
-                    self._manifest = manifests.parse(text, str(path))
+                    known = manifests.parse(text, str(path))
                 except ManifestInvalid as error:
                     self._set_aside(path, error.what)
                 else:
-                    self._entries = {file.path: file for file in self._manifest.files}
+                    self._keep(relocated(known, self.places()))
         return self._manifest
+
+    def _keep(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._entries = {file.path: file for file in manifest.files}
+
+    def places(self) -> Places:
+        """Where files lie that do not lie where the torrent puts them."""
+        if self._places is None:
+            self._places = {}
+            path = self.state / "places.json"
+            text = self._read(path)
+            if text is not None:
+                try:
+                    self._places = placing.decode(text)
+                except ManifestInvalid as error:
+                    self._set_aside(path, error.what)
+        return self._places
 
     def torrent(self) -> TorrentFile | None:
         """The torrent's metadata, None if there is none."""
@@ -179,18 +201,19 @@ class Store:
         with a file that is, and must not look whole.
         """
         self.torrent()
-        asked = self.asked()
-        if self._layout is None or asked is None or self._settled:
-            return self._layout
-        self._layout = self._layout.moved(
-            {
-                file.name: part_name(file.name)
-                for file in self._layout.payload
-                if file.name not in asked and file.size
-            }
-        )
-        self._settled = True
+        if self._layout is not None and not self._settled:
+            self._layout = self._layout.moved(self._moves(self._layout))
+            self._settled = True
         return self._layout
+
+    def _moves(self, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
+        """From the torrent's paths to ours, for the files that lie elsewhere."""
+        asked, moves = self.asked(), dict(self.places())
+        for file in layout.payload:
+            place = moves.get(file.name, file.name)
+            if asked is not None and place not in asked and file.size:
+                moves[file.name] = part_name(place)
+        return moves
 
     def selection(self) -> Selection | None:
         """What is asked for; None for everything."""
@@ -279,14 +302,24 @@ class Store:
     # --- writing, under the exclusive lock ----------------------------------------------------
 
     def save_manifest(self, manifest: Manifest) -> None:
-        """Put a manifest in force.
+        """Put a manifest in force, its paths those where files lie here.
 
         Raises:
             StorageFailed: the state folder cannot be written.
         """
-        self._write("manifest.json", manifests.encode(manifest))
-        self._manifest = manifest
-        self._entries = {file.path: file for file in manifest.files}
+        names = {place: name for name, place in self.places().items()}
+        self._write("manifest.json", manifests.encode(relocated(manifest, names)))
+        self._forget()
+        self._keep(manifest)
+
+    def save_places(self, places: Places) -> None:
+        """Keep where files lie that do not lie where the torrent puts them.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._write("places.json", placing.encode(places))
+        self._forget()
 
     def save_torrent(self, torrent: TorrentFile) -> None:
         """Keep a torrent's metadata.

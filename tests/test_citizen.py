@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.server
+import json
 import re
 import select
 import signal
@@ -131,6 +132,18 @@ def test_seeding_ends_when_its_time_is_over(whole):
     result = call("seed", whole[0], "--for", "0.1s", *LOOPBACK)
     assert result.exit_code == 0
     assert "ratio 0.00" in result.stderr
+
+
+def test_a_machine_reads_how_seeding_goes(whole):
+    result = call("seed", whole[0], "--for", "0.1s", "--json", *LOOPBACK)
+    started, seeding, finished = map(json.loads, result.stdout.splitlines())
+    assert (started["event"], started["command"], started["schema"]) == ("started", "seed", 1)
+    assert seeding["event"] == "seeding"
+    assert 0 < seeding["port"] < 65536
+    assert seeding["pieces"] == len(Store(whole[0]).record().pieces)
+    assert (seeding["uploaded"], seeding["peers"]) == (0, 0)
+    assert finished["event"] == "finished"
+    assert (finished["uploaded"], finished["ratio"]) == (0, 0)
 
 
 def test_while_it_is_shared_a_folder_is_read_and_not_written(whole):

@@ -5,13 +5,13 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from click.testing import CliRunner
-from fake_swarm import FakeSwarm
+from fake_swarm import FakeSwarm, write_at
 from test_fetch import FILES, PIECE, SIZE, V1, V2, A, C, content_of, outcome, run
 from torrents import content, lay_down, manifest_of
 
 from grokfetch import hashing
 from grokfetch.cli import main
-from grokfetch.errors import NotProven
+from grokfetch.errors import NotProven, Stalled
 from grokfetch.fetch import fetch
 from grokfetch.store import Store
 from grokfetch.swarm import SwarmSettings, make_torrent, seed
@@ -128,3 +128,12 @@ def grokfetch(*arguments):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_a_repair_gives_up_after_the_time_it_is_given(tmp_path):
+    run(tmp_path, FakeSwarm(V1, dict(FILES)))
+    write_at(tmp_path / C, 5, b"spoiled")
+    arguments = ["verify", str(tmp_path), "--repair", "--timeout", "0.2", *LOOPBACK]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == Stalled.exit_code
+    assert "no data for 0 s" in result.stderr

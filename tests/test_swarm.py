@@ -21,7 +21,7 @@ from grokfetch.magnet import parse_magnet
 from grokfetch.metainfo import parse_info, parse_torrent
 from grokfetch.source import Notice, Order, Origin
 from grokfetch.store import Store
-from grokfetch.swarm import Swarm, SwarmSettings, make_torrent, seed
+from grokfetch.swarm import Swarm, SwarmSettings, download, make_torrent, seed
 from grokfetch.swarm.tally import Tally
 from grokfetch.verify import Finding, Summary, verify
 
@@ -374,6 +374,30 @@ def test_a_peer_that_sends_wrong_data_is_banned_and_a_good_one_completes(tmp_pat
                 (f"127.0.0.1:{liar.port}", f"127.0.0.1:{seeder.port}")
             )
             list(fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS))
+    assert whole(tmp_path)
+
+
+def test_peers_that_were_all_banned_are_tried_once_more(tmp_path, torrent, monkeypatch):
+    monkeypatch.setattr(download, "GIVE_UP_S", 0.5)
+    _, data = torrent
+    known = parse_torrent(data)
+    layout = parse_info(known.info, known.piece_layers)
+    honest = threading.Event()
+
+    def block(piece, begin, length):
+        if not honest.is_set():
+            return bytes(length)
+        return b"".join(bytes_of(part) for part in layout.segments(piece))[begin : begin + length]
+
+    with Peer(known.v1 or known.v2[:40], layout.piece_count, block) as peer:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        texts = []
+        for event in fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS):
+            if isinstance(event, Notice):
+                texts.append(event.text)
+            if texts and "banned for bad data" in texts[-1]:
+                honest.set()
+    assert [text for text in texts if "another chance" in text]
     assert whole(tmp_path)
 
 

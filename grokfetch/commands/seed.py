@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import NotProven, StateMissing
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.events import Ended, Seeding
+from grokfetch.progress import Lines, bytes_text, seconds_text
 from grokfetch.proofs import Proofs
+from grokfetch.swarm import Shared
 
 if TYPE_CHECKING:
     from grokfetch.metainfo import TorrentFile
@@ -30,6 +33,9 @@ LOOK_INTERVAL_S = 5.0
 
 LINE_INTERVAL_S = 60.0
 """How often a line says how it goes."""
+
+EVENT_INTERVAL_S = 1.0
+"""How often an event does."""
 
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -85,6 +91,7 @@ def goal_options(command: Callable[..., None]) -> Callable[..., None]:
 @goal_options
 @swarm_options
 @state_option
+@json_option
 def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) -> None:
     """Share what is proven of DIR, and nothing else, until Ctrl-C or the given ratio or time.
 
@@ -92,11 +99,17 @@ def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) 
     """
     from grokfetch.store import Store
 
-    share(Store(folder, state), swarm, goal)
+    share(Store(folder, state), swarm, goal, lines())
 
 
-def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:
-    """Seed a folder; a line on stderr now and then, and at the end one about what was sent.
+def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | None = None) -> None:
+    """Seed a folder; say now and then how it goes, and at the end what was sent.
+
+    Args:
+        store: the folder.
+        settings: how to take part.
+        goal: when to end.
+        machine: where events go; without it lines go to stderr.
 
     Raises:
         StateMissing: the folder holds no torrent.
@@ -120,33 +133,70 @@ def share(store: Store, settings: SwarmSettings, goal: Goal) -> None:
         start = time.monotonic()
         data = encode_torrent(torrent)
         with seeding(data, store.root, settings, look.pieces, layout) as seeder:
-            greeting = (
-                f"{store.root}: sharing {len(look.pieces)} of {layout.piece_count} pieces, "
-                f"{bytes_text(size)}, on port {seeder.port}; Ctrl-C ends it"
-            )
-            uploaded = _follow(seeder, look, goal, size, greeting)
-    _say(
-        f"{store.root}: {bytes_text(uploaded)} shared in "
-        f"{seconds_text(time.monotonic() - start)}, ratio {uploaded / size:.2f}"
-    )
+            teller = _Teller(store, layout, seeder.port, len(look.pieces), size, machine)
+            uploaded = _follow(seeder, look, goal, teller)
+    teller.end(uploaded, time.monotonic() - start)
 
 
-def _follow(seeder: Seeder, look: _Look, goal: Goal, size: int, greeting: str) -> int:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Teller:
+    """Says how seeding goes: lines for people, or events. `size` is what is shared, in bytes."""
+
+    store: Store
+    layout: Layout
+    port: int
+    pieces: int
+    size: int
+    machine: Lines | None
+
+    def begin(self) -> None:
+        if self.machine is not None:
+            self.go_on(Shared(0, 0.0, 0))
+            return
+        _say(
+            f"{self.store.root}: sharing {self.pieces} of {self.layout.piece_count} pieces, "
+            f"{bytes_text(self.size)}, on port {self.port}; Ctrl-C ends it"
+        )
+
+    @property
+    def interval_s(self) -> float:
+        """How often to go on."""
+        return LINE_INTERVAL_S if self.machine is None else EVENT_INTERVAL_S
+
+    def go_on(self, shared: Shared) -> None:
+        if self.machine is None:
+            rate = f"{bytes_text(shared.rate)}/s to {shared.peers} peers"
+            _say(f"seed {bytes_text(shared.uploaded)}, {rate}")
+            return
+        now = dataclasses.asdict(shared)
+        self.machine.take(Seeding(self.port, self.pieces, self.size, **now))
+
+    def end(self, uploaded: int, seconds: float) -> None:
+        ratio = uploaded / self.size
+        if self.machine is not None:
+            self.machine.take(Ended(seconds, {"uploaded": uploaded, "ratio": round(ratio, 3)}))
+            return
+        _say(
+            f"{self.store.root}: {bytes_text(uploaded)} shared in {seconds_text(seconds)}, "
+            f"ratio {ratio:.2f}"
+        )
+
+
+def _follow(seeder: Seeder, look: _Look, goal: Goal, teller: _Teller) -> int:
     """Wait until the goal is reached or somebody presses Ctrl-C; the bytes sent by then."""
     start = time.monotonic()
-    look_at, line_at = start + LOOK_INTERVAL_S, start + LINE_INTERVAL_S
+    look_at, line_at = start + LOOK_INTERVAL_S, start + teller.interval_s
     with contextlib.suppress(KeyboardInterrupt):
-        _say(greeting)
-        while not goal.reached(seeder.uploaded() / size, time.monotonic() - start):
+        teller.begin()
+        while not goal.reached(seeder.uploaded() / teller.size, time.monotonic() - start):
             shared = seeder.wait()
             now = time.monotonic()
             if now >= look_at:
                 look_at = now + LOOK_INTERVAL_S
                 look.again()
             if now >= line_at:
-                line_at = now + LINE_INTERVAL_S
-                rate = f"{bytes_text(shared.rate)}/s to {shared.peers} peers"
-                _say(f"seed {bytes_text(shared.uploaded)}, {rate}")
+                line_at = now + teller.interval_s
+                teller.go_on(shared)
     return seeder.uploaded()
 
 

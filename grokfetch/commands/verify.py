@@ -25,22 +25,33 @@ if TYPE_CHECKING:
     from grokfetch.swarm import SwarmSettings
     from grokfetch.verify import Summary
 
-TIMEOUT_S = 600.0
-"""How long a repair waits without a byte."""
-
 
 @click.command()
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Give up a repair after so long without a byte.",
+)
 @swarm_options
 @mirror_options
 @plain_option
 @state_option
 @json_option
 def verify(
-    folder: Path, *, repair: bool, swarm: SwarmSettings, mirrors: Mirrors, state: Path | None
+    folder: Path,
+    *,
+    repair: bool,
+    timeout: float,
+    swarm: SwarmSettings,
+    mirrors: Mirrors,
+    state: Path | None,
 ) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
@@ -52,7 +63,7 @@ def verify(
     store = Store(folder, state)
     start = time.perf_counter()
     if repair:
-        _repair(store, swarm, mirrors, start)
+        _repair(store, swarm, mirrors, start, timeout)
         return
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
@@ -77,14 +88,16 @@ def verify(
         )
 
 
-def _repair(store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float) -> None:
+def _repair(
+    store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float, timeout_s: float
+) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
     from grokfetch.commands.fetch import begun_in, bring
     from grokfetch.swarm import Swarm
 
     wanted = begun_in(store)
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
-    outcome = bring(store, pieces, wanted.manifest, timeout_s=TIMEOUT_S, repair=True)
+    outcome = bring(store, pieces, wanted.manifest, timeout_s=timeout_s, repair=True)
     faults = check_tensors(store, "fetch")
     again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start

@@ -13,11 +13,10 @@ from grokfetch.manifest import TokenizerSource
 from grokfetch.mirror.addresses import label, unusable
 from grokfetch.mirror.http import Failed, Faulty, Http, Refused, Span
 from grokfetch.mirror.state import MirrorSettings
-from grokfetch.pieces import LayoutFile
 from grokfetch.source import Notice
 from grokfetch.storage import replacing, storage_failed
 from grokfetch.store import Store
-from grokfetch.targets import refuse_links
+from grokfetch.targets import refuse_linked_folders
 
 __all__ = ["bring_tokenizer"]
 
@@ -63,7 +62,7 @@ def _bring(
     why = unusable(url, stranger=False)
     if why is not None or source.size > LARGEST:
         raise Refused(why or f"{source.size:,} bytes are too many")
-    refuse_links(store, [LayoutFile(source.path, source.size, 0)])
+    refuse_linked_folders(store, path)
     data = asyncio.run(_read(url, source.size, settings))
     if hashlib.sha256(data).hexdigest() != source.sha256:
         raise Refused(f"what lies there has another sha256 than {source.sha256}")

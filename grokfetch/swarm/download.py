@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import time
 from collections.abc import Generator, Iterator
@@ -19,10 +20,13 @@ from grokfetch.swarm.tally import Tally
 
 __all__ = ["Swarm", "file_error", "renamed"]
 
-FLUSH_INTERVAL_S = 0.1
+FLUSH_INTERVAL_S = 0.05
 """How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
 
 TRAFFIC_INTERVAL_S = 0.5
+
+GIVE_UP_S = 20.0
+"""After so long without a byte those peers that a session has banned are tried once more."""
 
 NOWHERE = "/dev/null/nowhere"
 """A place where nothing can be written, not even by root."""
@@ -93,10 +97,17 @@ class Swarm:
             TorrentInvalid: libtorrent understands the torrent otherwise than we do.
         """
         lt = libtorrent()
+        peers, received, once_more = self._peers, 0, True
         self._tally.begin()
-        with Session(self._settings) as session:
-            handle = session.add(self._download_params(lt, order), self._peers)
-            yield from _Download(lt, session, handle, order, self._tally).run()
+        while order.want:
+            with Session(self._settings) as session:
+                handle = session.add(self._download_params(lt, order), peers)
+                download = _Download(lt, session, handle, order, self._tally)
+                yield from download.run(received, gives_up=once_more)
+            arrived = order.want - download.left
+            order = dataclasses.replace(order, have=order.have | arrived, want=download.left)
+            peers = [*dict.fromkeys((*peers, *download.banned))]
+            received, once_more = download.received, bool(arrived)
 
     def _download_params(self, lt: Any, order: Order) -> Any:
         try:
@@ -168,7 +179,16 @@ class _Inquiry:
 
 
 class _Download:
-    """One order under way."""
+    """One order under way in one session.
+
+    A session does not forget whom it has banned. If a piece had blocks from a liar and from others
+    it cannot always tell whose were wrong, and may be left without a good peer: then it gives up,
+    and a fresh one tries them all once more.
+
+    Attributes:
+        received: payload bytes since the order, those of earlier sessions included.
+        banned: addresses of the peers that were.
+    """
 
     def __init__(self, lt: Any, session: Session, handle: Any, order: Order, tally: Tally) -> None:
         self._lt = lt
@@ -176,13 +196,28 @@ class _Download:
         self._handle = handle
         self._order = order
         self._tally = tally
+        self._before = self.received = 0
+        self._moved_at = time.monotonic()
+        self.banned: list[tuple[str, int]] = []
         self._left = set(order.want)
         self._finished: set[int] = set()
         self._flushing: set[int] = set()
         self._flush_at = 0.0
         self._traffic_at = 0.0
 
-    def run(self) -> Iterator[Arrived | Traffic | Notice]:
+    @property
+    def left(self) -> frozenset[int]:
+        """The wanted pieces that have not arrived."""
+        return frozenset(self._left)
+
+    def run(self, received: int, *, gives_up: bool) -> Iterator[Arrived | Traffic | Notice]:
+        """Bring what is left.
+
+        Args:
+            received: payload bytes in earlier sessions of the same order.
+            gives_up: whether to end early when banned peers should get another chance.
+        """
+        self._before = self.received = received
         while self._left:
             for alert in self._session.alerts():
                 yield from self._take(alert)
@@ -195,6 +230,9 @@ class _Download:
             if now >= self._traffic_at:
                 self._traffic_at = now + TRAFFIC_INTERVAL_S
                 yield self._traffic()
+                if gives_up and self.banned and now - self._moved_at > GIVE_UP_S:
+                    yield Notice("nothing comes any more; banned peers get another chance")
+                    return
         yield self._traffic()
 
     def _traffic(self) -> Traffic:
@@ -203,7 +241,9 @@ class _Download:
             # An alert may have been dropped from a queue that had run full.
             had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
             self._finished = {piece for piece in self._left if had[piece]}
-        received = status.total_payload_download
+        received = self._before + status.total_payload_download
+        if received > self.received:
+            self.received, self._moved_at = received, time.monotonic()
         self._tally.look((peer.ip, peer.total_download) for peer in self._handle.get_peer_info())
         return Traffic(
             received,
@@ -227,6 +267,7 @@ class _Download:
         elif isinstance(alert, lt.hash_failed_alert):
             yield Notice(f"piece {alert.piece_index} came with a wrong hash and is asked for again")
         elif isinstance(alert, lt.peer_ban_alert):
+            self.banned.append(alert.endpoint)
             yield Notice(f"peer {alert.endpoint[0]}:{alert.endpoint[1]} is banned for bad data")
         elif isinstance(alert, lt.file_error_alert):
             raise file_error(alert)
