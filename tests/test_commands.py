@@ -405,15 +405,3 @@ def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
     )
     assert "2.8 MB of memory, 2.0 MB are free" in text
     assert "loaded" not in text
-
-
-# --- demo ----------------------------------------------------------------------------------------
-
-
-def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
-    keep = tmp_path / "kept"
-    text = grokfetch("demo", "--keep", keep)
-    assert [line.split(".")[0] for line in text.splitlines()[:6]] == list("123456")
-    assert len(text.split("\ntokens ")[1].splitlines()[0].split()) == 16
-    grokfetch("verify", keep / "fetched")
-    grokfetch("demo", "--keep", keep, code=errors.StorageFailed.exit_code)
