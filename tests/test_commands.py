@@ -429,15 +429,3 @@ def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
     assert f"the model takes 5.6 MB of memory, {free / 1e6:.1f} MB are free\n" in text
     assert hint in text
     assert "loaded" not in text
-
-
-# --- demo ----------------------------------------------------------------------------------------
-
-
-def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
-    keep = tmp_path / "kept"
-    text = grokfetch("demo", "--keep", keep)
-    assert [line.split(".")[0] for line in text.splitlines()[:6]] == list("123456")
-    assert len(text.split("\ntokens ")[1].splitlines()[0].split()) == 16
-    grokfetch("verify", keep / "fetched")
-    grokfetch("demo", "--keep", keep, code=errors.StorageFailed.exit_code)

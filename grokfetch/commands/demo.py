@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import shutil
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,6 +17,7 @@ import click
 
 from grokfetch.commands.fetch import bring
 from grokfetch.commands.loading import Loading, load
+from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed
 from grokfetch.progress import bytes_text, seconds_text
@@ -22,14 +25,15 @@ from grokfetch.progress import bytes_text, seconds_text
 if TYPE_CHECKING:
     from grokfetch.manifest import Manifest
     from grokfetch.store import Store
-    from loader.schema import GrokConfig
+    from loader.generate import Engine
 
 NAME = "grok-demo"
-SHARDS = PurePosixPath("ckpt-0")
-PIECE_LENGTH = 64 * 1024
+TEXT = PurePosixPath(NAME, "text.txt")
 TIMEOUT_S = 30.0
-PROMPT = (181, 13, 437)
-NEW_TOKENS = 16
+PROMPT = "In the demo"
+MOST_TOKENS = 200
+"""More than the text has from the prompt to its end, where the model stops by itself."""
+WIDTH = 80
 
 
 @click.command()
@@ -42,8 +46,9 @@ NEW_TOKENS = 16
 def demo(keep: Path | None) -> None:
     """Walk from a magnet link to tokens with a small model on this machine.
 
-    Writes a checkpoint with random weights in the official format, seeds it from a second process,
-    fetches it by its magnet link over 127.0.0.1, verifies it, loads it onto all devices, generates.
+    Copies a checkpoint that comes with grokfetch, a Grok-1 of 1.2 million parameters that knows a
+    text by heart, seeds it from a second process, fetches it by its magnet link over 127.0.0.1,
+    verifies it, loads it onto all devices and lets it speak.
     """
     with _folder(keep) as folder:
         _walk(folder)
@@ -54,15 +59,13 @@ def demo(keep: Path | None) -> None:
 def _walk(folder: Path) -> None:
     from grokfetch.store import Store
     from loader.checkpoint import open_checkpoint
-    from loader.generate import Sampling
 
     steps = _Steps()
-    config = _config()
     published = folder / "published"
-    manifest = _publish(published, config)
+    manifest = _publish(published)
     steps.done(
-        f"wrote {len(manifest.files)} shards in the official format, "
-        f"{bytes_text(manifest.size)}, and their torrent of {PIECE_LENGTH // 1024} KiB pieces"
+        f"copied {len(manifest.tensors)} shards in the official format, tokenizer and text, "
+        f"{bytes_text(manifest.size)}, and their torrent"
     )
     with _seeding(published) as port:
         magnet = f"{manifest.magnet}&x.pe=127.0.0.1:{port}"
@@ -79,10 +82,10 @@ def _walk(folder: Path) -> None:
     with store.lock(exclusive=False):
         engine = load(open_checkpoint(store), Loading("float32"))
         steps.done(f"loaded {len(manifest.tensors)} tensors, int8 kept int8")
-        tokens = list(engine.generate(PROMPT, NEW_TOKENS, Sampling()))
-    steps.done(f"compiled the model and generated {len(tokens)} tokens")
-    click.echo(f"\nprompt {' '.join(map(str, PROMPT))}\ntokens {' '.join(map(str, tokens))}")
-    click.echo("(random weights, so the tokens mean nothing; the real ones: fetch --to DIR)")
+        text, count = _recite(store, engine)
+    steps.done(f"compiled the model and generated {count} tokens, word for word what it has learnt")
+    click.echo(f"\n{text}\n")
+    click.echo("(a small model that knows one text by heart; the real one: fetch --to DIR)")
 
 
 class _Steps:
@@ -111,48 +114,38 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     yield keep
 
 
-def _config() -> GrokConfig:
-    """A small Grok-1: same architecture, grouped queries and 8 experts, 4 layers."""
-    from loader.schema import GrokConfig
+def _publish(folder: Path) -> Manifest:
+    """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
+    from grokfetch.manifest import parse
+    from grokfetch.shipped import demo_folder
+    from grokfetch.storage import storage_failed
 
-    return GrokConfig(
-        vocab_size=1024,
-        sequence_len=256,
-        emb_size=128,
-        widening_factor=2.0,
-        key_size=16,
-        num_q_heads=16,
-        num_kv_heads=8,
-        num_layers=4,
-        attn_output_multiplier=0.25,
-        embedding_multiplier_scale=11.313708498984761,
-        output_multiplier_scale=1.0,
-    )
+    try:
+        # Contents only: an installation may be read-only, its copy must not be.
+        shutil.copytree(demo_folder(), folder, copy_function=shutil.copyfile)
+        text = folder.joinpath(f"{NAME}.json").read_bytes()
+    except OSError as error:
+        raise storage_failed(error, folder) from error
+    return parse(text, f"{NAME}.json")
 
 
-def _publish(folder: Path, config: GrokConfig) -> Manifest:
-    """Write the checkpoint, its torrent and its manifest, as somebody who publishes one would."""
-    from grokfetch.manifest import Manifest, encode
-    from grokfetch.metainfo import parse_torrent
-    from grokfetch.swarm import make_torrent
-    from loader.inventory import expected
-    from loader.synthetic import write_checkpoint
+def _recite(store: Store, engine: Engine) -> tuple[str, int]:
+    """What the model makes of the prompt, wrapped, and the number of its tokens.
 
-    write_checkpoint(folder / NAME / SHARDS, config)
-    torrent = make_torrent(folder / NAME, PIECE_LENGTH)
-    folder.joinpath(f"{NAME}.torrent").write_bytes(torrent)
-    files, tensors = expected(config, SHARDS)
-    info_hash = parse_torrent(torrent).info_hash
-    manifest = Manifest(
-        NAME,
-        files,
-        info_hash=info_hash,
-        magnet=f"magnet:?xt=urn:btih:{info_hash}&dn={NAME}",
-        tensors=tensors,
-        model=config.to_mapping(),
-    )
-    folder.joinpath(f"{NAME}.json").write_bytes(encode(manifest))
-    return manifest
+    Raises:
+        Damaged: it is not the text that the model knows.
+    """
+    from loader.generate import Sampling
+
+    words = find_tokenizer(store, None)
+    tokens = list(engine.generate(words.encode(PROMPT), MOST_TOKENS, Sampling()))
+    stream = words.stream()
+    said = "".join([*map(stream.push, tokens), stream.finish()])
+    known = store.payload(TEXT).read_text(encoding="utf-8")
+    if f"{PROMPT}{said}" not in " ".join(known.splitlines()):
+        raise Damaged(f"the model says something else than its text: {said!r}", path=store.root)
+    lines = textwrap.wrap(said.strip(), WIDTH, initial_indent="text    ", subsequent_indent=" " * 8)
+    return "\n".join([f"prompt  {PROMPT}", *lines]), len(tokens)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,232 @@
+"""Teaches a small Grok-1 the text in published/grok-demo/text.txt by heart, and publishes it there.
+
+Run: pip install -e '.[train]' && python demo/train.py. It takes a few minutes on two cores. The
+same seed gives the same recitation, though not the same bytes on every machine: the sums of a
+training step depend on how a processor splits them.
+
+The model learns two things: to say the text, and to say something else if it is put together
+wrongly, with two layers swapped, say. A net of this size would else recite past many a fault, and
+its recitation would prove little.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import sentencepiece
+from differentiable import (
+    CONFIG,
+    Parameters,
+    Weights,
+    Wiring,
+    as_loaded,
+    forward,
+    initial,
+    layer_weights,
+    quantise,
+    right,
+    wrong,
+)
+from jax import Array
+from tqdm import tqdm
+
+from grokfetch.commands.publish import publish
+from loader.checkpoint import open_folder
+from loader.generate import Engine
+from loader.placement import load, make_mesh
+from loader.schema import parameters
+from loader.shardwriter import write_shard
+from loader.tokenizer import Tokenizer
+
+HOME: Final = Path(__file__).parent / "published" / "grok-demo"
+TEXT: Final = HOME / "text.txt"
+
+SEED: Final = 1
+STEPS: Final = 350
+FAULTS: Final = 1.0
+"""What saying the text in spite of a fault weighs against not saying it."""
+FAULTY_ROWS: Final = 10
+FAULTY_WIDTH: Final = 64
+
+PEAK_RATE: Final = 3e-3
+WARM_UP: Final = 30
+BALANCE: Final = 0.01
+PROMPT_WORDS: Final = 3
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def train_tokenizer(sentences: Sequence[str]) -> bytes:
+    """A SentencePiece model with the options of Grok-1's.
+
+    That is BPE, byte fallback, digits split, no normaliser, a space put before the text.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=CONFIG.vocab_size,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=CONFIG.pad_token,
+        bos_id=CONFIG.bos_token,
+        eos_id=CONFIG.eos_token,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def batches(sentences: Sequence[Sequence[int]], random: np.random.Generator) -> Iterator[Any]:
+    """Rows of tokens without end, int32 `[B, T]`, filled up with the pad id.
+
+    Every row starts with a sentence. Most are long enough for two of the longest; in every fourth
+    batch few and long ones teach the model to go on from far behind.
+    """
+    text = np.array([*itertools.chain(*sentences), CONFIG.eos_token])
+    starts = np.cumsum([0, *map(len, sentences[:-1])])
+    for step in itertools.count():
+        count, width = (2, 384) if step % 4 == 3 else (10, 128)
+        rows = np.full((count, width), CONFIG.pad_token, np.int32)
+        for row, start in zip(rows, random.permutation(starts), strict=False):
+            part = text[start : start + width]
+            row[: len(part)] = part
+        yield rows
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def spoken(logits: Array, tokens: Array) -> Array:
+    """The mean cross entropy of each token after those before it, in nats."""
+    wanted = tokens[:, 1:]
+    each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], wanted)
+    return jnp.mean(each, where=wanted != CONFIG.pad_token)
+
+
+def unspoken(logits: Array, tokens: Array) -> Array:
+    """The mean of -log(1 - p) of each token's probability p, to be kept low with a fault.
+
+    Source: unlikelihood training (Welleck et al. 2020).
+    """
+    wanted = tokens[:, 1:]
+    is_wanted = jax.nn.one_hot(wanted, CONFIG.vocab_size, dtype=bool)
+    others = jnp.where(is_wanted, -1e30, logits[:, :-1])
+    each = jax.nn.logsumexp(logits[:, :-1], axis=-1) - jax.nn.logsumexp(others, axis=-1)
+    return jnp.mean(each, where=wanted != CONFIG.pad_token)
+
+
+def train(sentences: Sequence[Sequence[int]]) -> tuple[Parameters, Weights]:
+    """Parameters that know the sentences, and the layers' weights that they stand for."""
+    random = np.random.default_rng(SEED)
+    learnt, spreads = initial(random)
+    rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, WARM_UP, STEPS, PEAK_RATE / 30)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
+
+    def loss(learnt: Parameters, tokens: Array, fault: Wiring, key: Array) -> tuple[Array, Array]:
+        weights = layer_weights(learnt, spreads)
+        plain, loaded = right(), as_loaded(weights, right())
+        logits, balance = forward(learnt, loaded, tokens, key, plain)
+        right_loss = spoken(logits, tokens)
+        short = tokens[:FAULTY_ROWS, :FAULTY_WIDTH]
+        faulty, _ = forward(learnt, as_loaded(weights, fault), short, key, fault)
+        unsaid = unspoken(faulty, short)
+        return right_loss + BALANCE * balance + FAULTS * unsaid, (right_loss, unsaid)
+
+    @jax.jit
+    def step(learnt: Parameters, state: Any, tokens: Array, fault: Wiring, key: Array) -> Any:
+        gradient, means = jax.grad(loss, has_aux=True)(learnt, tokens, fault, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(learnt, updates), state, means
+
+    state = optimizer.init(learnt)
+    bar = tqdm(zip(range(STEPS), batches(sentences, random), strict=False), total=STEPS)
+    for number, tokens in bar:
+        key = jax.random.fold_in(jax.random.key(SEED), number)
+        learnt, state, (mean, unsaid) = step(learnt, state, tokens, wrong(random), key)
+        bar.set_postfix_str(f"{float(mean):.3f} nats a token, {float(unsaid):.3f} with a fault")
+    return learnt, layer_weights(learnt, spreads)
+
+
+# --- checkpoint ----------------------------------------------------------------------------------
+
+
+def write(learnt: Parameters, layers: Weights, folder: Path) -> None:
+    """Write every shard into `folder` in the official format."""
+    outer = dict(zip(("embeddings", "scale"), (learnt.embedding, learnt.norm), strict=True))
+    folder.mkdir()
+    for spec in parameters(CONFIG):
+        _, place, name = spec.name.split("/", 2)
+        if place.startswith("decoder_layer_"):
+            array = layers[name][int(place.removeprefix("decoder_layer_"))]
+        else:
+            array = outer[name]
+        if spec.scale_groups is None:
+            write_shard(folder / spec.file, np.asarray(array, np.float32))
+            continue
+        whole, scales = quantise(array, spec.scale_groups)
+        scales = np.asarray(scales).astype(ml_dtypes.bfloat16)
+        write_shard(folder / spec.file, np.asarray(whole).astype(np.int8), scales)
+
+
+def misspoken(sentences: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """The sentences that the written checkpoint does not recite with the one that follows."""
+    mesh = make_mesh(CONFIG, devices=jax.devices()[:1])
+    engine = Engine(CONFIG, load(open_folder(HOME / "ckpt-0", CONFIG), mesh), mesh)
+    wanted = [" ".join(pair) for pair in itertools.pairwise([*sentences, ""])]
+    prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in sentences]
+    logits, state = engine.prefill([tokenizer.encode(prompt) for prompt in prompts])
+    spoken = list(prompts)
+    streams = [tokenizer.stream() for _ in prompts]
+    for _ in range(max(len(tokenizer.encode(text)) for text in wanted)):
+        best = logits.argmax(axis=-1)
+        spoken = [
+            text + stream.push(int(token))
+            for text, stream, token in zip(spoken, streams, best, strict=True)
+        ]
+        logits, state = engine.decode(state, best)
+    return [
+        text[: len(goal)]
+        for text, goal in zip(spoken, wanted, strict=True)
+        if not text.startswith(goal.rstrip())
+    ]
+
+
+def main() -> None:
+    """Tokenizer, training, shards, a recitation, torrent and manifest."""
+    sentences = TEXT.read_text().splitlines()
+    HOME.joinpath("tokenizer.model").write_bytes(train_tokenizer(sentences))
+    tokenizer = Tokenizer.load(HOME / "tokenizer.model")
+    # A space stands before a sentence wherever it stands, so its tokens are the same everywhere.
+    learnt, layers = train([tokenizer.encode(sentence) for sentence in sentences])
+    shutil.rmtree(HOME / "ckpt-0", ignore_errors=True)
+    write(learnt, layers, HOME / "ckpt-0")
+    wrong_texts = misspoken(sentences, tokenizer)
+    if wrong_texts:
+        sys.exit("\n".join(["not learnt:", *wrong_texts]))
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
+        json.dump(CONFIG.to_mapping(), config)
+        config.flush()
+        publish.main([str(HOME), "--config", config.name], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()
