@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from grokfetch import errors
 from grokfetch.cli import main
-from grokfetch.commands import loading
+from grokfetch.commands import fitting
 from grokfetch.manifest import Manifest, TokenizerSource, encode, parse
 from grokfetch.metainfo import parse_torrent
 from grokfetch.swarm import SwarmSettings, make_torrent, seed
@@ -405,7 +405,7 @@ def test_replicas_of_the_weights_are_refused(fetched_once):
 def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(
     fetched_once, monkeypatch
 ):
-    monkeypatch.setattr(loading, "_free_memory", lambda _: Memory(3_000_000))
+    monkeypatch.setattr(fitting, "_free_memory", lambda _: Memory(3_000_000))
     text = grokfetch(
         *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
         code=errors.OutOfReach.exit_code,

@@ -18,6 +18,7 @@ from grokfetch.shipped import demo_folder
 from loader import model
 from loader.checkpoint import open_folder
 from loader.generate import Engine
+from loader.paging import Paging
 from loader.placement import load, make_mesh, share
 from loader.schema import GrokConfig
 from loader.sharding import MeshShape
@@ -104,7 +105,7 @@ def test_copied_weights_recite_on_any_mesh(shape, dtype):
     check_recitation(engine(load, MeshShape(*shape), dtype), [3, 12], 24)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 
@@ -112,15 +113,9 @@ def test_mapped_weights_recite_on_any_number_of_devices(devices):
 def test_mapped_weights_recite_and_every_expert_is_chosen():
     used = set()
 
-    class Told:
-        def layer(self, number):
-            pass
-
+    class Told(Paging):
         def experts(self, number, chosen):
             used.update((number, expert) for expert in chosen)
-
-        def expert_done(self, number, expert):
-            pass
 
     mesh = make_mesh(CONFIG, ONE)
     told = Engine(CONFIG, share(CHECKPOINT, mesh), mesh, "float32", paging=Told())
