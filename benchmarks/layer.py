@@ -29,8 +29,10 @@ import numpy as np
 
 from loader.checkpoint import Checkpoint, open_folder
 from loader.generate import Engine, State
-from loader.placement import make_mesh, share, use_cores
+from loader.machine import use_cores
+from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
+from loader.tuning import measure
 
 VOCABULARY = 256
 EMBEDDING = "language_model/in_out_embed/embeddings"
@@ -53,7 +55,7 @@ def main() -> None:
     config = checkpoint.config
     use_cores(config)
     mesh = make_mesh(config)
-    engine = Engine(config, share(checkpoint, mesh), mesh)
+    engine = Engine(config, share(checkpoint, mesh, measure()), mesh)
     with started(chosen.llama_python, chosen.layer_file, config) as child:
         about = told(child)
         cores = os.cpu_count()
