@@ -223,9 +223,11 @@ class Managed(Paging):
         base = [
             span for part, spans in self._spans.items() if part[0] != "expert" for span in spans
         ]
-        sizes = [sum(span.length for span in spans) for spans in self._spans.values()]
         self.division = divide(
-            _distinct(checkpoint.values()), sum(span.length for span in base), max(sizes), budget
+            _distinct(checkpoint.values()),
+            _bytes(base),
+            _bytes(self._spans["expert", 0, 0]),
+            budget,
         )
         self._kept = Kept(self.division.experts)
         self._wanted: deque[_Part] = deque()
