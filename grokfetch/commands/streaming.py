@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,6 +75,7 @@ class Meanwhile:
         with store.filled(_shown(recorded(store, events), reporter("fetch"))):
             store.wait_for_manifest()
             self.mirrors.bring_tokenizer(store)
+            _await_tokenizer(store)
             yield
 
 
@@ -125,6 +127,19 @@ def meanwhile_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         wired = option(wired)
     return wired
+
+
+def _await_tokenizer(store: Arriving) -> None:
+    """Wait for a tokenizer that is one of the files being fetched.
+
+    Raises:
+        GrokfetchError: what ended the fetch before it came.
+    """
+    manifest = store.manifest()
+    if manifest.tokenizer is not None:
+        path = PurePosixPath(manifest.tokenizer.path)
+        if any(file.path == path for file in manifest.files):
+            store.require(path)
 
 
 def load_as_it_comes(
