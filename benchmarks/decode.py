@@ -22,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grokfetch.caches import cache_folder
 from grokfetch.memory import available
 from loader.checkpoint import Checkpoint, open_folder
 from loader.generate import Engine
+from loader.machine import processor
 from loader.model import KeyValues, Window
 from loader.model import _attend as attend
 from loader.paging import CHUNK, READERS, Managed
@@ -66,7 +68,7 @@ def opened(folder: Path, wanted: float | None) -> tuple[Engine, Checkpoint]:
     before, start = anonymous(), time.perf_counter()
     checkpoint = open_folder(folder, config)
     mesh = make_mesh(config)
-    params = share(checkpoint, mesh, measure())
+    params = share(checkpoint, mesh, measure(cache_folder() / processor()))
     budget = available() - 3e9 if wanted is None else wanted * 1e9
     paging = Managed(checkpoint, int(budget))
     seconds = time.perf_counter() - start

@@ -19,7 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grokfetch.caches import cache_folder
+from loader import native
 from loader.kernels import Rows, Tuning, product
+from loader.machine import processor
 from loader.tuning import measure
 
 ROWS, COLUMNS = 6144, 32768
@@ -34,8 +37,8 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     chosen = options.parse_args()
     start = time.perf_counter()
-    tuned = measure()
-    print(f"tuned in {time.perf_counter() - start:.1f} s: {tuned}")
+    plain = measure()
+    print(f"tuned in {time.perf_counter() - start:.1f} s: {plain}")
     data = np.random.default_rng(0).integers(-127, 128, ROWS * COLUMNS, np.int8)
     flat = jax.device_put(data)
     limit = read_rate(data, chosen.rounds)
@@ -43,7 +46,7 @@ def main() -> None:
     print(f"{'tokens':>6}  {'formulation':<28}{'ms':>8}{'GB/s':>8}{'of limit':>10}{'GFLOP/s':>9}")
     for tokens in chosen.tokens:
         x = jnp.ones((tokens, ROWS), jnp.float32)
-        for name, tuning in formulations(tokens, tuned):
+        for name, tuning in formulations(tokens, plain):
             seconds = best(
                 lambda flat, x, t=tuning: ours(flat, x, t), flat, x, chosen.rounds, tuning
             )
@@ -62,19 +65,21 @@ def row(tokens: int, name: str, seconds: float, limit: float) -> None:
     )
 
 
-def formulations(tokens: int, tuned: Tuning) -> Iterator[tuple[str, Tuning]]:
+def formulations(tokens: int, plain: Tuning) -> Iterator[tuple[str, Tuning]]:
     """Names and what they stand for; the last is what is used."""
     if tokens == 1:
         for width, rows in ((256, 8), (512, 8), (512, 16), (512, 24)):
             yield f"{rows} rows, {width} bits", Tuning(vector_width=width, wide_rows=rows)
     else:
-        yield "accumulated", dataclasses.replace(tuned, few_tokens=ALWAYS)
+        yield "accumulated", dataclasses.replace(plain, few_tokens=ALWAYS)
         for rows, columns, halves in ((2048, 512, False), (1024, 1024, True)):
             yield (
                 f"{rows} x {columns} {'bf16 halves' if halves else 'float32'}",
-                Tuning(tuned.vector_width, 16, 32, NEVER - 1, rows, columns, halves),
+                Tuning(plain.vector_width, 16, 32, NEVER - 1, rows, columns, halves),
             )
-    yield "as tuned", tuned
+    yield "plain, as tuned", plain
+    if native.built(cache_folder() / processor()):
+        yield "product.c", dataclasses.replace(plain, native=True)
 
 
 def ours(flat: jax.Array, x: jax.Array, tuning: Tuning) -> jax.Array:

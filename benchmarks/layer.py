@@ -27,9 +27,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from grokfetch.caches import cache_folder
 from loader.checkpoint import Checkpoint, open_folder
 from loader.generate import Engine, State
-from loader.machine import use_cores
+from loader.machine import processor, use_cores
 from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
 from loader.tuning import measure
@@ -50,16 +51,21 @@ def main() -> None:
     options.add_argument("--layer-file", type=Path, default="llama-layer/grok-layer.gguf")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--tokens", type=int, default=8, help="decoded after each prompt")
+    options.add_argument("--plain", action="store_true", help="ours without the C program")
     chosen = options.parse_args()
     checkpoint = one_layer(chosen.folder)
     config = checkpoint.config
     use_cores(config)
     mesh = make_mesh(config)
-    engine = Engine(config, share(checkpoint, mesh, measure()), mesh)
+    tuning = measure(None if chosen.plain else cache_folder() / processor())
+    engine = Engine(config, share(checkpoint, mesh, tuning), mesh)
     with started(chosen.llama_python, chosen.layer_file, config) as child:
         about = told(child)
         cores = os.cpu_count()
-        print(f"ours:   jax {jax.__version__}, {len(jax.devices())} device(s), {cores} cores")
+        how = "product.c" if tuning.native else "plain JAX"
+        print(
+            f"ours:   jax {jax.__version__}, {len(jax.devices())} device(s), {cores} cores, {how}"
+        )
         print(f"theirs: llama-cpp-python {about['llama-cpp-python']}, {cores} threads")
         print(f"        {about['system'].strip(' |')}")
         turns: dict[str, Turn] = {

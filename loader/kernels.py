@@ -3,7 +3,7 @@
 For the CPU, in plain JAX. XLA's CPU backend would write a converted matrix out as float32 before it
 multiplies, which is 25 times slower than the memory allows; here a few rows at a time are converted
 where they are used. Which formulation serves how many tokens is decided in `_sums` alone, by a
-`Tuning` that `loader.tuning` measures.
+`Tuning` that `loader.tuning` measures; where a machine has a compiler, `loader.native` serves all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
+
+from loader import native
 
 __all__ = ["Rows", "Tuning", "product", "row_dots"]
 
@@ -45,6 +47,7 @@ class Tuning:
     rows are accumulated; above, blocks are converted and multiplied as matrices. block_rows,
     block_columns: of such a block. halves: multiply blocks in bfloat16, and activations as the sum
     of two bfloat16 numbers, which pays where the processor has matrix instructions for them.
+    native: leave all products to `loader.native`, which must have been built.
     """
 
     vector_width: int = 512
@@ -54,6 +57,7 @@ class Tuning:
     block_rows: int = 2048
     block_columns: int = 512
     halves: bool = False
+    native: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +105,10 @@ def product(
     Returns:
         float32 `[T, rows.width]`.
     """
+    if tuning.native:
+        place = jnp.stack((rows.start, rows.column, jnp.int32(rows.stride)))
+        scales = jnp.stack([scale(jnp.int32(number)) for number in range(groups)])
+        return native.product(x, rows.flat, place, scales)
     height = rows.count // groups
 
     def group(number: Array, total: Array) -> Array:

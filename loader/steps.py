@@ -217,9 +217,10 @@ def expert_groups(
 
 
 def padded(count: int) -> int:
-    """A length for `count` tokens of one expert: at most a third more, and few different ones."""
+    """A length for `count` tokens of one expert: from 8 on at most a quarter more, and few different."""
     power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if power >= 16 and count <= power * 3 // 4 else power
+    step = power // 8
+    return -(-count // step) * step if power > 8 else power
 
 
 def _spec(*axes: str | None) -> PartitionSpec:

@@ -1,7 +1,8 @@
 """Measures which formulations of a product suit this processor: some seconds, once a machine.
 
 What is fastest follows from vector width, registers, caches and matrix instructions, and cannot be
-told from a processor's name. The matrices are larger than any cache, as those of the model are.
+told from a processor's name. The matrices are larger than any cache, as those of the model are. The
+C program of `loader.native` must prove itself like any other formulation.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from loader import native
 from loader.kernels import Rows, Tuning, product
 
 __all__ = ["decode", "encode", "measure"]
 
-SCHEMA = 1
+SCHEMA = 2
 ROWS, COLUMNS = 6144, 16384
 ROUNDS = 4
 SEVERAL, MANY = (4, 8, 16, 32), 64
@@ -33,8 +36,12 @@ BLOCKS = ((2048, 512, False), (1024, 1024, False), (512, 2048, False), (1024, 10
 """Rows and columns of a block, and whether it is multiplied in two bfloat16 halves."""
 
 
-def measure() -> Tuning:
-    """The fastest formulations, each in its turn, on the first device."""
+def measure(folder: Path | None = None) -> Tuning:
+    """The fastest formulations, each in its turn, on the first device.
+
+    Args:
+        folder: where `loader.native` keeps what it compiles; None leaves it out.
+    """
     device = jax.devices()[0]
     flat = jax.device_put(np.arange(ROWS * COLUMNS, dtype=np.int8), device)
     best = Tuning()
@@ -55,6 +62,10 @@ def measure() -> Tuning:
     best = fastest(1, COLUMNS, ROWS, narrow)
     # A part of the matrix is enough where products take longer than reading.
     part = ROWS // 3
+    if folder is not None and native.built(folder):
+        plain, ours = best, dataclasses.replace(best, native=True)
+        if all(fastest(tokens, part, COLUMNS, (plain, ours)) is ours for tokens in (1, MANY)):
+            return ours
     blocks = [
         dataclasses.replace(best, block_rows=rows, block_columns=columns, halves=halves)
         for rows, columns, halves in BLOCKS
@@ -102,6 +113,10 @@ def decode(text: bytes, processor: str) -> Tuning | None:
         tuning = Tuning(**fields)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    numbers = [value for value in dataclasses.astuple(tuning) if value is not tuning.halves]
-    sound = all(type(value) is int and 0 < value <= 1 << 16 for value in numbers)
-    return tuning if sound and type(tuning.halves) is bool else None
+    for field in dataclasses.fields(tuning):
+        value = getattr(tuning, field.name)
+        if type(value) is not type(field.default):
+            return None
+        if type(value) is int and not 0 < value <= 1 << 16:
+            return None
+    return tuning

@@ -21,10 +21,12 @@ def test_what_was_measured_is_read_back():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("schema", 2),
+        ("schema", 1),
         ("wide_rows", 0),
         ("wide_rows", "8"),
         ("halves", 1),
+        ("native", 1),
+        ("few_tokens", True),
         ("more", 1),
         ("block_rows", 1e9),
     ],

@@ -295,6 +295,7 @@ def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
 
 def tuning(checkpoint: Checkpoint) -> Tuning | None:
     """What suits this processor: as measured once and kept, for models that are worth it."""
+    from loader import native
     from loader.machine import processor
     from loader.tuning import decode, encode, measure
 
@@ -304,10 +305,10 @@ def tuning(checkpoint: Checkpoint) -> Tuning | None:
     name = processor()
     with contextlib.suppress(OSError):
         kept = decode(path.read_bytes(), name)
-        if kept is not None:
+        if kept is not None and (not kept.native or native.built(cache_folder() / name)):
             return kept
     notice("measuring once what suits this processor")
-    found = measure()
+    found = measure(cache_folder() / name)
     with contextlib.suppress(OSError), replacing(path) as file:
         file.write(encode(found, name))
     return found
