@@ -34,7 +34,7 @@ LOST = {1: 10, 2: 30}
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from grokfetch import fetch as fetching
+from grokfetch.fetch import bringing as fetching
 from grokfetch.metainfo import parse_torrent
 from grokfetch.store import Store
 from grokfetch.swarm import Swarm, SwarmSettings
