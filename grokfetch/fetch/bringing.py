@@ -126,7 +126,7 @@ class _Fetch:
         with Saver(self._proofs, self._limits.save_s, self._clock) as self._saver:
             yield from self._bring_all()
         yield from self._check_digests()
-        if self._store.record() != self._proofs.record():
+        if not self._proofs.settled:
             self._proofs.end_writing()
         yield self._status("done")
         yield Outcome(self._total, self._fetched, self._rehashed)
