@@ -168,7 +168,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from loader import landing
-from loader.pages import Pages
+from loader.checkpoint import Tensor
 from loader.schema import ParamSpec
 from loader.shardfile import read_shard
 from loader.transfer import transfer
