@@ -162,6 +162,10 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
             path=where,
             hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
         )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageFailed(
+            "a file lies where a folder must be", path=where, hint="choose another folder"
+        )
     if error.errno == errno.ENOENT and where is not None:
         return gone(Path(where))
     return StorageFailed(error.strerror or str(error), path=where)

@@ -337,6 +337,16 @@ class Tracker(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("place", ["nonsense", "203.0.113.7:1"])
+def test_where_there_is_no_listening_nothing_is_shared(hybrid, place):
+    folder, torrent = hybrid
+    with (
+        pytest.raises(errors.OutOfReach, match=f"cannot listen on {place}"),
+        seed(torrent, folder, dataclasses.replace(HERE, listen=place)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("trackers", [True, False])
 def test_trackers_are_asked_unless_they_are_left_out(tmp_path, hybrid, trackers):
     folder, _ = hybrid

@@ -140,12 +140,12 @@ def _selection(store: Store, request: Request | None, *, everything: bool) -> Se
     earlier = store.selection()
     if request is None:
         return earlier
-    if request == Request() or (earlier is None and everything):
+    if request == Request():
         return None
     selection = (earlier or Selection(())).extended(request)
     # Refused before anything of it is kept.
     spans(store.manifest(), selection)
-    return selection
+    return None if earlier is None and everything else selection
 
 
 def _rename(store: Store, layout: Layout) -> None:
