@@ -71,8 +71,12 @@ def _acquire(file: IO[bytes], folder: Path, *, exclusive: bool) -> None:
             hint="keep the state on another file system: --state DIR",
         ) from error
     if exclusive:
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        try:
+            file.truncate(0)
+            file.write(owner.encode())
+        except OSError as error:
+            raise storage_failed(error, folder / "lock") from error
 
 
 def _owner(file: IO[bytes]) -> str:
