@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import resource
 import shutil
@@ -16,7 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from grokfetch.bencode import encode
-from grokfetch.swarm import make_torrent
 
 MIB = 1 << 20
 
@@ -77,7 +77,26 @@ def tracker(peers: Callable[[], Sequence[int]]) -> Iterator[str]:
 
 def torrent_of(folder: Path, piece_length: int, announce: str) -> bytes:
     """A v1 torrent, which every client reads."""
-    return make_torrent(folder, piece_length, version="v1", trackers=[announce])
+    hashes, piece = bytearray(), bytearray()
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(piece_length - len(piece)):
+                piece += block
+                if len(piece) == piece_length:
+                    hashes += hashlib.sha1(piece).digest()
+                    piece.clear()
+    if piece:
+        hashes += hashlib.sha1(piece).digest()
+    info = {
+        b"name": folder.name.encode(),
+        b"piece length": piece_length,
+        b"pieces": bytes(hashes),
+        b"files": [
+            {b"length": path.stat().st_size, b"path": [path.name.encode()]} for path in paths
+        ],
+    }
+    return encode({b"announce": announce.encode(), b"info": info})
 
 
 def measure(

@@ -27,7 +27,7 @@ from grokfetch.swarm import SwarmSettings, seed
 CHILD = """
 import json, os, sys, time
 from pathlib import Path
-from grokfetch import fetch as fetching
+from grokfetch.fetch import bringing as fetching
 from grokfetch.metainfo import parse_torrent
 from grokfetch.source import Arrived
 from grokfetch.store import Store

@@ -6,14 +6,19 @@ The road from magnet to token is `commands/fetch.py`, `commands/verify.py`, `com
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
 from grokfetch import __version__
 from grokfetch.commands.reporting import failed
 from grokfetch.errors import GrokfetchError
+from grokfetch.storage import storage_failed
 
 __all__ = ["main"]
 
@@ -52,14 +57,20 @@ class Program(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error that a person can act on is printed and gives its exit code."""
+        _open_streams()
         try:
             return super().invoke(ctx)
         except click.exceptions.Exit:
             raise
         except GrokfetchError as error:
-            failed(ctx, error)
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            _end(ctx, error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                failed(ctx, error)
+                raise
+            # Of files the commands tell that themselves: what is full is where stdout leads.
+            sys.stdout = _nowhere()
+            _end(ctx, storage_failed(error, Path("stdout")))
         except Exception as error:
             failed(ctx, error)
             raise
@@ -67,6 +78,22 @@ class Program(click.Group):
             failed(ctx, error)
             click.echo("interrupted; what is done is kept, run the command again", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _end(ctx: click.Context, error: GrokfetchError) -> None:
+    failed(ctx, error)
+    click.echo(f"error: {error}", err=True)
+    ctx.exit(error.exit_code)
+
+
+def _open_streams() -> None:
+    """Let streams that the caller has closed, of which Python makes None, lead nowhere."""
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w")
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})

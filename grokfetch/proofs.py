@@ -245,6 +245,13 @@ class Proofs:
         self._inodes.clear()
         self.write()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the record on the disk says all of this, and of no file that it is written."""
+        record = Record(self._info_hash, frozenset(self.pieces), self._files)
+        writing = any(proof.writing for proof in self._files.values())
+        return not writing and record == self._store.record()
+
     def sha256(self, path: PurePosixPath) -> str | None:
         """The digest of a file computed earlier, None if there is none or the file was written."""
         proof = self._files.get(path)

@@ -71,8 +71,12 @@ def _acquire(file: IO[bytes], folder: Path, *, exclusive: bool) -> None:
             hint="keep the state on another file system: --state DIR",
         ) from error
     if exclusive:
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        try:
+            file.truncate(0)
+            file.write(owner.encode())
+        except OSError as error:
+            raise storage_failed(error, folder / "lock") from error
 
 
 def _owner(file: IO[bytes]) -> str:
@@ -161,6 +165,10 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
             f"cannot be written ({error.strerror})",
             path=where,
             hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
+        )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageFailed(
+            "a file lies where a folder must be", path=where, hint="choose another folder"
         )
     if error.errno == errno.ENOENT and where is not None:
         return gone(Path(where))

@@ -23,11 +23,8 @@
         runs.json            what the last runs took (`journal`), for the same two only
         *.damaged-N          a state file that could not be read, set aside
 
-Every file of ours but the lock is written beside its target, flushed, renamed over it, and its
-folder is flushed. A reader meets the old or the new one, never half of either. One that is damaged,
-truncated, foreign or from a later version counts as absent, with a warning; whoever holds the
-exclusive lock renames it out of the way. The payload cannot be renamed into place, so that only the
-record makes its bytes trustworthy.
+How state files are replaced, and what becomes of a damaged one, is `state`'s business. The payload
+cannot be renamed into place, so that only the record makes its bytes trustworthy.
 
 A folder that cannot be written is read without a lock.
 """
@@ -43,20 +40,14 @@ from grokfetch import manifest as manifests
 from grokfetch import places as placing
 from grokfetch import record as records
 from grokfetch import selection as selections
-from grokfetch.errors import (
-    ManifestInvalid,
-    NotProven,
-    SelectionInvalid,
-    StateMissing,
-    TorrentInvalid,
-)
+from grokfetch.errors import NotProven, SelectionInvalid, StateMissing
 from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile
 from grokfetch.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
 from grokfetch.pieces import Layout, LayoutFile
 from grokfetch.places import Places, relocated
-from grokfetch.record import Record, RecordDamaged, Stamp
+from grokfetch.record import Record, Stamp
 from grokfetch.selection import Selection, Spans
-from grokfetch.storage import folder_lock, replacing, storage_failed
+from grokfetch.state import StateFiles
 
 __all__ = ["Store", "part_name"]
 
@@ -84,8 +75,8 @@ class Store:
     def __init__(self, root: Path, state: Path | None = None) -> None:
         self.root = root
         self.state = root / STATE_FOLDER if state is None else state
-        self.warnings: list[str] = []
-        self._owner = False
+        self._files = StateFiles(self.state)
+        self.warnings = self._files.warnings
         self._forget()
 
     def _forget(self) -> None:
@@ -123,13 +114,9 @@ class Store:
             StateLocked: another process holds it; names that process where it is known.
             StorageFailed: the folder cannot be written, or its file system knows no locks.
         """
-        with folder_lock(self.state, exclusive=exclusive):
+        with self._files.lock(exclusive=exclusive):
             self._forget()
-            self._owner = exclusive
-            try:
-                yield
-            finally:
-                self._owner = False
+            yield
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -152,15 +139,10 @@ class Store:
     def manifest_or_none(self) -> Manifest | None:
         """The manifest in force, its paths those where files lie here; None if there is none."""
         if self._manifest is None:
-            path = self.state / "manifest.json"
-            text = self._read(path)
-            if text is not None:
-                try:
-                    known = manifests.parse(text, str(path))
-                except ManifestInvalid as error:
-                    self._set_aside(path, error.what)
-                else:
-                    self._keep(relocated(known, self.places()))
+            name = "manifest.json"
+            known = self._files.read(name, lambda it: manifests.parse(it, str(self.state / name)))
+            if known is not None:
+                self._keep(relocated(known, self.places()))
         return self._manifest
 
     def _keep(self, manifest: Manifest) -> None:
@@ -170,28 +152,15 @@ class Store:
     def places(self) -> Places:
         """Where files lie that do not lie where the torrent puts them."""
         if self._places is None:
-            self._places = {}
-            path = self.state / "places.json"
-            text = self._read(path)
-            if text is not None:
-                try:
-                    self._places = placing.decode(text)
-                except ManifestInvalid as error:
-                    self._set_aside(path, error.what)
+            self._places = self._files.read("places.json", placing.decode) or {}
         return self._places
 
     def torrent(self) -> TorrentFile | None:
         """The torrent's metadata, None if there is none."""
         if self._torrent is None:
-            path = self.state / "metadata.torrent"
-            data = self._read(path)
-            if data is not None:
-                try:
-                    torrent = parse_torrent(data)
-                    self._layout = parse_info(torrent.info, torrent.piece_layers)
-                    self._torrent = torrent
-                except TorrentInvalid as error:
-                    self._set_aside(path, error.what)
+            found = self._files.read("metadata.torrent", _with_layout)
+            if found is not None:
+                self._torrent, self._layout = found
         return self._torrent
 
     def layout(self) -> Layout | None:
@@ -218,13 +187,7 @@ class Store:
     def selection(self) -> Selection | None:
         """What is asked for; None for everything."""
         if self._selection is None:
-            path = self.state / "selection.json"
-            text = self._read(path)
-            if text is not None:
-                try:
-                    self._selection = selections.decode(text)
-                except ManifestInvalid as error:
-                    self._set_aside(path, error.what)
+            self._selection = self._files.read("selection.json", selections.decode)
         return self._selection
 
     def asked(self) -> Spans | None:
@@ -239,7 +202,7 @@ class Store:
             try:
                 found = dict(selections.spans(manifest, selection))
             except SelectionInvalid as error:
-                self._warn(f"{self.state / 'selection.json'} is ignored: {error.what}")
+                self._files.warn(f"{self.state / 'selection.json'} is ignored: {error.what}")
                 self._selection = None
                 return None
             for path in found:
@@ -254,15 +217,8 @@ class Store:
         Pieces of another torrent than the one in `metadata.torrent` do not count.
         """
         if self._record is None:
-            path = self.state / "record.json"
-            record = Record()
-            text = self._read(path)
-            if text is not None:
-                try:
-                    record = records.decode(text)
-                except RecordDamaged as error:
-                    self._set_aside(path, str(error))
-            self._record = self._of_this_torrent(record)
+            record = self._files.read("record.json", records.decode)
+            self._record = self._of_this_torrent(record or Record())
         return self._record
 
     def _of_this_torrent(self, record: Record) -> Record:
@@ -274,31 +230,6 @@ class Store:
             return Record(torrent.info_hash)
         return record
 
-    def _read(self, path: Path) -> bytes | None:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            self.warnings.append(f"{path}: cannot be read ({error.strerror})")
-            return None
-
-    def _set_aside(self, path: Path, why: str) -> None:
-        if not self._owner:
-            self._warn(f"{path} is ignored: {why}")
-            return
-        aside = next(
-            name
-            for number in range(1, 1_000_000)
-            if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists()
-        )
-        path.replace(aside)
-        self._warn(f"{path} is set aside as {aside.name}: {why}")
-
-    def _warn(self, text: str) -> None:
-        if text not in self.warnings:
-            self.warnings.append(text)
-
     # --- writing, under the exclusive lock ----------------------------------------------------
 
     def save_manifest(self, manifest: Manifest) -> None:
@@ -308,7 +239,7 @@ class Store:
             StorageFailed: the state folder cannot be written.
         """
         names = {place: name for name, place in self.places().items()}
-        self._write("manifest.json", manifests.encode(relocated(manifest, names)))
+        self._files.write("manifest.json", manifests.encode(relocated(manifest, names)))
         self._forget()
         self._keep(manifest)
 
@@ -318,7 +249,7 @@ class Store:
         Raises:
             StorageFailed: the state folder cannot be written.
         """
-        self._write("places.json", placing.encode(places))
+        self._files.write("places.json", placing.encode(places))
         self._forget()
 
     def save_torrent(self, torrent: TorrentFile) -> None:
@@ -329,7 +260,7 @@ class Store:
             StorageFailed: the state folder cannot be written.
         """
         layout = parse_info(torrent.info, torrent.piece_layers)
-        self._write("metadata.torrent", encode_torrent(torrent))
+        self._files.write("metadata.torrent", encode_torrent(torrent))
         self._torrent, self._layout, self._record = torrent, layout, None
         self._settled = False
 
@@ -339,14 +270,10 @@ class Store:
         Raises:
             StorageFailed: the state folder cannot be written.
         """
-        path = self.state / "selection.json"
         if selection is None:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise storage_failed(error, path) from error
+            self._files.remove("selection.json")
         else:
-            self._write(path.name, selections.encode(selection))
+            self._files.write("selection.json", selections.encode(selection))
         self._forget()
 
     def save_record(self, record: Record) -> None:
@@ -355,18 +282,8 @@ class Store:
         Raises:
             StorageFailed: the state folder cannot be written.
         """
-        self._write("record.json", records.encode(record))
+        self._files.write("record.json", records.encode(record))
         self._record = record
-
-    def _write(self, name: str, data: bytes) -> None:
-        path = self.state / name
-        try:
-            # The lock has made the folder. If it is gone so is the lock, and making it anew would
-            # let two processes write.
-            with replacing(path) as file:
-                file.write(data)
-        except OSError as error:
-            raise storage_failed(error, path) from error
 
     # --- what is proven -----------------------------------------------------------------------
 
@@ -442,3 +359,13 @@ class Store:
     def _layout_file(self, path: PurePosixPath) -> LayoutFile | None:
         layout = self.layout()
         return None if layout is None else layout.file(path)
+
+
+def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:
+    """A torrent file and its layout.
+
+    Raises:
+        TorrentInvalid: it is none, or has no sound layout.
+    """
+    torrent = parse_torrent(data)
+    return torrent, parse_info(torrent.info, torrent.piece_layers)

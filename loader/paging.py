@@ -13,20 +13,15 @@ the page cache costs next to nothing.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import errno
-import mmap
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, Protocol
 
-from grokfetch.errors import StorageFailed
 from loader.checkpoint import Checkpoint, Tensor
+from loader.pages import Pages
 
 __all__ = ["Computed", "Division", "Kept", "Managed", "Paging", "divide"]
 
@@ -38,9 +33,6 @@ CHUNK = 16 << 20
 
 AHEAD = 2
 """Experts that are read ahead of the one that is computed."""
-
-LARGE = 4 << 20
-"""Bytes from which huge pages are worth asking for."""
 
 
 class Computed(Protocol):
@@ -133,77 +125,6 @@ _Part = tuple[Literal["layer", "expert", "table"], int, int]
 
 _TABLE: _Part = ("table", 0, 0)
 
-# --- the pages themselves ----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Span:
-    """Bytes of a tensor's file."""
-
-    tensor: Tensor
-    start: int
-    length: int
-
-    def pages(self) -> tuple[int, int]:
-        """The address of the first page that it touches, and bytes to the end of the last."""
-        first = self.start - self.start % mmap.PAGESIZE
-        return self.tensor.file.ctypes.data + first, self.start + self.length - first
-
-    def chunks(self) -> list[_Span]:
-        stop = self.start + self.length
-        return [
-            _Span(self.tensor, at, min(CHUNK, stop - at)) for at in range(self.start, stop, CHUNK)
-        ]
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-LINUX = sys.platform == "linux"
-WILL_NEED, DO_NOT_NEED, HUGE_PAGE, POPULATE_READ = 3, 4, 14, 22
-ON_FAULT = 1
-
-
-def _advise(span: _Span, advice: int) -> int:
-    """Give the kernel advice on the pages of a span; 0 or the number of the error."""
-    return ctypes.get_errno() if _libc.madvise(*span.pages(), advice) else 0
-
-
-def _bring(span: _Span) -> None:
-    """Have the pages of a span read and mapped.
-
-    Raises:
-        StorageFailed: the file has been cut, or its disk fails.
-    """
-    failed = _advise(span, POPULATE_READ) if LINUX else errno.EINVAL
-    if failed == errno.EINVAL:  # Linux before 5.14, and other systems: the reading begins only.
-        failed = _advise(span, WILL_NEED)
-    if failed == errno.EFAULT:
-        raise StorageFailed(
-            "it has become shorter, or its disk fails, while the model is using it",
-            path=span.tensor.path,
-            hint="restore it, then run: grokfetch verify DIR",
-        )
-    if failed not in (0, errno.EINVAL, errno.ENOMEM):
-        raise StorageFailed(f"cannot be read: {os.strerror(failed)}", path=span.tensor.path)
-
-
-def _drop(spans: Iterable[_Span]) -> None:
-    """Let go of the pages of spans: of our mapping, then of the page cache."""
-    for span in spans:
-        _advise(span, DO_NOT_NEED)
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError), span.tensor.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), span.start, span.length, os.POSIX_FADV_DONTNEED)
-
-
-def _lock(span: _Span) -> int:
-    """Keep the pages of a span in memory once they are there; 0 or the number of the error."""
-    if not hasattr(_libc, "mlock2"):
-        return errno.ENOSYS
-    address, length = span.pages()
-    failed = _libc.mlock2(ctypes.c_void_p(address), ctypes.c_size_t(length), ON_FAULT)
-    return ctypes.get_errno() if failed else 0
-
 
 class Managed(Paging):
     """Keeps the pages of a checkpoint within a budget of memory.
@@ -219,14 +140,12 @@ class Managed(Paging):
 
     def __init__(self, checkpoint: Checkpoint, budget: int) -> None:
         self._layers = checkpoint.config.num_layers
-        self._spans = _parts(checkpoint)
-        base = [
-            span for part, spans in self._spans.items() if part[0] != "expert" for span in spans
-        ]
+        self._pages = _parts(checkpoint)
+        base = [it for part, pages in self._pages.items() if part[0] != "expert" for it in pages]
         self.division = divide(
             _distinct(checkpoint.values()),
             _bytes(base),
-            _bytes(self._spans["expert", 0, 0]),
+            _bytes(self._pages["expert", 0, 0]),
             budget,
         )
         self._kept = Kept(self.division.experts)
@@ -234,12 +153,10 @@ class Managed(Paging):
         self._coming: dict[_Part, list[Future[None]]] = {}
         self._there: set[_Part] = set()
         self._readers = ThreadPoolExecutor(READERS, "read-ahead")
-        if LINUX:
-            for tensor in checkpoint.values():
-                if tensor.file.size >= LARGE:
-                    _advise(_Span(tensor, 0, tensor.file.size), HUGE_PAGE)
+        for tensor in checkpoint.values():
+            tensor.pages(0, tensor.file.size).enlarge()
         keep = self.division.base and not self.division.everything
-        failed = next((error for span in base if (error := _lock(span))), 0) if keep else 0
+        failed = next((error for it in base if (error := it.lock())), 0) if keep else 0
         self.unlocked = os.strerror(failed) if failed else ""
 
     def layer(self, number: int) -> None:
@@ -271,7 +188,8 @@ class Managed(Paging):
         if parts:
             result.block_until_ready()
             for part in parts:
-                _drop(self._spans[part])
+                for pages in self._pages[part]:
+                    pages.drop()
                 self._there.discard(part)
 
     def table(self) -> None:
@@ -284,12 +202,12 @@ class Managed(Paging):
         for _ in range(min(count, len(self._wanted))):
             part = self._wanted.popleft()
             if part not in self._there and part not in self._coming:
-                chunks = (chunk for span in self._spans[part] for chunk in span.chunks())
-                self._coming[part] = [self._readers.submit(_bring, chunk) for chunk in chunks]
+                chunks = (chunk for it in self._pages[part] for chunk in it.chunks(CHUNK))
+                self._coming[part] = [self._readers.submit(chunk.bring) for chunk in chunks]
 
     def _wait(self, part: _Part) -> None:
-        for span in self._spans[part]:
-            span.tensor.check_length()
+        for pages in self._pages[part]:
+            pages.check()
         if part in self._there:
             return
         if part not in self._coming:
@@ -300,9 +218,9 @@ class Managed(Paging):
         self._there.add(part)
 
 
-def _parts(checkpoint: Checkpoint) -> dict[_Part, list[_Span]]:
+def _parts(checkpoint: Checkpoint) -> dict[_Part, list[Pages]]:
     """The mapped bytes of a checkpoint by what needs them; norms and routers are copied."""
-    parts: dict[_Part, list[_Span]] = {}
+    parts: dict[_Part, list[Pages]] = {}
     count = checkpoint.config.num_experts
     for tensor in checkpoint.values():
         number, kind = tensor.spec.layer, tensor.spec.axes[0]
@@ -310,20 +228,20 @@ def _parts(checkpoint: Checkpoint) -> dict[_Part, list[_Span]]:
             if array is None or (tensor.scale_span is None and kind != "vocab"):
                 continue
             if number is None:
-                parts.setdefault(_TABLE, []).append(_Span(tensor, array.offset, array.nbytes))
+                parts.setdefault(_TABLE, []).append(tensor.pages(array.offset, array.nbytes))
             elif kind != "expert":
                 part: _Part = ("layer", number, 0)
-                parts.setdefault(part, []).append(_Span(tensor, array.offset, array.nbytes))
+                parts.setdefault(part, []).append(tensor.pages(array.offset, array.nbytes))
             else:
                 each = array.nbytes // count
                 for expert in range(count):
-                    span = _Span(tensor, array.offset + expert * each, each)
-                    parts.setdefault(("expert", number, expert), []).append(span)
+                    pages = tensor.pages(array.offset + expert * each, each)
+                    parts.setdefault(("expert", number, expert), []).append(pages)
     return parts
 
 
-def _bytes(spans: Iterable[_Span]) -> int:
-    return sum(span.length for span in spans)
+def _bytes(pages: Iterable[Pages]) -> int:
+    return sum(it.length for it in pages)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import mmap
 import operator
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
+from loader.pages import Pages
 from loader.schema import ParamSpec
 from loader.spans import ArraySpan
 
@@ -178,45 +178,13 @@ class Tensor:
         except OSError as error:
             raise StorageFailed(f"cannot be read: {error.strerror}", path=self.path) from error
 
-    def read_ahead(self, start: int, nbytes: int) -> None:
-        """Have the kernel begin to read bytes of the weight, `start` counted from its first."""
-        first = self.array.offset + start
-        # Looking up each page of what is there already would take a tenth of the time of a copy.
-        if not (self._is_cached(first) and self._is_cached(first + nbytes - 1)):
-            self._advise(first, nbytes, "MADV_WILLNEED")
-
-    def let_go(self, start: int, nbytes: int) -> None:
-        """Let the kernel forget bytes of the weight; they would be read from the disk again."""
-        first = self.array.offset + start
-        self._advise(first, nbytes, "MADV_DONTNEED")
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), first, nbytes, os.POSIX_FADV_DONTNEED)
-
-    def _is_cached(self, place: int) -> bool:
-        """Whether the page of a byte of the file is in memory; False where that is not told."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                return os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) == 1
-        except OSError:
-            return False
-
-    def _advise(self, first: int, nbytes: int, advice: str) -> None:
-        page = first - first % mmap.PAGESIZE
-        self._mapped.madvise(getattr(mmap, advice), page, first + nbytes - page)
-
-    def check_length(self) -> None:
-        """Notice that the file has been cut, before a touched page ends the process.
+    def pages(self, start: int, nbytes: int) -> Pages:
+        """The pages of bytes of the file, `start` counted from the file's first.
 
         Raises:
-            CheckpointInvalid: it is shorter than its mapping.
+            StorageFailed: the file cannot be mapped.
         """
-        if self._mapped.size() < len(self._mapped):
-            raise CheckpointInvalid(
-                f"{self.spec.name} has shrunk on disk while it was in use", path=self.path
-            )
+        return Pages(self.path, self._mapped, start, nbytes)
 
     def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
         if span.offset + span.nbytes > len(self._mapped):

@@ -20,6 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from loader.checkpoint import Tensor
 from loader.chunks import Chunk, Part, chunks
 from loader.landing import landing
+from loader.pages import Pages
 from loader.quantized import Quantized
 from loader.schema import ParamSpec
 from loader.sharding import expanded_rows
@@ -163,6 +164,11 @@ class _Leg:
         else:
             np.copyto(target, self._source[part.source])
 
+    def pages(self, chunk: Chunk) -> Iterator[Pages]:
+        """The pages of a chunk, where it lies in a file."""
+        if self.file is not None:
+            yield self.file.pages(self.file.array.offset + chunk.start, chunk.nbytes)
+
     def settle(self, chunk: Chunk) -> int:
         """Note that a chunk has been read; bytes of the checkpoint that this was more."""
         before = self._used // self._times
@@ -195,8 +201,8 @@ class _Reader:
         for chunk in leg.chunks:
             while len(self._reading) == AHEAD or (self._reading and self._reading[0][0].done()):
                 self._settle()
-            if leg.file is not None:
-                leg.file.read_ahead(chunk.start, chunk.nbytes)
+            for pages in leg.pages(chunk):
+                pages.announce()
             self._reading.append((self._threads.submit(leg.read, chunk), leg, chunk))
 
     def finish(self, leg: _Leg) -> None:
@@ -208,7 +214,8 @@ class _Reader:
         future, leg, chunk = self._reading.popleft()
         future.result()
         nbytes = leg.settle(chunk)
-        if leg.file is not None and self._drop:
-            leg.file.let_go(chunk.start, chunk.nbytes)
+        if self._drop:
+            for pages in leg.pages(chunk):
+                pages.drop()
         if self._on_bytes is not None:
             self._on_bytes(nbytes)

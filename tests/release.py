@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 import golden
+from torrents import torrent_of
 
 from grokfetch.manifest import Manifest, encode
 from grokfetch.metainfo import TorrentFile, parse_torrent
-from grokfetch.swarm import make_torrent
 from loader.inventory import expected
 
 PIECE = 16 * 1024
@@ -18,7 +18,7 @@ PIECE = 16 * 1024
 def publish(root: Path) -> tuple[TorrentFile, Manifest]:
     """Write `release/`, `tiny.torrent` and `tiny.json` into a folder."""
     shutil.copytree(golden.TINY / "ckpt-0", root / "release" / "ckpt-0")
-    data = make_torrent(root / "release", PIECE)
+    data = torrent_of(root / "release", PIECE)
     root.joinpath("tiny.torrent").write_bytes(data)
     torrent = parse_torrent(data)
     files, tensors = expected(golden.CONFIG, PurePosixPath("ckpt-0"))

@@ -17,7 +17,7 @@ import libtorrent
 import pytest
 from click.testing import CliRunner
 from test_verify import spoil
-from torrents import content, lay_down
+from torrents import content, lay_down, torrent_of
 
 from grokfetch import errors
 from grokfetch.cli import main
@@ -26,7 +26,7 @@ from grokfetch.commands.swarm_options import Rate, proxy_of
 from grokfetch.fetch import Limits, Outcome, fetch
 from grokfetch.metainfo import parse_torrent
 from grokfetch.store import Store
-from grokfetch.swarm import Proxy, Swarm, SwarmSettings, make_torrent, seed
+from grokfetch.swarm import Proxy, Swarm, SwarmSettings, seed
 from grokfetch.swarm.session import _session_settings
 
 PIECE = 1 << 15
@@ -42,14 +42,14 @@ def published(request, tmp_path_factory):
     """(folder, torrent) in each version of BitTorrent."""
     folder = tmp_path_factory.mktemp(request.param)
     lay_down(folder, FILES)
-    return folder, make_torrent(folder / "top", PIECE, version=request.param)
+    return folder, torrent_of(folder / "top", PIECE, version=request.param)
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hybrid")
     lay_down(folder, FILES)
-    return folder, make_torrent(folder / "top", PIECE)
+    return folder, torrent_of(folder / "top", PIECE)
 
 
 def get(root, torrent, port, limits=LIMITS, **settings):
@@ -337,6 +337,16 @@ class Tracker(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("place", ["nonsense", "203.0.113.7:1"])
+def test_where_there_is_no_listening_nothing_is_shared(hybrid, place):
+    folder, torrent = hybrid
+    with (
+        pytest.raises(errors.OutOfReach, match=f"cannot listen on {place}"),
+        seed(torrent, folder, dataclasses.replace(HERE, listen=place)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("trackers", [True, False])
 def test_trackers_are_asked_unless_they_are_left_out(tmp_path, hybrid, trackers):
     folder, _ = hybrid
@@ -344,7 +354,7 @@ def test_trackers_are_asked_unless_they_are_left_out(tmp_path, hybrid, trackers)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.asked = threading.Event()
         address = f"http://127.0.0.1:{server.server_address[1]}/announce"
-        torrent = make_torrent(folder / "top", PIECE, trackers=[address])
+        torrent = torrent_of(folder / "top", PIECE, trackers=[address])
         with seed(torrent, folder, dataclasses.replace(HERE, trackers=False)) as seeder:
             server.peer = seeder.port
             if trackers:

@@ -16,13 +16,14 @@ import golden
 import psutil
 import pytest
 from click.testing import CliRunner
+from torrents import torrent_of
 
 from grokfetch import errors
 from grokfetch.cli import main
 from grokfetch.commands import fitting
 from grokfetch.manifest import Manifest, TokenizerSource, encode, parse
 from grokfetch.metainfo import parse_torrent
-from grokfetch.swarm import SwarmSettings, make_torrent, seed
+from grokfetch.swarm import SwarmSettings, seed
 from loader.fit import Memory
 from loader.inventory import expected
 
@@ -50,7 +51,7 @@ def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     shutil.copytree(golden.TINY / "ckpt-0", root / "release" / "ckpt-0")
     root.joinpath("release/NOTES").write_text("an extra file")
-    torrent = make_torrent(root / "release", 32 * 1024)
+    torrent = torrent_of(root / "release", 32 * 1024)
     root.joinpath("tiny.torrent").write_bytes(torrent)
     files, tensors = expected(golden.CONFIG, PurePosixPath("ckpt-0"))
     info_hash = parse_torrent(torrent).info_hash

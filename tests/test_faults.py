@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import pytest
 from fake_swarm import FakeSwarm
 from test_preflight import small_disk
-from torrents import content, lay_down, v1_torrent
+from torrents import content, lay_down, torrent_of, v1_torrent
 
 from grokfetch import preflight, proofs
 from grokfetch.errors import StateLocked, StorageFailed
@@ -22,7 +22,7 @@ from grokfetch.history import read as read_history
 from grokfetch.history import recorded
 from grokfetch.metainfo import parse_torrent
 from grokfetch.store import Store
-from grokfetch.swarm import Swarm, SwarmSettings, make_torrent, seed
+from grokfetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.verify import Finding, Summary, verify
 
 PIECE = 32768
@@ -49,7 +49,7 @@ def peer(tmp_path_factory):
     """A real seed: its torrent, and what makes a source of it."""
     folder = tmp_path_factory.mktemp("seed")
     lay_down(folder, FILES)
-    data = make_torrent(folder / "top", PIECE)
+    data = torrent_of(folder / "top", PIECE)
     with seed(data, folder, SwarmSettings.loopback()) as seeder:
         settings = SwarmSettings.loopback((f"127.0.0.1:{seeder.port}",))
         yield lambda: Swarm(parse_torrent(data), settings)
@@ -107,7 +107,7 @@ def test_a_disk_too_full_for_the_record_ends_the_fetch_and_keeps_the_old_record(
 def test_a_file_longer_than_the_process_may_write_is_refused(tmp_path):
     torrent, folder = tmp_path / "t.torrent", tmp_path / "out"
     lay_down(tmp_path / "seed", FILES)
-    torrent.write_bytes(make_torrent(tmp_path / "seed/top", PIECE))
+    torrent.write_bytes(torrent_of(tmp_path / "seed/top", PIECE))
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "from grokfetch.cli import main\n"
@@ -268,7 +268,7 @@ def test_after_a_sleep_of_the_machine_a_fetch_that_still_gets_data_goes_on(tmp_p
 def test_a_second_fetch_is_refused_with_the_pid_of_the_first_and_harms_nothing(tmp_path):
     torrent = tmp_path / "t.torrent"
     lay_down(tmp_path / "seed", FILES)
-    torrent.write_bytes(make_torrent(tmp_path / "seed/top", PIECE))
+    torrent.write_bytes(torrent_of(tmp_path / "seed/top", PIECE))
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "grokfetch", "fetch", torrent, "--to", folder, "--json"]
     command += ["--no-discovery", "--listen", "127.0.0.1:0"]

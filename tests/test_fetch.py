@@ -112,6 +112,20 @@ def test_after_a_kill_no_proven_piece_is_fetched_or_hashed_again(
     assert whole(tmp_path)
 
 
+@pytest.mark.parametrize("unrecorded", [0, 1])
+def test_after_a_kill_behind_the_last_piece_the_next_fetch_records_what_it_finds(
+    tmp_path, swarm, unrecorded
+):
+    run(tmp_path, swarm)
+    store = Store(tmp_path)
+    record = store.record()
+    marked = {p: dataclasses.replace(proof, writing=True) for p, proof in record.files.items()}
+    pieces = record.pieces - set(range(unrecorded))
+    store.save_record(dataclasses.replace(record, pieces=pieces, files=marked))
+    assert outcome(run(tmp_path, FakeSwarm(swarm.torrent, {}))) == Outcome(SIZE, 0, unrecorded)
+    assert Store(tmp_path).record() == record
+
+
 def kill(root, swarm, monkeypatch):
     """Run until the source dies, and let nothing be written after that, as SIGKILL does."""
     real = proofs.Proofs.end_writing

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-from torrents import content, lay_down
+from torrents import content, lay_down, torrent_of
 
 from grokfetch.hashing import CHUNK, check_pieces
 from grokfetch.metainfo import parse_info, parse_torrent
 from grokfetch.store import Store
-from grokfetch.swarm import SwarmSettings, make_torrent, seed, session
+from grokfetch.swarm import SwarmSettings, seed, session
 from grokfetch.verify import Summary, verify
 
 PIECE = 1 << 17
@@ -34,7 +34,7 @@ LOST = {1: 10, 2: 30}
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from grokfetch import fetch as fetching
+from grokfetch.fetch import bringing as fetching
 from grokfetch.metainfo import parse_torrent
 from grokfetch.store import Store
 from grokfetch.swarm import Swarm, SwarmSettings
@@ -79,7 +79,7 @@ class Watch:
 @pytest.fixture(params=["v1", "v2", "hybrid"])
 def published(request, tmp_path):
     lay_down(tmp_path / "ours", FILES)
-    data = make_torrent(tmp_path / "ours/top", PIECE, version=request.param)
+    data = torrent_of(tmp_path / "ours/top", PIECE, version=request.param)
     tmp_path.joinpath("x.torrent").write_bytes(data)
     return tmp_path, data
 

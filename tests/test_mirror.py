@@ -11,7 +11,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from fake_swarm import FakeSwarm
-from torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent
+from torrents import content, lay_down, manifest_of, torrent_of, v1_torrent, v2_torrent
 from web_server import SocksProxy, WebServer
 
 from grokfetch.cli import main
@@ -24,7 +24,7 @@ from grokfetch.mirror.addresses import label, places, unusable
 from grokfetch.mirror.http import Faulty, redirected
 from grokfetch.source import Arrived, Notice, Origin, Traffic
 from grokfetch.store import Store
-from grokfetch.swarm import Swarm, SwarmSettings, make_torrent, seed
+from grokfetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.verify import Finding, Summary, verify
 
 PIECE = 32768
@@ -389,7 +389,7 @@ def test_a_real_seed_and_a_real_mirror_work_at_the_same_time(tmp_path, version):
     published = tmp_path / "published"
     files = {f"part{index}": content(4 << 20, index) for index in range(4)}
     lay_down(published, files)
-    data = make_torrent(published / "top", 1 << 16, version=version)
+    data = torrent_of(published / "top", 1 << 16, version=version)
     uploaded = threading.Event()
     with (
         seed(data, published, SwarmSettings.loopback()) as seeder,

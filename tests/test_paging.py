@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
-from loader import paging
+from loader import pages
 from loader.checkpoint import open_folder
 from loader.generate import Engine
+from loader.pages import Pages
 from loader.paging import AHEAD, Division, Kept, Managed, divide
 from loader.placement import make_mesh, share
 from loader.schema import GrokConfig
@@ -181,9 +182,7 @@ def test_file_that_is_cut_while_it_is_used_gets_a_message(folder):
 def test_page_that_no_disk_gives_is_an_error_and_no_signal(folder, monkeypatch):
     checkpoint = open_folder(folder, CONFIG)
     managed = Managed(checkpoint, 0)
-    monkeypatch.setattr(
-        type(checkpoint["language_model/rms_norm/scale"]), "check_length", lambda _: None
-    )
+    monkeypatch.setattr(Pages, "check", lambda _: None)
     os.truncate(checkpoint["transformer/decoder_layer_0/moe/linear/w"].path, 4096)
     with pytest.raises(StorageFailed, match="become shorter"):
         managed.expert(0, 7)
@@ -192,14 +191,14 @@ def test_page_that_no_disk_gives_is_an_error_and_no_signal(folder, monkeypatch):
 def test_system_without_such_advice_is_told_that_pages_will_be_needed(folder, monkeypatch):
     asked = []
 
-    def advise(span, advice):
+    def advise(_, advice):
         asked.append(advice)
-        return errno.EINVAL if advice == paging.POPULATE_READ else 0
+        return errno.EINVAL if advice == pages.POPULATE_READ else 0
 
-    monkeypatch.setattr(paging, "_advise", advise)
+    monkeypatch.setattr(Pages, "_advise", advise)
     managed = Managed(open_folder(folder, CONFIG), 1 << 40)
     managed.expert(0, 0)
-    assert paging.WILL_NEED in asked
+    assert pages.WILL_NEED in asked
 
 
 CHILD = """

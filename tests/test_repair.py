@@ -7,14 +7,14 @@ import pytest
 from click.testing import CliRunner
 from fake_swarm import FakeSwarm, write_at
 from test_fetch import FILES, PIECE, SIZE, V1, V2, A, C, content_of, outcome, run
-from torrents import content, lay_down, manifest_of
+from torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch import hashing
 from grokfetch.cli import main
 from grokfetch.errors import NotProven, Stalled
 from grokfetch.fetch import fetch
 from grokfetch.store import Store
-from grokfetch.swarm import SwarmSettings, make_torrent, seed
+from grokfetch.swarm import SwarmSettings, seed
 from grokfetch.verify import Finding, Summary, verify
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery")
@@ -103,7 +103,7 @@ def published(tmp_path_factory):
     """(folder, torrent) of one larger file."""
     folder = tmp_path_factory.mktemp("published")
     lay_down(folder, {"weights": content(8 << 20)})
-    return folder, make_torrent(folder / "top", 1 << 18)
+    return folder, torrent_of(folder / "top", 1 << 18)
 
 
 @pytest.mark.parametrize("command", ["fetch", "verify"])

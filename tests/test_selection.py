@@ -264,6 +264,13 @@ def test_what_is_not_there_is_refused_before_anything_is_kept(swarm, tmp_path, r
     assert not (tmp_path / ".grokfetch/selection.json").exists()
 
 
+def test_what_is_not_there_is_refused_of_a_whole_folder_too(swarm, tmp_path):
+    store = Store(tmp_path)
+    list(fetch(store, swarm, manifest=manifest(swarm.torrent)))
+    with pytest.raises(SelectionInvalid, match="not 7"):
+        list(fetch(store, swarm, request=Request(layers=(7,))))
+
+
 def test_manifest_without_tensors_has_files_to_choose_only():
     bare = dataclasses.replace(manifest(V1), tensors=())
     with pytest.raises(SelectionInvalid, match="names no layers"):

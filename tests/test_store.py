@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import os
 import subprocess
@@ -293,6 +295,15 @@ def test_readers_share_and_keep_writers_out(tmp_path, holder):
         pass
     with pytest.raises(StateLocked), Store(tmp_path).lock():
         pass
+
+
+def test_a_lock_that_a_full_disk_does_not_take_is_told(tmp_path):
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Full(tmp_path / "lock", "w+") as file, pytest.raises(StorageFailed, match="disk is full"):
+        storage._acquire(file, tmp_path, exclusive=True)
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):

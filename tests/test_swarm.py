@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from test_verify import spoil
-from torrents import content, lay_down, manifest_of
+from torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, TorrentInvalid
 from grokfetch.fetch import Limits, Outcome, Status, fetch
@@ -21,7 +21,7 @@ from grokfetch.magnet import parse_magnet
 from grokfetch.metainfo import parse_info, parse_torrent
 from grokfetch.source import Notice, Order, Origin
 from grokfetch.store import Store
-from grokfetch.swarm import Swarm, SwarmSettings, download, make_torrent, seed
+from grokfetch.swarm import Swarm, SwarmSettings, download, seed
 from grokfetch.swarm.tally import Tally
 from grokfetch.verify import Finding, Summary, verify
 
@@ -43,7 +43,7 @@ def torrent(request, tmp_path_factory):
     """(folder, torrent file) of a checkpoint, for each version of BitTorrent."""
     folder = tmp_path_factory.mktemp(request.param)
     lay_down(folder, FILES)
-    return folder, make_torrent(folder / "top", PIECE, version=request.param)
+    return folder, torrent_of(folder / "top", PIECE, version=request.param)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_hybrid_torrent_is_fetched_by_its_v2_hash_too(tmp_path, torrent):
     folder, data = torrent
     known = parse_torrent(data)
     if known.v2 is None:
-        data = make_torrent(folder / "top", PIECE, version="hybrid")
+        data = torrent_of(folder / "top", PIECE, version="hybrid")
         known = parse_torrent(data)
     with seed(data, folder, HERE) as seeder:
         run(tmp_path, f"magnet:?xt=urn:btmh:1220{known.v2}&x.pe=127.0.0.1:{seeder.port}")
@@ -151,7 +151,7 @@ def large(tmp_path_factory):
     (folder / "big").mkdir()
     for index in range(4):
         (folder / "big" / f"part{index}").write_bytes(content(48 << 20, index))
-    return folder, make_torrent(folder / "big", 1 << 18, version="v1")
+    return folder, torrent_of(folder / "big", 1 << 18, version="v1")
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGKILL]])
@@ -248,17 +248,6 @@ def test_a_layout_that_libtorrent_understands_otherwise_is_refused(tmp_path, tor
     order = Order(known, other, tmp_path, frozenset(), frozenset({0}))
     with pytest.raises(TorrentInvalid, match="otherwise"):
         next(Swarm(known, HERE).download(order))
-
-
-def test_the_info_hash_of_a_folder_is_reproducible(torrent, tmp_path):
-    _, data = torrent
-    for name in sorted(FILES, reverse=True):
-        lay_down(tmp_path, {name: FILES[name]})
-    again = parse_torrent(data)
-    version = {(True, False): "v1", (False, True): "v2", (True, True): "hybrid"}
-    which = version[again.v1 is not None, again.v2 is not None]
-    made = parse_torrent(make_torrent(tmp_path / "top", PIECE, version=which))
-    assert (made.v1, made.v2) == (again.v1, again.v2)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grokfetch.errors import CheckpointInvalid
-from loader import landing, transfer
-from loader.checkpoint import Tensor
+from loader import landing, pages, transfer
+from loader.pages import Pages
 from loader.shardwriter import write_shard
 from loader.transfer import division, to_devices
 
@@ -107,13 +107,13 @@ def test_arrays_outlive_everything_that_they_were_made_from(monkeypatch):
 def test_pages_that_are_dropped_are_read_again_and_announced(monkeypatch):
     announced = []
     monkeypatch.setattr(
-        Tensor, "_advise", lambda _, _first, nbytes, advice: announced.append((advice, nbytes))
+        Pages, "_advise", lambda these, advice: announced.append((advice, these.length))
     )
     tensor = golden.CHECKPOINT[NAMES[1]]
-    monkeypatch.setattr(Tensor, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(Pages, "_is_cached", lambda *_: False)
     list(transfer.transfer([(tensor, split("a"))], drop=True))
     nbytes = tensor.weight.nbytes
-    assert announced == [("MADV_WILLNEED", nbytes), ("MADV_DONTNEED", nbytes)]
+    assert announced == [(pages.WILL_NEED, nbytes), (pages.DO_NOT_NEED, nbytes)]
     monkeypatch.undo()
     for _ in range(2):
         (placed,) = transfer.transfer([(tensor, split("a"))], drop=True)

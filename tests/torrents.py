@@ -1,13 +1,15 @@
-"""Torrents made in plain Python, apart from the code under test and from libtorrent."""
+"""Torrents made in plain Python, apart from libtorrent and, but for hybrid ones, from `making`."""
 
 import hashlib
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from grokfetch.bencode import encode
+from grokfetch.making import list_files, make
 from grokfetch.manifest import Manifest, ManifestFile, ManifestTensor
-from grokfetch.metainfo import TorrentFile, parse_torrent
+from grokfetch.metainfo import TorrentFile, encode_torrent, parse_torrent
 
 BLOCK = 16384
 
@@ -84,6 +86,19 @@ def _root(data: bytes, piece_length: int, layers: dict[bytes, bytes]) -> bytes:
 
 def v1_torrent(files: dict[str, bytes], piece_length: int, name: str = "top") -> TorrentFile:
     return parse_torrent(b"d4:info" + v1_info(files, piece_length, name) + b"e")
+
+
+def torrent_of(
+    folder: Path, piece_length: int, version: str = "hybrid", trackers: Sequence[str] = ()
+) -> bytes:
+    """The `.torrent` of a folder; trackers go into a hybrid one only."""
+    if version == "hybrid":
+        *_, made = make(folder, list_files(folder), piece_length, trackers=trackers)
+        return encode_torrent(made.torrent)
+    files = {str(path): (folder / path).read_bytes() for path, _ in list_files(folder)}
+    if version == "v2":
+        return v2_torrent(files, piece_length, folder.name)
+    return encode_torrent(v1_torrent(files, piece_length, folder.name))
 
 
 def lay_down(root: Path, files: dict[str, bytes], name: str = "top") -> None:

@@ -232,6 +232,8 @@ def resolve(source: str | None, manifest: Manifest | None, state: Path | None = 
         magnet = parse_magnet(source)
         return Wanted(magnet, manifest or _shipped(magnet.info_hash))
     path = Path(source)
+    if not source:
+        raise SourceInvalid("SOURCE is empty", hint="leave it out for Grok-1")
     if path.is_dir():
         return begun_in(Store(path, state), manifest)
     try:

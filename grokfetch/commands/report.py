@@ -31,6 +31,7 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
     One file that loads nothing from elsewhere. It shows what `status --json` tells and, like it,
     hashes nothing and takes no lock. It names the peers and mirrors that sent something.
     """
+    from grokfetch.errors import StorageFailed
     from grokfetch.overview import overview
     from grokfetch.report.page import render
     from grokfetch.storage import replacing, storage_failed
@@ -45,6 +46,8 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
     if str(output) == "-":
         click.echo(page, nl=False)
         return
+    if not output.parent.is_dir():
+        raise StorageFailed("is no folder", path=output.parent, hint="make it, or choose: -o FILE")
     try:
         with replacing(output) as file:
             file.write(page)

@@ -8,7 +8,7 @@ of files and resume data is never used, and the layout that it makes of a torren
 from __future__ import annotations
 
 from grokfetch.swarm.download import Swarm
-from grokfetch.swarm.seeding import Seeder, Shared, make_torrent, seed
+from grokfetch.swarm.seeding import Seeder, Shared, seed
 from grokfetch.swarm.session import Proxy, SwarmSettings
 
-__all__ = ["Proxy", "Seeder", "Shared", "Swarm", "SwarmSettings", "make_torrent", "seed"]
+__all__ = ["Proxy", "Seeder", "Shared", "Swarm", "SwarmSettings", "seed"]

@@ -1,53 +1,20 @@
-"""Torrents made of folders, and their seeds: what somebody who publishes a checkpoint needs."""
+"""Seeds: sharing what is proven of a folder with others."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from grokfetch.errors import StorageFailed, TorrentInvalid
+from grokfetch.errors import TorrentInvalid
 from grokfetch.metainfo import parse_torrent
 from grokfetch.pieces import Layout
 from grokfetch.swarm.download import file_error, renamed
 from grokfetch.swarm.session import Session, SwarmSettings, address, libtorrent
 
-__all__ = ["Seeder", "Shared", "make_torrent", "seed"]
-
-_FLAGS = {"hybrid": 0, "v2": 32, "v1": 64}
-
-
-def make_torrent(
-    folder: Path,
-    piece_length: int,
-    *,
-    version: Literal["hybrid", "v1", "v2"] = "hybrid",
-    trackers: Sequence[str] = (),
-) -> bytes:
-    """The `.torrent` of a folder, reproducible: same files, same info hash.
-
-    Args:
-        folder: becomes the torrent's top folder.
-        piece_length: bytes, a power of two from 16 KiB on.
-        version: of BitTorrent.
-        trackers: where peers can be asked for.
-
-    Raises:
-        OutOfReach: libtorrent is not installed.
-        StorageFailed: the folder cannot be read, or holds no file.
-    """
-    lt = libtorrent()
-    try:
-        files = sorted(lt.list_files(str(folder)), key=lambda file: str(file.filename))
-        made = lt.create_torrent(files, piece_length, _FLAGS[version])
-        for tracker in trackers:
-            made.add_tracker(tracker)
-        lt.set_piece_hashes(made, str(folder.parent))
-        return bytes(lt.bencode(made.generate()))
-    except RuntimeError as error:
-        raise StorageFailed(f"no torrent can be made of it: {error}", path=folder) from None
+__all__ = ["Seeder", "Shared", "seed"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

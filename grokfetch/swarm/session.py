@@ -88,13 +88,18 @@ class Session:
     """A libtorrent session that ends, with all its writing, when its block ends.
 
     Raises:
-        OutOfReach: libtorrent is not installed.
+        OutOfReach: libtorrent is not installed, or there is no listening where the settings say.
     """
 
     def __init__(self, settings: SwarmSettings) -> None:
         self._lt = libtorrent()
         self._settings = settings
         self._session = self._lt.session(_session_settings(self._lt, settings))
+        if settings.proxy is None and not self.port:
+            raise OutOfReach(
+                f"cannot listen on {settings.listen:.100}",
+                hint="choose an address of this machine and a free port: --listen HOST:PORT",
+            )
         self._handles: list[Any] = []
         # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
         # libtorrent itself would hold Ctrl-C back until it returns.

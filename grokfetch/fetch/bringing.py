@@ -1,106 +1,31 @@
-"""From a source of pieces to proven bytes on disk: plan, download, read back, ask again.
-
-A `PieceSource` brings pieces to the disk; it is believed in nothing. Its metadata is checked
-against the info hash, and every piece is read back and hashed here before the record claims it.
-Whatever ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
-"""
+"""Pieces to the disk, each read back and hashed, until all that is asked for is proven."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Literal
 
 from grokfetch import preflight
-from grokfetch.adoption import adopt
-from grokfetch.agreement import in_force
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
+from grokfetch.fetch.events import Event, Metadata, Outcome, Phase, Status
+from grokfetch.fetch.settling import Asked, metadata, settle
 from grokfetch.hashing import Hashers, PieceResult, check_pieces, in_batches, may_be_on_disk
 from grokfetch.manifest import Manifest, ManifestFile
-from grokfetch.metainfo import TorrentFile, check_info_hash, parse_info
 from grokfetch.pieces import Layout, LayoutFile
-from grokfetch.places import relocated
 from grokfetch.proofs import Proofs
 from grokfetch.repair import read_again
 from grokfetch.saving import Saver
-from grokfetch.selection import Request, Selection, pieces_of, spans, urgency
+from grokfetch.selection import pieces_of, urgency
 from grokfetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
 from grokfetch.store import Store
-from grokfetch.targets import cut_long_files, make_empty_files, name_asked_files, own
+from grokfetch.targets import cut_long_files, make_empty_files, own
 from grokfetch.verify import Finding, Proven, TensorIndex, corrupt, hash_files
 
-__all__ = [
-    "Asked",
-    "Event",
-    "Limits",
-    "Metadata",
-    "Outcome",
-    "Status",
-    "fetch",
-]
-
-Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Status:
-    """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
-
-    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
-    the proven bytes in every phase. `sent` is who has sent how many payload bytes in this fetch.
-    """
-
-    phase: Phase
-    done: int = 0
-    total: int = 0
-    rate: float = 0.0
-    peers: int = 0
-    pieces_done: int = 0
-    pieces_total: int = 0
-    proven: int = 0
-    sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def received(self) -> int:
-        """Payload bytes that came in this fetch, right or wrong."""
-        return sum(self.sent.values())
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Metadata:
-    """What the torrent is: name, info hash, number of files, bytes, number of pieces."""
-
-    name: str
-    info_hash: str
-    files: int
-    bytes: int
-    pieces: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """The last value of a fetch that ended well.
-
-    Args:
-        total: bytes of the payload that were asked for, all proven.
-        fetched: pieces that the source brought.
-        rehashed: pieces found on the disk and read back.
-    """
-
-    total: int
-    fetched: int
-    rehashed: int
-
-
-Event = Status | Metadata | Proven | Finding | Notice | Outcome
-
-Asked = Request | Callable[[Manifest, int], Request]
-"""A request, or what makes one of the manifest in force and the length of a piece in bytes."""
+__all__ = ["Limits", "fetch"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -180,8 +105,9 @@ class _Fetch:
         self._sent: Mapping[Origin, int] = {}
 
     def run(self, request: Asked | None, *, repair: bool) -> Iterator[Event]:
-        self._torrent = yield from self._metadata()
-        self._layout = yield from self._settle(request)
+        store, source = self._store, self._source
+        self._torrent = yield from metadata(store, source, self._limits.metadata_s, self._clock)
+        self._layout = yield from settle(store, self._torrent, source.magnet, self._wanted, request)
         self._tensors = TensorIndex(self._store.manifest())
         self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
         asked = self._store.asked()
@@ -200,104 +126,10 @@ class _Fetch:
         with Saver(self._proofs, self._limits.save_s, self._clock) as self._saver:
             yield from self._bring_all()
         yield from self._check_digests()
-        if self._store.record() != self._proofs.record():
+        if not self._proofs.settled:
             self._proofs.end_writing()
         yield self._status("done")
         yield Outcome(self._total, self._fetched, self._rehashed)
-
-    # --- metadata -----------------------------------------------------------------------------
-
-    def _metadata(self) -> Generator[Event, None, TorrentFile]:
-        known = self._store.torrent()
-        asked = self._source.info_hash
-        if known is not None:
-            if not known.known_as(asked):
-                raise Contradiction(
-                    f"this folder was begun with torrent {known.info_hash}, this is {asked}",
-                    path=self._store.root,
-                    hint="choose another folder: --to DIR",
-                )
-            return known
-        deadline = self._clock() + self._limits.metadata_s
-        with contextlib.closing(self._source.metadata()) as stream:
-            for event in stream:
-                if isinstance(event, TorrentFile):
-                    check_info_hash(event, asked)
-                    return event
-                yield event if isinstance(event, Notice) else Status("metadata", peers=event.peers)
-                if self._clock() > deadline:
-                    break
-        raise Stalled(
-            f"no metadata of {asked} within {self._limits.metadata_s:.0f} s",
-            hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
-        )
-
-    def _settle(self, request: Asked | None) -> Generator[Event, None, Layout]:
-        """Put the manifest in force, and only then keep the torrent: a contradiction keeps none."""
-        torrent = self._torrent
-        begun = self._store.layout()
-        layout = begun or parse_info(torrent.info, torrent.piece_layers)
-        earlier = self._store.manifest_or_none()
-        manifest = None
-        if self._wanted is not None or earlier is None or begun is None:
-            manifest = in_force(self._wanted or earlier, torrent, layout, self._source.magnet)
-        yield from self._adopt(layout)
-        if manifest is not None:
-            manifest = relocated(manifest, self._store.places())
-            if manifest != self._store.manifest_or_none():
-                self._store.save_manifest(manifest)
-        if callable(request):
-            request = request(self._store.manifest(), layout.piece_length)
-        selection = self._selection(request, everything=begun is not None)
-        if begun is None:
-            self._store.save_torrent(torrent)
-        if selection != self._store.selection():
-            self._store.save_selection(selection)
-        settled = self._store.layout()
-        assert settled is not None
-        self._rename(settled)
-        return settled
-
-    def _adopt(self, layout: Layout) -> Iterator[Status]:
-        """Find files that lie in another layout than the torrent's, and remember where.
-
-        What was asked for before names files by their places, which must then stay.
-        """
-        if self._store.selection() is not None:
-            return
-        search = adopt(self._store, layout)
-        try:
-            while True:
-                progress = next(search)
-                yield Status("checking", progress.done, progress.total)
-        except StopIteration as end:
-            if end.value:
-                self._store.save_places({**self._store.places(), **end.value})
-
-    def _selection(self, request: Request | None, *, everything: bool) -> Selection | None:
-        """What is asked for now: the request beside what earlier ones have asked for.
-
-        Args:
-            request: of this fetch.
-            everything: where no selection is kept, all was asked for.
-        """
-        earlier = self._store.selection()
-        if request is None:
-            return earlier
-        if request == Request() or (earlier is None and everything):
-            return None
-        selection = (earlier or Selection(())).extended(request)
-        # Refused before anything of it is kept.
-        spans(self._store.manifest(), selection)
-        return selection
-
-    def _rename(self, layout: Layout) -> None:
-        """Give files that are asked for now their names, and their proofs with them."""
-        renamed = name_asked_files(self._store, layout)
-        if renamed:
-            record = self._store.record()
-            files = {renamed.get(path, path): proof for path, proof in record.files.items()}
-            self._store.save_record(dataclasses.replace(record, files=files))
 
     # --- pieces -------------------------------------------------------------------------------
 
