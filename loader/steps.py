@@ -217,7 +217,7 @@ def expert_groups(
 
 
 def padded(count: int) -> int:
-    """A length for `count` tokens of one expert: few different, and beyond 8 at most a quarter more."""
+    """A length for `count` tokens of one expert, of few; beyond 8 at most a quarter more."""
     power = 1 << (count - 1).bit_length()
     step = power // 8
     return -(-count // step) * step if power > 8 else power
