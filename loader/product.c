@@ -80,7 +80,8 @@ INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weigh
         vector values[VECTORS];
         if (weights) {
             const int8_t *from = weights + row * stride;
-            __builtin_prefetch(from + ROWS * stride);
+            /* Into the second level: in the first, lines of rows so far apart drive each other out. */
+            __builtin_prefetch(from + ROWS * stride, 0, 2);
             for (int v = 0; v < VECTORS; v++) values[v] = widened(from + v * LANES);
         } else {
             for (int v = 0; v < VECTORS; v++)
