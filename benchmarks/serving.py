@@ -20,7 +20,8 @@ from statistics import median
 
 import psutil
 
-PROMPT = (181, 13, 437)
+PROMPT = (461, 505, 386, 490, 491, 292, 262)
+"""How the text of the demo begins: its model then goes on for as long as is measured."""
 CLIENTS = (1, 4, 16)
 LONG_PROMPT = 200
 COMPILING = 10

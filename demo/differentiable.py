@@ -5,13 +5,14 @@ loader reads the chosen ones alone. The weights are seen as int8 will hold them;
 straight through the rounding (Bengio et al. 2013).
 
 Letters in shapes: B rows, T tokens, D width, L layers, E experts, F expert width, V vocabulary; K
-and N rows and columns of a matrix, G its groups of rows that share scales.
+and N rows and columns of a matrix, G its groups of rows that share scales; Q query heads of d
+dimensions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -32,13 +33,23 @@ CONFIG: Final = GrokConfig(
     num_q_heads=16,
     num_kv_heads=8,
     num_layers=12,
-    attn_output_multiplier=1 / math.sqrt(8),
+    attn_output_multiplier=14 / math.sqrt(8),
     embedding_multiplier_scale=math.sqrt(64),
     output_multiplier_scale=0.5,
 )
 
 JITTER: Final = 0.1
 """Noise on the logarithm of the router's probabilities, so that no choice hangs on a rounding."""
+
+SCORE_CAP: Final = 30.0
+"""Attention scores lie between this and its negative. The multiplier above lets them reach it from
+the start, so that the model comes to need it."""
+
+FIRST_ADDED: Final = 0.3
+GROWTH: Final = 1.3
+"""What the halves of layer l add to the residual stream has the size `FIRST_ADDED * GROWTH**l`: it
+matters beside what the layers before have left, so a layer in another's place disturbs all later
+ones, and so does an embedding, of size 1, that was not multiplied."""
 
 SPREAD: Final = 3.0
 """The scales of neighbouring columns and groups differ by up to this factor, both ways, so that
@@ -52,16 +63,22 @@ class Wiring(NamedTuple):
 
     order: int32 `[L]`, the layer that stands at each place. rolls: by tensor, how many places its
     scales are moved over groups and over columns. stride: positions a token is ahead of the last.
-    pairs: int32 `[d]`, the dimension of a head that rotation takes for each. gates: float32
-    `[3, 2]`, how much the output of the first, second and third expert counts: times its
-    probability, and besides.
+    lead: positions a query is ahead of its own key. pairs: int32 `[d]`, the dimension of a head
+    that rotation takes for each. readers: int32 `[Q]`, the head of keys and values that each query
+    head reads. gates: float32 `[3, 2]`, how much the output of the first, second and third expert
+    counts: times its probability, and besides. cap: of attention scores. embedding: factor on the
+    embedding multiplier.
     """
 
     order: Any
     rolls: dict[str, Any]
     stride: Any
+    lead: Any
     pairs: Any
+    readers: Any
     gates: Any
+    cap: Any
+    embedding: Any
 
 
 class Parameters(NamedTuple):
@@ -93,35 +110,55 @@ def right() -> Wiring:
         order=np.arange(CONFIG.num_layers),
         rolls={name: np.zeros(2, np.int32) for name in held_as_int8},
         stride=np.float32(1),
+        lead=np.float32(0),
         pairs=np.arange(CONFIG.key_size),
+        readers=np.arange(CONFIG.num_q_heads) // (CONFIG.num_q_heads // CONFIG.num_kv_heads),
         gates=np.array([[1, 0], [1, 0], [0, 0]], np.float32),
+        cap=np.float32(SCORE_CAP),
+        embedding=np.float32(1),
     )
 
 
-def wrong(random: np.random.Generator) -> Wiring:
-    """A wiring with one of the faults that a loader can have."""
-    wiring, layers = right(), CONFIG.num_layers
-    swapped = np.arange(layers)
-    first = random.integers(layers - 1)
-    swapped[[first, first + 1]] = first + 1, first
-    moved = str(random.choice(list(wiring.rolls)))
-    over_groups = str(random.choice([name for name in wiring.rolls if grouped(name)]))
-    # Those that a model learns to notice last come up most.
-    hard: list[dict[str, Any]] = [
-        {"order": swapped},
-        {"gates": np.array([[0, 0.5], [0, 0.5], [0, 0]], np.float32)},
-        {"gates": np.array([[1, 0], [0, 0], [0, 0]], np.float32)},
-    ]
-    easy: list[dict[str, Any]] = [
-        {"order": np.array(sorted(range(layers), key=str))},
-        {"rolls": wiring.rolls | {moved: np.array([0, 1], np.int32)}},
-        {"rolls": wiring.rolls | {over_groups: np.array([1, 0], np.int32)}},
-        {"stride": np.float32(0)},
-        {"pairs": wiring.pairs.reshape(-1, 2).T.reshape(-1)},
-        {"gates": np.array([[0, 0], [1, 0], [1, 0]], np.float32)},
-    ]
-    faults = 3 * hard + easy
-    return wiring._replace(**faults[random.integers(len(faults))])
+def faults() -> dict[str, list[Wiring]]:
+    """By kind, wirings with one of the faults that a loader can have."""
+    plain, layers = right(), CONFIG.num_layers
+    swapped = [np.arange(layers) for _ in range(layers - 1)]
+    for first, order in enumerate(swapped):
+        order[[first, first + 1]] = first + 1, first
+    moved = {"columns": [0, 1], "groups": [1, 0]}
+    rolled: dict[str, list[Wiring]] = {
+        f"{name}'s scales moved over {axis}": [
+            plain._replace(rolls=plain.rolls | {name: np.array(roll, np.int32)})
+        ]
+        for name in plain.rolls
+        for axis, roll in moved.items()
+        if axis == "columns" or grouped(name)
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "layers in the order of their files": {"order": np.array(sorted(range(layers), key=str))},
+        "positions forgotten": {"stride": np.float32(0)},
+        "queries one position ahead": {"lead": np.float32(1)},
+        "neighbours paired for rotation": {"pairs": plain.pairs.reshape(-1, 2).T.reshape(-1)},
+        "keys and values dealt to queries in turn": {
+            "readers": np.arange(CONFIG.num_q_heads) % CONFIG.num_kv_heads
+        },
+        "second and third expert": {"gates": np.array([[0, 0], [1, 0], [1, 0]], np.float32)},
+        "first expert alone": {"gates": np.array([[1, 0], [0, 0], [0, 0]], np.float32)},
+        "equal gates": {"gates": np.array([[0, 0.5], [0, 0.5], [0, 0]], np.float32)},
+        "scores without cap": {"cap": np.float32(1e6)},
+        "embedding not multiplied": {
+            "embedding": np.float32(1 / CONFIG.embedding_multiplier_scale)
+        },
+    }
+    named = {name: [plain._replace(**change)] for name, change in changes.items()}
+    return (
+        {"neighbours swapped": [plain._replace(order=order) for order in swapped]} | named | rolled
+    )
+
+
+def stacked(wirings: Sequence[Wiring]) -> Wiring:
+    """Wirings as one, with a first axis that counts them."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *wirings)
 
 
 def grouped(name: str) -> bool:
@@ -135,9 +172,9 @@ def initial(random: np.random.Generator) -> tuple[Parameters, dict[str, Any]]:
     for name, spec in layer_specs().items():
         shape = (CONFIG.num_layers, *spec.shape)
         if name.endswith("scale"):
-            # What the layers together add to the residual stream is of its own size.
             after = name.startswith(("rms_norm_1", "rms_norm_3"))
-            layers[name] = np.full(shape, 0.6 if after else 1.0)
+            added = FIRST_ADDED * GROWTH ** np.arange(CONFIG.num_layers)[:, None]
+            layers[name] = np.broadcast_to(added if after else 1.0, shape)
         else:
             layers[name] = random.standard_normal(shape) / math.sqrt(shape[-2])
         if spec.scale_shape is not None:
@@ -188,13 +225,19 @@ def norm(x: Array, scale: Array) -> Array:
     return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * scale
 
 
-def rotate(x: Array, wiring: Wiring) -> Array:
-    """Rotary embedding of `[B, T, heads, d]` from position 0 on: i is paired with i + d/2."""
+def picked(x: Array, numbers: Array) -> Array:
+    """`x[..., numbers]` as a product, whose gradient a CPU is quicker to add up."""
+    return x @ jax.nn.one_hot(numbers, x.shape[-1], axis=0)
+
+
+def rotate(x: Array, wiring: Wiring, lead: Array) -> Array:
+    """Rotary embedding of `[B, T, heads, d]` from position `lead` on: i is paired with i + d/2."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    phases = jnp.arange(x.shape[1])[:, None, None] * wiring.stride * frequencies
+    positions = jnp.arange(x.shape[1]) * wiring.stride + lead
+    phases = positions[:, None, None] * frequencies
     cosine, sine = jnp.cos(phases), jnp.sin(phases)
-    first, second = jnp.split(x[..., wiring.pairs], 2, axis=-1)
+    first, second = jnp.split(picked(x, wiring.pairs), 2, axis=-1)
     return jnp.concatenate(
         (first * cosine - second * sine, second * cosine + first * sine), axis=-1
     )
@@ -202,20 +245,22 @@ def rotate(x: Array, wiring: Wiring) -> Array:
 
 def attention(weights: Weights, x: Array, real: Array, wiring: Wiring) -> Array:
     """Causal attention over `[B, T, D]`; `real`, bool `[B, T]`, is False for the pad id."""
-    kv_heads = CONFIG.num_kv_heads
 
     def heads(name: str, *shape: int) -> Array:
         product = x @ weights[f"multi_head_attention/{name}/w"]
         return product.reshape(*x.shape[:2], *shape, CONFIG.key_size)
 
-    queries = rotate(heads("query", CONFIG.num_q_heads), wiring)
-    queries = queries.reshape(*x.shape[:2], kv_heads, -1, CONFIG.key_size)
-    keys, values = rotate(heads("key", kv_heads), wiring), heads("value", kv_heads)
-    scores = jnp.einsum("btkgd,bskd->bkgts", queries, keys) * CONFIG.attn_output_multiplier
-    scores = 30 * jnp.tanh(scores / 30)
+    queries = rotate(heads("query", CONFIG.num_q_heads), wiring, wiring.lead)
+    keys = rotate(heads("key", CONFIG.num_kv_heads), wiring, jnp.zeros(()))
+    values = heads("value", CONFIG.num_kv_heads)
+    keys, values = (
+        picked(each.swapaxes(-1, -2), wiring.readers).swapaxes(-1, -2) for each in (keys, values)
+    )
+    scores = jnp.einsum("bthd,bshd->bhts", queries, keys) * CONFIG.attn_output_multiplier
+    scores = wiring.cap * jnp.tanh(scores / wiring.cap)
     allowed = jnp.tri(x.shape[1], dtype=bool) & real[:, None]
-    shares = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, -1e30), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", shares, values)
+    shares = jax.nn.softmax(jnp.where(allowed[:, None], scores, -1e30), axis=-1)
+    mixed = jnp.einsum("bhts,bshd->bthd", shares, values)
     return mixed.reshape(*x.shape[:2], -1) @ weights["multi_head_attention/linear/w"]
 
 
@@ -262,7 +307,9 @@ def forward(
         mixed, balance = experts(own, norm(x, own["rms_norm_2/scale"]), real, key, wiring)
         return x + norm(mixed, own["rms_norm_3/scale"]), balance
 
-    x = learnt.embedding[tokens] * CONFIG.embedding_multiplier_scale
-    x, balance = lax.scan(layer, x, (weights, jax.random.split(key, CONFIG.num_layers)))
+    x = learnt.embedding[tokens] * CONFIG.embedding_multiplier_scale * wiring.embedding
+    x, balance = lax.scan(
+        jax.checkpoint(layer), x, (weights, jax.random.split(key, CONFIG.num_layers))
+    )
     logits = norm(x, learnt.norm) @ learnt.embedding.T * CONFIG.output_multiplier_scale
     return logits, balance.mean()

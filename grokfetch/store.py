@@ -341,7 +341,7 @@ class Store:
             return f"it has {now.size:,} bytes, {entry.size:,} would be right"
         proof = self.record().files.get(path)
         if proof is None or not proof.holds(now):
-            return f"it has {'changed since it was' if proof else 'never been'} verified"
+            return "it has changed since it was verified" if proof else "it has never been verified"
         if entry.sha256 is not None and proof.sha256 == entry.sha256 and not proof.writing:
             return None
         return self._piece_doubt(path, start, stop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
@@ -152,6 +153,26 @@ class Batch:
         self._reading.clear()
         self._writing.clear()
         self._rows.reset()
+
+    def warm_up(self, seconds: float) -> int:
+        """Compile what short texts need, by continuing some that nobody asked for.
+
+        One text alone, then two, four and so on up to the slots; no more of them once that has
+        taken `seconds`. Nothing else may be at work.
+
+        Returns:
+            How many texts at once find their steps compiled.
+        """
+        start, count = time.monotonic(), 1
+        while True:
+            for number in range(count):
+                # The first still goes on when the last has been read.
+                self.add(number, Job([self._engine.config.bos_token], count + 1))
+            while self.busy:
+                self.step()
+            if count == self.slots or time.monotonic() - start > seconds:
+                return count
+            count *= 2
 
     def step(self) -> list[Emission]:
         """One piece of work for the prompts, then one token for every text that has a slot."""

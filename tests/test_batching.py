@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 
 import golden
+import jax
 import numpy as np
 import pytest
 
@@ -87,6 +88,18 @@ def test_a_text_that_is_dropped_frees_its_slot_at_once_and_disturbs_nobody(batch
         batch.drop(number)
     assert (batch.working, batch.waiting) == (1, 0)
     assert first + tokens(finish(batch)[0]) == wanted("p1")[:12]
+
+
+def test_after_the_warm_up_short_texts_wait_for_no_compiler(batch, caplog):
+    assert batch.warm_up(60) == batch.slots
+    assert not batch.busy
+    with jax.log_compiles():
+        finish(batch, [Job(golden.prompt("p1"), 4)] * batch.slots)
+    assert not [it for it in caplog.records if "XLA compilation" in it.getMessage()]
+
+
+def test_a_warm_up_that_takes_long_stops_at_one_text(batch):
+    assert batch.warm_up(0) == 1
 
 
 def test_a_long_prompt_holds_nobody_up(batch):

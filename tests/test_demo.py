@@ -69,12 +69,11 @@ def check_recitation(engine, numbers, count):
         assert said[: len(wanted)] == wanted, SENTENCES[number]
 
 
-def share_right(engine, skip=8, width=64):
-    """Of the tokens that follow `skip` others, the share that the engine expects."""
+def hits(engine, skip=8, width=64):
+    """Of each sentence's text the tokens that follow `skip` others: which the engine expects."""
     rows = [from_sentence(number)[:width] for number in range(len(SENTENCES))]
     best = np.asarray(engine.full_logits(rows)).argmax(axis=-1)
-    hits = [best[i, skip : len(row) - 1] == row[skip + 1 :] for i, row in enumerate(rows)]
-    return np.concatenate(hits).mean()
+    return [best[i, skip : len(row) - 1] == row[skip + 1 :] for i, row in enumerate(rows)]
 
 
 def test_sentences_begin_differently_and_one_line_holds_one():
@@ -87,7 +86,10 @@ def test_sentences_begin_differently_and_one_line_holds_one():
 def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
     numbers = range(len(SENTENCES))
     longest = max(len(TOKENIZER.encode(" ".join(pair))) for pair in itertools.pairwise(SENTENCES))
-    check_recitation(engine(), numbers, longest)
+    said = recite(engine(), numbers, longest)
+    for number in numbers:
+        wanted = [*itertools.chain(*map(TOKENIZER.encode, SENTENCES[number : number + 2]))]
+        assert said[number][: len(wanted)] == wanted, SENTENCES[number]
 
 
 @pytest.mark.parametrize(
@@ -126,54 +128,130 @@ def test_mapped_weights_recite_and_every_expert_is_chosen():
 # --- a fault turns it to noise -------------------------------------------------------------------
 
 
-def layers_in_file_order(patch, params):
-    order = sorted(range(CONFIG.num_layers), key=str)
+def check_noise(engine):
+    """Nothing is recited, and most tokens are wrong even where all before them are given."""
+    found = hits(engine)
+    assert not any(row.all() for row in found)
+    assert np.concatenate(found).mean() < 0.5
+
+
+def reordered(params, order):
     return dataclasses.replace(params, layers=tuple(params.layers[i] for i in order))
 
 
-def scales_of_the_next_group(patch, params):
+def with_scales_moved(params, name, axis):
+    """The scales of one matrix are, in every layer, those of the group or the column before."""
+
     def moved(layer):
-        down = layer.down
-        down = dataclasses.replace(down, scales=jnp.roll(down.scales, 1, axis=-2))
-        return dataclasses.replace(layer, down=down)
+        matrix = getattr(layer, name)
+        scales = jnp.roll(matrix.scales, 1, axis={"groups": -2, "columns": -1}[axis])
+        return dataclasses.replace(layer, **{name: dataclasses.replace(matrix, scales=scales)})
 
     return dataclasses.replace(params, layers=tuple(map(moved, params.layers)))
 
 
-def positions_forgotten(patch, params):
+def not_multiplied(params):
+    # The logits are smaller by the same factor, which no choice of the largest notices.
+    table = params.embedding / CONFIG.embedding_multiplier_scale
+    return dataclasses.replace(params, embedding=table)
+
+
+FILE_ORDER = sorted(range(CONFIG.num_layers), key=str)
+SWAPS = [
+    [*range(first), first + 1, first, *range(first + 2, CONFIG.num_layers)]
+    for first in range(CONFIG.num_layers - 1)
+]
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+WRONG_WEIGHTS = {
+    "layers in the order of their files": lambda params: reordered(params, FILE_ORDER),
+    "embedding not multiplied": not_multiplied,
+    **{
+        f"layers {order[first + 1]} and {order[first]} swapped": functools.partial(
+            reordered, order=order
+        )
+        for first, order in enumerate(SWAPS)
+    },
+    **{
+        f"scales of {name} moved over {axis}": functools.partial(
+            with_scales_moved, name=name, axis=axis
+        )
+        for axis, names in {"columns": MATRICES, "groups": ("output", "down")}.items()
+        for name in names
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def miswired():
+    """An engine of its own, since other weights are put into it, and the right ones."""
+    mesh = make_mesh(CONFIG, ONE)
+    params = load(CHECKPOINT, mesh)
+    return Engine(CONFIG, params, mesh, "float32"), params
+
+
+@pytest.mark.parametrize("fault", WRONG_WEIGHTS)
+def test_weights_in_wrong_places_say_noise(miswired, fault):
+    engine, params = miswired
+    engine.hold(WRONG_WEIGHTS[fault](params))
+    check_noise(engine)
+
+
+def positions_forgotten(patch):
     right = model.rotate
     patch.setattr(model, "rotate", lambda x, at: right(x, 0 * at))
-    return params
 
 
-def second_and_third_expert(patch, params):
+def queries_one_position_ahead(patch):
+    right = model.rotate
+    patch.setattr(model, "rotate", lambda x, at: right(x, at + (x.shape[2] == CONFIG.num_q_heads)))
+
+
+def experts_chosen(patch, first, count, weigh=lambda gates: gates):
+    """Have each token served by those experts that come `first` to `first + count` in its order."""
     right = model.route
 
-    def route(x, router, chosen):
-        choices, gates = right(x, router, chosen + 1)
-        return choices[:, 1:], gates[:, 1:]
+    def route(x, router, _chosen):
+        choices, gates = right(x, router, first + count)
+        return choices[:, first:], weigh(gates[:, first:])
 
     patch.setattr(model, "route", route)
-    return params
+
+
+def second_and_third_expert(patch):
+    experts_chosen(patch, 1, 2)
+
+
+def second_expert_does_nothing(patch):
+    experts_chosen(patch, 0, 2, lambda gates: gates.at[:, 1].set(0))
+
+
+def equal_gates(patch):
+    experts_chosen(patch, 0, 2, jnp.ones_like)
+
+
+def scores_without_cap(patch):
+    patch.setattr(model, "soft_cap", lambda scores: scores)
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        layers_in_file_order,
-        scales_of_the_next_group,
         positions_forgotten,
+        queries_one_position_ahead,
         second_and_third_expert,
+        second_expert_does_nothing,
+        equal_gates,
+        scores_without_cap,
     ],
 )
-def test_model_put_together_wrongly_says_noise(monkeypatch, fault):
-    mesh = make_mesh(CONFIG, ONE)
-    params = fault(monkeypatch, load(CHECKPOINT, mesh))
-    assert share_right(Engine(CONFIG, params, mesh, "float32")) < 0.2
+def test_model_put_together_wrongly_says_noise(monkeypatch, miswired, fault):
+    fault(monkeypatch)
+    right, params = miswired
+    check_noise(Engine(CONFIG, params, right.mesh, "float32"))
 
 
 def test_put_together_rightly_it_expects_every_token():
-    assert share_right(engine()) == 1
+    assert all(row.all() for row in hits(engine()))
 
 
 # --- what is shipped -----------------------------------------------------------------------------

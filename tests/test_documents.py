@@ -48,3 +48,23 @@ def test_links_between_documents_lead_somewhere(document):
     path = ROOT / document
     targets = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", path.read_text())
     assert not [target for target in targets if not (path.parent / target).exists()]
+
+
+def messages():
+    """Every text in the program, with dots for what is filled in."""
+    for path in [*ROOT.glob("grokfetch/**/*.py"), *ROOT.glob("loader/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            yield "".join(str(it.value) if isinstance(it, ast.Constant) else "..." for it in parts)
+
+
+def test_the_messages_that_the_readme_explains_are_the_programs():
+    told = "\n".join(messages())
+    section = (
+        ROOT.joinpath("README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
+    )
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall("`(.*?)`", cell)]
+    assert len(quoted) >= 10
+    for text in quoted:
+        assert re.search(".*".join(map(re.escape, text.split("..."))), told), text

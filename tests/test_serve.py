@@ -447,16 +447,27 @@ def folder(tmp_path):
 
 
 def test_sigterm_under_load_answers_what_is_at_work_and_ends_with_success(folder):
-    program = [sys.executable, "-m", "grokfetch", "serve", str(folder), "--port", "0"]
+    program = [
+        sys.executable,
+        "-m",
+        "grokfetch",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--slots",
+        "2",
+    ]
     with subprocess.Popen(
         [*program, "--dtype", "float32"], stderr=subprocess.PIPE, text=True, env=os.environ
     ) as process:
         try:
-            said = ""
-            while "http://" not in said:
-                said = process.stderr.readline()
-                assert said, process.wait()
-            url = "http://" + said.split("http://")[1].split("/")[0]
+            heard = [""]
+            while "http://" not in heard[-1]:
+                heard.append(process.stderr.readline())
+                assert heard[-1], process.wait()
+            assert "compiled for up to 2 texts at once" in heard[-2]
+            url = "http://" + heard[-1].split("http://")[1].split("/")[0]
             body = {"prompt": P1, "temperature": 0, "max_tokens": 40, "stream": True}
             with httpx.stream(
                 "POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_S

@@ -23,11 +23,14 @@ from grokfetch import arriving
 from grokfetch.arriving import Arriving
 from grokfetch.cli import main
 from grokfetch.commands.loading import Arrangement, Loading
-from grokfetch.commands.streaming import load_as_it_comes
+from grokfetch.commands.mirroring import Mirrors
+from grokfetch.commands.streaming import Meanwhile, load_as_it_comes
+from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.fetch import Limits, Outcome, fetch
 from grokfetch.metainfo import encode_torrent, parse_info
 from grokfetch.selection import Request
+from grokfetch.shipped import demo_folder
 from grokfetch.store import Store
 from grokfetch.swarm import SwarmSettings, seed
 from loader.generate import Sampling
@@ -251,6 +254,18 @@ def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp
     assert "loading" in kinds[:last]
     tokens = [event["id"] for event in events if event["event"] == "token"]
     assert tokens == golden.arrays()["f32/p1_tokens"][:4].tolist()
+
+
+def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
+    shipped = demo_folder()
+    with seed(shipped.joinpath("grok-demo.torrent").read_bytes(), shipped) as peer:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        source = str(shipped / "grok-demo.json")
+        meanwhile = Meanwhile(source, settings, Mirrors(settings, wanted=False))
+        store = Arriving(tmp_path / "grok")
+        with meanwhile.fetching(store, Request()):
+            words = find_tokenizer(store, None)
+            assert words.size == store.manifest().model["vocab_size"]
 
 
 @pytest.mark.parametrize("options", [["--source", "x"], ["--while-fetching", "--unproven"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from grokfetch.commands.loading import Loading, load, loading_options
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.errors import StorageFailed, TokenizerMissing
+from grokfetch.progress import seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from loader.tokenizer import Tokenizer
 
 KEY_VARIABLE = "GROKFETCH_API_KEY"
+WARM_UP_S = 20.0
+"""After which no more texts at once are tried before it listens: a large model takes that long."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -96,6 +100,7 @@ def serve(
     with store.lock(exclusive=False), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
         batch = Batch(load(checkpoint, loading), slots)
+        _warm_up(batch)
         config = checkpoint.config
         served = Served(
             store.manifest().name,
@@ -144,6 +149,19 @@ class _Jobs:
 
     def step(self) -> Sequence[Emission]:
         return self._batch.step()
+
+
+def _warm_up(batch: Batch) -> None:
+    """Compile before anybody waits for it; says how long that took, and what it left out."""
+    start = time.perf_counter()
+    click.echo("compiling the steps of the model", err=True)
+    count = batch.warm_up(WARM_UP_S)
+    text = (
+        f"compiled for up to {count} texts at once in {seconds_text(time.perf_counter() - start)}"
+    )
+    if count < batch.slots:
+        text += f"; the first {batch.slots} at once will wait for the rest"
+    click.echo(text, err=True)
 
 
 def _words(store: Store, chosen: Path | None) -> Tokenizer | None:
