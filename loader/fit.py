@@ -114,10 +114,9 @@ def need(use: Use) -> Need:
     scores = 2 * min(held, QUERY_BLOCK) * held * (config.num_q_heads // ways) * 4
     if use.mapped:
         return Need(0, cache, stream + scores)
-    # A matrix of one expert, taken out of its stack and converted; the table, converted.
+    # A matrix of one expert, taken out of its stack and converted.
     matrix = config.emb_size * (config.ff_size // ways) * (1 + use.itemsize)
-    table = config.emb_size * (config.vocab_size // ways) * use.itemsize
-    return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix, table))
+    return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix))
 
 
 def shortage(use: Use, memory: Memory) -> Shortage | None:

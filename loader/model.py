@@ -147,7 +147,7 @@ def close(weights: Layer, x: Array, mixed: Array) -> Array:
 
 def logits(table: Table, scale: Array, x: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """The residual stream `[..., D]` to float32 scores `[..., V]` over this device's vocabulary."""
-    return dots(norm(x, scale), table, dtype) * _rounded(config.output_multiplier_scale, dtype)
+    return dots(norm(x, scale), table) * _rounded(config.output_multiplier_scale, dtype)
 
 
 def norm(x: Array, scale: Array) -> Array:

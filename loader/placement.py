@@ -23,7 +23,7 @@ from grokfetch.errors import MeshInvalid, OutOfReach
 from loader.checkpoint import Checkpoint, Tensor
 from loader.kernels import Tuning
 from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
-from loader.quantized import Table, Weights
+from loader.quantized import Quantized, Table, Weights
 from loader.schema import GrokConfig, ParamSpec, parameters, weight_bytes
 from loader.sharding import (
     MeshShape,
@@ -158,6 +158,7 @@ def load(
     checkpoint: Source,
     mesh: Mesh,
     *,
+    tuning: Tuning | None = None,
     in_flight: int = IN_FLIGHT,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Params:
@@ -169,6 +170,7 @@ def load(
     Args:
         checkpoint: the tensors on the host.
         mesh: from `make_mesh`, for the config of the checkpoint.
+        tuning: what suits the processor, where the devices are CPUs; from `loader.tuning`.
         in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
         on_bytes: called with bytes of the checkpoint as they have been read.
     """
@@ -183,7 +185,12 @@ def load(
         on_bytes=on_bytes,
         drop=_crowded(config, mesh),
     )
-    return _params(dict(zip(names, placed, strict=True)).__getitem__, config.num_layers)
+    suited = (tuning or Tuning()) if _only_cpus(mesh) else None
+    arrays = {
+        name: dataclasses.replace(array, tuning=suited) if isinstance(array, Quantized) else array
+        for name, array in zip(names, placed, strict=True)
+    }
+    return _params(arrays.__getitem__, config.num_layers)
 
 
 def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
@@ -195,8 +202,11 @@ def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
 def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
     """Whether the files do not fit the memory beside the arrays, so that keeping pages is idle."""
     total = weight_bytes(config)
-    on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    return total * (2 if on_host else 1) > psutil.virtual_memory().available
+    return total * (2 if _only_cpus(mesh) else 1) > psutil.virtual_memory().available
+
+
+def _only_cpus(mesh: Mesh) -> bool:
+    return all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def _params(place: Callable[[str], Any], layers: int) -> Params:

@@ -8,8 +8,7 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,10 +54,12 @@ class Steps:
         choices: where the experts chosen are counted, None for nowhere.
     """
 
-    _compiler_options: Mapping[str, int] = MappingProxyType({})
-
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.choices: Choices | None = None
+        tuning = params.layers[0].gate.tuning
+        self._compiler_options = (
+            {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
+        )
         self._mesh = mesh
         self._params = params
         embedding, final, self._layer_spec = (
@@ -129,7 +130,7 @@ class Steps:
         spread = jax.shard_map(
             function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
         )
-        return jax.jit(spread, donate_argnums=donate, compiler_options=dict(self._compiler_options))
+        return jax.jit(spread, donate_argnums=donate, compiler_options=self._compiler_options)
 
 
 class _OnDemand(Steps):
@@ -144,9 +145,6 @@ class _OnDemand(Steps):
         paging: Paging,
     ) -> None:
         self._paging = paging
-        gate = params.layers[0].gate
-        assert isinstance(gate, Mapped)
-        self._compiler_options = {"xla_cpu_prefer_vector_width": gate.tuning.vector_width}
         super().__init__(config, params, mesh, dtype)
 
     def hold(self, params: Params, paging: Paging | None) -> None:

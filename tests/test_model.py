@@ -63,6 +63,12 @@ def test_logits_and_tokens_equal_the_reference_on_every_mesh(mesh):
     check_parity(golden.engine(MeshShape(*mesh)), golden.PROMPTS, steps=32)
 
 
+def test_accelerators_products_equal_the_reference():
+    mesh, params = golden.placed(MeshShape(2, 4))
+    engine = Engine(golden.CONFIG, golden.for_accelerators(params), mesh, "float32")
+    check_parity(engine, ["p1"], steps=4)
+
+
 @pytest.mark.parametrize("mesh", COPIES, ids=str)
 def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh):
     """Three texts at once: their number divides by that of the copies in no case."""
@@ -209,7 +215,7 @@ def break_scale_groups(patch, config, params):
         return jnp.einsum("...k,kn->...n", x, weights.weight * scales)
 
     patch.setattr(model, "product", interleaved)
-    return config, params
+    return config, golden.for_accelerators(params)
 
 
 def break_choice(patch, config, params):

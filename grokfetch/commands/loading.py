@@ -38,7 +38,6 @@ __all__ = [
     "loading_options",
     "mesh_shape",
     "place",
-    "tuning",
 ]
 
 Dtype = Literal["bfloat16", "float32"]
@@ -157,6 +156,10 @@ class Arrangement:
         """The kinds of the devices."""
         return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
 
+    def tuned(self, checkpoint: Checkpoint) -> Tuning | None:
+        """What suits the processor, where it is one; see `_tuning`."""
+        return _tuning(checkpoint) if self.platform == "CPU" else None
+
 
 def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangement:
     """Find the devices for a model, and whether they can hold it.
@@ -225,9 +228,9 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
     mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
     paging = None
     if copied:
-        params = _copy(checkpoint, mesh)
+        params = _copy(checkpoint, mesh, there.tuned(checkpoint))
     else:
-        params = placing.share(checkpoint, mesh, tuning(checkpoint))
+        params = placing.share(checkpoint, mesh, there.tuned(checkpoint))
         paging = _paging(checkpoint, there.loading)
     seconds = time.perf_counter() - start
     told = lines()
@@ -243,7 +246,7 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
     return params, paging
 
 
-def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
     """Every tensor on the devices, with a bar."""
     from grokfetch.verify import Progress
     from loader import placement
@@ -257,7 +260,7 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
             done += nbytes
             sink.take(Progress(done, total, "loading"))
 
-        return placement.load(checkpoint, mesh, on_bytes=count)
+        return placement.load(checkpoint, mesh, tuning=suited, on_bytes=count)
 
 
 def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:
@@ -291,7 +294,7 @@ def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
     return row * config.sequence_len + WORK
 
 
-def tuning(checkpoint: Checkpoint) -> Tuning | None:
+def _tuning(checkpoint: Checkpoint) -> Tuning | None:
     """What suits this processor: as measured once and kept, for models that are worth it."""
     from loader.machine import processor
     from loader.tuning import decode, encode, measure
