@@ -20,7 +20,7 @@ from jax import Array, lax
 from grokfetch.errors import PromptInvalid
 from loader.generate import Engine, Part, check_prompts
 from loader.sampling import Choice, Ranked, Sampling, rank
-from loader.slots import Slots
+from loader.slots import Slots, doubled
 
 __all__ = ["Batch", "Emission", "Job", "Scored"]
 
@@ -91,7 +91,8 @@ class Batch:
 
     Args:
         engine: the model.
-        slots: texts at work at once, rounded up to a power of two; others wait for their turn.
+        slots: texts at work at once, rounded up to a power of two on each copy of the weights;
+            others wait for their turn.
         chunk: most tokens of a prompt that are read in one step, a power of two.
 
     Attributes:
@@ -100,7 +101,7 @@ class Batch:
 
     def __init__(self, engine: Engine, slots: int = 16, chunk: int = CHUNK) -> None:
         self._engine = engine
-        self.slots = 1 << (slots - 1).bit_length()
+        self.slots = doubled(slots, engine.rows(1))
         self._chunk = chunk
         self._rows = Slots(engine, self.slots)
         self._waiting: dict[int, Job] = {}
@@ -216,7 +217,7 @@ class Batch:
         if job.max_tokens == 0:
             return [*told, Emission(text.number, finished="length")]
         assert last is not None
-        (first,) = self._choose(self._engine.logits(last)[:, 0], [text])
+        (first,) = self._choose(self._engine.logits(last)[:1, 0], [text])
         if first.finished is None:
             text.slot = self._rows.join(state)
             self._writing[text.number] = text

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 
 import jax
-import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh
 
 from grokfetch.errors import OutOfReach
-from loader.sharding import MeshShape, Position
+from loader.sharding import MeshShape, positions
 from loader.shares import Share
 
 __all__ = ["check", "give_up", "is_first", "join", "local_share", "meet"]
@@ -121,9 +121,7 @@ def is_first() -> bool:
 
 
 def local_share(mesh: Mesh) -> Share:
-    """What the devices of this process hold on a mesh of the axes `expert` and `model`."""
-    ours = [[it.process_index == jax.process_index() for it in row] for row in mesh.devices]
-    return Share(
-        MeshShape(mesh.shape["expert"], mesh.shape["model"]),
-        tuple(Position(int(expert), int(model)) for expert, model in np.argwhere(ours)),
-    )
+    """What the devices of this process hold on a mesh from `make_mesh`."""
+    shape = MeshShape(**mesh.shape)
+    ours = [it.process_index == jax.process_index() for it in mesh.devices.flat]
+    return Share(shape, tuple(itertools.compress(positions(shape), ours)))

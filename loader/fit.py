@@ -88,14 +88,14 @@ class Memory:
 class Shortage:
     """Bytes that are needed where fewer are free, by a device or by all that share them.
 
-    tokens: the longest context that would fit, None if not even the shortest does. devices: the
-    smallest number that would fit, None if more do not help. mapped: whether it would do to leave
-    the weights in their files.
+    tokens: the longest context that would fit, None if not even the shortest does. mesh: one that
+    would fit, of as few devices as there are now or more, None if that does not help. mapped:
+    whether it would do to leave the weights in their files.
     """
 
     needed: int
     tokens: int | None
-    devices: int | None
+    mesh: MeshShape | None
     mapped: bool
 
 
@@ -114,10 +114,9 @@ def need(use: Use) -> Need:
     scores = 2 * min(held, QUERY_BLOCK) * held * (config.num_q_heads // ways) * 4
     if use.mapped:
         return Need(0, cache, stream + scores)
-    # A matrix of one expert, taken out of its stack and converted; the table, converted.
+    # A matrix of one expert, taken out of its stack and converted.
     matrix = config.emb_size * (config.ff_size // ways) * (1 + use.itemsize)
-    table = config.emb_size * (config.vocab_size // ways) * use.itemsize
-    return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix, table))
+    return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix))
 
 
 def shortage(use: Use, memory: Memory) -> Shortage | None:
@@ -130,8 +129,8 @@ def shortage(use: Use, memory: Memory) -> Shortage | None:
     return Shortage(
         _needed(use, memory),
         next((n for n in fewer if _fits(dataclasses.replace(use, tokens=n), memory)), None),
-        None if memory.sharers else _more_devices(use, memory),
-        bool(memory.sharers) and use.shape.expert == 1 and _fits(in_files, memory),
+        None if memory.sharers else _roomier(use, memory),
+        bool(memory.sharers) and use.shape.only_model and _fits(in_files, memory),
     )
 
 
@@ -148,11 +147,12 @@ def _needed(use: Use, memory: Memory) -> int:
     return weights + memory.sharers * (one.cache + one.work)
 
 
-def _more_devices(use: Use, memory: Memory) -> int | None:
-    for count in range(use.shape.devices + 1, MOST_DEVICES + 1):
+def _roomier(use: Use, memory: Memory) -> MeshShape | None:
+    """The first mesh that fits: without copies of the weights, then of more devices."""
+    for count in range(use.shape.devices, MOST_DEVICES + 1):
         more = next(arrangements(use.config, count), None)
         if more is not None and _fits(dataclasses.replace(use, shape=more), memory):
-            return count
+            return more
     return None
 
 

@@ -41,6 +41,9 @@ CHUNK = 2048
 class State:
     """What decoding continues from, for B rows.
 
+    The first rows are the prompts'. Where rows are split over copies of the weights there may be
+    more, which hold no token and make their number divide.
+
     cache: one entry a layer. visible: bool `[B, S]`, the places that hold a token that may be
     attended to. lengths: int32 `[B]`, tokens of each row so far. longest: their largest, known to
     the host.
@@ -77,10 +80,10 @@ class Engine:
         self.dtype = jnp.dtype(dtype)
         self._steps = steps_for(config, params, mesh, self.dtype, paging)
         # On every device at once: a step must not fetch them from the first for each layer.
-        copies = self._steps.everywhere
-        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=copies)
-        self._draw = jax.jit(draw, out_shardings=copies)
-        self._pick = jax.jit(_pick, out_shardings=copies)
+        rows = self._steps.rows
+        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=rows)
+        self._draw = jax.jit(draw, out_shardings=self._steps.everywhere)
+        self._pick = jax.jit(_pick, out_shardings=rows)
 
     def hold(self, params: Params, paging: Paging | None = None) -> None:
         """Go on with other weights of the same shapes on the same mesh, more layers perhaps.
@@ -107,7 +110,7 @@ class Engine:
             last = self.last(part, last)
             state = part.state
         assert last is not None
-        return self.logits(last)[:, 0], state
+        return self.logits(last)[: len(prompts), 0], state
 
     def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
@@ -119,7 +122,7 @@ class Engine:
             PromptInvalid: as `prefill`.
         """
         check_prompts(self.config, prompts)
-        parts = [self.logits(part.x) for part in self.read(prompts)]
+        parts = [self.logits(part.x)[: len(prompts)] for part in self.read(prompts)]
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decode(
@@ -132,12 +135,12 @@ class Engine:
 
         Args:
             state: used up by the call; its buffers become the new state's.
-            tokens: int32 `[B]`.
-            live: bool `[B]`; the other rows stay as they are, cost no expert, and have logits that
+            tokens: int32 `[b]`, of all rows or the first b, the others being no prompt's.
+            live: bool `[b]`; the other rows stay as they are, cost no expert, and have logits that
                 mean nothing. None for all.
 
         Returns:
-            float32 logits `[B, V]`, and the new state.
+            float32 logits `[b, V]`, and the new state.
 
         Raises:
             PromptInvalid: if a row has reached the longest context of the model.
@@ -146,10 +149,14 @@ class Engine:
             raise PromptInvalid(f"the context of {self.config.sequence_len} tokens is full")
         if state.longest >= state.visible.shape[1]:
             state = self._grown(state)
-        counts = np.ones(len(tokens), np.int32) if live is None else live.astype(np.int32)
-        shown = np.ones((len(tokens), 1), bool)
+        given, batch = len(tokens), state.visible.shape[0]
+        counts = np.zeros(batch, np.int32)
+        counts[:given] = True if live is None else live
+        if given < batch:
+            tokens = jnp.pad(tokens, (0, batch - given))
+        shown = np.ones((batch, 1), bool)
         x, state = self._advance(state, tokens[:, None], counts, shown, 1)
-        return self.logits(x)[:, 0], state
+        return self.logits(x)[:given, 0], state
 
     def generate(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
@@ -216,12 +223,14 @@ class Engine:
             chunk: most tokens of a prompt in a step, a power of two; None for `CHUNK`.
         """
         chunk = CHUNK if chunk is None else chunk
-        counts = np.array([len(prompt) for prompt in prompts], np.int32)
+        batch = self.rows(len(prompts))
+        counts = np.zeros(batch, np.int32)
+        counts[: len(prompts)] = [len(prompt) for prompt in prompts]
         longest = int(counts.max())
-        state = self._empty(len(prompts), self.places(longest))
+        state = self._empty(batch, self.places(longest))
         for start in range(0, longest, chunk):
             width = self._rounded(min(longest - start, chunk), SMALLEST_STEP)
-            tokens = np.full((len(prompts), width), self.config.pad_token, np.int32)
+            tokens = np.full((batch, width), self.config.pad_token, np.int32)
             for row, prompt in enumerate(prompts):
                 part = prompt[start : start + chunk]
                 tokens[row, : len(part)] = part
@@ -250,10 +259,20 @@ class Engine:
         """Places of a cache in which so many tokens of a row have room."""
         return self._rounded(tokens, SMALLEST_CACHE)
 
+    def rows(self, count: int) -> int:
+        """Rows of a batch in which so many texts have room: alike on each copy of the weights."""
+        copies: int = self.mesh.shape["data"]
+        return count + -count % copies
+
     @property
     def heads(self) -> NamedSharding:
         """How the devices share a cache `[B, S, K, d]`."""
         return self._steps.heads
+
+    @property
+    def by_rows(self) -> NamedSharding:
+        """How the devices share an array `[B, ...]` of a step."""
+        return self._steps.rows
 
     @property
     def everywhere(self) -> NamedSharding:

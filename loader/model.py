@@ -1,16 +1,18 @@
 """Grok-1's forward pass and KV cache: pure functions from arrays to arrays.
 
-Every function runs on each device of a mesh with the axes `expert` and `model` (under
-`jax.shard_map`) and sees that device's blocks: some of the heads, its slice of each of its experts,
-its part of the vocabulary. The residual stream is the same on every device; what the devices
-compute in part is summed over the mesh. One device is a mesh of size one.
+Every function runs on each device of a mesh with the axes `data`, `expert` and `model` (under
+`jax.shard_map`) and sees that device's blocks: some of the rows of the batch, some of the heads,
+its slice of each of its experts, its part of the vocabulary. The residual stream of its rows is
+the same on every device along `expert` and `model`; what those compute in part is summed over them.
+One device is a mesh of size one.
 
 Activations are float32 between the products. `dtype` is that of the cache and of what the products
 multiply; in bfloat16 the reference rounds activations too, and then near ties of its router fall
 the other way.
 
 Letters in shapes: B rows, T tokens of this step, S places in the cache, D width, Q query heads, K
-key/value heads, d head size, E experts, V vocabulary; of Q, K, E and V it is this device's share.
+key/value heads, d head size, E experts, V vocabulary; of B, Q, K, E and V it is this device's
+share.
 
 Source of the formulas and of everything unusual: xai-org/grok-1 `model.py`.
 """
@@ -145,7 +147,7 @@ def close(weights: Layer, x: Array, mixed: Array) -> Array:
 
 def logits(table: Table, scale: Array, x: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """The residual stream `[..., D]` to float32 scores `[..., V]` over this device's vocabulary."""
-    return dots(norm(x, scale), table, dtype) * _rounded(config.output_multiplier_scale, dtype)
+    return dots(norm(x, scale), table) * _rounded(config.output_multiplier_scale, dtype)
 
 
 def norm(x: Array, scale: Array) -> Array:
@@ -301,7 +303,7 @@ def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: j
         dtype: of the products.
 
     Returns:
-        float32 `[N, D]`, the same on all devices; zero for all other tokens.
+        float32 `[N, D]`, the same on all devices of these rows; zero for all other tokens.
     """
     rows = pairs // routed.choices.shape[1]
     output = feed_forward(
@@ -333,7 +335,7 @@ def experts(
         dtype: of the products.
 
     Returns:
-        float32 `[N, D]`, the same on all devices.
+        float32 `[N, D]`, the same on all devices of these rows.
     """
     flat = routed.x
     held = config.num_experts // lax.axis_size("expert")

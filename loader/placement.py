@@ -23,7 +23,7 @@ from grokfetch.errors import MeshInvalid, OutOfReach
 from loader.checkpoint import Checkpoint, Tensor
 from loader.kernels import Tuning
 from loader.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
-from loader.quantized import Table, Weights
+from loader.quantized import Quantized, Table, Weights
 from loader.schema import GrokConfig, ParamSpec, parameters, weight_bytes
 from loader.sharding import (
     MeshShape,
@@ -34,7 +34,17 @@ from loader.sharding import (
 )
 from loader.transfer import IN_FLIGHT, Stored, transfer
 
-__all__ = ["Layer", "Mesh", "Params", "Source", "Stored", "load", "make_mesh", "share"]
+__all__ = [
+    "Layer",
+    "Mesh",
+    "Params",
+    "Source",
+    "Stored",
+    "check_shared",
+    "load",
+    "make_mesh",
+    "share",
+]
 
 
 class Source(Protocol):
@@ -111,7 +121,7 @@ def make_mesh(
     shape: MeshShape | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the axes `expert` and `model`.
+    """A mesh with the axes `data`, `expert` and `model`.
 
     Args:
         config: the model that must fit the mesh.
@@ -127,12 +137,11 @@ def make_mesh(
     check_mesh(config, shape)
     if shape.devices > len(found):
         raise MeshInvalid(
-            f"a mesh of expert {shape.expert} x model {shape.model} needs {shape.devices} devices,"
-            f" and there are {len(found)}",
+            f"the mesh {shape} needs {shape.devices} devices, and there are {len(found)}",
             hint=what_works(config, len(found)),
         )
-    chosen = _of_each_host(found, shape.devices)
-    return Mesh(np.array(chosen, object).reshape(shape.expert, shape.model), ("expert", "model"))
+    chosen = np.array(_of_each_host(found, shape.devices), object)
+    return Mesh(chosen.reshape(shape.data, shape.expert, shape.model), ("data", "expert", "model"))
 
 
 def _of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
@@ -149,6 +158,7 @@ def load(
     checkpoint: Source,
     mesh: Mesh,
     *,
+    tuning: Tuning | None = None,
     in_flight: int = IN_FLIGHT,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Params:
@@ -160,6 +170,7 @@ def load(
     Args:
         checkpoint: the tensors on the host.
         mesh: from `make_mesh`, for the config of the checkpoint.
+        tuning: what suits the processor, where the devices are CPUs; from `loader.tuning`.
         in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
         on_bytes: called with bytes of the checkpoint as they have been read.
     """
@@ -174,7 +185,12 @@ def load(
         on_bytes=on_bytes,
         drop=_crowded(config, mesh),
     )
-    return _params(dict(zip(names, placed, strict=True)).__getitem__, config.num_layers)
+    suited = (tuning or Tuning()) if _only_cpus(mesh) else None
+    arrays = {
+        name: dataclasses.replace(array, tuning=suited) if isinstance(array, Quantized) else array
+        for name, array in zip(names, placed, strict=True)
+    }
+    return _params(arrays.__getitem__, config.num_layers)
 
 
 def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
@@ -186,8 +202,11 @@ def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
 def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
     """Whether the files do not fit the memory beside the arrays, so that keeping pages is idle."""
     total = weight_bytes(config)
-    on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    return total * (2 if on_host else 1) > psutil.virtual_memory().available
+    return total * (2 if _only_cpus(mesh) else 1) > psutil.virtual_memory().available
+
+
+def _only_cpus(mesh: Mesh) -> bool:
+    return all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def _params(place: Callable[[str], Any], layers: int) -> Params:
@@ -206,6 +225,19 @@ def layer_names(number: int) -> dict[str, str]:
     return {field: f"{prefix}/{name}" for field, name in _LAYER_NAMES.items()}
 
 
+def check_shared(shape: MeshShape) -> None:
+    """Make sure that the devices of a mesh can share mapped weights.
+
+    Raises:
+        MeshInvalid: the mesh splits experts, or the rows of a batch.
+    """
+    if not shape.only_model:
+        raise MeshInvalid(
+            f"mapped weights are shared by all devices: data and expert must be 1, not {shape}",
+            hint="use --placement sharded, or give all devices to model",
+        )
+
+
 def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> Params:
     """Give every device the mapped pages of the shard files as they lie, without a copy.
 
@@ -213,18 +245,15 @@ def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> P
 
     Args:
         checkpoint: the tensors in their files.
-        mesh: of CPU devices, with one place along `expert`.
+        mesh: of CPU devices, with one place along `data` and `expert`.
         tuning: what suits their processor; from `loader.tuning`.
 
     Raises:
-        MeshInvalid: the mesh splits experts.
+        MeshInvalid: as `check_shared`.
         OutOfReach: a tensor has more bytes than can be indexed.
         StorageFailed: a file cannot be mapped.
     """
-    if mesh.shape["expert"] != 1:
-        raise MeshInvalid(
-            "mapped weights are shared by all devices: the mesh axis expert must be 1"
-        )
+    check_shared(MeshShape(**mesh.shape))
     everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
 
     def buffer(flat: np.ndarray[Any, Any]) -> Array:

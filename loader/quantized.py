@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.mapped import Mapped, MappedTable
+from loader import kernels
+from loader.kernels import Rows, Tuning
+from loader.mapped import LONGEST, Mapped, MappedTable
 
 __all__ = ["Quantized", "Table", "Weights", "dots", "lookup", "product", "select", "table_rows"]
 
@@ -24,11 +26,15 @@ class Quantized:
     """An int8 matrix, or a stack of them, with a scale for each column of each group of rows.
 
     weight: int8 `[..., K, N]`. scales: bfloat16 `[..., G, N]`, G divides K; scale row g applies to
-    the contiguous weight rows `g * K / G` to `(g + 1) * K / G`.
+    the contiguous weight rows `g * K / G` to `(g + 1) * K / G`. index: int32 scalar, which matrix
+    of the stack; None for a stack as a whole and for a single matrix. tuning: what suits the
+    processor, where that is a CPU; None for accelerators.
     """
 
     weight: Array
     scales: Array
+    index: Array | None = None
+    tuning: Tuning | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 Weights = Quantized | Mapped
@@ -44,14 +50,17 @@ def select(weights: Weights, index: Array) -> Weights:
         index: int32 scalar.
 
     Returns:
-        weight `[K, N]`, scales `[G, N]`; inside a compiled product neither is copied whole, and of
-        mapped weights no page of another matrix is touched.
+        What `product` takes; inside a compiled product it is not copied whole, and of mapped
+        weights no page of another matrix is touched.
     """
     if isinstance(weights, Mapped):
         return dataclasses.replace(weights, index=index)
-    return Quantized(
-        lax.dynamic_index_in_dim(weights.weight, index, keepdims=False),
-        lax.dynamic_index_in_dim(weights.scales, index, keepdims=False),
+    if weights.tuning is not None and weights.weight.size < LONGEST:
+        return dataclasses.replace(weights, index=index)
+    return dataclasses.replace(
+        weights,
+        weight=lax.dynamic_index_in_dim(weights.weight, index, keepdims=False),
+        scales=lax.dynamic_index_in_dim(weights.scales, index, keepdims=False),
     )
 
 
@@ -65,20 +74,38 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
 
     Args:
         x: float32 `[..., K]`.
-        weights: weight `[K, N]`, scales `[G, N]`.
-        dtype: float32 or bfloat16, what is multiplied; mapped weights are multiplied in float32
-            either way, which is the faster on a CPU.
+        weights: weight `[K, N]`, scales `[G, N]`, or from `select`.
+        dtype: float32 or bfloat16, what accelerators multiply; CPUs multiply in float32 either
+            way, which is the faster there.
 
     Returns:
         float32 `[..., N]`.
     """
     if isinstance(weights, Mapped):
         return weights.product(x)
+    if weights.tuning is not None:
+        return _in_place(x, weights, weights.tuning)
     if dtype == jnp.float32:
         return _grouped(x, weights)
     # A conversion to bfloat16 and back may be dropped by the compiler; this may not.
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return jnp.sum(_grouped(jnp.stack((high, x - high)).astype(dtype), weights), axis=0)
+
+
+def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
+    """The product on a CPU: rows are read where they lie in the stack."""
+    groups, (height, width) = weights.scales.shape[-2], weights.weight.shape[-2:]
+    index = jnp.int32(0) if weights.index is None else weights.index
+    start, column = index * height * width, jnp.int32(0)
+    rows = Rows(weights.weight.reshape(-1), start, column, height, width, stride=width)
+    scales = weights.scales.reshape(-1, width)
+
+    def scale(number: Array) -> Array:
+        row: Array = lax.dynamic_index_in_dim(scales, index * groups + number, keepdims=False)
+        return row.astype(jnp.float32)
+
+    found = kernels.product(x.reshape(-1, height), rows, groups, scale, tuning)
+    return found.reshape(*x.shape[:-1], width)
 
 
 def _grouped(x: Array, weights: Quantized) -> Array:
@@ -110,13 +137,12 @@ def lookup(table: Table, numbers: Array) -> Array:
     return table.take(numbers) if isinstance(table, MappedTable) else table[numbers]
 
 
-def dots(x: Array, table: Table, dtype: jnp.dtype) -> Array:
-    """`x @ table.T` over this device's part.
+def dots(x: Array, table: Table) -> Array:
+    """`x @ table.T` over this device's part, in float32: to convert the table is to write it anew.
 
     Args:
         x: float32 `[..., columns]`.
         table: resident or mapped.
-        dtype: what is multiplied; a mapped table is multiplied in float32 either way.
 
     Returns:
         float32 `[..., rows]`.
@@ -125,8 +151,8 @@ def dots(x: Array, table: Table, dtype: jnp.dtype) -> Array:
         return table.dots(x)
     return jnp.einsum(
         "...d,vd->...v",
-        x.astype(dtype),
-        table.astype(dtype),
+        x,
+        table,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

@@ -1,14 +1,17 @@
 """Which block of a tensor each device of a mesh holds: rules and arithmetic, no arrays.
 
-A mesh has two axes: `model` splits heads, expert widths and the vocabulary (tensor parallel),
-`expert` splits the experts (expert parallel). Devices are numbered row by row, `model` fastest. The
-module imports neither jax nor numpy, so that a fetch can ask for one host's share.
+A mesh has three axes: `model` splits heads, expert widths and the vocabulary (tensor parallel),
+`expert` splits the experts (expert parallel), and along `data`, where the rows of a batch are
+split, the weights are copies (data parallel). Devices are numbered row by row, `model` fastest,
+`data` slowest. The module imports neither jax nor numpy, so that a fetch can ask for one host's
+share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -61,11 +64,21 @@ class MeshShape:
 
     expert: int = 1
     model: int = 1
+    data: int = 1
+
+    def __str__(self) -> str:
+        copies = f"data={self.data}," if self.data > 1 else ""
+        return f"{copies}expert={self.expert},model={self.model}"
 
     @property
     def devices(self) -> int:
         """Number of devices in the mesh."""
-        return self.expert * self.model
+        return self.data * self.expert * self.model
+
+    @property
+    def only_model(self) -> bool:
+        """Whether all devices stand along `model`, as they must to share mapped weights."""
+        return self.devices == self.model
 
 
 class Position(NamedTuple):
@@ -73,13 +86,14 @@ class Position(NamedTuple):
 
     expert: int
     model: int
+    data: int = 0
 
 
 def positions(shape: MeshShape) -> Iterator[Position]:
     """Every position of a mesh, in device order."""
-    for expert in range(shape.expert):
-        for model in range(shape.model):
-            yield Position(expert, model)
+    axes = map(range, (shape.data, shape.expert, shape.model))
+    for data, expert, model in itertools.product(*axes):
+        yield Position(expert, model, data)
 
 
 def mesh_axes(
@@ -124,11 +138,11 @@ def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
     Raises:
         MeshInvalid: naming the tensor and the dimension that does not divide, and what would work.
     """
-    if min(shape.expert, shape.model) < 1:
-        raise MeshInvalid(f"both mesh axes must be at least 1, not {shape.expert} x {shape.model}")
+    if min(dataclasses.astuple(shape)) < 1:
+        raise MeshInvalid(f"every mesh axis must be at least 1, not {shape}")
     misfit = _misfit(config, shape)
     if misfit:
-        what = f"a mesh of expert {shape.expert} x model {shape.model} does not fit: {misfit}"
+        what = f"the mesh {shape} does not fit: {misfit}"
         raise MeshInvalid(what, hint=what_works(config, shape.devices))
 
 
@@ -214,7 +228,7 @@ def _misfit(config: GrokConfig, shape: MeshShape) -> str:
 
 
 def arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
-    """Every mesh of so many devices that fits, most on `model` first."""
+    """Every mesh of so many devices that fits without copies, most on `model` first."""
     for model in range(devices, 0, -1):
         shape = MeshShape(devices // model, model)
         if devices % model == 0 and not _misfit(config, shape):
@@ -226,7 +240,7 @@ def what_works(config: GrokConfig, devices: int) -> str:
     counts = range(devices, 0, -1)
     found = next(shapes for n in counts if (shapes := list(arrangements(config, n))))
     count = found[0].devices
-    meshes = " or ".join(f"--mesh expert={shape.expert},model={shape.model}" for shape in found)
+    meshes = " or ".join(f"--mesh {shape}" for shape in found)
     if count == devices:
         return f"with {devices} devices this works: {meshes}"
     return f"the largest smaller count that works is {count}: {meshes}"

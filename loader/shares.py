@@ -32,11 +32,12 @@ class Share:
     positions: tuple[Position, ...]
 
     def __str__(self) -> str:
-        numbers = [at.expert * self.mesh.model + at.model for at in self.positions]
+        order = list(positions(self.mesh))
+        numbers = [order.index(at) for at in self.positions]
         held = (
             f"device {numbers[0]}" if len(numbers) == 1 else f"devices {numbers[0]}-{numbers[-1]}"
         )
-        return f"{held} of expert={self.mesh.expert},model={self.mesh.model}"
+        return f"{held} of {self.mesh}"
 
 
 def share_of_host(mesh: MeshShape, host: int, hosts: int) -> Share:

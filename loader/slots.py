@@ -1,6 +1,7 @@
 """The rows of a decoding step as slots that texts come into and leave between the steps.
 
-The number of slots is a power of two, so that few steps are compiled. A free slot costs no expert.
+On each copy of the weights the number of slots is a power of two, so that few steps are compiled. A
+free slot costs no expert.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jax import Array
 
 from loader.generate import Engine, State
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "doubled"]
 
 SPARE = 4
 """Slots, or places, are given up where a fourth of them would do: each change copies the cache."""
@@ -26,7 +27,7 @@ class Slots:
 
     Args:
         engine: the model.
-        most: slots at most, a power of two.
+        most: slots at most; from `doubled`.
 
     Attributes:
         lengths: of each slot, how many tokens its cache holds; 0 for a free one.
@@ -39,11 +40,11 @@ class Slots:
         self.lengths: list[int] = []
         self._take = {
             sharding: jax.jit(_taken, static_argnames="places", out_shardings=sharding)
-            for sharding in (engine.heads, engine.everywhere)
+            for sharding in (engine.heads, engine.by_rows)
         }
         self._put = {
             sharding: jax.jit(_put, donate_argnums=0, out_shardings=sharding)
-            for sharding in (engine.heads, engine.everywhere)
+            for sharding in (engine.heads, engine.by_rows)
         }
 
     @property
@@ -55,14 +56,14 @@ class Slots:
         """Put a text that has been read into a free slot.
 
         Args:
-            state: of one row; used up.
+            state: of one text; used up.
 
         Returns:
             The slot. Other texts stay in theirs.
         """
         length = state.longest
         if self._state is None:
-            self._state, self.lengths = state, [length]
+            self._state, self.lengths = state, [length] + [0] * (state.visible.shape[0] - 1)
             return 0
         slot = self.lengths.index(0) if 0 in self.lengths else len(self.lengths)
         count = len(self.lengths) * (2 if slot == len(self.lengths) else 1)
@@ -96,7 +97,7 @@ class Slots:
         if self._state is None:
             return {}
         count, places = len(self.lengths), self._state.visible.shape[1]
-        fewer = 1 << (len(taken) - 1).bit_length()
+        fewer = doubled(len(taken), self._engine.rows(1))
         shorter = self._engine.places(max(self.lengths) + 1)
         if fewer * SPARE > count and shorter * SPARE > places:
             return {slot: slot for slot in taken}
@@ -128,18 +129,18 @@ class Slots:
         index = np.array([row if row >= 0 else len(self.lengths) for row in rows], np.int32)
         layers, visible = list(self._state.cache), self._state.visible
         longest, self._state = self._state.longest, None
-        take, small = self._take[self._engine.heads], self._take[self._engine.everywhere]
+        take, small = self._take[self._engine.heads], self._take[self._engine.by_rows]
         # A layer at a time, each let go of before the next: not two whole caches at once.
         cache = [take(layers.pop(0), index, places=places) for _ in range(len(layers))]
         self.lengths = [self.lengths[row] if row >= 0 else 0 for row in rows]
         visible = small(visible, index, places=places)
-        held = jax.device_put(np.array(self.lengths, np.int32), self._engine.everywhere)
+        held = jax.device_put(np.array(self.lengths, np.int32), self._engine.by_rows)
         self._state = State(tuple(cache), visible, held, longest)
 
     def _write(self, slot: int, state: State) -> None:
-        """Write the one row of a state over a slot."""
+        """Write the one text of a state over a slot."""
         assert self._state is not None
-        put, small = self._put[self._engine.heads], self._put[self._engine.everywhere]
+        put, small = self._put[self._engine.heads], self._put[self._engine.by_rows]
         at = np.int32(slot)
         held, self._state = self._state, None
         self._state = dataclasses.replace(
@@ -148,6 +149,11 @@ class Slots:
             visible=small(held.visible, state.visible, at),
             lengths=small(held.lengths, state.lengths, at),
         )
+
+
+def doubled(count: int, smallest: int) -> int:
+    """`smallest` doubled until it is at least `count`."""
+    return smallest << (-(-count // smallest) - 1).bit_length()
 
 
 def _taken(arrays: Any, rows: Array, *, places: int) -> Any:
@@ -162,11 +168,11 @@ def _taken(arrays: Any, rows: Array, *, places: int) -> Any:
 
 
 def _put(arrays: Any, row: Any, slot: Array) -> Any:
-    """Arrays `[B, S, ...]` with a row of `[1, s, ...]` at the start of a slot, zeros behind it."""
+    """Arrays `[B, S, ...]` with the first row of others at the start of a slot, zeros behind it."""
 
     def one(array: Array, new: Array) -> Array:
         filled = jnp.zeros_like(array[:1])
-        filled = jax.lax.dynamic_update_slice(filled, new, (0,) * array.ndim)
+        filled = jax.lax.dynamic_update_slice(filled, new[:1], (0,) * array.ndim)
         return jax.lax.dynamic_update_slice(array, filled, (slot, *[0] * (array.ndim - 1)))
 
     return jax.tree.map(one, arrays, row)

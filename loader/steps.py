@@ -8,8 +8,7 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,42 +49,51 @@ class Steps:
 
     Attributes:
         everywhere: how an array lies that all devices hold.
+        rows: how an array `[B, ...]` lies of which each device has its rows.
         heads: how a cache `[B, S, K, d]` lies.
         choices: where the experts chosen are counted, None for nowhere.
     """
 
-    _compiler_options: Mapping[str, int] = MappingProxyType({})
-
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.choices: Choices | None = None
+        tuning = params.layers[0].gate.tuning
+        self._compiler_options = (
+            {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
+        )
         self._mesh = mesh
         self._params = params
         embedding, final, self._layer_spec = (
             jax.tree.map(lambda array: array.sharding.spec, part)
             for part in (params.embedding, params.norm, params.layers[0])
         )
-        self._nothing, self._heads = _spec(), _spec(None, None, "model", None)
-        self.everywhere = NamedSharding(mesh, self._nothing)
-        self.heads = NamedSharding(mesh, self._heads)
-        nothing = self._nothing
+        # Without copies of the weights all rows are everywhere: one name for one thing, lest jax
+        # compiles for both.
+        split = "data" if mesh.shape["data"] > 1 else None
+        self._nothing, self._heads = _spec(), _spec(split, None, "model", None)
+        self._rows = self._nothing if split is None else _spec(split)
+        self.everywhere, self.rows, self.heads = (
+            NamedSharding(mesh, spec) for spec in (self._nothing, self._rows, self._heads)
+        )
+        rows = self._rows
         self._embed = self._spread(
             lambda table, tokens: model.embed(table, tokens, config, dtype),
-            (embedding, nothing),
-            nothing,
+            (embedding, rows),
+            rows,
         )
         self._logits = self._spread(
             lambda table, scale, x: model.logits(table, scale, x, config, dtype),
-            (embedding, final, nothing),
-            _spec(None, None, "model"),
+            (embedding, final, rows),
+            _spec(split, None, "model"),
         )
+        self._tell = jax.jit(lambda *arrays: arrays, out_shardings=self.everywhere)
         self._compile_layer(config, dtype)
 
     def _compile_layer(self, config: GrokConfig, _dtype: jnp.dtype) -> None:
         # The cache is donated: each layer's keys and values are written where they lie.
         self._layer = self._spread(
             lambda weights, cache, x, window: model.layer(weights, cache, x, window, config),
-            (self._layer_spec, self._heads, self._nothing, self._nothing),
-            (self._nothing, self._heads, self._nothing),
+            (self._layer_spec, self._heads, self._rows, self._rows),
+            (self._rows, self._heads, self._rows),
             donate=(1,),
         )
 
@@ -107,7 +115,7 @@ class Steps:
             x, kept, chosen = self._layer(weights, entry, x, window)
             filled.append(kept)
             if self.choices is not None:
-                self.choices.add(number, chosen, window.real)
+                self.choices.add(number, *self._tell(chosen, window.real))
         return x, tuple(filled)
 
     def logits(self, x: Array) -> Array:
@@ -122,7 +130,7 @@ class Steps:
         spread = jax.shard_map(
             function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
         )
-        return jax.jit(spread, donate_argnums=donate, compiler_options=dict(self._compiler_options))
+        return jax.jit(spread, donate_argnums=donate, compiler_options=self._compiler_options)
 
 
 class _OnDemand(Steps):
@@ -137,9 +145,6 @@ class _OnDemand(Steps):
         paging: Paging,
     ) -> None:
         self._paging = paging
-        gate = params.layers[0].gate
-        assert isinstance(gate, Mapped)
-        self._compiler_options = {"xla_cpu_prefer_vector_width": gate.tuning.vector_width}
         super().__init__(config, params, mesh, dtype)
 
     def hold(self, params: Params, paging: Paging | None) -> None:

@@ -103,8 +103,8 @@ def division(in_flight: int, cores: int) -> tuple[int, int]:
 
 
 def _together(legs: tuple[_Leg, ...]) -> Array | Quantized:
-    first, *scales = (leg.array() for leg in legs)
-    return Quantized(first, *scales) if scales else first
+    weight, *scales = (leg.array() for leg in legs)
+    return Quantized(weight, scales[0]) if scales else weight
 
 
 def _legs(tensor: Stored, sharding: Sharding, size: int) -> tuple[_Leg, ...]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from loader.checkpoint import open_folder
 from loader.generate import Engine
 from loader.placement import load, make_mesh
+from loader.quantized import Quantized
 from loader.schema import GrokConfig
 from loader.sharding import MeshShape
 
@@ -38,6 +41,16 @@ def placed(shape):
     """Mesh and parameters of the golden checkpoint."""
     mesh = make_mesh(CONFIG, shape)
     return mesh, load(CHECKPOINT, mesh)
+
+
+def for_accelerators(params):
+    """The same weights as accelerators are to multiply them, whatever the processor here."""
+
+    def one(weights):
+        quantized = isinstance(weights, Quantized)
+        return dataclasses.replace(weights, tuning=None) if quantized else weights
+
+    return jax.tree.map(one, params, is_leaf=lambda it: isinstance(it, Quantized))
 
 
 @functools.cache

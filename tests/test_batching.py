@@ -13,6 +13,7 @@ import pytest
 from grokfetch.errors import PromptInvalid
 from loader.batching import Batch, Job, Scored
 from loader.sampling import Sampling
+from loader.sharding import MeshShape
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,17 @@ def test_prompts_of_different_lengths_are_continued_as_the_reference_does(batch)
     for number, name in enumerate(golden.CONTINUED):
         assert tokens(told[number]) == wanted(name)[:16]
         assert [emission.finished for emission in told[number]] == [None] * 15 + ["length"]
+
+
+def test_texts_come_and_go_on_copies_of_the_weights_as_the_reference_has_them():
+    batch = Batch(golden.engine(MeshShape(2, 2, data=2)), slots=3)
+    assert batch.slots == 4
+    # Two begin with one slot on each copy, the third doubles the slots, and the last one waits.
+    names = ["p1", "p0", "p2", "p0", "p1"]
+    jobs = [Job(golden.prompt(name), 20 if number == 0 else 4) for number, name in enumerate(names)]
+    told = finish(batch, jobs)
+    for number, name in enumerate(names):
+        assert tokens(told[number]) == wanted(name)[: jobs[number].max_tokens]
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(batch):

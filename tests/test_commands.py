@@ -394,13 +394,14 @@ def test_a_prompt_that_cannot_be_is_refused_before_anything_is_loaded(fetched_on
 def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
     arguments = ("run", fetched_once, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
     one = grokfetch(*arguments, "--mesh", "model=1")
-    assert grokfetch(*arguments, "--mesh", "data=1,expert=2,model=4") == one
+    assert grokfetch(*arguments, "--mesh", "data=2,expert=2,model=2") == one
 
 
-def test_replicas_of_the_weights_are_refused(fetched_once):
-    arguments = ("run", fetched_once, "--tokens", "1", "--mesh", "data=2,model=4")
-    text = grokfetch(*arguments, code=errors.MeshInvalid.exit_code)
-    assert "data must be 1" in text
+def test_copies_of_mapped_weights_are_refused(fetched_once):
+    arguments = ("run", fetched_once, "--tokens", "1", "--placement", "mapped")
+    text = grokfetch(*arguments, "--mesh", "data=2,model=4", code=errors.MeshInvalid.exit_code)
+    assert "data and expert must be 1, not data=2,expert=1,model=4" in text
+    assert "loaded" not in text
 
 
 def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(

@@ -74,8 +74,19 @@ def test_fewer_tokens_are_the_first_help():
 
 def test_more_devices_help_where_fewer_tokens_do_not():
     found = shortage(EIGHT, Memory(32 * GB))
-    assert (found.tokens, found.devices, found.mapped) == (None, 16, False)
-    assert shortage(EIGHT, Memory(GB)).devices is None
+    assert (found.tokens, found.mesh, found.mapped) == (None, MeshShape(2, 8), False)
+    assert shortage(EIGHT, Memory(GB)).mesh is None
+
+
+def test_copies_of_the_weights_take_memory_and_to_do_without_them_helps():
+    copied = dataclasses.replace(EIGHT, shape=MeshShape(1, 4, data=2))
+    assert need(copied).weights == need(dataclasses.replace(EIGHT, shape=MeshShape(1, 4))).weights
+    found = shortage(copied, Memory(need(EIGHT).total))
+    assert (found.tokens, found.mesh) == (None, MeshShape(1, 8))
+    # Devices of one host have the copies in one piece of memory; caches they have each.
+    less = Memory(sum(spec.nbytes for spec in parameters(OFFICIAL)) + 8 * need(copied).cache, 8)
+    assert shortage(copied, less).needed - less.free == 8 * need(copied).work
+    assert not shortage(copied, Memory(GB, 8)).mapped
 
 
 def test_cpu_devices_share_their_memory_and_can_leave_weights_in_files():
@@ -86,7 +97,7 @@ def test_cpu_devices_share_their_memory_and_can_leave_weights_in_files():
     found = shortage(EIGHT, Memory(once + rest - 1, sharers=8))
     assert found.tokens == 4096
     found = shortage(EIGHT, Memory(24 * GB, sharers=8))
-    assert (found.tokens, found.devices, found.mapped) == (None, None, True)
+    assert (found.tokens, found.mesh, found.mapped) == (None, None, True)
     assert not shortage(dataclasses.replace(EIGHT, shape=MeshShape(8, 1)), Memory(GB, 8)).mapped
 
 

@@ -46,7 +46,7 @@ PLACE = PurePosixPath("release/ckpt-0")
 @st.composite
 def cases(draw):
     """A tensor in its file, and a share of some mesh that divides it."""
-    mesh = MeshShape(draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4])))
+    mesh = MeshShape(*(draw(st.sampled_from(counts)) for counts in ([1, 2, 4], [1, 2, 4], [1, 2])))
     axes = draw(
         st.sampled_from(
             [("expert", "embed", "ff"), ("expert", "ff", "embed"), ("q_heads", "embed"), ("embed",)]
@@ -109,6 +109,18 @@ def test_official_checkpoint_is_divided_where_experts_are(mesh, hosts, part):
     found = file_spans(manifest, config, share, MIB_16)
     size = sum(stop - start for parts in found.values() for start, stop in parts)
     assert abs(size / manifest.size - part) < 0.001
+
+
+def test_host_with_a_copy_of_the_weights_needs_what_the_other_copies_hosts_need():
+    first, second = (share_of_host(MeshShape(1, 4, data=2), host, 2) for host in range(2))
+    assert str(second) == "devices 4-7 of data=2,expert=1,model=4"
+    specs = [spec for spec, _, _ in shards()]
+    blocks = [
+        [weight_block(spec, it.mesh, at) for at in it.positions]
+        for it in (first, second)
+        for spec in specs
+    ]
+    assert blocks[: len(specs)] == blocks[len(specs) :]
 
 
 @pytest.mark.parametrize(("host", "hosts"), [(2, 2), (0, 3)])

@@ -22,6 +22,9 @@ from loader.sharding import MeshShape
 from loader.synthetic import write_checkpoint
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (8, 1)]
+COPIES = [(1, 4, 2), (2, 2, 2), (1, 1, 8)]
+"""Meshes with copies of the weights: along expert, model, data."""
+
 TOLERANCE = 1e-3
 EVERYWHERE = PartitionSpec()
 
@@ -58,6 +61,28 @@ def check_parity(engine, names, steps):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_logits_and_tokens_equal_the_reference_on_every_mesh(mesh):
     check_parity(golden.engine(MeshShape(*mesh)), golden.PROMPTS, steps=32)
+
+
+def test_accelerators_products_equal_the_reference():
+    mesh, params = golden.placed(MeshShape(2, 4))
+    engine = Engine(golden.CONFIG, golden.for_accelerators(params), mesh, "float32")
+    check_parity(engine, ["p1"], steps=4)
+
+
+@pytest.mark.parametrize("mesh", COPIES, ids=str)
+def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh):
+    """Three texts at once: their number divides by that of the copies in no case."""
+    engine, wanted = golden.engine(MeshShape(*mesh)), golden.arrays()
+    logits, state = engine.prefill([golden.prompt(name) for name in golden.CONTINUED])
+    for step in range(32):
+        for row, name in zip(logits, golden.CONTINUED, strict=True):
+            assert furthest(row, wanted[f"f32/{name}_step_logits"][step]) < TOLERANCE, (name, step)
+            assert int(row.argmax()) == wanted[f"f32/{name}_tokens"][step]
+        tokens = [wanted[f"f32/{name}_tokens"][step] for name in golden.CONTINUED]
+        logits, state = engine.decode(state, np.array(tokens, np.int32))
+    rows = engine.rows(3) // engine.mesh.shape["data"]
+    keys = state.cache[0].keys.addressable_shards
+    assert {shard.data.shape[0] for shard in keys} == {rows}
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 8)], ids=str)
@@ -190,7 +215,7 @@ def break_scale_groups(patch, config, params):
         return jnp.einsum("...k,kn->...n", x, weights.weight * scales)
 
     patch.setattr(model, "product", interleaved)
-    return config, params
+    return config, golden.for_accelerators(params)
 
 
 def break_choice(patch, config, params):

@@ -13,7 +13,7 @@ from grokfetch.errors import MeshInvalid
 from loader.placement import load, make_mesh
 from loader.quantized import Quantized
 from loader.schema import parameters
-from loader.sharding import MeshShape, Position, scale_block, weight_block
+from loader.sharding import MeshShape, Position, positions, scale_block, weight_block
 
 LAYER_3 = "transformer/decoder_layer_3/"
 
@@ -49,7 +49,7 @@ class WatchedCheckpoint:
         return self.tensors[name]
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 8), (2, 4), (8, 1), (2, 2, 2)], ids=str)
 def test_device_holds_the_block_that_the_rules_give_it(mesh):
     shape = MeshShape(*mesh)
     _, params = golden.placed(shape)
@@ -76,7 +76,7 @@ def test_device_holds_the_block_that_the_rules_give_it(mesh):
 def check_blocks(array, source, block_of, spec, shape):
     assert len(array.addressable_shards) == shape.devices
     for shard in array.addressable_shards:
-        position = Position(*divmod(shard.device.id, shape.model))
+        position = list(positions(shape))[shard.device.id]
         block = block_of(spec, shape, position)
         assert (np.asarray(shard.data) == source[block]).all(), (spec.name, position)
 
@@ -107,12 +107,12 @@ def test_progress_adds_up_to_the_checkpoint():
 
 def test_mesh_takes_the_first_devices():
     mesh = make_mesh(golden.CONFIG, MeshShape(2, 2))
-    assert mesh.axis_names == ("expert", "model")
+    assert mesh.axis_names == ("data", "expert", "model")
     assert mesh.devices.ravel().tolist() == jax.devices()[:4]
 
 
 def test_mesh_defaults_to_all_devices():
-    assert dict(make_mesh(golden.CONFIG).shape) == {"expert": 1, "model": 8}
+    assert dict(make_mesh(golden.CONFIG).shape) == {"data": 1, "expert": 1, "model": 8}
 
 
 def test_more_devices_than_there_are_is_an_error():

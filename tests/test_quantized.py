@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from loader import quantized
+from loader.kernels import Tuning
 from loader.quantized import Quantized, product, select
 
 
@@ -22,9 +26,11 @@ def made(rows, columns, groups, seed=0):
 
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [(), (1,), (2, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tuning", [None, Tuning()], ids=["accelerator", "cpu"])
+def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype, tuning):
     weights, matrix = made(48, 7, groups)
+    weights = dataclasses.replace(weights, tuning=tuning)
     x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
     found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype(dtype))
     assert found.dtype == jnp.float32
@@ -47,3 +53,16 @@ def test_select_takes_one_matrix_at_run_time():
     assert one.scales.dtype == jnp.bfloat16
     assert (one.weight == stack[2][0].weight).all()
     assert (one.scales == stack[2][0].scales).all()
+
+
+@pytest.mark.parametrize("longest", [2**31, 5])
+def test_cpu_multiplies_with_one_of_a_stack_where_it_lies_or_a_copy_if_it_is_too_long(
+    monkeypatch, longest
+):
+    monkeypatch.setattr(quantized, "LONGEST", longest)
+    stack = [made(48, 7, 3, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = dataclasses.replace(stacked, tuning=Tuning())
+    x = np.random.default_rng(1).standard_normal((5, 48), np.float32)
+    run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
+    np.testing.assert_allclose(run(x, stacked, 2), x @ stack[2][1], rtol=1e-4, atol=3e-4)

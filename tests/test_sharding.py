@@ -95,8 +95,17 @@ def test_mesh_axis_cannot_split_one_tensor_twice():
         mesh_axes(UP, RULES | {"embed": "model"})
 
 
-def test_positions_count_devices_with_the_model_axis_fastest():
-    assert list(positions(MeshShape(2, 2))) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+def test_positions_count_devices_with_the_model_axis_fastest_and_copies_slowest():
+    assert [tuple(at) for at in positions(MeshShape(2, 2, data=2))] == [
+        (0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_copies_of_the_weights_hold_the_same_blocks(name):
+    copied, once = MeshShape(2, 4, data=3), MeshShape(2, 4)
+    blocks = [weight_block(LAYER[name], copied, at) for at in positions(copied)]
+    assert blocks == 3 * [weight_block(LAYER[name], once, at) for at in positions(once)]
 
 
 def test_official_blocks_on_sixteen_devices():

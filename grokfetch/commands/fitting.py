@@ -37,7 +37,7 @@ def check_fit(
         return
     use = Use(
         config,
-        MeshShape(mesh.shape["expert"], mesh.shape["model"]),
+        MeshShape(**mesh.shape),
         min(tokens, config.sequence_len),
         {"bfloat16": 2, "float32": 4}[dtype],
         mapped=mapped,
@@ -71,8 +71,8 @@ def _help(short: Shortage, memory: Memory) -> str:
         return f"a context of {short.tokens:,} tokens would fit: prompt and --max-tokens together"
     if short.mapped:
         return "leave the weights in their files: --placement mapped"
-    if short.devices is not None:
-        return f"{short.devices} such devices would do"
+    if short.mesh is not None:
+        return f"{short.mesh.devices} such devices would do: --mesh {short.mesh}"
     if memory.sharers:
         return "fewer tokens or devices would not do; make memory free, or use another machine"
     return "leave the weights in their files, on the CPU: JAX_PLATFORMS=cpu"

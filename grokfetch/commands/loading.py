@@ -15,7 +15,7 @@ import click
 from grokfetch.caches import cache_folder
 from grokfetch.commands.fitting import check_fit
 from grokfetch.commands.reporting import lines, notice, reporter
-from grokfetch.errors import MeshInvalid, OutOfReach
+from grokfetch.errors import OutOfReach
 from grokfetch.events import Loaded
 from grokfetch.progress import bytes_text, parse_bytes, seconds_text
 from grokfetch.storage import replacing
@@ -38,7 +38,6 @@ __all__ = [
     "loading_options",
     "mesh_shape",
     "place",
-    "tuning",
 ]
 
 Dtype = Literal["bfloat16", "float32"]
@@ -94,7 +93,10 @@ _OPTIONS = (
         "copies them to the devices.",
     ),
     click.option(
-        "--mesh", metavar="expert=N,model=M", help="Devices to use; all of them by default."
+        "--mesh",
+        metavar="expert=N,model=M",
+        help="Devices to use; all of them by default. data=N too makes copies of the weights, each "
+        "for some of the texts of a batch.",
     ),
     click.option(
         "--memory",
@@ -129,7 +131,6 @@ def mesh_shape(text: str) -> MeshShape:
 
     Raises:
         click.BadParameter: it names none.
-        MeshInvalid: it has replicas.
     """
     from loader.sharding import MeshShape
 
@@ -139,13 +140,7 @@ def mesh_shape(text: str) -> MeshShape:
     if len(dict(given)) != len(found):
         raise click.BadParameter(f"not expert=N,model=M: {text!r:.80}", param_hint="--mesh")
     counts |= given
-    if counts["data"] != 1:
-        raise MeshInvalid(
-            f"data={counts['data']} asks for so many copies of the weights, and the rows of a batch"
-            " are not dealt out to copies: data must be 1",
-            hint="give all devices to expert and model",
-        )
-    return MeshShape(counts["expert"], counts["model"])
+    return MeshShape(**counts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,6 +155,10 @@ class Arrangement:
     def platform(self) -> str:
         """The kinds of the devices."""
         return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
+
+    def tuned(self, checkpoint: Checkpoint) -> Tuning | None:
+        """What suits the processor, where it is one; see `_tuning`."""
+        return _tuning(checkpoint) if self.platform == "CPU" else None
 
 
 def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangement:
@@ -176,23 +175,25 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
             weights are to be used by devices that are no CPUs.
     """
     from loader import machine
-    from loader.placement import make_mesh
+    from loader.placement import check_shared, make_mesh
+    from loader.sharding import MeshShape
 
     machine.keep_programs(cache_folder())
     placement, shape = loading.placement, loading.mesh
-    splits_experts = shape is not None and shape.expert > 1
-    if placement == "mapped" or (placement is None and not splits_experts):
+    if placement == "mapped" or (placement is None and (shape is None or shape.only_model)):
         machine.use_cores(config)
     mesh = make_mesh(config, shape)
     only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
     if placement is None:
-        placement = "sharded" if mesh.shape["expert"] > 1 or not only_cpus else "mapped"
+        placement = "mapped" if MeshShape(**mesh.shape).only_model and only_cpus else "sharded"
     found = Arrangement(mesh, placement, loading)
     if placement == "mapped" and not only_cpus:
         raise OutOfReach(
             f"mapped weights are for CPUs, and the devices are {found.platform}",
             hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
         )
+    if placement == "mapped":
+        check_shared(MeshShape(**mesh.shape))
     check_fit(config, mesh, tokens, loading.dtype, mapped=placement == "mapped")
     return found
 
@@ -227,9 +228,9 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
     mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
     paging = None
     if copied:
-        params = _copy(checkpoint, mesh)
+        params = _copy(checkpoint, mesh, there.tuned(checkpoint))
     else:
-        params = placing.share(checkpoint, mesh, tuning(checkpoint))
+        params = placing.share(checkpoint, mesh, there.tuned(checkpoint))
         paging = _paging(checkpoint, there.loading)
     seconds = time.perf_counter() - start
     told = lines()
@@ -245,7 +246,7 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
     return params, paging
 
 
-def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
+def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
     """Every tensor on the devices, with a bar."""
     from grokfetch.verify import Progress
     from loader import placement
@@ -259,7 +260,7 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh) -> Params:
             done += nbytes
             sink.take(Progress(done, total, "loading"))
 
-        return placement.load(checkpoint, mesh, on_bytes=count)
+        return placement.load(checkpoint, mesh, tuning=suited, on_bytes=count)
 
 
 def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:
@@ -293,7 +294,7 @@ def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
     return row * config.sequence_len + WORK
 
 
-def tuning(checkpoint: Checkpoint) -> Tuning | None:
+def _tuning(checkpoint: Checkpoint) -> Tuning | None:
     """What suits this processor: as measured once and kept, for models that are worth it."""
     from loader import native
     from loader.machine import processor

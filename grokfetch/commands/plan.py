@@ -163,8 +163,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
             continue
         each = need(Use(config, mesh, config.sequence_len))
         fits, why = verdict(count, each.total, machine)
-        name = f"expert={mesh.expert},model={mesh.model}"
-        yield Share(count, name, each.weights, each.cache, each.work, fits, why)
+        yield Share(count, str(mesh), each.weights, each.cache, each.work, fits, why)
 
 
 def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.loading import Arrangement, place, tuning
+from grokfetch.commands.loading import Arrangement, place
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
@@ -166,10 +166,11 @@ def load_as_it_comes(
     checkpoint = expect_checkpoint(store, share)
     config = checkpoint.config
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
+    suited = there.tuned(checkpoint)
     params = (
-        placing.load(first, there.mesh)
+        placing.load(first, there.mesh, tuning=suited)
         if there.placement == "sharded"
-        else placing.share(first, there.mesh, tuning(checkpoint))
+        else placing.share(first, there.mesh, suited)
     )
     engine = Engine(config, params, there.mesh, there.loading.dtype)
     meet("first layer")
