@@ -44,17 +44,15 @@ def built(folder: Path) -> bool:
     """
     if _libraries:
         return True
-    file = folder / f"{NAME}.so"
-    if not file.exists() and not _compiled(file):
+    file = _kept(folder) or _compiled(folder)
+    if file is None:
         return False
     try:
         library = ctypes.CDLL(str(file))
-        function = jax.ffi.pycapsule(library.grokfetch_product)
-        jax.ffi.register_ffi_target(NAME, function, platform="cpu")
-    except (OSError, AttributeError):  # Half a file, or one for another system.
-        with contextlib.suppress(OSError):
-            file.unlink()
+        function = jax.ffi.pycapsule(library.grokfetch_product)  # type: ignore[no-untyped-call]
+    except (OSError, AttributeError):  # A home that moved to another system.
         return False
+    jax.ffi.register_ffi_target(NAME, function, platform="cpu")
     _libraries.append(library)
     return True
 
@@ -71,20 +69,34 @@ def product(x: Array, flat: Array, place: Array, scales: Array) -> Array:
     Returns:
         float32 `[T, N]`.
     """
-    result = jax.ShapeDtypeStruct((x.shape[0], scales.shape[1]), jnp.float32)
+    shape = (x.shape[0], scales.shape[1])
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
     computed: Array = jax.ffi.ffi_call(NAME, result)(x, flat, place, scales)
     return computed
 
 
-def _compiled(file: Path) -> bool:
-    """Whether `file` has been made of the source."""
+def _kept(folder: Path) -> Path | None:
+    """What was compiled earlier: half a file would end the process, so its name tells its bytes."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob(f"{NAME}-*.so"):
+            if file.name == _name(file.read_bytes()):
+                return file
+    return None
+
+
+def _name(content: bytes) -> str:
+    return f"{NAME}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compiled(folder: Path) -> Path | None:
+    """What the compiler makes of the source, in the folder."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
-        return False
+        return None
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as work:
-            made = Path(work) / file.name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / "made.so"
             for processor in (*PROCESSOR, ""):
                 command = [*compiler.split(), *OPTIONS, processor, f"-I{jax.ffi.include_dir()}"]
                 told = [*filter(None, command), str(SOURCE), "-o", str(made)]
@@ -92,8 +104,7 @@ def _compiled(file: Path) -> bool:
                     told, capture_output=True, timeout=PATIENCE_S, check=False
                 )
                 if ran.returncode == 0:
-                    made.replace(file)
-                    return True
+                    return made.replace(folder / _name(made.read_bytes()))
     except (OSError, subprocess.SubprocessError):
-        return False
-    return False
+        return None
+    return None

@@ -1,11 +1,13 @@
 """What suits a processor is measured once, kept, and believed only by whom it was measured for."""
 
 import json
+import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grokfetch.commands import loading
 from loader import tuning
 from loader.kernels import Tuning
 from loader.tuning import decode, encode, measure
@@ -56,6 +58,32 @@ def test_fastest_of_each_kind_is_chosen(monkeypatch):
     assert (found.vector_width, found.wide_rows, found.narrow_rows) == (256, 16, 8)
     assert (found.block_rows, found.block_columns, found.halves) == (512, 2048, False)
     assert found.few_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("built", "slower", "chosen"),
+    [(True, None, True), (False, None, False), (True, 1, False), (True, tuning.MANY, False)],
+)
+def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many(
+    monkeypatch, tmp_path, built, slower, chosen
+):
+    def seconds(_flat, tokens, _rows, _columns, tried):
+        return 1 if tried.native == (tokens != slower) else 2
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning.native, "built", lambda folder: built and folder == tmp_path)
+    assert measure(tmp_path).native == chosen
+    assert not measure().native
+
+
+def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):
+    checkpoint = types.SimpleNamespace(nbytes=loading.WORTH_TUNING)
+    for found in (Tuning(native=True), Tuning(wide_rows=8)):
+        monkeypatch.setattr(tuning, "measure", lambda _folder, found=found: found)
+        assert loading._tuning(checkpoint) == found
+        monkeypatch.setattr(tuning.native, "built", lambda _folder: False)
+    monkeypatch.setattr(tuning, "measure", None)
+    assert loading._tuning(checkpoint) == found
 
 
 def test_products_are_really_timed(monkeypatch):
