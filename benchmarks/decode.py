@@ -166,10 +166,8 @@ def cold(engine: Engine, checkpoint: Checkpoint, prompt: int, tokens: int) -> No
     Path("/proc/sys/vm/drop_caches").write_text("3")
     steps = whole_steps(engine, prompt, tokens)
     limits.append(disk_rate(checkpoint, 1))
-    limit = sum(limits) / 2
-    print(
-        f"limit: the disk gives {limits[0]:.2f} and {limits[1]:.2f} GB/s to {READERS} direct readers"
-    )
+    limit, given = sum(limits) / 2, " and ".join(f"{rate:.2f}" for rate in limits)
+    print(f"limit: the disk gives {given} GB/s to {READERS} direct readers")
     for name, part in (("first token", steps[:1]), ("each further", steps[1:])):
         seconds, read = (sum(numbers) / len(part) for numbers in zip(*part, strict=True))
         rate = read / seconds
