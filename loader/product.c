@@ -31,7 +31,9 @@ enum {
     TILE = LANES * VECTORS,    /* columns whose sums are in registers */
     FEW = 6,                   /* tokens whose sums are in registers; beyond, the panel pays */
     ROWS = 8,                  /* rows read side by side: as many lines as a cache set holds */
-    PANEL_ROWS = 64,           /* a converted panel is 16 KiB, half of a first-level cache */
+    PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
+    WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
+    AHEAD = 4,                 /* rows that are asked for before they are converted */
     SUMS = 1 << 15,            /* sums of a piece of work: 128 KiB of a second-level cache */
     STRIPS = 8,                /* pieces side by side for many tokens, at least */
     PIECE = 1 << 22,           /* bytes of the matrix in a piece for few tokens, at least */
@@ -145,38 +147,48 @@ static void few(product *p, int64_t piece) {
             sums[t * p->width + column] *= p->scales[group * p->width + first + column];
 }
 
+/* Some rows of a strip as floats, tile after tile; read along the rows, since lines one above the
+   other would drive each other out of the cache. */
+static void convert(const int8_t *weights, int64_t stride, int64_t rows, int64_t tiles_wide,
+                    float *panel) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t t = 0; t < tiles_wide; t++) {
+            const int8_t *from = weights + row * stride + t * TILE;
+            float *to = panel + (t * PANEL_ROWS + row) * TILE;
+            __builtin_prefetch(from + AHEAD * stride, 0, 2);
+            for (int v = 0; v < VECTORS; v++) *(vector *)(to + v * LANES) = widened(from + v * LANES);
+        }
+}
+
 /* A strip of columns for any number of tokens, into the result. */
 static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
     int64_t rows = p->height / p->groups, runs = (p->tokens + FEW - 1) / FEW;
-    float panel[PANEL_ROWS * TILE] __attribute__((aligned(LINE)));
-    float *sums = malloc(p->tokens * columns * sizeof(float));
-    if (!sums) {
+    int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
+    size_t bytes = (p->tokens * columns + PANEL_ROWS * even) * sizeof(float);
+    float *panel = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+    if (!panel) {
         atomic_store(&p->failed, 1);
         return;
     }
+    float *sums = panel + PANEL_ROWS * even;
     for (int64_t group = 0; group < p->groups; group++) {
         memset(sums, 0, p->tokens * columns * sizeof(float));
         for (int64_t done = 0; done < rows; done += PANEL_ROWS) {
-            int64_t row = group * rows + done, count = least(PANEL_ROWS, rows - done), column = 0;
+            int64_t row = group * rows + done, count = least(PANEL_ROWS, rows - done);
             const int8_t *weights = p->matrix + row * p->stride + first;
-            for (; column + TILE <= columns; column += TILE) {
-                for (int64_t r = 0; r < count; r++) {
-                    const int8_t *from = weights + r * p->stride + column;
-                    __builtin_prefetch(from + PANEL_ROWS * p->stride);
-                    for (int v = 0; v < VECTORS; v++)
-                        *(vector *)(panel + r * TILE + v * LANES) = widened(from + v * LANES);
-                }
+            convert(weights, p->stride, count, tiles_wide, panel);
+            for (int64_t t = 0; t < tiles_wide; t++)
                 /* Runs of nearly equal length: short ones leave arithmetic waiting. */
                 for (int64_t run = 0; run < runs; run++) {
-                    int64_t t = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
-                    tiles(end - t, p->x + t * p->height + row, p->height, NULL, panel, 0, count,
-                          sums + t * columns + column, columns);
+                    int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
+                    tiles(end - token, p->x + token * p->height + row, p->height, NULL,
+                          panel + t * PANEL_ROWS * TILE, 0, count,
+                          sums + token * columns + t * TILE, columns);
                 }
-            }
-            if (column < columns)
-                narrow(p->tokens, p->x + row, p->height, weights + column, p->stride, count,
-                       columns - column, sums + column, columns);
+            if (even < columns)
+                narrow(p->tokens, p->x + row, p->height, weights + even, p->stride, count,
+                       columns - even, sums + even, columns);
         }
         for (int64_t t = 0; t < p->tokens; t++) {
             float *out = p->out + t * p->width + first;
@@ -187,7 +199,7 @@ static void many(product *p, int64_t piece) {
             }
         }
     }
-    free(sums);
+    free(panel);
 }
 
 /* Takes pieces until none is left. */
@@ -234,7 +246,7 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
                          : malloc(p->groups * p->parts * p->tokens * p->width * sizeof(float));
         if (!p->partial) return 0;
     } else {
-        p->strip = least(SUMS / p->tokens, p->width / STRIPS) / TILE * TILE;
+        p->strip = least(least(SUMS / p->tokens, WIDEST), p->width / STRIPS) / TILE * TILE;
         if (p->strip < TILE) p->strip = TILE;
         p->pieces = (p->width + p->strip - 1) / p->strip;
     }
