@@ -1,5 +1,6 @@
 """The C program's products are those of plain JAX, and do without it where there is no compiler."""
 
+import platform
 import shutil
 
 import golden
@@ -48,7 +49,12 @@ def test_product_of_any_part_is_that_of_the_scaled_matrix(  # noqa: PLR0917 - wh
     multiply, tokens, height, width, beside, seed
 ):
     (rows, groups), (left, right) = height, beside
-    stride = left + width + right
+    check(multiply, (tokens, rows, width, groups), left, left + width + right, seed)
+
+
+def check(multiply, sizes, left, stride, seed):
+    """Compare the product of some columns of a random matrix with NumPy's."""
+    tokens, rows, width, groups = sizes
     random = np.random.default_rng(seed)
     matrix = random.integers(-127, 128, (rows, stride), np.int8)
     flat = np.concatenate([np.full(5, 99, np.int8), matrix.reshape(-1)])
@@ -58,6 +64,21 @@ def test_product_of_any_part_is_that_of_the_scaled_matrix(  # noqa: PLR0917 - wh
     wide = matrix[:, left : left + width] * np.repeat(scales, rows // groups, axis=0).astype(float)
     bound = np.abs(x) @ np.abs(wide) * 1e-6 + 1e-6
     assert (np.abs(found - x @ wide) <= bound).all()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these processors are of another kind")
+@pytest.mark.parametrize("processor", ["-march=x86-64", "-march=x86-64-v3"])
+def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
+    tmp_path, monkeypatch, processor
+):
+    monkeypatch.setattr(native, "_libraries", [])
+    monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
+    monkeypatch.setattr(native, "PROCESSOR", (processor,))
+    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
+    assert native.built(tmp_path)
+    for tokens in (1, 6, 20):
+        check(native.product, (tokens, 96, 130, 4), 3, 140, tokens)
 
 
 @needs_compiler
