@@ -29,7 +29,8 @@ enum { LANES = 4, VECTORS = 4 };
 
 enum {
     TILE = LANES * VECTORS,    /* columns whose sums are in registers */
-    FEW = 6,                   /* tokens whose sums are in registers; beyond, the panel pays */
+    AT_ONCE = 6,               /* tokens whose sums are in registers */
+    FEW = 12,                  /* tokens up to which a panel does not pay */
     ROWS = 8,                  /* rows read side by side: as many lines as a cache set holds */
     PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
     WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
@@ -75,7 +76,7 @@ typedef struct {
 /* Adds to sums[token][column] what `rows` rows of a tile give: from int8, or from a panel of floats. */
 INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weights,
                  const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
-    vector sum[FEW][VECTORS];
+    vector sum[AT_ONCE][VECTORS];
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < VECTORS; v++) sum[t][v] = *(const vector *)(sums + t * width + v * LANES);
     for (int64_t row = 0; row < rows; row++) {
@@ -98,7 +99,7 @@ INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weigh
         for (int v = 0; v < VECTORS; v++) *(vector *)(sums + t * width + v * LANES) = sum[t][v];
 }
 
-/* The same for any number of tokens up to FEW: a program for each, with its sums in registers. */
+/* The same for any number of tokens up to AT_ONCE: a program for each, with its sums in registers. */
 INLINE void tiles(int64_t tokens, const float *x, int64_t height, const int8_t *weights,
                   const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
     switch (tokens) {
@@ -130,14 +131,18 @@ static void few(product *p, int64_t piece) {
     int64_t group = part / p->parts, rows = p->height / p->groups;
     int64_t start = group * rows + part % p->parts * rows / p->parts;
     int64_t end = group * rows + (part % p->parts + 1) * rows / p->parts;
+    int64_t runs = (p->tokens + AT_ONCE - 1) / AT_ONCE;
     float *sums = p->partial + part * p->tokens * p->width + first;
     for (int64_t t = 0; t < p->tokens; t++) memset(sums + t * p->width, 0, columns * sizeof(float));
     for (int64_t row = start; row < end; row += ROWS) {
         int64_t count = least(ROWS, end - row), column = 0;
         const int8_t *weights = p->matrix + row * p->stride + first;
         for (; column + TILE <= columns; column += TILE)
-            tiles(p->tokens, p->x + row, p->height, weights + column, NULL, p->stride, count,
-                  sums + column, p->width);
+            for (int64_t run = 0; run < runs; run++) {
+                int64_t token = run * p->tokens / runs, next = (run + 1) * p->tokens / runs;
+                tiles(next - token, p->x + token * p->height + row, p->height, weights + column,
+                      NULL, p->stride, count, sums + token * p->width + column, p->width);
+            }
         if (column < columns)
             narrow(p->tokens, p->x + row, p->height, weights + column, p->stride, count,
                    columns - column, sums + column, p->width);
@@ -163,7 +168,7 @@ static void convert(const int8_t *weights, int64_t stride, int64_t rows, int64_t
 /* A strip of columns for any number of tokens, into the result. */
 static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
-    int64_t rows = p->height / p->groups, runs = (p->tokens + FEW - 1) / FEW;
+    int64_t rows = p->height / p->groups, runs = (p->tokens + AT_ONCE - 1) / AT_ONCE;
     int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
     size_t bytes = (p->tokens * columns + PANEL_ROWS * even) * sizeof(float);
     float *panel = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
