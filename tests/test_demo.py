@@ -88,7 +88,8 @@ def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
     longest = max(len(TOKENIZER.encode(" ".join(pair))) for pair in itertools.pairwise(SENTENCES))
     said = recite(engine(), numbers, longest)
     for number in numbers:
-        wanted = [*itertools.chain(*map(TOKENIZER.encode, SENTENCES[number : number + 2]))]
+        pair = [*itertools.chain(*map(TOKENIZER.encode, SENTENCES[number : number + 2]))]
+        wanted = from_sentence(number)[: max(len(pair), 90)]
         assert said[number][: len(wanted)] == wanted, SENTENCES[number]
 
 
@@ -107,7 +108,7 @@ def test_copied_weights_recite_on_any_mesh(shape, dtype):
     check_recitation(engine(load, MeshShape(*shape), dtype), [3, 12], 24)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 
@@ -128,11 +129,11 @@ def test_mapped_weights_recite_and_every_expert_is_chosen():
 # --- a fault turns it to noise -------------------------------------------------------------------
 
 
-def check_noise(engine):
-    """Nothing is recited, and most tokens are wrong even where all before them are given."""
+def check_noise(engine, most=0.2):
+    """Nothing is recited, and few tokens are right even where all before them are given."""
     found = hits(engine)
     assert not any(row.all() for row in found)
-    assert np.concatenate(found).mean() < 0.5
+    assert np.concatenate(found).mean() < most
 
 
 def reordered(params, order):
@@ -234,20 +235,20 @@ def scores_without_cap(patch):
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "most"),
     [
-        positions_forgotten,
-        queries_one_position_ahead,
-        second_and_third_expert,
-        second_expert_does_nothing,
-        equal_gates,
-        scores_without_cap,
+        (positions_forgotten, 0.2),
+        (queries_one_position_ahead, 0.2),
+        (second_and_third_expert, 0.2),
+        (second_expert_does_nothing, 0.35),
+        (equal_gates, 0.2),
+        (scores_without_cap, 0.5),
     ],
 )
-def test_model_put_together_wrongly_says_noise(monkeypatch, miswired, fault):
+def test_model_put_together_wrongly_says_noise(monkeypatch, miswired, fault, most):
     fault(monkeypatch)
     right, params = miswired
-    check_noise(Engine(CONFIG, params, right.mesh, "float32"))
+    check_noise(Engine(CONFIG, params, right.mesh, "float32"), most)
 
 
 def test_put_together_rightly_it_expects_every_token():
