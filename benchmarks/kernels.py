@@ -1,9 +1,9 @@
 """Formulations of an int8 product on this CPU, and what `loader.tuning` makes of them.
 
 Run: python benchmarks/kernels.py. The matrix is one expert's gate projection of Grok-1, 201 MB, in
-memory. For each number of tokens it prints the rate of some formulations beside that of the one
-which `loader.tuning` has measured to be best, the naive product, and the rate at which all cores
-read the same memory.
+memory. For each number of tokens it prints the rates of some formulations, of the one in plain JAX
+that `loader.tuning` has measured to be best, of `product.c` where there is a compiler, and of the
+naive product, over the rate at which all cores read the same memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def row(tokens: int, name: str, seconds: float, limit: float) -> None:
 
 
 def formulations(tokens: int, plain: Tuning) -> Iterator[tuple[str, Tuning]]:
-    """Names and what they stand for; the last is what is used."""
+    """Names and what they stand for."""
     if tokens == 1:
         for width, rows in ((256, 8), (512, 8), (512, 16), (512, 24)):
             yield f"{rows} rows, {width} bits", Tuning(vector_width=width, wide_rows=rows)

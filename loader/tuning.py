@@ -37,12 +37,12 @@ BLOCKS = ((2048, 512, False), (1024, 1024, False), (512, 2048, False), (1024, 10
 
 
 def measure(folder: Path | None = None) -> Tuning:
-    """The fastest formulations, each in its turn, on the first device.
+    """The fastest formulations, each in its turn, on the first device of this process.
 
     Args:
         folder: where `loader.native` keeps what it compiles; None leaves it out.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     flat = jax.device_put(np.arange(ROWS * COLUMNS, dtype=np.int8), device)
     best = Tuning()
 
