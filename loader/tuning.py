@@ -64,7 +64,8 @@ def measure(folder: Path | None = None) -> Tuning:
     part = ROWS // 3
     if folder is not None and native.built(folder):
         plain, ours = best, dataclasses.replace(best, native=True)
-        if all(fastest(tokens, part, COLUMNS, (plain, ours)) is ours for tokens in (1, MANY)):
+        sizes = ((1, ROWS), (MANY, part))
+        if all(fastest(*size, COLUMNS, (plain, ours)) is ours for size in sizes):
             return ours
     blocks = [
         dataclasses.replace(best, block_rows=rows, block_columns=columns, halves=halves)
