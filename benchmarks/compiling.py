@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from loader import model
-from loader.checkpoint import open_folder
-from loader.generate import Engine
-from loader.model import KeyValues, Window
-from loader.placement import Mesh, Params, load, make_mesh, share
-from loader.schema import GrokConfig
-from loader.synthetic import write_checkpoint
+from loader.devices.placement import Mesh, Params, load, make_mesh, share
+from loader.inference import model
+from loader.inference.engine import Engine
+from loader.inference.model import KeyValues, Window
+from loader.weights.checkpoint import open_folder
+from loader.weights.schema import GrokConfig
+from loader.weights.synthetic import write_checkpoint
 
 SMALL = GrokConfig(
     vocab_size=512, sequence_len=256, emb_size=256, key_size=32, num_q_heads=8, num_kv_heads=2

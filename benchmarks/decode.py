@@ -23,17 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grokfetch.caches import cache_folder
-from grokfetch.memory import available
-from loader.checkpoint import Checkpoint, open_folder
-from loader.generate import Engine
-from loader.machine import processor
-from loader.model import KeyValues, Window
-from loader.model import _attend as attend
-from loader.paging import CHUNK, READERS, Managed
-from loader.placement import make_mesh, share
-from loader.schema import GrokConfig
-from loader.tuning import measure
+from loader.devices.cache_folder import cache_folder
+from loader.devices.memory import available
+from loader.devices.paging import CHUNK, READERS, Managed
+from loader.devices.placement import make_mesh, share
+from loader.devices.tuning import measure
+from loader.devices.xla_setup import processor
+from loader.inference.engine import Engine
+from loader.inference.model import KeyValues, Window
+from loader.inference.model import _attend as attend
+from loader.weights.checkpoint import Checkpoint, open_folder
+from loader.weights.schema import GrokConfig
 
 LAYER = 5
 CONTEXTS = (128, 1024, 8192)

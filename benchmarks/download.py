@@ -28,7 +28,7 @@ from pathlib import Path
 
 from payload import MIB, Usage, free_port, installed, measure, torrent_of, tracker, write_payload
 
-from grokfetch.swarm import SwarmSettings, seed
+from grokfetch.fetch.swarm import SwarmSettings, seed
 
 Client = Callable[[Path, Path, int], Usage | None]
 """(torrent file, empty folder, port of the seed) to what the download took."""

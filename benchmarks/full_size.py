@@ -25,16 +25,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import GrokfetchError, StorageFailed
-from grokfetch.hashing import Hashers, sha256_of
-from grokfetch.manifest import Manifest
-from grokfetch.progress import Bar, bytes_text, seconds_text
-from grokfetch.record import FileProof, Record
-from grokfetch.shipped import grok_1
-from grokfetch.store import Store
-from loader.checkpoint import open_checkpoint
-from loader.inventory import expected
-from loader.schema import GrokConfig, ParamSpec, parameters
-from loader.synthetic import write_tensor
+from grokfetch.folder.record import FileProof, Record
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest
+from grokfetch.manifest.shipped import grok_1
+from grokfetch.output.progress import Bar, bytes_text, seconds_text
+from grokfetch.torrent.read_back import Hashers, sha256_of
+from loader.weights.checkpoint import open_checkpoint
+from loader.weights.inventory import expected
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.synthetic import write_tensor
 
 NAME = "grok-1-synthetic"
 SHARDS = PurePosixPath("ckpt-0")

@@ -1,9 +1,9 @@
-"""Formulations of an int8 product on this CPU, and what `loader.tuning` makes of them.
+"""Formulations of an int8 product on this CPU, and what `loader.devices.tuning` makes of them.
 
 Run: python benchmarks/kernels.py. The matrix is one expert's gate projection of Grok-1, 201 MB, in
 memory. For each number of tokens it prints the rates of some formulations, of the one in plain JAX
-that `loader.tuning` has measured to be best, of `product.c` where there is a compiler, and of the
-naive product, over the rate at which all cores read the same memory.
+that `loader.devices.tuning` has measured to be best, of `product.c` where there is a compiler, and
+of the naive product, over the rate at which all cores read the same memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grokfetch.caches import cache_folder
-from loader import native
-from loader.kernels import Rows, Tuning, product
-from loader.machine import processor
-from loader.tuning import measure
+from loader.devices import native
+from loader.devices.cache_folder import cache_folder
+from loader.devices.kernels import Rows, Tuning, product
+from loader.devices.tuning import measure
+from loader.devices.xla_setup import processor
 
 ROWS, COLUMNS = 6144, 32768
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -83,7 +83,7 @@ def formulations(tokens: int, plain: Tuning) -> Iterator[tuple[str, Tuning]]:
 
 
 def ours(flat: jax.Array, x: jax.Array, tuning: Tuning) -> jax.Array:
-    """The product of `loader.kernels`."""
+    """The product of `loader.devices.kernels`."""
     matrix = Rows(flat, jnp.int32(0), jnp.int32(0), ROWS, COLUMNS, COLUMNS)
     return product(x, matrix, 1, lambda _: jnp.ones(COLUMNS), tuning)
 

@@ -27,13 +27,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grokfetch.caches import cache_folder
-from loader.checkpoint import Checkpoint, open_folder
-from loader.generate import Engine, State
-from loader.machine import processor, use_cores
-from loader.placement import make_mesh, share
-from loader.schema import GrokConfig
-from loader.tuning import measure
+from loader.devices.cache_folder import cache_folder
+from loader.devices.placement import make_mesh, share
+from loader.devices.tuning import measure
+from loader.devices.xla_setup import processor, use_cores
+from loader.inference.engine import Engine, State
+from loader.weights.checkpoint import Checkpoint, open_folder
+from loader.weights.schema import GrokConfig
 
 VOCABULARY = 256
 EMBEDDING = "language_model/in_out_embed/embeddings"

@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from loader.checkpoint import Checkpoint, open_folder
-from loader.schema import GrokConfig, parameters
-from loader.synthetic import write_tensor
+from loader.weights.checkpoint import Checkpoint, open_folder
+from loader.weights.schema import GrokConfig, parameters
+from loader.weights.synthetic import write_tensor
 
 CONFIG = GrokConfig(
     vocab_size=1024, emb_size=1280, widening_factor=38.4, num_q_heads=8, num_layers=1
@@ -191,7 +191,7 @@ def measure(folder: Path, layout: str, load: Callable[[Path, int], Any]) -> dict
 
 def copy_rate(nbytes: int = 2**29) -> float:
     """GB/s at which all cores together copy memory into fresh huge pages; the best of some."""
-    from loader.landing import fresh_memory
+    from loader.devices.assemble import fresh_memory
 
     source, step = np.ones(nbytes, np.uint8), 2**24
     times = []
@@ -243,7 +243,7 @@ def checkpoint(folder: Path, config: GrokConfig = CONFIG) -> Checkpoint:
 
 def grokfetch(folder: Path, axis: int) -> Any:
     """Ours, with what opening costs."""
-    from loader.transfer import transfer
+    from loader.devices.transfer import transfer
 
     opened = checkpoint(folder)
     return list(transfer((opened[name], sharding(axis)) for name in TENSORS))
@@ -346,7 +346,7 @@ def whole(folder: Path, layout: str, _count: int) -> dict[str, float]:
     """A checkpoint of so many layers, all links of one, to all devices."""
     import jax
 
-    from loader.placement import load, make_mesh
+    from loader.devices.placement import load, make_mesh
 
     config = dataclasses.replace(CONFIG, num_layers=int(layout))
     links = folder / f"layers-{layout}"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from grokfetch.bencode import encode
+from grokfetch.torrent.bencode import encode
 
 MIB = 1 << 20
 

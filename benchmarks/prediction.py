@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from grokfetch.shipped import demo_folder
-from loader import model
-from loader.checkpoint import Checkpoint, open_folder
-from loader.generate import Engine
-from loader.paging import Paging
-from loader.placement import make_mesh, share
-from loader.schema import GrokConfig
-from loader.tokenizer import Tokenizer
+from grokfetch.manifest.shipped import demo_folder
+from loader.devices.paging import Paging
+from loader.devices.placement import make_mesh, share
+from loader.inference import model
+from loader.inference.engine import Engine
+from loader.inference.tokenizer import Tokenizer
+from loader.weights.checkpoint import Checkpoint, open_folder
+from loader.weights.schema import GrokConfig
 
 PROMPT = "First it asks"
 TOKENS = 60
@@ -62,7 +62,7 @@ def main() -> None:
 
 def opened(folder: Path) -> tuple[GrokConfig, Checkpoint]:
     """The model of a published folder."""
-    from grokfetch.manifest import parse
+    from grokfetch.manifest.schema import parse
 
     manifest = parse((folder / "grok-demo.json").read_bytes(), "grok-demo.json")
     config = GrokConfig.from_mapping(manifest.model or {})

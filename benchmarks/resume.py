@@ -21,17 +21,17 @@ from pathlib import Path
 
 from payload import MIB, torrent_of, write_payload
 
-from grokfetch.store import Store
-from grokfetch.swarm import SwarmSettings, seed
+from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.folder.store import Store
 
 CHILD = """
 import json, os, sys, time
 from pathlib import Path
 from grokfetch.fetch import bringing as fetching
-from grokfetch.metainfo import parse_torrent
-from grokfetch.source import Arrived
-from grokfetch.store import Store
-from grokfetch.swarm import Swarm, SwarmSettings
+from grokfetch.torrent.metainfo import parse_torrent
+from grokfetch.fetch.source import Arrived
+from grokfetch.folder.store import Store
+from grokfetch.fetch.swarm import Swarm, SwarmSettings
 
 log = os.open(sys.argv[4], os.O_WRONLY | os.O_APPEND)
 def say(what, pieces=()):

@@ -1,4 +1,4 @@
-"""The forward pass of `loader/model.py` once more, for gradients, and with faults if need be.
+"""The forward pass of `loader/inference/model.py` once more, for gradients, with faults if need be.
 
 All experts are computed for every token, and the gates of those not chosen are zero, where the
 loader reads the chosen ones alone. The weights are seen as int8 will hold them; the gradient passes
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from loader.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
 # More than ten layers, since file order puts layer 10 before layer 2; eight heads of keys and
 # values and widths that divide by eight, so that eight devices can share it.

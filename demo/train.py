@@ -45,12 +45,12 @@ from jax import Array
 from tqdm import tqdm
 
 from grokfetch.commands.publish import publish
-from loader.checkpoint import open_folder
-from loader.generate import Engine
-from loader.placement import load, make_mesh
-from loader.schema import parameters
-from loader.shardwriter import write_shard
-from loader.tokenizer import Tokenizer
+from loader.devices.placement import load, make_mesh
+from loader.inference.engine import Engine
+from loader.inference.tokenizer import Tokenizer
+from loader.weights.checkpoint import open_folder
+from loader.weights.schema import parameters
+from loader.weights.shard_writer import write_shard
 
 HOME: Final = Path(__file__).parent / "published" / "grok-demo"
 TEXT: Final = HOME / "text.txt"

@@ -18,7 +18,7 @@ import click
 from grokfetch import __version__
 from grokfetch.commands.reporting import failed
 from grokfetch.errors import GrokfetchError
-from grokfetch.storage import storage_failed
+from grokfetch.folder.storage import storage_failed
 
 __all__ = ["main"]
 

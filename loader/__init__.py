@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loader.checkpoint import Checkpoint
+    from loader.weights.checkpoint import Checkpoint
 
 __all__ = ["open_checkpoint"]
 
@@ -28,12 +28,12 @@ def open_checkpoint(
         proven: False to accept files that no hash vouches for, if their structure is right.
 
     Raises:
-        GrokfetchError: as `loader.checkpoint.open_checkpoint`.
+        GrokfetchError: as `loader.weights.checkpoint.open_checkpoint`.
     """
     from pathlib import Path
 
-    from grokfetch.store import Store
-    from loader import checkpoint
+    from grokfetch.folder.store import Store
+    from loader.weights import checkpoint
 
     store = Store(Path(folder), None if state is None else Path(state))
     return checkpoint.open_checkpoint(store, proven=proven)

@@ -1,7 +1,7 @@
 """Writes grok-1.json beside it, the manifest of the official checkpoint.
 
-Run: python manifests/generate.py. Names, shapes, sizes and offsets come from `loader.schema`;
-only what no table can know stands here.
+Run: python manifests/generate.py. Names, shapes, sizes and offsets come from
+`loader.weights.schema`; only what no table can know stands here.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
-from grokfetch.manifest import Manifest, TokenizerSource, encode
-from loader.inventory import expected
-from loader.schema import GrokConfig
+from grokfetch.manifest.schema import Manifest, TokenizerSource, encode
+from loader.weights.inventory import expected
+from loader.weights.schema import GrokConfig
 
 INFO_HASH = "5f96d43576e3d386c9ba65b883210a393b68210e"
 # As published in the README of xai-org/grok-1.

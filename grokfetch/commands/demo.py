@@ -20,12 +20,12 @@ from grokfetch.commands.loading import Loading, load
 from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.output.progress import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.manifest import Manifest
-    from grokfetch.store import Store
-    from loader.generate import Engine
+    from grokfetch.folder.store import Store
+    from grokfetch.manifest.schema import Manifest
+    from loader.inference.engine import Engine
 
 NAME = "grok-demo"
 TEXT = PurePosixPath(NAME, "text.txt")
@@ -57,8 +57,8 @@ def demo(keep: Path | None) -> None:
 
 
 def _walk(folder: Path) -> None:
-    from grokfetch.store import Store
-    from loader.checkpoint import open_checkpoint
+    from grokfetch.folder.store import Store
+    from loader.weights.checkpoint import open_checkpoint
 
     steps = _Steps()
     published = folder / "published"
@@ -116,9 +116,9 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 def _publish(folder: Path) -> Manifest:
     """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
-    from grokfetch.manifest import parse
-    from grokfetch.shipped import demo_folder
-    from grokfetch.storage import storage_failed
+    from grokfetch.folder.storage import storage_failed
+    from grokfetch.manifest.schema import parse
+    from grokfetch.manifest.shipped import demo_folder
 
     try:
         # Contents only: an installation may be read-only, its copy must not be.
@@ -135,7 +135,7 @@ def _recite(store: Store, engine: Engine) -> tuple[str, int]:
     Raises:
         Damaged: it is not the text that the model knows.
     """
-    from loader.generate import Sampling
+    from loader.inference.engine import Sampling
 
     words = find_tokenizer(store, None)
     tokens = list(engine.generate(words.encode(PROMPT), MOST_TOKENS, Sampling()))
@@ -165,7 +165,7 @@ def _seeding(folder: Path) -> Iterator[int]:
 
 
 def _seed(folder: Path, pipe: Connection) -> None:
-    from grokfetch.swarm import SwarmSettings, seed
+    from grokfetch.fetch.swarm import SwarmSettings, seed
 
     torrent = folder.joinpath(f"{NAME}.torrent").read_bytes()
     with seed(torrent, folder, SwarmSettings.loopback()) as seeder:
@@ -177,8 +177,8 @@ def _seed(folder: Path, pipe: Connection) -> None:
 
 def _fetch(store: Store, magnet: str, manifest: Manifest) -> int:
     """Fetch by the magnet link alone; the number of pieces that came over the wire."""
-    from grokfetch.magnet import parse_magnet
-    from grokfetch.swarm import Swarm, SwarmSettings
+    from grokfetch.fetch.swarm import Swarm, SwarmSettings
+    from grokfetch.torrent.magnet import parse_magnet
 
     swarm = Swarm(parse_magnet(magnet), SwarmSettings.loopback())
     return bring(store, swarm, manifest, timeout_s=TIMEOUT_S).fetched

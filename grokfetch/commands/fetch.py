@@ -17,19 +17,19 @@ from grokfetch.commands.reporting import ended, json_option, reporter
 from grokfetch.commands.seed import Goal, goal_options, share
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
-from grokfetch.commands.terminal import plain_option
 from grokfetch.errors import SourceInvalid, TorrentInvalid
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.output.progress import bytes_text, seconds_text
+from grokfetch.output.terminal import plain_option
 
 if TYPE_CHECKING:
     from grokfetch.fetch import Asked, Outcome
-    from grokfetch.magnet import Magnet
-    from grokfetch.manifest import Manifest
-    from grokfetch.metainfo import TorrentFile
-    from grokfetch.source import PieceSource
-    from grokfetch.store import Store
-    from grokfetch.swarm import SwarmSettings
-    from loader.shares import Share
+    from grokfetch.fetch.source import PieceSource
+    from grokfetch.fetch.swarm import SwarmSettings
+    from grokfetch.folder.store import Store
+    from grokfetch.manifest.schema import Manifest
+    from grokfetch.torrent.magnet import Magnet
+    from grokfetch.torrent.metainfo import TorrentFile
+    from loader.weights.host_share import Share
 
 
 MOST_EXTRAS = 10
@@ -110,8 +110,8 @@ def fetch(
     --layers, --experts and --only narrow each other and ask for a part; each later run with them
     asks for more, and DIR remembers what was asked for. So do --num-hosts, --host-id and --mesh.
     """
-    from grokfetch.store import Store
-    from grokfetch.swarm import Swarm
+    from grokfetch.fetch.swarm import Swarm
+    from grokfetch.folder.store import Store
 
     known = None if manifest_file is None else read_manifest(manifest_file)
     wanted = resolve(source, known, state)
@@ -154,7 +154,7 @@ def _request(
     everything: bool,
 ) -> Asked | None:
     """What the options ask for, None if they do not say."""
-    from grokfetch.selection import Request, parse_numbers
+    from grokfetch.manifest.selection import Request, parse_numbers
 
     some = layers is not None or experts is not None or bool(only)
     if (everything and (some or of_host)) or (some and of_host):
@@ -183,8 +183,8 @@ def bring(
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
-    from grokfetch.history import recorded
-    from grokfetch.journal import checked
+    from grokfetch.folder.history import recorded
+    from grokfetch.folder.journal import checked
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
     brought = fetching.fetch(
@@ -222,9 +222,9 @@ def resolve(source: str | None, manifest: Manifest | None, state: Path | None = 
         SourceInvalid: it is none of these.
         TorrentInvalid, ManifestInvalid: it is one, but malformed.
     """
-    from grokfetch.magnet import parse_magnet
-    from grokfetch.shipped import grok_1
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
+    from grokfetch.manifest.shipped import grok_1
+    from grokfetch.torrent.magnet import parse_magnet
 
     if source is None:
         return _from_manifest(manifest or grok_1(), "the manifest")
@@ -246,8 +246,8 @@ def resolve(source: str | None, manifest: Manifest | None, state: Path | None = 
 
 
 def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
-    from grokfetch.manifest import parse
-    from grokfetch.metainfo import parse_torrent
+    from grokfetch.manifest.schema import parse
+    from grokfetch.torrent.metainfo import parse_torrent
 
     if data.lstrip()[:1] == b"{":
         return _from_manifest(parse(data, name) if manifest is None else manifest, name)
@@ -278,7 +278,7 @@ def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
 
 
 def _from_manifest(manifest: Manifest, name: str) -> Wanted:
-    from grokfetch.magnet import parse_magnet
+    from grokfetch.torrent.magnet import parse_magnet
 
     if manifest.magnet is None:
         raise SourceInvalid(
@@ -290,7 +290,7 @@ def _from_manifest(manifest: Manifest, name: str) -> Wanted:
 
 
 def _shipped(info_hash: str | None) -> Manifest | None:
-    from grokfetch.shipped import shipped
+    from grokfetch.manifest.shipped import shipped
 
     return next((known for known in shipped() if info_hash and known.info_hash == info_hash), None)
 
@@ -302,7 +302,7 @@ def read_manifest(path: Path) -> Manifest:
         ManifestInvalid: it is malformed.
         SourceInvalid: it cannot be read.
     """
-    from grokfetch.manifest import parse
+    from grokfetch.manifest.schema import parse
 
     try:
         return parse(path.read_bytes(), str(path))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from grokfetch.errors import OutOfReach
-from grokfetch.memory import available
-from grokfetch.progress import bytes_text
+from grokfetch.output.progress import bytes_text
+from loader.devices.memory import available
 
 if TYPE_CHECKING:
-    from loader.fit import Memory, Shortage
-    from loader.placement import Mesh
-    from loader.schema import GrokConfig
+    from loader.devices.placement import Mesh
+    from loader.weights.capacity import Memory, Shortage
+    from loader.weights.schema import GrokConfig
 
 __all__ = ["check_fit"]
 
@@ -29,8 +29,8 @@ def check_fit(
     Raises:
         OutOfReach: what is needed and what is free, and the smallest change that would do.
     """
-    from loader.fit import Use, shortage
-    from loader.sharding import MeshShape
+    from loader.weights.capacity import Use, shortage
+    from loader.weights.partition import MeshShape
 
     memory = _free_memory(mesh)
     if memory is None:
@@ -54,7 +54,7 @@ def check_fit(
 
 def _free_memory(mesh: Mesh) -> Memory | None:
     """What the devices of a mesh have free on this host; None where they do not tell."""
-    from loader.fit import Memory
+    from loader.weights.capacity import Memory
 
     devices = mesh.local_devices
     if all(device.platform == "cpu" for device in devices):

@@ -17,10 +17,10 @@ from grokfetch.commands.loading import Loading, arrange, mesh_shape
 
 if TYPE_CHECKING:
     from grokfetch.fetch import Asked
-    from grokfetch.manifest import Manifest
-    from grokfetch.selection import Request
-    from loader.schema import GrokConfig
-    from loader.shares import Share
+    from grokfetch.manifest.schema import Manifest
+    from grokfetch.manifest.selection import Request
+    from loader.weights.host_share import Share
+    from loader.weights.schema import GrokConfig
 
 __all__ = ["Hosts", "hosts_options", "share_options", "share_request"]
 
@@ -52,7 +52,7 @@ class Hosts:
         if not self.several:
             yield
             return
-        from loader.cluster import give_up, join
+        from loader.devices.cluster import give_up, join
 
         _keep_stdout()
         join(self.coordinator, self.count, self.number)
@@ -64,10 +64,10 @@ class Hosts:
 
     def asked(self, loading: Loading) -> Asked:
         """What to fetch of a checkpoint for this host: all of it if there is no other host."""
-        from grokfetch.selection import Request
+        from grokfetch.manifest.selection import Request
 
         def share(manifest: Manifest, piece_length: int) -> Request:
-            from loader.cluster import local_share
+            from loader.devices.cluster import local_share
 
             there = arrange(_config(manifest), loading)
             return share_request(local_share(there.mesh), manifest, piece_length)
@@ -149,7 +149,7 @@ def share_options(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--num-hosts, --host-id and --mesh go together")
         of_host = None
         if num_hosts is not None and host_id is not None and mesh is not None:
-            from loader.shares import share_of_host
+            from loader.weights.host_share import share_of_host
 
             of_host = share_of_host(mesh_shape(mesh), host_id, num_hosts)
         command(*args, of_host=of_host, **kwargs)
@@ -175,8 +175,8 @@ def share_request(share: Share, manifest: Manifest, piece_length: int) -> Reques
         NoModel: the manifest describes files only.
         MeshInvalid: the mesh does not divide the model.
     """
-    from grokfetch.selection import Extract, Request
-    from loader.shares import file_spans
+    from grokfetch.manifest.selection import Extract, Request
+    from loader.weights.host_share import file_spans
 
     spans = file_spans(manifest, _config(manifest), share, piece_length)
     return Request(extract=Extract(str(share), tuple(spans.items())))
@@ -184,7 +184,7 @@ def share_request(share: Share, manifest: Manifest, piece_length: int) -> Reques
 
 def _config(manifest: Manifest) -> GrokConfig:
     from grokfetch.errors import NoModel
-    from loader.schema import GrokConfig
+    from loader.weights.schema import GrokConfig
 
     if manifest.model is None:
         raise NoModel(f"{manifest.name} is no model that hosts could share")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.errors import CheckpointInvalid, GrokfetchError
+from grokfetch.output.terminal import plain_option, screen
 
 if TYPE_CHECKING:
-    from loader.shardfile import Shard
+    from loader.weights.shard_reader import Shard
 
 SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 
@@ -50,7 +50,7 @@ def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
 
 def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]]:
     """(name, shard) of every tensor; a name only where a manifest says it."""
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
 
     if not path.is_dir():
         yield None, path
@@ -67,7 +67,7 @@ def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]
 
 
 def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
-    from loader.shardfile import read_shard
+    from loader.weights.shard_reader import read_shard
 
     shard = read_shard(file)
     return {
@@ -83,7 +83,7 @@ def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
 
 def _official_name(file: Path, shard: Shard) -> str | None:
     """The name that the official model gives a tensor of this number, if the shapes are its."""
-    from loader.schema import GrokConfig, parameters
+    from loader.weights.schema import GrokConfig, parameters
 
     for spec in parameters(GrokConfig()):
         scales = None if shard.scales is None else shard.scales.shape

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from grokfetch.caches import cache_folder
 from grokfetch.commands.fitting import check_fit
 from grokfetch.commands.reporting import lines, notice, reporter
 from grokfetch.errors import OutOfReach
-from grokfetch.events import Loaded
-from grokfetch.progress import bytes_text, parse_bytes, seconds_text
-from grokfetch.storage import replacing
+from grokfetch.folder.storage import replacing
+from grokfetch.output.json_lines import Loaded
+from grokfetch.output.progress import bytes_text, parse_bytes, seconds_text
+from loader.devices.cache_folder import cache_folder
 
 if TYPE_CHECKING:
-    from loader.checkpoint import Checkpoint
-    from loader.generate import Engine
-    from loader.kernels import Tuning
-    from loader.paging import Managed
-    from loader.placement import Mesh, Params
-    from loader.schema import GrokConfig
-    from loader.sharding import MeshShape
+    from loader.devices.kernels import Tuning
+    from loader.devices.paging import Managed
+    from loader.devices.placement import Mesh, Params
+    from loader.inference.engine import Engine
+    from loader.weights.checkpoint import Checkpoint
+    from loader.weights.partition import MeshShape
+    from loader.weights.schema import GrokConfig
 
 __all__ = [
     "Arrangement",
@@ -132,7 +132,7 @@ def mesh_shape(text: str) -> MeshShape:
     Raises:
         click.BadParameter: it names none.
     """
-    from loader.sharding import MeshShape
+    from loader.weights.partition import MeshShape
 
     counts = {"data": 1, "expert": 1, "model": 1}
     found = [re.fullmatch(r"(data|expert|model)=(\d+)", part) for part in text.split(",")]
@@ -174,9 +174,9 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
         OutOfReach: weights, cache and work take more memory than the devices have, or mapped
             weights are to be used by devices that are no CPUs.
     """
-    from loader import machine
-    from loader.placement import check_shared, make_mesh
-    from loader.sharding import MeshShape
+    from loader.devices import xla_setup as machine
+    from loader.devices.placement import check_shared, make_mesh
+    from loader.weights.partition import MeshShape
 
     machine.keep_programs(cache_folder())
     placement, shape = loading.placement, loading.mesh
@@ -214,7 +214,7 @@ def load(checkpoint: Checkpoint, loading: Loading, tokens: int = 1) -> Engine:
 
 def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
     """The same onto devices that are found already."""
-    from loader.generate import Engine
+    from loader.inference.engine import Engine
 
     params, paging = place(there, checkpoint)
     return Engine(checkpoint.config, params, there.mesh, there.loading.dtype, paging)
@@ -222,7 +222,7 @@ def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
 
 def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed | None]:
     """The weights where the devices have them, and who brings their pages; says the time."""
-    from loader import placement as placing
+    from loader.devices import placement as placing
 
     start = time.perf_counter()
     mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
@@ -248,8 +248,8 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
 
 def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
     """Every tensor on the devices, with a bar."""
-    from grokfetch.verify import Progress
-    from loader import placement
+    from grokfetch.folder.verify import Progress
+    from loader.devices import placement
 
     total = checkpoint.nbytes
     done = 0
@@ -265,8 +265,8 @@ def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
 
 def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:
     """What keeps the pages of mapped weights within the memory that there is; says what stays."""
-    from grokfetch.memory import available
-    from loader.paging import Managed
+    from loader.devices.memory import available
+    from loader.devices.paging import Managed
 
     memory = available() if loading.memory is None else loading.memory
     paging = Managed(checkpoint, memory - _beside_weights(checkpoint, loading))
@@ -296,9 +296,9 @@ def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
 
 def _tuning(checkpoint: Checkpoint) -> Tuning | None:
     """What suits this processor: as measured once and kept, for models that are worth it."""
-    from loader import native
-    from loader.machine import processor
-    from loader.tuning import decode, encode, measure
+    from loader.devices import native
+    from loader.devices.tuning import decode, encode, measure
+    from loader.devices.xla_setup import processor
 
     if checkpoint.nbytes < WORTH_TUNING:
         return None

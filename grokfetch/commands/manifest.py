@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.commands.terminal import plain, plain_option
 from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
-from grokfetch.manifest import Manifest, ManifestFile, TokenizerSource, encode
-from grokfetch.progress import Bar, bytes_text
+from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.output.progress import Bar, bytes_text
+from grokfetch.output.terminal import plain, plain_option
 
 if TYPE_CHECKING:
-    from grokfetch.record import FileProof
-    from grokfetch.store import Store
-    from loader.checkpoint import Checkpoint
-    from loader.schema import GrokConfig
+    from grokfetch.folder.record import FileProof
+    from grokfetch.folder.store import Store
+    from loader.weights.checkpoint import Checkpoint
+    from loader.weights.schema import GrokConfig
 
 FIRST_SHARD = "tensor00000_000"
 TOKENIZER = PurePosixPath("tokenizer.model")
@@ -46,7 +46,7 @@ def manifest(folder: Path, config: Path | None, output: Path | None, state: Path
     For files that came another way than by `grokfetch fetch`: they can be verified and run from
     then on. The digests prove only that a file is unchanged since.
     """
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
 
     store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
@@ -68,7 +68,7 @@ def read_config(path: Path | None) -> GrokConfig:
     Raises:
         ManifestInvalid: they are malformed.
     """
-    from loader.schema import GrokConfig
+    from loader.weights.schema import GrokConfig
 
     if path is None:
         return GrokConfig()
@@ -90,7 +90,7 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
     Raises:
         CheckpointInvalid: there is none, or not of that config.
     """
-    from loader.checkpoint import open_folder
+    from loader.weights.checkpoint import open_folder
 
     homes = sorted({shard.parent for shard in folder.rglob(FIRST_SHARD)})
     if len(homes) != 1:
@@ -108,8 +108,8 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
 
 def _describe(store: Store, checkpoint: Checkpoint) -> Manifest:
     """The manifest of the checkpoint, without digests that only reading the files can tell."""
-    from grokfetch.shipped import grok_1
-    from loader.inventory import found
+    from grokfetch.manifest.shipped import grok_1
+    from loader.weights.inventory import found
 
     official = grok_1()
     files, tensors = found(checkpoint, store.root)
@@ -152,7 +152,7 @@ def _tokenizer(root: Path) -> TokenizerSource | None:
     path = root / TOKENIZER
     if not path.is_file():
         return None
-    from grokfetch.hashing import CHUNK, sha256_of
+    from grokfetch.torrent.read_back import CHUNK, sha256_of
 
     digest = sha256_of(path, memoryview(bytearray(CHUNK)))
     if digest.sha256 is None:
@@ -169,8 +169,8 @@ def _measure(
         Damaged: a file has another sha256 than the one that is published.
         StorageFailed: a file cannot be read, or changed meanwhile.
     """
-    from grokfetch.hashing import FileResult, Hashers, sha256_of
-    from grokfetch.record import FileProof
+    from grokfetch.folder.record import FileProof
+    from grokfetch.torrent.read_back import FileResult, Hashers, sha256_of
 
     def hashed(file: ManifestFile, buffer: memoryview) -> tuple[ManifestFile, FileProof]:
         path = store.payload(file.path)
@@ -207,7 +207,7 @@ def write_file(path: Path, text: bytes) -> None:
     Raises:
         StorageFailed: it cannot be written.
     """
-    from grokfetch.storage import replacing, storage_failed
+    from grokfetch.folder.storage import replacing, storage_failed
 
     try:
         with replacing(path) as file:

@@ -12,13 +12,13 @@ import click
 from grokfetch.commands.reporting import reporter
 
 if TYPE_CHECKING:
-    from grokfetch.magnet import Magnet
-    from grokfetch.manifest import Manifest
-    from grokfetch.metainfo import TorrentFile
-    from grokfetch.mirror import MirrorSettings
-    from grokfetch.source import PieceSource
-    from grokfetch.store import Store
-    from grokfetch.swarm import SwarmSettings
+    from grokfetch.fetch.mirror import MirrorSettings
+    from grokfetch.fetch.source import PieceSource
+    from grokfetch.fetch.swarm import SwarmSettings
+    from grokfetch.folder.store import Store
+    from grokfetch.manifest.schema import Manifest
+    from grokfetch.torrent.magnet import Magnet
+    from grokfetch.torrent.metainfo import TorrentFile
 
 __all__ = ["Mirrors", "mirror_options"]
 
@@ -52,8 +52,8 @@ class Mirrors:
         """
         if not self.wanted:
             return pieces
-        from grokfetch.magnet import Magnet
-        from grokfetch.mirror import Together
+        from grokfetch.fetch.mirror import Together
+        from grokfetch.torrent.magnet import Magnet
 
         there = manifest or store.manifest_or_none()
         listed = () if there is None else there.mirrors
@@ -64,7 +64,7 @@ class Mirrors:
         """Fetch the tokenizer that the manifest names, if the right one is not there; say so."""
         if not self.wanted:
             return
-        from grokfetch.mirror import bring_tokenizer
+        from grokfetch.fetch.mirror import bring_tokenizer
 
         notice = bring_tokenizer(store, self._settings())
         if notice is not None:
@@ -72,7 +72,7 @@ class Mirrors:
                 sink.take(notice)
 
     def _settings(self) -> MirrorSettings:
-        from grokfetch.mirror import MirrorSettings
+        from grokfetch.fetch.mirror import MirrorSettings
 
         proxy = self.swarm.proxy
         return MirrorSettings(
@@ -101,7 +101,7 @@ _OPTIONS = (
 
 def _checked(addresses: tuple[str, ...]) -> tuple[str, ...]:
     if addresses:
-        from grokfetch.mirror import unusable
+        from grokfetch.fetch.mirror import unusable
 
         for address in addresses:
             why = unusable(address, stranger=False)

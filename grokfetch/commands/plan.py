@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.terminal import Screen, plain_option, screen
 from grokfetch.errors import MeshInvalid
-from grokfetch.progress import bytes_text, seconds_text
+from grokfetch.output.progress import bytes_text, seconds_text
+from grokfetch.output.terminal import Screen, plain_option, screen
 
 if TYPE_CHECKING:
-    from grokfetch.devices import Device
-    from grokfetch.manifest import Manifest
-    from grokfetch.preflight import Check, Need, Place
+    from grokfetch.fetch.preflight import Check, Need, Place
+    from grokfetch.manifest.schema import Manifest
+    from loader.devices.present import Device
 
 SCHEMA = 1
 DEVICE_COUNTS = (1, 2, 4, 8, 16)
@@ -91,7 +91,7 @@ def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
     Without a MANIFEST it is the one in force in DIR, or Grok-1's. What lies in DIR already counts.
     The exit code is 0 if the fetch can work here.
     """
-    from grokfetch.preflight import refuse
+    from grokfetch.fetch.preflight import refuse
 
     made = make(manifest_file, folder)
     if as_json:
@@ -112,12 +112,12 @@ def make(manifest_file: Path | None, folder: Path) -> Plan:
     import psutil
 
     from grokfetch.commands.fetch import read_manifest
-    from grokfetch.devices import devices
-    from grokfetch.manifest import bind
-    from grokfetch.preflight import checks, need, probe
-    from grokfetch.shipped import grok_1
-    from grokfetch.store import Store
-    from grokfetch.survey import survey
+    from grokfetch.fetch.preflight import checks, need, probe
+    from grokfetch.folder.store import Store
+    from grokfetch.folder.survey import survey
+    from grokfetch.manifest.schema import bind
+    from grokfetch.manifest.shipped import grok_1
+    from loader.devices.present import devices
 
     store = Store(folder)
     begun = store.manifest_or_none()
@@ -148,9 +148,9 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
     Raises:
         ManifestInvalid: the manifest's model is none.
     """
-    from loader.fit import Use, need
-    from loader.schema import GrokConfig
-    from loader.sharding import choose_mesh
+    from loader.weights.capacity import Use, need
+    from loader.weights.partition import choose_mesh
+    from loader.weights.schema import GrokConfig
 
     if manifest.model is None:
         return

@@ -19,13 +19,13 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
-from grokfetch.commands.terminal import plain, plain_option
-from grokfetch.manifest import STATE_FOLDER, Manifest, ManifestFile, TokenizerSource, encode
-from grokfetch.progress import Bar, bytes_text, seconds_text
+from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.output.progress import Bar, bytes_text, seconds_text
+from grokfetch.output.terminal import plain, plain_option
 
 if TYPE_CHECKING:
-    from grokfetch.making import Made
-    from grokfetch.metainfo import TorrentFile
+    from grokfetch.torrent.create import Made
+    from grokfetch.torrent.metainfo import TorrentFile
 
 LARGEST_PIECE = 1 << 30
 
@@ -139,7 +139,7 @@ def _settled(folder: Path) -> Iterator[None]:
         StateLocked: a fetch is writing it.
         NotProven: a fetch of it is not complete.
     """
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
 
     if not folder.joinpath(STATE_FOLDER).is_dir():
         yield
@@ -156,7 +156,7 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
     """The manifest without files and digests: name, and tensors where it is a checkpoint."""
     if config is None and next(folder.rglob(FIRST_SHARD), None) is None:
         return Manifest(folder.name, ())
-    from loader.inventory import found
+    from loader.weights.inventory import found
 
     checkpoint = find_checkpoint(folder, read_config(config))
     _, tensors = found(checkpoint, folder.parent)
@@ -166,7 +166,7 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 def _make(
     folder: Path, piece_length: int | None, trackers: Sequence[str], web_seeds: Sequence[str]
 ) -> Made:
-    from grokfetch import making
+    from grokfetch.torrent import create as making
 
     files = making.list_files(folder)
     sizes = [size for _, size in files]
@@ -208,8 +208,8 @@ def _tokenizer(path: PurePosixPath, files: Sequence[ManifestFile]) -> TokenizerS
 
 
 def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: Path) -> None:
-    from grokfetch.metainfo import encode_torrent
-    from grokfetch.storage import storage_failed
+    from grokfetch.folder.storage import storage_failed
+    from grokfetch.torrent.metainfo import encode_torrent
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.progress import bytes_text
+from grokfetch.output.progress import bytes_text
 
 
 @click.command()
@@ -32,10 +32,10 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
     hashes nothing and takes no lock. It names the peers and mirrors that sent something.
     """
     from grokfetch.errors import StorageFailed
-    from grokfetch.overview import overview
-    from grokfetch.report.page import render
-    from grokfetch.storage import replacing, storage_failed
-    from grokfetch.store import Store
+    from grokfetch.folder.overview import overview
+    from grokfetch.folder.storage import replacing, storage_failed
+    from grokfetch.folder.store import Store
+    from grokfetch.output.report.page import render
 
     store = Store(folder, state)
     seen = overview(store)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from grokfetch import __version__
-from grokfetch.commands.terminal import plain
-from grokfetch.progress import Bar, Lines, Sink
+from grokfetch.output.progress import Bar, Lines, Sink
+from grokfetch.output.terminal import plain
 
 __all__ = ["ended", "failed", "json_option", "lines", "notice", "reporter"]
 
@@ -34,7 +34,7 @@ def json_option(function: Function) -> Function:
 
 
 def _begin(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001
-    from grokfetch.events import Started
+    from grokfetch.output.json_lines import Started
 
     if value:
         made = context.meta[KEY] = Lines(click.echo)
@@ -56,7 +56,7 @@ def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
 
 def notice(text: str) -> None:
     """Say something that is worth knowing and ends nothing."""
-    from grokfetch.source import Notice
+    from grokfetch.fetch.source import Notice
 
     machine = lines()
     if machine is None:
@@ -67,7 +67,7 @@ def notice(text: str) -> None:
 
 def ended(text: str, seconds: float, **results: object) -> None:
     """Say how the command ended: the text for people, the rest for machines."""
-    from grokfetch.events import Ended
+    from grokfetch.output.json_lines import Ended
 
     machine = lines()
     if machine is None:
@@ -78,7 +78,7 @@ def ended(text: str, seconds: float, **results: object) -> None:
 
 def failed(context: click.Context, error: BaseException) -> None:
     """Tell a machine what ended the command."""
-    from grokfetch.events import error_fields
+    from grokfetch.output.json_lines import error_fields
 
     machine = lines(context)
     if machine is not None:

@@ -17,16 +17,16 @@ from grokfetch.commands.loading import Loading, arrange, load_onto, loading_opti
 from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.streaming import Meanwhile, load_as_it_comes, meanwhile_options
-from grokfetch.commands.terminal import plain_option, screen
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
-from grokfetch.progress import seconds_text, speed_text
+from grokfetch.output.progress import seconds_text, speed_text
+from grokfetch.output.terminal import plain_option, screen
 
 if TYPE_CHECKING:
-    from grokfetch.commands.measuring import Measured
     from grokfetch.fetch import Asked
-    from grokfetch.progress import Lines
-    from grokfetch.store import Store
-    from loader.tokenizer import Tokenizer
+    from grokfetch.folder.store import Store
+    from grokfetch.output.progress import Lines
+    from grokfetch.output.run_figures import Measured
+    from loader.inference.tokenizer import Tokenizer
 
 
 @click.command()
@@ -85,13 +85,13 @@ def run(
     if unproven and meanwhile is not None:
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
-    from grokfetch.arriving import Arriving
-    from grokfetch.commands.measuring import Measured
-    from grokfetch.meter import Meter
-    from loader.checkpoint import model_of, open_checkpoint
-    from loader.cluster import is_first, local_share, meet
-    from loader.generate import Sampling, check_prompts
-    from loader.schema import weight_bytes
+    from grokfetch.fetch.waiting_store import Arriving
+    from grokfetch.output.run_figures import Measured
+    from loader.devices.cluster import is_first, local_share, meet
+    from loader.devices.meter import Meter
+    from loader.inference.engine import Sampling, check_prompts
+    from loader.weights.checkpoint import model_of, open_checkpoint
+    from loader.weights.schema import weight_bytes
 
     with (
         hosts.joined(),
@@ -130,14 +130,14 @@ def _reading(
 ) -> Iterator[Store]:
     """The folder, while nobody else writes it."""
     if meanwhile is None:
-        from grokfetch.store import Store
+        from grokfetch.folder.store import Store
 
         store = Store(folder, state)
         with store.lock(exclusive=False):
             yield store
     else:
-        from grokfetch.arriving import Arriving
-        from loader.cluster import check
+        from grokfetch.fetch.waiting_store import Arriving
+        from loader.devices.cluster import check
 
         arriving = Arriving(folder, state, watch=check)
         with meanwhile.fetching(arriving, asked):
@@ -159,7 +159,7 @@ def _events(
     machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
 ) -> None:
     """Tell a machine each token as it comes, and at the end the text and what it took."""
-    from grokfetch.events import Ended, Token
+    from grokfetch.output.json_lines import Ended, Token
 
     start = time.perf_counter()
     stream = None if words is None else words.stream()

@@ -17,16 +17,16 @@ from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import NotProven, StateMissing
-from grokfetch.events import Ended, Seeding
-from grokfetch.progress import Lines, bytes_text, seconds_text
-from grokfetch.proofs import Proofs
-from grokfetch.swarm import Shared
+from grokfetch.fetch.swarm import Shared
+from grokfetch.folder.ledger import Proofs
+from grokfetch.output.json_lines import Ended, Seeding
+from grokfetch.output.progress import Lines, bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.metainfo import TorrentFile
-    from grokfetch.pieces import Layout
-    from grokfetch.store import Store
-    from grokfetch.swarm import Seeder, SwarmSettings
+    from grokfetch.fetch.swarm import Seeder, SwarmSettings
+    from grokfetch.folder.store import Store
+    from grokfetch.torrent.layout import Layout
+    from grokfetch.torrent.metainfo import TorrentFile
 
 LOOK_INTERVAL_S = 5.0
 """How often the files are looked at; what somebody else has written is not shared."""
@@ -97,7 +97,7 @@ def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) 
 
     A file that changes meanwhile ends it. Others can read DIR at the same time, none can write.
     """
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
 
     share(Store(folder, state), swarm, goal, lines())
 
@@ -116,8 +116,8 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
         NotProven: nothing is proven, or a file has changed meanwhile.
         StateLocked: another process is writing the folder.
     """
-    from grokfetch.metainfo import encode_torrent
-    from grokfetch.swarm import seed as seeding
+    from grokfetch.fetch.swarm import seed as seeding
+    from grokfetch.torrent.metainfo import encode_torrent
 
     with store.lock(exclusive=False):
         torrent, layout = store.torrent(), store.layout()

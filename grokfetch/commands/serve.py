@@ -13,15 +13,15 @@ from grokfetch.commands.loading import Loading, load, loading_options
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.errors import StorageFailed, TokenizerMissing
-from grokfetch.progress import seconds_text
+from grokfetch.output.progress import seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from grokfetch.folder.store import Store
     from grokfetch.serving.model import Generation
-    from grokfetch.store import Store
-    from loader.batching import Batch, Emission
-    from loader.tokenizer import Tokenizer
+    from loader.inference.batching import Batch, Emission
+    from loader.inference.tokenizer import Tokenizer
 
 KEY_VARIABLE = "GROKFETCH_API_KEY"
 WARM_UP_S = 20.0
@@ -83,14 +83,14 @@ def serve(
     Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
     have been answered.
     """
+    from grokfetch.folder.store import Store
     from grokfetch.serving.app import application
     from grokfetch.serving.model import Served
     from grokfetch.serving.server import bound, listen
     from grokfetch.serving.worker import Worker
-    from grokfetch.store import Store
-    from loader.batching import Batch
-    from loader.checkpoint import open_checkpoint
-    from loader.sampling import MOST_RANKED
+    from loader.inference.batching import Batch
+    from loader.inference.sampling import MOST_RANKED
+    from loader.weights.checkpoint import open_checkpoint
 
     store = Store(folder, state)
     key = _key(api_key_file)
@@ -132,8 +132,8 @@ class _Jobs:
         return self._batch.working
 
     def add(self, number: int, generation: Generation) -> None:
-        from loader.batching import Job
-        from loader.sampling import Sampling
+        from loader.inference.batching import Job
+        from loader.inference.sampling import Sampling
 
         sampling = Sampling(
             generation.temperature, generation.top_p, generation.top_k, generation.seed

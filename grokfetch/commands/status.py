@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.commands.terminal import LABEL, Screen, plain_option, screen
-from grokfetch.progress import bytes_text, seconds_text, share_text, speed_text
+from grokfetch.output.progress import bytes_text, seconds_text, share_text, speed_text
+from grokfetch.output.terminal import LABEL, Screen, plain_option, screen
 
 if TYPE_CHECKING:
-    from grokfetch.history import History
-    from grokfetch.journal import Check, Run
-    from grokfetch.overview import Overview
-    from grokfetch.survey import Group, Survey
+    from grokfetch.folder.history import History
+    from grokfetch.folder.journal import Check, Run
+    from grokfetch.folder.overview import Overview
+    from grokfetch.folder.survey import Group, Survey
 
 MAP_ROWS = 6
 GROUP_WIDTH = 25
@@ -42,8 +42,8 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
     Reads the record and the files' sizes and times, hashes nothing and takes no lock: it may run
     beside a fetch.
     """
-    from grokfetch.overview import as_fields, overview
-    from grokfetch.store import Store
+    from grokfetch.folder.overview import as_fields, overview
+    from grokfetch.folder.store import Store
 
     store = Store(folder, state)
     seen = overview(store)
@@ -166,7 +166,7 @@ def _run(run: Run, now: float) -> str:
 
 def _rates(history: History, view: Screen) -> Iterator[str]:
     """Bytes a second over the time at work, each cell an equal part of it."""
-    from grokfetch.history import rates
+    from grokfetch.folder.history import rates
 
     found = rates(history.samples, max(10, view.columns - LABEL))
     if not found or not max(found):
@@ -177,8 +177,8 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
-    from grokfetch.overview import missing_runs
-    from grokfetch.survey import piece_map
+    from grokfetch.folder.overview import missing_runs
+    from grokfetch.folder.survey import piece_map
 
     if view.plain:
         runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(pieces)]

@@ -17,12 +17,12 @@ from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
 
 if TYPE_CHECKING:
-    from grokfetch.arriving import Arriving
     from grokfetch.fetch import Asked, Event
-    from grokfetch.progress import Sink
-    from grokfetch.swarm import SwarmSettings
-    from loader.generate import Engine, Sampling
-    from loader.shares import Share
+    from grokfetch.fetch.swarm import SwarmSettings
+    from grokfetch.fetch.waiting_store import Arriving
+    from grokfetch.output.progress import Sink
+    from loader.inference.engine import Engine, Sampling
+    from loader.weights.host_share import Share
 
 __all__ = ["Meanwhile", "load_as_it_comes", "meanwhile_options"]
 
@@ -59,8 +59,8 @@ class Meanwhile:
         """
         from grokfetch.commands.fetch import resolve
         from grokfetch.fetch import Limits, fetch
-        from grokfetch.history import recorded
-        from grokfetch.swarm import Swarm
+        from grokfetch.fetch.swarm import Swarm
+        from grokfetch.folder.history import recorded
 
         begun = self.source is None and store.manifest_or_none() is not None
         wanted = resolve(str(store.root) if begun else self.source, None, store.state)
@@ -158,10 +158,10 @@ def load_as_it_comes(
         prompt: what will be asked, for the size of the steps.
         sampling: how tokens will be chosen.
     """
-    from loader import placement as placing
-    from loader.checkpoint import Checkpoint, expect_checkpoint
-    from loader.cluster import meet
-    from loader.generate import Engine
+    from loader.devices import placement as placing
+    from loader.devices.cluster import meet
+    from loader.inference.engine import Engine
+    from loader.weights.checkpoint import Checkpoint, expect_checkpoint
 
     checkpoint = expect_checkpoint(store, share)
     config = checkpoint.config

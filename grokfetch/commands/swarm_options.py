@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from grokfetch.progress import parse_bytes
+from grokfetch.output.progress import parse_bytes
 
 if TYPE_CHECKING:
-    from grokfetch.swarm import Proxy, SwarmSettings
+    from grokfetch.fetch.swarm import Proxy, SwarmSettings
 
 __all__ = ["Rate", "proxy_of", "swarm_options"]
 
@@ -104,7 +104,7 @@ def _settings(
     proxy: str | None,
     encryption: Any,
 ) -> SwarmSettings:
-    from grokfetch.swarm import SwarmSettings
+    from grokfetch.fetch.swarm import SwarmSettings
 
     return SwarmSettings(
         listen,
@@ -128,7 +128,7 @@ def proxy_of(text: str) -> Proxy:
     """
     from urllib.parse import unquote
 
-    from grokfetch.swarm import Proxy
+    from grokfetch.fetch.swarm import Proxy
 
     try:
         url = urlsplit(text)

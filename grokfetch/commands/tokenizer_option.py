@@ -12,9 +12,9 @@ import click
 from grokfetch.errors import TokenizerMissing
 
 if TYPE_CHECKING:
-    from grokfetch.manifest import TokenizerSource
-    from grokfetch.store import Store
-    from loader.tokenizer import Tokenizer
+    from grokfetch.folder.store import Store
+    from grokfetch.manifest.schema import TokenizerSource
+    from loader.inference.tokenizer import Tokenizer
 
 __all__ = ["find_tokenizer", "tokenizer_option"]
 
@@ -38,7 +38,7 @@ def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
     Raises:
         TokenizerMissing: there is none, or another one than the manifest names.
     """
-    from loader.tokenizer import Tokenizer
+    from loader.inference.tokenizer import Tokenizer
 
     source = store.manifest().tokenizer
     if chosen is not None:

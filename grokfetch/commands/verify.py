@@ -13,17 +13,17 @@ from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import ended, json_option, lines, reporter
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
-from grokfetch.commands.terminal import plain_option
 from grokfetch.errors import Damaged
-from grokfetch.progress import seconds_text
+from grokfetch.output.progress import seconds_text
+from grokfetch.output.terminal import plain_option
 
 if TYPE_CHECKING:
     from grokfetch.errors import GrokfetchError
-    from grokfetch.journal import Command
-    from grokfetch.manifest import Manifest
-    from grokfetch.store import Store
-    from grokfetch.swarm import SwarmSettings
-    from grokfetch.verify import Summary
+    from grokfetch.fetch.swarm import SwarmSettings
+    from grokfetch.folder.journal import Command
+    from grokfetch.folder.store import Store
+    from grokfetch.folder.verify import Summary
+    from grokfetch.manifest.schema import Manifest
 
 
 @click.command()
@@ -58,7 +58,7 @@ def verify(
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
     is what the manifest says; files that the manifest does not name are listed and do no harm.
     """
-    from grokfetch.store import Store
+    from grokfetch.folder.store import Store
 
     store = Store(folder, state)
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def _repair(
 ) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
     from grokfetch.commands.fetch import begun_in, bring
-    from grokfetch.swarm import Swarm
+    from grokfetch.fetch.swarm import Swarm
 
     wanted = begun_in(store)
     pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
@@ -120,8 +120,8 @@ def _of(store: Store) -> str:
 
 def check_bytes(store: Store) -> Summary:
     """Read back a checkpoint with a bar, print the findings, return the summary."""
-    from grokfetch import verify as verification
-    from grokfetch.journal import checked
+    from grokfetch.folder import verify as verification
+    from grokfetch.folder.journal import checked
 
     with reporter("verify", findings_to_stdout=True) as sink:
         for event in checked(store, "verify", verification.verify(store)):
@@ -140,8 +140,8 @@ def check_tensors(store: Store, command: Command = "verify") -> int:
         store: the checkpoint folder.
         command: whose findings these complete.
     """
-    from grokfetch.journal import Found, note_more
-    from loader.checkpoint import faults
+    from grokfetch.folder.journal import Found, note_more
+    from loader.weights.checkpoint import faults
 
     found = []
     machine = lines()

@@ -5,9 +5,9 @@ against the info hash, and every piece is read back and hashed here before the r
 Whatever ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
 """
 
-from grokfetch.fetch.bringing import Limits, fetch
 from grokfetch.fetch.events import Event, Metadata, Outcome, Status
-from grokfetch.fetch.settling import Asked
+from grokfetch.fetch.loop import Limits, fetch
+from grokfetch.fetch.prepare import Asked
 
 __all__ = [
     "Asked",

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from grokfetch.source import Notice, Origin
-from grokfetch.verify import Finding, Proven
+from grokfetch.fetch.source import Notice, Origin
+from grokfetch.folder.verify import Finding, Proven
 
 __all__ = ["Event", "Metadata", "Outcome", "Phase", "Status"]
 

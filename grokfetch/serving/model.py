@@ -28,7 +28,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Generation:
-    """One prompt to continue; `loader.batching.Job` says what the fields mean."""
+    """One prompt to continue; `loader.inference.batching.Job` says what the fields mean."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -41,7 +41,7 @@ class Generation:
 
 
 class Scored(Protocol):
-    """A token, its log-probability, and the most probable ones, as `loader.batching.Scored`."""
+    """A token, its log-probability, and the most probable: `loader.inference.batching.Scored`."""
 
     @property
     def token(self) -> int:
@@ -57,7 +57,7 @@ class Scored(Protocol):
 
 
 class Emission(Protocol):
-    """What became known of one text, as `loader.batching.Emission`."""
+    """What became known of one text, as `loader.inference.batching.Emission`."""
 
     @property
     def number(self) -> int:

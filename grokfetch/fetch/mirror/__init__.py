@@ -1,0 +1,13 @@
+"""HTTP mirrors: pieces and the tokenizer from web servers that are trusted in nothing.
+
+`Together` makes one `PieceSource` of a swarm and mirrors. Only this package imports httpx.
+"""
+
+from __future__ import annotations
+
+from grokfetch.fetch.mirror.addresses import unusable
+from grokfetch.fetch.mirror.pinned import bring_tokenizer
+from grokfetch.fetch.mirror.state import MirrorSettings
+from grokfetch.fetch.mirror.together import Together
+
+__all__ = ["MirrorSettings", "Together", "bring_tokenizer", "unusable"]

@@ -1,0 +1,322 @@
+"""A swarm and mirrors as one `PieceSource`, at work at the same time on pieces that are disjoint.
+
+The pieces are divided before anything runs: the swarm is told of the first ones only, mirrors bring
+the last ones. So no piece can be written by both, whatever either does late: a block that a slow
+peer sends after all cannot spoil what a mirror brought, because libtorrent never asked for it. (To
+take a piece away from libtorrent while it runs would not be as safe: of a request that timed out
+the block may still come, and is written before its hash is known.) Nobody knows beforehand how to
+divide, so it is done in rounds. The first gives half to each side; when one has finished and the
+other would need long for the rest, that rest is divided anew, by the rates seen. A swarm that
+brought nothing gets nothing in the next round, and mirrors that are dropped leave all to the swarm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+
+from grokfetch.errors import OutOfReach
+from grokfetch.fetch.mirror.addresses import label, unusable
+from grokfetch.fetch.mirror.pool import Pool
+from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
+from grokfetch.fetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
+from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.metainfo import TorrentFile
+
+__all__ = ["Together"]
+
+WAIT_S = 0.2
+"""How long to wait for mirrors when there is nothing else to wait for."""
+
+LONG_S = 20.0
+"""If one side needs more than this for its rest while the other is idle, it is divided anew. Ending
+a swarm costs the blocks of its unfinished pieces and the search for peers."""
+
+QUIET_S = 10.0
+"""So long without a byte, and a swarm does not keep idle mirrors waiting."""
+
+FAIR_S = 5.0
+"""Before this nothing is known of how fast mirrors are."""
+
+RATE_INTERVAL_S = 0.5
+
+Event = Arrived | Traffic | Notice
+
+
+class Together:
+    """Pieces from a swarm and from mirrors; metadata from the swarm.
+
+    Args:
+        swarm: where metadata comes from, and what mirrors do not have.
+        addresses: of mirrors, believed to be meant by the person or the manifest.
+        strange: of mirrors, from a magnet link; those of the torrent are added.
+        settings: how to treat mirrors.
+    """
+
+    def __init__(
+        self,
+        swarm: PieceSource,
+        addresses: Iterable[str] = (),
+        strange: Iterable[str] = (),
+        settings: MirrorSettings | None = None,
+    ) -> None:
+        self._swarm = swarm
+        self._addresses = tuple(addresses)
+        self._strange = tuple(strange)
+        self._settings = settings or MirrorSettings()
+        self._mirrors: dict[str, Mirror | None] = {}
+        self._swarm_works = True
+        self._from_peers: Mapping[Origin, int] = {}
+
+    @property
+    def info_hash(self) -> str:
+        """Of the torrent, 40 or 64 hexadecimal digits."""
+        return self._swarm.info_hash
+
+    @property
+    def magnet(self) -> str | None:
+        """The magnet link of the swarm, None if it was made from a torrent."""
+        return self._swarm.magnet
+
+    def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
+        """The metadata from the swarm; mirrors have none."""
+        yield from self._swarm.metadata()
+
+    def download(self, order: Order) -> Generator[Event, None, None]:
+        """Bring the wanted pieces.
+
+        Raises:
+            OutOfReach: the swarm cannot be joined, and mirrors do not have everything.
+            StorageFailed: the disk does not take them.
+            TorrentInvalid: the swarm understands the torrent otherwise than we do.
+        """
+        yield from self._meet(order.torrent)
+        left = set(order.want)
+        received = 0
+        share, quiet = 0.5, False
+        while left:
+            ours = self._share(order.layout, left, 1.0 if quiet else share)
+            theirs = left.difference(ours)
+            if not ours and not self._can_help(order.layout, left):
+                swarm = self._swarm.download(_want(order, theirs))
+                with contextlib.closing(swarm):
+                    yield from map(self._told_apart, _shifted(swarm, received))
+                return
+            a_round = _Round(order, theirs, ours, received, self._can_help)
+            with (
+                Pool(self._alive(), order.layout, order.root, ours, self._settings) as pool,
+                contextlib.closing(a_round.run(pool, self._join(_want(order, theirs)))) as events,
+            ):
+                yield from map(self._told_apart, events)
+            left -= a_round.arrived
+            received = a_round.received
+            share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
+
+    def _told_apart(self, event: Event) -> Event:
+        """Traffic with who has sent how much, in earlier rounds too; all else as it is."""
+        if not isinstance(event, Traffic):
+            return event
+        self._from_peers = event.sent or self._from_peers
+        sent = Counter(self._from_peers)
+        for mirror in self._mirrors.values():
+            if mirror is not None and mirror.received:
+                sent[Origin("mirror", label(mirror.address))] += mirror.received
+        return dataclasses.replace(event, sent=sent)
+
+    def _meet(self, torrent: TorrentFile) -> Iterator[Notice]:
+        """Take in the addresses, once each."""
+        known = [(address, False) for address in self._addresses]
+        known += [(address, True) for address in (*self._strange, *torrent.web_seeds)]
+        for address, stranger in known:
+            if address not in self._mirrors:
+                why = unusable(address, stranger=stranger)
+                self._mirrors[address] = Mirror(address) if why is None else None
+                if why is not None:
+                    yield Notice(f"mirror {address:.200} is not used: {why}")
+
+    def _alive(self) -> list[Mirror]:
+        return [it for it in self._mirrors.values() if it is not None and not it.dropped]
+
+    def _share(self, layout: Layout, left: set[int], share: float) -> list[int]:
+        """The pieces for the mirrors: the last ones of those that a mirror may have."""
+        mirrors = self._alive()
+        able = [
+            piece
+            for piece in sorted(left)
+            if any(mirror.serves(_files(layout, piece)) for mirror in mirrors)
+        ]
+        if not self._swarm_works:
+            return able
+        return able[len(able) - math.floor(share * len(able) + 0.5) :]
+
+    def _can_help(self, layout: Layout, pieces: set[int]) -> bool:
+        mirrors = self._alive()
+        return any(it.serves(_files(layout, piece)) for piece in pieces for it in mirrors)
+
+    def _join(self, order: Order) -> Generator[Event, None, None]:
+        """The swarm; where it cannot be joined at all, that is said and mirrors go on alone."""
+        if not order.want:
+            return
+        try:
+            yield from self._swarm.download(order)
+        except OutOfReach as error:
+            self._swarm_works = False
+            names = ", ".join(label(mirror.address) for mirror in self._alive())
+            yield Notice(f"{error.what}; going on with {names} alone")
+
+
+class _Round:
+    """One division of the pieces under way.
+
+    Attributes:
+        arrived: pieces that are there.
+        received: payload bytes since the order, of both sides.
+        swarm_moved: whether the swarm has brought a byte, or had nothing to bring.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        theirs: set[int],
+        ours: list[int],
+        received: int,
+        can_help: Callable[[Layout, set[int]], bool],
+    ) -> None:
+        self._order = order
+        self._can_help = can_help
+        self._swarm_left = set(theirs)
+        self._mirrors_left = set(ours)
+        self._shared = bool(ours)
+        self._before = received
+        self._start = self._moved_at = time.monotonic()
+        self._swarm = Traffic(0, 0.0, 0)
+        self._swarm_bytes = 0
+        self._mirror_bytes = 0
+        self._rate = _Rate()
+        self.arrived: set[int] = set()
+        self.received = received
+        self.swarm_moved = not theirs
+
+    def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """Run until both are done, or until it is better to divide the rest anew."""
+        swarm_runs = True
+        give_up_at = math.inf
+        with contextlib.closing(swarm):
+            while swarm_runs or pool.busy:
+                # The swarm waits itself.
+                yield from self._from_mirrors(pool, 0.0 if swarm_runs else WAIT_S)
+                if swarm_runs:
+                    event = next(swarm, None)
+                    swarm_runs = event is not None
+                    if event is not None:
+                        yield from self._from_swarm(event)
+                yield self._traffic(pool)
+                if swarm_runs and not pool.busy and self._swarm_is_slow():
+                    break
+                if not swarm_runs and give_up_at == math.inf and self._mirrors_are_slow():
+                    pool.retire()
+                    give_up_at = time.monotonic() + LONG_S
+                if time.monotonic() > give_up_at:
+                    break
+        yield from self._from_mirrors(pool, 0.0)
+        yield self._traffic(pool)
+
+    def _from_mirrors(self, pool: Pool, timeout_s: float) -> Iterator[Event]:
+        for event in pool.take(timeout_s):
+            if isinstance(event, Arrived):
+                self._mirrors_left.difference_update(event.pieces)
+                self._mirror_bytes += self._bytes(event.pieces)
+                self.arrived.update(event.pieces)
+            yield event
+
+    def _from_swarm(self, event: Event) -> Iterator[Event]:
+        if isinstance(event, Traffic):
+            if event.received > self._swarm.received:
+                self._moved_at = time.monotonic()
+                self.swarm_moved = True
+            self._swarm = event
+            return
+        if isinstance(event, Arrived):
+            self.swarm_moved = True
+            self._swarm_left.difference_update(event.pieces)
+            self._swarm_bytes += self._bytes(event.pieces)
+            self.arrived.update(event.pieces)
+        yield event
+
+    def _traffic(self, pool: Pool) -> Traffic:
+        self.received = self._before + self._swarm.received + pool.received
+        rate = self._swarm.rate + self._rate.of(pool.received)
+        return Traffic(self.received, rate, self._swarm.peers, self._swarm.sent)
+
+    def _swarm_is_slow(self) -> bool:
+        """Whether mirrors, idle now, should take pieces over."""
+        quiet = time.monotonic() - self._moved_at > QUIET_S
+        # Mirrors that were given nothing, for being slow, help only against silence.
+        slow = quiet or (self._shared and self._long(self._swarm_left, self._theirs))
+        if not slow or not self._can_help(self._order.layout, self._swarm_left):
+            return False
+        self.swarm_moved &= not quiet
+        return True
+
+    def _mirrors_are_slow(self) -> bool:
+        """Whether the swarm, idle now and known to work, should take pieces over."""
+        judged = self._swarm_bytes > 0 and time.monotonic() - self._start > FAIR_S
+        return judged and self._long(self._mirrors_left, self._ours)
+
+    def _long(self, pieces: set[int], rate: float) -> bool:
+        return bool(pieces) and self._bytes(pieces) > LONG_S * rate
+
+    @property
+    def _theirs(self) -> float:
+        return self._swarm_bytes / max(time.monotonic() - self._start, 1e-3)
+
+    @property
+    def _ours(self) -> float:
+        return self._mirror_bytes / max(time.monotonic() - self._start, 1e-3)
+
+    @property
+    def next_share(self) -> float:
+        """Of the pieces that are left, how many the mirrors should get, by the rates seen."""
+        both = self._swarm_bytes + self._mirror_bytes
+        return self._mirror_bytes / both if both else 0.5
+
+    def _bytes(self, pieces: Iterable[int]) -> int:
+        return sum(1 for _ in pieces) * self._order.layout.piece_length
+
+
+class _Rate:
+    """Bytes a second, over intervals long enough to mean something."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._bytes = 0
+        self._rate = 0.0
+
+    def of(self, count: int) -> float:
+        now = time.monotonic()
+        if now - self._since >= RATE_INTERVAL_S:
+            self._rate = (count - self._bytes) / (now - self._since)
+            self._since, self._bytes = now, count
+        return self._rate
+
+
+def _want(order: Order, pieces: set[int]) -> Order:
+    return dataclasses.replace(order, want=frozenset(pieces))
+
+
+def _files(layout: Layout, piece: int) -> list[PurePosixPath]:
+    return [part.file.path for part in layout.segments(piece) if not part.file.pad]
+
+
+def _shifted(events: Iterator[Event], received: int) -> Iterator[Event]:
+    """The same events, with the bytes counted on from those received before."""
+    for event in events:
+        if isinstance(event, Traffic):
+            yield dataclasses.replace(event, received=event.received + received)
+        else:
+            yield event

@@ -1,0 +1,123 @@
+"""One stretch of pieces on its way: read from a mirror, written into files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+from grokfetch.fetch.mirror.addresses import places
+from grokfetch.fetch.mirror.http import Failed, Http, Refused, Span
+from grokfetch.fetch.mirror.state import Mirror
+from grokfetch.folder.storage import storage_failed
+from grokfetch.torrent.layout import LayoutFile, Segment
+
+__all__ = ["Lacking", "Reader", "Writer"]
+
+
+class Lacking(Exception):
+    """A mirror does not have a file."""
+
+    def __init__(self, path: PurePosixPath, why: str) -> None:
+        super().__init__(why)
+        self.path = path
+        self.why = why
+
+
+class Reader:
+    """Reads parts of files from one mirror, by one request for all that follow each other.
+
+    Args:
+        mirror: which one.
+        http: the client.
+        stop: the byte of the torrent's stream up to which parts will be asked for.
+    """
+
+    def __init__(self, mirror: Mirror, http: Http, stop: int) -> None:
+        self._mirror = mirror
+        self._http = http
+        self._stop = stop
+        self._open = contextlib.AsyncExitStack()
+        self._at: tuple[PurePosixPath, int] | None = None
+        self._chunks: AsyncIterator[bytes]
+        self._rest = memoryview(b"")
+
+    async def aclose(self) -> None:
+        """End the request under way."""
+        await self._open.aclose()
+
+    async def read(self, part: Segment) -> AsyncIterator[memoryview]:
+        """The bytes of a part as they come, exactly as many as it has.
+
+        Raises:
+            Lacking: the mirror does not have the file.
+            Faulty, Failed: as in `Http.opened`, or it sent too few bytes.
+        """
+        if self._at != (part.file.path, part.offset):
+            await self._request(part)
+        left = part.length
+        while left:
+            if not self._rest:
+                self._rest = memoryview(await anext(self._chunks, b""))
+            if not self._rest:
+                raise Failed("it sent fewer bytes than it promised")
+            chunk, self._rest = self._rest[:left], self._rest[left:]
+            left -= len(chunk)
+            yield chunk
+        self._at = (part.file.path, part.offset + part.length)
+
+    async def _request(self, part: Segment) -> None:
+        await self._open.aclose()
+        self._rest = memoryview(b"")
+        file = part.file
+        span = Span(part.offset, min(file.size, self._stop - file.start), file.size)
+        known = places(self._mirror.address, file.name)
+        first = min(self._mirror.form, len(known) - 1)
+        why = ""
+        for form in sorted(range(len(known)), key=lambda form: form != first):
+            try:
+                self._chunks = await self._open.enter_async_context(
+                    self._http.opened(known[form], span)
+                )
+            except Refused as error:
+                why = str(error)
+            else:
+                self._mirror.form = form
+                return
+        raise Lacking(file.path, why)
+
+
+class Writer:
+    """Writes into files at offsets, making them, and the folders above them, where need be."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._handles: dict[PurePosixPath, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def write(self, file: LayoutFile, offset: int, data: memoryview) -> None:
+        """Write at an offset in bytes; a link in the file's place is refused.
+
+        Raises:
+            StorageFailed: the disk does not take it.
+        """
+        path = self._root / file.path
+        try:
+            handle = self._handles.get(file.path)
+            if handle is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                handle = self._handles[file.path] = os.open(path, flags, 0o666)
+            while data:
+                written = os.pwrite(handle, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise storage_failed(error, path) from error

@@ -1,0 +1,251 @@
+"""Whether a fetch can work here, before its first byte: disk, inodes, limits, the right to write.
+
+`probe` looks at the place, `checks` decides; what is on the disk already counts as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import stat
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from grokfetch.errors import StorageFailed
+from grokfetch.folder.storage import storage_failed
+
+__all__ = ["Check", "Need", "Place", "check", "checks", "need", "probe", "refuse"]
+
+OPEN_FILES = 128
+"""What a fetch opens at once: 40 payload files, peers, our own files, libraries."""
+
+STATE_INODES = 16
+"""Files and folders of our own, those that are being replaced among them."""
+
+FILE_LIMITS = {"vfat": 2**32 - 1, "msdos": 2**32 - 1, "hfs": 2**31 - 1}
+"""The longest file in bytes of file systems on which a file cannot be long without being full."""
+
+UNLIMITED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """What is still to be written: bytes, new files and folders, the longest file and its bytes.
+
+    `denied` is the first file or folder there that must be written and may not be.
+    """
+
+    bytes: int
+    inodes: int
+    longest: int
+    longest_path: PurePosixPath | None = None
+    denied: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """What a folder offers: free bytes and inodes, the longest file in bytes, files open at once.
+
+    `inodes` is None on a file system that does not count them. `refused` says why nothing can be
+    written at all, and is empty if something can. `sparse` is whether a file takes only the room
+    that has been written of it.
+    """
+
+    folder: Path
+    file_system: str
+    free: int
+    inodes: int | None
+    longest: int
+    open_files: int
+    sparse: bool
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that is needed: how much of it, how much is there, and what to do if it is short.
+
+    `needed` and `there` are None where they are no numbers.
+    """
+
+    name: str
+    ok: bool
+    needed: int | None = None
+    there: int | None = None
+    what: str = ""
+    hint: str = ""
+
+
+def checks(needed: Need, place: Place) -> tuple[Check, ...]:
+    """Compare, in the order in which a fetch would fail. Pure."""
+    elsewhere = "choose a folder on another disk: --to DIR"
+    denied = "" if needed.denied is None else f"{needed.denied} cannot be written"
+    refused = place.refused or denied
+    longest = f"{needed.longest_path} has {needed.longest:,} bytes"
+    inodes = UNLIMITED if place.inodes is None else place.inodes
+    return (
+        Check("may write", not refused, what=refused, hint="choose a folder that you may write"),
+        Check(
+            "free disk",
+            needed.bytes <= place.free,
+            needed.bytes,
+            place.free,
+            f"{needed.bytes:,} bytes are still to come, {place.free:,} are free",
+            f"make room, or {elsewhere}",
+        ),
+        Check(
+            "free inodes",
+            needed.inodes <= inodes,
+            needed.inodes,
+            place.inodes,
+            f"{needed.inodes:,} files and folders are to be made, {inodes:,} more are possible",
+            f"remove small files, or {elsewhere}",
+        ),
+        Check(
+            "longest file",
+            needed.longest <= place.longest,
+            needed.longest,
+            place.longest,
+            f"{longest}, {place.longest:,} are the most here ({place.file_system})",
+            f"raise the limit (ulimit -f unlimited), or {elsewhere}",
+        ),
+        Check(
+            "open files",
+            place.open_files >= OPEN_FILES,
+            OPEN_FILES,
+            place.open_files,
+            f"{OPEN_FILES} files must be open at once, {place.open_files} may be",
+            "raise the limit: ulimit -n 1024",
+        ),
+    )
+
+
+def check(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
+    """Refuse to fetch files, path below `root` and size in bytes, where that cannot work.
+
+    Raises:
+        StorageFailed: what is short, and what to do.
+    """
+    needed = need(root, files)
+    refuse(checks(needed, probe(root, needed.longest)), root)
+
+
+def refuse(found: Sequence[Check], folder: Path) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageFailed: of the first check that is not passed: what is short, and what to do.
+    """
+    for one in found:
+        if not one.ok:
+            raise StorageFailed(one.what, path=folder, hint=one.hint)
+
+
+def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
+    """What files, path below `root` and size in bytes, still need; looks at those there."""
+    wanted = list(files)
+    missing = 0
+    new: set[Path] = set()
+    denied: Path | None = None
+    for path, size in wanted:
+        target = root / path
+        try:
+            status = target.lstat()
+            # What a link leads to is not written; a copy takes its place.
+            there = 0 if stat.S_ISLNK(status.st_mode) else status.st_blocks * 512
+            missing += max(0, size - there)
+        except OSError:
+            missing += size
+            new.update(_absent(target))
+        denied = denied or _denied(target)
+    longest = max(wanted, key=lambda file: file[1], default=(None, 0))
+    return Need(missing, len(new) + STATE_INODES, longest[1], longest[0], denied)
+
+
+def _absent(path: Path) -> list[Path]:
+    """The path, and the folders above it that are not there either."""
+    above = path.parents
+    return [path, *(folder for folder in above if not folder.exists())]
+
+
+def _denied(target: Path) -> Path | None:
+    place = nearest(target.parent if target.is_symlink() else target)
+    return None if os.access(place, os.W_OK) else place
+
+
+def nearest(path: Path) -> Path:
+    """The path itself if it is there, else the nearest folder above it that is."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+
+
+def probe(folder: Path, longest: int) -> Place:
+    """Look at the place of a folder that need not exist yet. Leaves no trace.
+
+    Args:
+        folder: the checkpoint folder.
+        longest: bytes of the longest file that it is to hold.
+
+    Raises:
+        StorageFailed: the place cannot even be looked at.
+    """
+    place = nearest(folder)
+    try:
+        room = os.statvfs(place)
+    except OSError as error:
+        raise storage_failed(error, place) from error
+    system = _file_system(place)
+    limit = min(FILE_LIMITS.get(system, UNLIMITED), _soft(resource.RLIMIT_FSIZE))
+    refused, sparse = "", True
+    if not stat.S_ISDIR(place.stat().st_mode):
+        refused = f"{place} is no folder"
+    else:
+        try:
+            sparse, fits = _try_file(place, min(longest, limit))
+            limit = limit if fits else min(limit, longest - 1)
+        except OSError as error:
+            refused = f"nothing can be written to {place} ({error.strerror})"
+    return Place(
+        folder,
+        system,
+        room.f_bavail * room.f_frsize,
+        room.f_favail if room.f_files else None,
+        limit,
+        _soft(resource.RLIMIT_NOFILE),
+        sparse,
+        refused,
+    )
+
+
+def _soft(kind: int) -> int:
+    soft, _ = resource.getrlimit(kind)
+    return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+def _try_file(folder: Path, longest: int) -> tuple[bool, bool]:
+    """Whether files may have holes here, and whether one of `longest` bytes can be.
+
+    The second is tried only where holes cost nothing; elsewhere the file would be written in full.
+
+    Raises:
+        OSError: no file can be made.
+    """
+    hole = min(longest, 2**20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(hole)
+        sparse = os.fstat(file.fileno()).st_blocks * 512 <= hole // 2
+        try:
+            file.truncate(longest if sparse else hole)
+        except OSError:
+            return sparse, False
+        return sparse, True
+
+
+def _file_system(place: Path) -> str:
+    """The type of the file system that holds a path, as the system names it; "unknown" if not."""
+    absolute = place.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[at] for at in (absolute, *absolute.parents) if at in mounts), "unknown")

@@ -1,0 +1,14 @@
+"""The BitTorrent swarm as a `PieceSource`, and seeds and torrents for others.
+
+Only this package imports libtorrent, and only when a swarm is joined. What libtorrent 2.1 says is
+not taken at its word: a finished piece is reported only after the cache was flushed, its own check
+of files and resume data is never used, and the layout that it makes of a torrent must be ours.
+"""
+
+from __future__ import annotations
+
+from grokfetch.fetch.swarm.download import Swarm
+from grokfetch.fetch.swarm.seeding import Seeder, Shared, seed
+from grokfetch.fetch.swarm.session import Proxy, SwarmSettings
+
+__all__ = ["Proxy", "Seeder", "Shared", "Swarm", "SwarmSettings", "seed"]

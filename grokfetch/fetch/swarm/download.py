@@ -1,0 +1,318 @@
+"""`PieceSource` over libtorrent: metadata from peers, pieces that are on the disk when named."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid
+from grokfetch.fetch.source import Arrived, Notice, Order, Traffic
+from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
+from grokfetch.fetch.swarm.tally import Tally
+from grokfetch.folder.storage import storage_failed
+from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.magnet import Magnet
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file
+
+__all__ = ["Swarm", "file_error", "renamed"]
+
+FLUSH_INTERVAL_S = 0.05
+"""How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
+
+TRAFFIC_INTERVAL_S = 0.5
+
+GIVE_UP_S = 20.0
+"""After so long without a byte those peers that a session has banned are tried once more."""
+
+NOWHERE = "/dev/null/nowhere"
+"""A place where nothing can be written, not even by root."""
+
+PAD = 1
+
+
+class Swarm:
+    """Pieces and metadata from BitTorrent peers. libtorrent is imported when it is needed.
+
+    Args:
+        origin: a magnet link, or a torrent whose metadata is known.
+        settings: how to take part.
+
+    Raises:
+        SourceInvalid: a peer of the settings or the link is no HOST:PORT.
+    """
+
+    def __init__(self, origin: Magnet | TorrentFile, settings: SwarmSettings | None = None) -> None:
+        self._origin = origin
+        self._settings = settings or SwarmSettings()
+        named = origin.peers if isinstance(origin, Magnet) else ()
+        self._peers = [address(peer) for peer in (*self._settings.peers, *named)]
+        self._tally = Tally()
+
+    @property
+    def info_hash(self) -> str:
+        """Of the torrent, 40 or 64 hexadecimal digits."""
+        return self._origin.info_hash
+
+    @property
+    def magnet(self) -> str | None:
+        """The magnet link, None if the swarm was made from a torrent."""
+        return self._origin.text if isinstance(self._origin, Magnet) else None
+
+    def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
+        """Ask peers for the metadata; a torrent that is known already is handed out at once.
+
+        Raises:
+            OutOfReach: libtorrent is not installed.
+            TorrentInvalid: libtorrent refuses the magnet link.
+        """
+        if isinstance(self._origin, TorrentFile):
+            yield self._origin
+            return
+        lt = libtorrent()
+        with Session(self._settings) as session:
+            handle = session.add(self._metadata_params(lt, self._origin), self._peers)
+            yield from _Inquiry(lt, session, handle).run()
+            # Their addresses spare the download another search.
+            self._peers = list(dict.fromkeys((*self._peers, *_callable_peers(lt, handle))))
+
+    def _metadata_params(self, lt: Any, magnet: Magnet) -> Any:
+        try:
+            params = lt.parse_magnet_uri(magnet.text)
+        except RuntimeError as error:
+            raise TorrentInvalid(f"libtorrent refuses the magnet link: {error}") from None
+        params.save_path = NOWHERE
+        params.flags |= lt.torrent_flags.default_dont_download | lt.torrent_flags.no_verify_files
+        return params
+
+    def download(self, order: Order) -> Generator[Arrived | Traffic | Notice, None, None]:
+        """Bring the wanted pieces; each is flushed before it is said to have arrived.
+
+        Raises:
+            OutOfReach: libtorrent is not installed.
+            StorageFailed: the disk does not take them.
+            TorrentInvalid: libtorrent understands the torrent otherwise than we do.
+        """
+        lt = libtorrent()
+        peers, received, once_more = self._peers, 0, True
+        self._tally.begin()
+        while order.want:
+            with Session(self._settings) as session:
+                handle = session.add(self._download_params(lt, order), peers)
+                download = _Download(lt, session, handle, order, self._tally)
+                yield from download.run(received, gives_up=once_more)
+            arrived = order.want - download.left
+            order = dataclasses.replace(order, have=order.have | arrived, want=download.left)
+            peers = [*dict.fromkeys((*peers, *download.banned))]
+            received, once_more = download.received, bool(arrived)
+
+    def _download_params(self, lt: Any, order: Order) -> Any:
+        try:
+            params = lt.load_torrent_buffer(encode_torrent(order.torrent))
+        except RuntimeError as error:
+            raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
+        _check_layout(params.ti, order.layout)
+        pieces = range(order.layout.piece_count)
+        params.save_path = str(order.root)
+        # Together these say: what is proven is there, nothing else is, and no file is to be read.
+        params.have_pieces = [piece in order.have for piece in pieces]
+        params.flags |= lt.torrent_flags.no_verify_files
+        params.piece_priorities = [
+            order.urgency.get(piece, 4) if piece in order.want else 0 for piece in pieces
+        ]
+        params.renamed_files = renamed(params.ti, order.layout)
+        # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
+        params.url_seeds = []
+        if isinstance(self._origin, Magnet):
+            params.trackers = list(dict.fromkeys((*params.trackers, *self._origin.trackers)))
+        return params
+
+
+class _Inquiry:
+    """The search for a torrent's metadata."""
+
+    def __init__(self, lt: Any, session: Session, handle: Any) -> None:
+        self._lt = lt
+        self._session = session
+        self._handle = handle
+        self._asked = False
+
+    def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
+        while True:
+            for alert in self._session.alerts():
+                if isinstance(alert, self._lt.save_resume_data_alert):
+                    torrent = self._torrent(alert.params)
+                    if torrent is not None:
+                        yield torrent
+                        return
+                    self._asked = False
+                elif isinstance(alert, self._lt.save_resume_data_failed_alert):
+                    self._asked = False
+                elif isinstance(alert, self._lt.metadata_failed_alert):
+                    yield Notice("a peer sent metadata that is not the torrent's")
+            status = self._handle.status()
+            if status.has_metadata and not self._asked:
+                self._handle.save_resume_data(self._lt.torrent_handle.save_info_dict)
+                self._asked = True
+            yield Traffic(0, 0.0, status.num_peers)
+
+    def _torrent(self, params: Any) -> TorrentFile | None:
+        """The metadata, with the link's trackers and web seeds; None while v2 hashes are to come.
+
+        libtorrent asks for the piece layers once it has the info dictionary, and writes those
+        that it has not yet as if they were there.
+        """
+        info = params.ti.info_section()
+        try:
+            layers = self._lt.write_torrent_file(params, 0).get(b"piece layers", {})
+        except RuntimeError:
+            layers = {}
+        if not layers_complete(info, layers):
+            # A hybrid torrent is fetched by its v1 hashes; peers of its v1 swarm send no others.
+            if not params.info_hashes.has_v1():
+                return None
+            layers = {}
+        return torrent_file(info, layers, trackers=params.trackers, web_seeds=params.url_seeds)
+
+
+class _Download:
+    """One order under way in one session.
+
+    A session does not forget whom it has banned. If a piece had blocks from a liar and from others
+    it cannot always tell whose were wrong, and may be left without a good peer: then it gives up,
+    and a fresh one tries them all once more.
+
+    Attributes:
+        received: payload bytes since the order, those of earlier sessions included.
+        banned: addresses of the peers that were.
+    """
+
+    def __init__(self, lt: Any, session: Session, handle: Any, order: Order, tally: Tally) -> None:
+        self._lt = lt
+        self._session = session
+        self._handle = handle
+        self._order = order
+        self._tally = tally
+        self._before = self.received = 0
+        self._moved_at = time.monotonic()
+        self.banned: list[tuple[str, int]] = []
+        self._left = set(order.want)
+        self._finished: set[int] = set()
+        self._flushing: set[int] = set()
+        self._flush_at = 0.0
+        self._traffic_at = 0.0
+
+    @property
+    def left(self) -> frozenset[int]:
+        """The wanted pieces that have not arrived."""
+        return frozenset(self._left)
+
+    def run(self, received: int, *, gives_up: bool) -> Iterator[Arrived | Traffic | Notice]:
+        """Bring what is left.
+
+        Args:
+            received: payload bytes in earlier sessions of the same order.
+            gives_up: whether to end early when banned peers should get another chance.
+        """
+        self._before = self.received = received
+        while self._left:
+            for alert in self._session.alerts():
+                yield from self._take(alert)
+            now = time.monotonic()
+            due = now >= self._flush_at or len(self._finished) == len(self._left)
+            if self._finished and not self._flushing and due:
+                self._flush_at = now + FLUSH_INTERVAL_S
+                self._flushing, self._finished = self._finished, set()
+                self._handle.flush_cache()
+            if now >= self._traffic_at:
+                self._traffic_at = now + TRAFFIC_INTERVAL_S
+                yield self._traffic()
+                if gives_up and self.banned and now - self._moved_at > GIVE_UP_S:
+                    yield Notice("nothing comes any more; banned peers get another chance")
+                    return
+        yield self._traffic()
+
+    def _traffic(self) -> Traffic:
+        status = self._handle.status()
+        if status.is_finished and not self._finished and not self._flushing:
+            # An alert may have been dropped from a queue that had run full.
+            had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
+            self._finished = {piece for piece in self._left if had[piece]}
+        received = self._before + status.total_payload_download
+        if received > self.received:
+            self.received, self._moved_at = received, time.monotonic()
+        self._tally.look((peer.ip, peer.total_download) for peer in self._handle.get_peer_info())
+        return Traffic(
+            received,
+            float(status.download_payload_rate),
+            status.num_peers,
+            self._tally.sent(received),
+        )
+
+    def _take(self, alert: Any) -> Iterator[Arrived | Notice]:
+        lt = self._lt
+        if isinstance(alert, lt.piece_finished_alert):
+            # It comes for the pieces of `have`, too.
+            piece = alert.piece_index
+            if piece in self._left and piece not in self._flushing:
+                self._finished.add(piece)
+        elif isinstance(alert, lt.cache_flushed_alert):
+            arrived, self._flushing = self._flushing, set()
+            self._left -= arrived
+            if arrived:
+                yield Arrived(tuple(sorted(arrived)))
+        elif isinstance(alert, lt.hash_failed_alert):
+            yield Notice(f"piece {alert.piece_index} came with a wrong hash and is asked for again")
+        elif isinstance(alert, lt.peer_ban_alert):
+            self.banned.append(alert.endpoint)
+            yield Notice(f"peer {alert.endpoint[0]}:{alert.endpoint[1]} is banned for bad data")
+        elif isinstance(alert, lt.file_error_alert):
+            raise file_error(alert)
+        elif isinstance(alert, lt.torrent_error_alert):
+            raise StorageFailed(alert.message(), path=self._order.root)
+
+
+def _callable_peers(lt: Any, handle: Any) -> list[tuple[str, int]]:
+    """The addresses of the peers that we have called ourselves."""
+    ours = lt.peer_info.outgoing_connection
+    return [peer.ip for peer in handle.get_peer_info() if peer.flags & ours]
+
+
+def _check_layout(theirs: Any, ours: Layout) -> None:
+    """Make sure that libtorrent will write the files that we shall read."""
+    layout = theirs.layout()
+    found = [
+        (layout.file_path(index), layout.file_size(index), layout.file_offset(index))
+        for index in range(layout.num_files())
+        if not layout.file_flags(index) & PAD
+    ]
+    same = len(found) == len(ours.payload) and all(
+        (path, size) == (str(file.name), file.size) and (start == file.start or not size)
+        for (path, size, start), file in zip(found, ours.payload, strict=True)
+    )
+    pieces = (theirs.piece_length(), theirs.num_pieces())
+    if not same or pieces != (ours.piece_length, ours.piece_count):
+        raise TorrentInvalid("libtorrent would lay its files down otherwise than we read them")
+
+
+def renamed(theirs: Any, ours: Layout) -> dict[int, str]:
+    """The files that lie elsewhere than the torrent says, by libtorrent's index."""
+    names = theirs.layout()
+    elsewhere = {str(file.name): str(file.path) for file in ours.payload if file.known_as}
+    return {
+        index: elsewhere[names.file_path(index)]
+        for index in range(names.num_files())
+        if names.file_path(index) in elsewhere
+    }
+
+
+def file_error(alert: Any) -> GrokfetchError:
+    """The error of ours that says what an alert about a file means."""
+    number = alert.error.value()
+    path = Path(alert.filename())
+    if number in errno.errorcode:
+        return storage_failed(OSError(number, alert.error.message()), path)
+    return StorageFailed(alert.error.message(), path=path)

@@ -1,0 +1,55 @@
+"""Which peer has sent how many payload bytes, over connections that come and go. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from grokfetch.fetch.source import Origin
+
+__all__ = ["Tally"]
+
+Endpoint = tuple[str, int]
+
+
+class Tally:
+    """Adds up what each peer has sent, by its address without the port, which changes.
+
+    A connection counts its own bytes from zero on, and is gone once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Endpoint, int] = {}
+        self._ended: Counter[str] = Counter()
+        self._before = 0
+
+    def begin(self) -> None:
+        """A session begins: all connections are new."""
+        for endpoint in list(self._open):
+            self._end(endpoint)
+        self._before = self._ended.total()
+
+    def look(self, connections: Iterable[tuple[Endpoint, int]]) -> None:
+        """Take in the connections there are, each with the bytes received on it so far."""
+        for endpoint, received in connections:
+            if received < self._open.get(endpoint, 0):
+                self._end(endpoint)
+            if received:
+                self._open[endpoint] = received
+
+    def _end(self, endpoint: Endpoint) -> None:
+        self._ended[endpoint[0]] += self._open.pop(endpoint)
+
+    def sent(self, received: int) -> dict[Origin, int]:
+        """The bytes of each peer, in all sessions.
+
+        Args:
+            received: bytes of this session; what nobody is known to have sent, because a connection
+                has ended between two looks, stands under no name.
+        """
+        known = self._ended.copy()
+        for endpoint, count in self._open.items():
+            known[endpoint[0]] += count
+        rest = received - (known.total() - self._before)
+        found = {Origin("peer", host): count for host, count in known.items()}
+        return found | {Origin("peer", ""): rest} if rest > 0 else found

@@ -1,0 +1,173 @@
+"""A checkpoint that is read while it is being fetched: where readers wait for the swarm.
+
+The fetch runs in a thread of its own and holds the folder's lock; what reads in the same process
+does so under that lock, through `Store.require`, which here waits until the record says that the
+bytes are proven. Nothing else about a reader changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import FrameType
+
+from grokfetch.errors import NotProven
+from grokfetch.fetch import Event, Metadata, Outcome
+from grokfetch.folder.record import Record
+from grokfetch.folder.store import Store
+
+__all__ = ["Arriving"]
+
+
+WATCH_S = 1.0
+
+
+class Arriving(Store):
+    """A checkpoint directory that a fetch of this process fills, see `filled`.
+
+    Args:
+        root: the checkpoint folder; need not exist yet.
+        state: where our own files are; `root/.grokfetch` by default.
+        watch: called every second where somebody waits; what it raises ends the waiting.
+    """
+
+    def __init__(
+        self, root: Path, state: Path | None = None, watch: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(root, state)
+        self._watch = watch
+        self._news = threading.Condition()
+        self._known = False
+        self._saves = 0
+        self._over = False
+        self._error: BaseException | None = None
+
+    @contextlib.contextmanager
+    def filled(self, events: Generator[Event, None, None]) -> Iterator[None]:
+        """Follow a fetch into this folder in a thread, and hold its lock, while the block runs.
+
+        A block that ends well waits for the end of the fetch. One that does not ends the fetch, and
+        what is proven is recorded first.
+
+        Args:
+            events: of `fetch`, for this store; they are taken in that thread.
+
+        Raises:
+            GrokfetchError: the fetch has failed, and with what.
+        """
+        left, early = threading.Event(), threading.Event()
+
+        def follow() -> None:
+            with contextlib.closing(events):
+                for event in events:
+                    if isinstance(event, Metadata):
+                        self._tell(known=True)
+                    if isinstance(event, Outcome):
+                        self._tell(over=True)
+                        # The lock goes with the last event.
+                        left.wait()
+                    if early.is_set():
+                        return
+
+        with ThreadPoolExecutor(1, "fetch") as pool:
+            running = pool.submit(follow)
+            running.add_done_callback(self._end)
+            try:
+                with _before_interrupt(lambda: self._tell(over=True)):
+                    yield
+            except BaseException:
+                early.set()
+                raise
+            finally:
+                left.set()
+        running.result()
+
+    def _end(self, running: Future[None]) -> None:
+        self._error = running.exception()
+        self._tell(over=True)
+
+    def wait_for_manifest(self) -> None:
+        """Return once it is known what the folder is to hold.
+
+        Raises:
+            GrokfetchError: the fetch has failed before, and with what.
+        """
+        self._wait_until(lambda: self._known or self._over)
+        if self._error is not None:
+            raise self._error
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Return once the fetch has ended, or after so many seconds."""
+        with self._news:
+            self._news.wait_for(lambda: self._over, timeout_s)
+
+    def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
+        """Return once a span of a payload file, all of it by default, is proven.
+
+        Raises:
+            NotProven: the fetch has ended without it.
+            GrokfetchError: the fetch has failed, and with what.
+            StateMissing: there is no manifest.
+        """
+        while True:
+            with self._news:
+                saves, over = self._saves, self._over
+            try:
+                super().require(path, start, length)
+            except NotProven:
+                if over and self._error is not None:
+                    raise self._error from None
+                if over:
+                    raise
+            else:
+                return
+            self._wait_until(partial(self._changed, saves))
+
+    def _changed(self, saves: int) -> bool:
+        """Whether there is news beyond that number of saves, or never will be."""
+        return self._saves > saves or self._over
+
+    def _wait_until(self, true: Callable[[], bool]) -> None:
+        with self._news:
+            while not self._news.wait_for(true, WATCH_S):
+                self._watch()
+
+    def save_record(self, record: Record) -> None:
+        """Keep what is proven, and let those who wait for it look again.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        super().save_record(record)
+        self._tell()
+
+    def _tell(self, *, known: bool = False, over: bool = False) -> None:
+        with self._news:
+            self._saves += 1
+            self._known |= known
+            self._over |= over
+            self._news.notify_all()
+
+
+@contextlib.contextmanager
+def _before_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """Have `act` called at Ctrl-C, which else only the main thread would learn of."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        act()
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -1,0 +1,153 @@
+"""Finding in the checkpoint folder what lies there in another layout than the torrent's.
+
+Files come from Hugging Face without the torrent's top folder, from its cache as links, from another
+client under a name that says they are not complete. Each stays where it lies: who put it there
+still finds it, and a link may not even survive a move. A file is adopted when the hash of a piece
+speaks for it, so that no stranger of the same name and size is ever written over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Generator, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from grokfetch.folder.payload import behind_link
+from grokfetch.folder.storage import storage_failed
+from grokfetch.folder.store import Store
+from grokfetch.folder.verify import Progress
+from grokfetch.manifest.relocation import Places, beside, finished_name, guesses
+from grokfetch.manifest.schema import STATE_FOLDER
+from grokfetch.torrent.layout import BLOCK, Layout, LayoutFile
+from grokfetch.torrent.read_back import Hashers, check_pieces, may_be_on_disk
+
+__all__ = ["adopt"]
+
+DEEPEST = 8
+"""Folders below the checkpoint folder that are looked into."""
+
+
+def adopt(
+    store: Store, layout: Layout
+) -> Generator[Progress, None, dict[PurePosixPath, PurePosixPath]]:
+    """Look for files that do not lie where the layout has them, with the exclusive lock held.
+
+    Args:
+        store: the checkpoint folder.
+        layout: where they should lie.
+
+    Yields:
+        Progress in bytes of the files that are looked at.
+
+    Returns:
+        The places of files that were found, and of those that are nowhere and belong beside them.
+
+    Raises:
+        StorageFailed: a file that another client has not completed cannot be given its name.
+    """
+    absent = [it for it in layout.payload if it.size and store.stamp(it.path) is None]
+    if not absent:
+        return {}
+    ours = {file.path for file in layout.payload}
+    there = _files(store, absent)
+    found: dict[PurePosixPath, PurePosixPath] = {}
+    for guess in guesses(absent, (item for item in there.items() if item[0] not in ours)):
+        taken = {*found, *found.values()}
+        left = {n: place for n, place in guess.items() if n not in taken and place not in taken}
+        trial = layout.moved({**found, **left})
+        for name in (yield from _proven(store.root, trial, left)):
+            found[name] = left[name]
+    found = _named(store.root, found)
+    nowhere = [file.name for file in absent if file.name not in found]
+    found.update(_free(store.root, beside(found, nowhere), ours))
+    return {name: place for name, place in found.items() if name != place}
+
+
+def _files(store: Store, absent: Iterable[LayoutFile]) -> dict[PurePosixPath, int]:
+    """Path and size of every file in the folder.
+
+    Links to folders are not followed, for they may lead anywhere and in circles, but where the end
+    of a path that is looked for leads through one.
+    """
+    found: dict[PurePosixPath, int] = {}
+    ours = {store.root / STATE_FOLDER, store.state}
+    for folder, names, files in os.walk(store.root):
+        place = PurePosixPath(os.path.relpath(folder, store.root))
+        names[:] = [name for name in names if Path(folder, name) not in ours]
+        if len(place.parts) >= DEEPEST:
+            names.clear()
+        _add(store, found, (place / name for name in files))
+    tails = (
+        PurePosixPath(*file.name.parts[start:])
+        for file in absent
+        for start in range(1, len(file.name.parts))
+    )
+    _add(store, found, tails)
+    return found
+
+
+def _add(store: Store, found: dict[PurePosixPath, int], paths: Iterable[PurePosixPath]) -> None:
+    for path in paths:
+        if path not in found and store.payload(path).is_file():
+            stamp = store.stamp(path)
+            found[path] = 0 if stamp is None else stamp.size
+
+
+def _proven(
+    root: Path, layout: Layout, names: Collection[PurePosixPath]
+) -> Generator[Progress, None, list[PurePosixPath]]:
+    """The files, of those with these names, for which bytes speak where the layout has them."""
+    files = [file for file in layout.payload if file.name in names]
+    total = sum(file.size for file in files)
+    good: list[PurePosixPath] = []
+    done = 0
+    with Hashers[tuple[LayoutFile, bool]]() as hashers:
+        for file, right in hashers.run(partial(_speak, root, layout, file) for file in files):
+            done += file.size
+            if right:
+                good.append(file.name)
+            yield Progress(done, total)
+    return good
+
+
+def _speak(
+    root: Path, layout: Layout, file: LayoutFile, buffer: memoryview
+) -> tuple[LayoutFile, bool]:
+    """Whether right pieces hold a block of the file, or all of it if it is smaller."""
+    left = min(file.size, BLOCK)
+    # First the pieces that lie in this file alone.
+    pieces = sorted(layout.pieces_over(file), key=lambda it: len([*layout.segments(it)]) > 1)
+    for piece in may_be_on_disk(root, layout, pieces):
+        [result] = check_pieces(root, layout, [piece], buffer)
+        if result.verdict == "good":
+            left -= sum(part.length for part in layout.segments(piece) if part.file == file)
+        if left <= 0:
+            return file, True
+    return file, False
+
+
+def _named(root: Path, found: Places) -> dict[PurePosixPath, PurePosixPath]:
+    """The places once files that bear the ending of what is not complete have lost it."""
+    named = {}
+    for name, place in found.items():
+        proper = finished_name(place)
+        if proper != place:
+            if os.path.lexists(root / proper):
+                continue
+            try:
+                (root / place).rename(root / proper)
+            except OSError as error:
+                raise storage_failed(error, root / place) from error
+        named[name] = proper
+    return named
+
+
+def _free(
+    root: Path, places: Places, taken: Collection[PurePosixPath]
+) -> Iterator[tuple[PurePosixPath, PurePosixPath]]:
+    """Those of the places where something can be put and nothing lies."""
+    for name, place in places.items():
+        path = root / place
+        if place not in taken and not os.path.lexists(path) and behind_link(root, path) is None:
+            yield name, place

@@ -1,0 +1,59 @@
+"""Small state files that prove nothing and whose loss harms nobody.
+
+Whatever is wrong with one, it counts as absent, and a disk that does not take one ends nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from grokfetch.folder.storage import replacing
+
+__all__ = ["count", "number", "read", "write"]
+
+T = TypeVar("T")
+
+
+def read(path: Path, schema: int, decode: Callable[[dict[str, Any]], T]) -> T | None:
+    """What `decode` makes of a file; None if it is absent, damaged, or of another version."""
+    try:
+        fields = json.loads(path.read_bytes())
+        return decode(fields) if fields["schema"] == schema else None
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def write(path: Path, schema: int, fields: dict[str, Any]) -> None:
+    """Put a file in the place of an earlier one, if the disk takes it."""
+    # There may be no state folder yet, it may be read-only, and a full disk has other worries.
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write((json.dumps({"schema": schema, **fields}) + "\n").encode())
+
+
+def number(value: Any) -> float:
+    """A JSON number as a float.
+
+    Raises:
+        ValueError, TypeError: it is none, or not finite.
+    """
+    found = float(value)
+    if not math.isfinite(found):
+        raise ValueError(f"not finite: {found}")
+    return found
+
+
+def count(value: Any) -> int:
+    """A JSON number as a count.
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is none, or negative.
+    """
+    found = int(value)
+    if found < 0:
+        raise ValueError(f"negative: {found}")
+    return found

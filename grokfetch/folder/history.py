@@ -1,0 +1,179 @@
+"""How the fetches into a folder have gone: samples over time, and who has sent how much.
+
+The list goes on from one fetch to the next, so that a fetch of days shows as one however often it
+was interrupted. A convenience, see `notes`: it proves nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from grokfetch.fetch import Event, Status
+from grokfetch.fetch.source import Origin
+from grokfetch.folder import advisory as notes
+from grokfetch.folder.store import Store
+
+__all__ = ["FILE", "LIMIT", "SCHEMA", "History", "Sample", "rates", "read", "recorded", "thinned"]
+
+SCHEMA = 2
+FILE = "progress.json"
+LIMIT = 240
+"""Samples that are kept at most, evenly over the time at work, however long that is."""
+
+SENDERS = 100
+"""Peers and mirrors that are told apart at most, those that sent most."""
+
+INTERVAL_S = 3.0
+"""Seconds between two samples: those between two writings of the record."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A moment of a fetch.
+
+    time: seconds since 1970. worked: seconds that all fetches so far have run. proven: bytes.
+    received: payload bytes of all fetches so far. peers: connected. rate: payload bytes a second.
+    """
+
+    time: float
+    worked: float
+    proven: int
+    received: int
+    peers: int
+    rate: float
+    phase: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class History:
+    """Samples, oldest first, and who has sent how many payload bytes in all fetches."""
+
+    samples: tuple[Sample, ...] = ()
+    sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+
+
+def recorded(
+    store: Store,
+    events: Generator[Event, None, None],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    now: Callable[[], float] = time.time,
+) -> Generator[Event, None, None]:
+    """The events of a fetch, unchanged; a sample is written every few seconds on the way.
+
+    Args:
+        store: of the fetch, which holds its lock between the first event and the last.
+        events: of `fetch`.
+        clock: monotonic seconds, which say when a sample is due.
+        now: seconds since 1970, which are only shown.
+    """
+    start = due = clock()
+    before: History | None = None
+    samples: tuple[Sample, ...] = ()
+    with contextlib.closing(events):
+        for event in events:
+            if before is None:
+                before = read(store)
+                samples = before.samples
+            if isinstance(event, Status) and (event.phase == "done" or clock() >= due):
+                at = clock()
+                due = at + INTERVAL_S
+                samples = thinned((*samples, _sample(event, before, now(), at - start)))
+                _write(store, History(samples, _most(Counter(before.sent) + Counter(event.sent))))
+            yield event
+
+
+def _sample(status: Status, before: History, when: float, worked: float) -> Sample:
+    """A moment of this fetch, counted on from those before."""
+    if before.samples:
+        worked += before.samples[-1].worked
+    received = sum(before.sent.values()) + status.received
+    return Sample(
+        when, worked, status.proven, received, status.peers, status.rate, str(status.phase)
+    )
+
+
+def _most(sent: Counter[Origin]) -> Counter[Origin]:
+    """Those who sent most; the others of each kind together."""
+    kept: Counter[Origin] = Counter()
+    for place, (origin, count) in enumerate(sent.most_common()):
+        kept[origin if place < SENDERS else Origin(origin.kind, "")] += count
+    return kept
+
+
+def thinned(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """At most `LIMIT` samples, the first and the last among them; the densest lose one each."""
+    while len(samples) > LIMIT:
+        gaps = [b.worked - a.worked for a, b in pairwise(samples)]
+        spare = 1 + min(range(len(gaps) - 1), key=lambda at: gaps[at] + gaps[at + 1])
+        samples = (*samples[:spare], *samples[spare + 1 :])
+    return samples
+
+
+def rates(samples: Sequence[Sample], cells: int) -> list[float]:
+    """Bytes a second in each of at most `cells` equal parts of the time at work.
+
+    They follow from what was received between two samples, so that no thinning falsifies them.
+    """
+    if len(samples) < 2 or samples[-1].worked <= samples[0].worked:
+        return []
+    start, length = samples[0].worked, samples[-1].worked - samples[0].worked
+    count = min(cells, len(samples) - 1)
+    bounds = [_received(samples, start + length * cell / count) for cell in range(count + 1)]
+    return [max(0.0, b - a) * count / length for a, b in pairwise(bounds)]
+
+
+def _received(samples: Sequence[Sample], worked: float) -> float:
+    """Bytes received after so many seconds at work, by a straight line between two samples."""
+    after = bisect.bisect_left(samples, worked, key=lambda sample: sample.worked)
+    if after in (0, len(samples)):
+        return float(samples[min(after, len(samples) - 1)].received)
+    a, b = samples[after - 1], samples[after]
+    share = (worked - a.worked) / (b.worked - a.worked)
+    return a.received + share * (b.received - a.received)
+
+
+def read(store: Store) -> History:
+    """The history of a folder; an empty one if there is none to be read."""
+    return notes.read(store.state / FILE, SCHEMA, _decode) or History()
+
+
+def _write(store: Store, history: History) -> None:
+    fields = {
+        "samples": [dataclasses.astuple(sample) for sample in history.samples],
+        "sent": [(origin.kind, origin.name, count) for origin, count in history.sent.items()],
+    }
+    notes.write(store.state / FILE, SCHEMA, fields)
+
+
+def _decode(fields: dict[str, Any]) -> History:
+    """The history in a file.
+
+    Raises:
+        ValueError, TypeError, KeyError, OverflowError: it is damaged.
+    """
+    samples = (_decode_sample(row) for row in fields["samples"][-LIMIT:])
+    sent: Counter[Origin] = Counter()
+    for kind, name, count in fields["sent"]:
+        sent[Origin("mirror" if kind == "mirror" else "peer", str(name))] += notes.count(count)
+    return History(tuple(sorted(samples, key=lambda it: it.worked)), sent)
+
+
+def _decode_sample(row: Iterable[Any]) -> Sample:
+    when, worked, proven, received, peers, rate, phase = row
+    return Sample(
+        notes.number(when),
+        notes.number(worked),
+        notes.count(proven),
+        notes.count(received),
+        notes.count(peers),
+        notes.number(rate),
+        str(phase),
+    )

@@ -1,0 +1,212 @@
+"""What the latest checks of a folder have found, and how the last runs of its model went.
+
+Kept for `report` and `status`. A convenience, see `notes`: it proves nothing. Two runs that end at
+the same moment may cost one of them its entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from grokfetch.folder import advisory as notes
+from grokfetch.folder.store import Store
+from grokfetch.folder.verify import Finding
+
+__all__ = [
+    "Check",
+    "Command",
+    "Found",
+    "Run",
+    "add_run",
+    "checked",
+    "checks",
+    "note_more",
+    "runs",
+]
+
+CHECKS_SCHEMA = 1
+CHECKS_FILE = "findings.json"
+FINDINGS = 500
+"""Findings of a check that are kept at most; all are counted."""
+
+RUNS_SCHEMA = 1
+RUNS_FILE = "runs.json"
+RUNS = 20
+"""Runs that are kept at most, the last ones."""
+
+Command = Literal["fetch", "verify"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A finding as it was told: `verify.Finding`, or a tensor that is not what it must be."""
+
+    kind: str
+    path: str
+    piece: int | None
+    tensor: str | None
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """The findings of one fetch or verification, which ended at `time` (seconds since 1970).
+
+    `count` is how many there were; `findings` the first of them.
+    """
+
+    time: float
+    count: int
+    findings: tuple[Found, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the model, which ended at `time` (seconds since 1970); None is not known.
+
+    weights: bytes. loaded_s: until the weights were in place. first_token_s: from the prompt to the
+    first token. tokens: generated. tokens_per_s: after the first. peak_memory: anonymous bytes,
+    which the system cannot drop as it can the pages of files. read: bytes that the disk was asked
+    for, from the start of loading on. experts: for each layer how often each expert was chosen.
+    """
+
+    time: float
+    placement: str
+    platform: str
+    devices: int
+    weights: int
+    loaded_s: float
+    prompt: int
+    tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+    peak_memory: int | None
+    read: int | None
+    experts: tuple[tuple[int, ...], ...] | None
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def checks(store: Store) -> Mapping[str, Check]:
+    """The latest check by the command that made it, "fetch" or "verify"; none if none is kept."""
+    return notes.read(store.state / CHECKS_FILE, CHECKS_SCHEMA, _decode_checks) or {}
+
+
+def checked(
+    store: Store,
+    command: Command,
+    events: Generator[T, None, None],
+    now: Callable[[], float] = time.time,
+) -> Generator[T, None, None]:
+    """The events of a check, unchanged; its findings are kept when it has begun, and ends.
+
+    They take the place of those that the same command made before.
+    """
+    found: list[Found] = []
+    count = 0
+    begun = False
+    try:
+        with contextlib.closing(events):
+            for event in events:
+                begun = True
+                if isinstance(event, Finding):
+                    count += 1
+                    if len(found) < FINDINGS:
+                        found.append(_found(event))
+                yield event
+    finally:
+        # What cannot begin, for want of the lock say, has not checked anything.
+        if begun:
+            _write_checks(store, {**checks(store), command: Check(now(), count, tuple(found))})
+
+
+def note_more(store: Store, command: Command, found: Sequence[Found]) -> None:
+    """Add findings to those of the latest check, which they complete."""
+    kept = dict(checks(store))
+    if found and command in kept:
+        last = kept[command]
+        together = (*last.findings, *found)[:FINDINGS]
+        kept[command] = Check(last.time, last.count + len(found), together)
+        _write_checks(store, kept)
+
+
+def _found(finding: Finding) -> Found:
+    return Found(finding.kind, str(finding.path), finding.piece, finding.tensor, finding.detail)
+
+
+def _write_checks(store: Store, kept: Mapping[str, Check]) -> None:
+    fields = {command: dataclasses.asdict(check) for command, check in kept.items()}
+    notes.write(store.state / CHECKS_FILE, CHECKS_SCHEMA, {"checks": fields})
+
+
+def _decode_checks(fields: dict[str, Any]) -> dict[str, Check]:
+    return {
+        command: Check(
+            notes.number(check["time"]),
+            notes.count(check["count"]),
+            tuple(_decode_found(found) for found in check["findings"][:FINDINGS]),
+        )
+        for command, check in dict(fields["checks"]).items()
+    }
+
+
+def _decode_found(found: Mapping[str, Any]) -> Found:
+    piece, tensor = found["piece"], found["tensor"]
+    return Found(
+        str(found["kind"]),
+        str(found["path"]),
+        None if piece is None else notes.count(piece),
+        None if tensor is None else str(tensor),
+        str(found["detail"]),
+    )
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def runs(store: Store) -> tuple[Run, ...]:
+    """The last runs, oldest first; none if none is kept."""
+    return notes.read(store.state / RUNS_FILE, RUNS_SCHEMA, _decode_runs) or ()
+
+
+def add_run(store: Store, run: Run) -> None:
+    """Keep a run behind those before, the oldest of which may go."""
+    kept = (*runs(store), run)[-RUNS:]
+    rows = [dataclasses.asdict(run) for run in kept]
+    notes.write(store.state / RUNS_FILE, RUNS_SCHEMA, {"runs": rows})
+
+
+def _decode_runs(fields: dict[str, Any]) -> tuple[Run, ...]:
+    return tuple(_decode_run(run) for run in fields["runs"][-RUNS:])
+
+
+def _decode_run(run: Mapping[str, Any]) -> Run:
+    speed, memory, read = run["tokens_per_s"], run["peak_memory"], run["read"]
+    return Run(
+        notes.number(run["time"]),
+        str(run["placement"]),
+        str(run["platform"]),
+        notes.count(run["devices"]),
+        notes.count(run["weights"]),
+        notes.number(run["loaded_s"]),
+        notes.count(run["prompt"]),
+        notes.count(run["tokens"]),
+        notes.number(run["first_token_s"]),
+        None if speed is None else notes.number(speed),
+        None if memory is None else notes.count(memory),
+        None if read is None else notes.count(read),
+        None if run["experts"] is None else _decode_experts(run["experts"]),
+    )
+
+
+def _decode_experts(rows: Iterable[Iterable[Any]]) -> tuple[tuple[int, ...], ...]:
+    found = tuple(tuple(notes.count(chosen) for chosen in row) for row in rows)
+    if len({len(row) for row in found}) > 1:
+        raise ValueError("layers differ in their experts")
+    return found

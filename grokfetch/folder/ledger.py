@@ -1,0 +1,311 @@
+"""The record at work: what a fetch or a verification has proven so far, and saving it.
+
+Proofs come from reading back only. Data is flushed to the disk before the record claims it, so that
+a power cut cannot leave a claim without its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from grokfetch.errors import StorageFailed
+from grokfetch.folder.record import FileProof, Record, Stamp
+from grokfetch.folder.storage import gone, storage_failed
+from grokfetch.folder.store import Store
+from grokfetch.torrent.layout import Layout, LayoutFile
+
+__all__ = ["Proofs", "flush"]
+
+
+class Proofs:
+    """What is proven of a torrent's payload, with the store's exclusive lock held.
+
+    Args:
+        store: the checkpoint folder.
+        layout: the torrent's.
+        info_hash: the torrent's.
+
+    Attributes:
+        pieces: the proven ones, including those not yet saved.
+        unflushed_bytes: of pieces proven since the last flush began.
+        whole_file: whether a file has become whole since the record was written.
+    """
+
+    def __init__(self, store: Store, layout: Layout, info_hash: str) -> None:
+        self._store = store
+        self._layout = layout
+        self._info_hash = info_hash
+        record = store.record()
+        self._files = dict(record.files)
+        self.pieces = set(record.pieces)
+        self._unflushed: set[int] = set()
+        self._flushing: set[int] = set()
+        self.unflushed_bytes = 0
+        self.whole_file = False
+        self._left: dict[PurePosixPath, int] = {}
+        self._inodes: dict[PurePosixPath, tuple[int, int] | None] = {}
+        self._spoilt: list[PurePosixPath] = []
+        for file in layout.payload:
+            self._distrust_if_changed(file)
+
+    def _distrust_if_changed(self, file: LayoutFile) -> None:
+        proof = self._files.get(file.path)
+        now = self._store.stamp(file.path)
+        if proof is not None and proof.holds(now):
+            return
+        self._files.pop(file.path, None)
+        if now is not None:
+            self._files[file.path] = FileProof(now)
+        self.remove(self._layout.pieces_over(file))
+
+    @property
+    def missing(self) -> list[int]:
+        """The pieces that are not proven, in order."""
+        return [piece for piece in range(self._layout.piece_count) if piece not in self.pieces]
+
+    def add(self, piece: int) -> None:
+        """Count a piece whose read-back was right."""
+        if piece in self.pieces:
+            return
+        self.pieces.add(piece)
+        self._unflushed.add(piece)
+        for part in self._layout.segments(piece):
+            if not part.file.pad:
+                self.unflushed_bytes += part.length
+                self._count_down(part.file)
+
+    def _count_down(self, file: LayoutFile) -> None:
+        """One piece less is missing of a file."""
+        left = self._left.get(file.path)
+        if left is None:
+            left = sum(piece not in self.pieces for piece in self._layout.pieces_over(file))
+        else:
+            left -= 1
+        self._left[file.path] = left
+        self.whole_file |= not left
+
+    def remove(self, pieces: Iterable[int]) -> None:
+        """Doubt pieces that do not read right any more."""
+        doubtful = set(pieces)
+        self.pieces -= doubtful
+        self._unflushed -= doubtful
+        self._flushing -= doubtful
+        self._left.clear()
+
+    def forget_digests(self) -> None:
+        """Doubt the digests of whole files."""
+        for path, proof in self._files.items():
+            self._files[path] = dataclasses.replace(proof, sha256=None)
+
+    def mark_writing(self, paths: Iterable[PurePosixPath]) -> None:
+        """Say on disk, before it happens, that we shall write these files.
+
+        Raises:
+            StorageFailed: the record cannot be written.
+        """
+        for path in paths:
+            now = self._store.stamp(path) or Stamp(0, 0)
+            self._files[path] = FileProof(now, writing=True)
+        self.save()
+
+    def save(self) -> None:
+        """Flush the data of newly proven pieces, then write the record.
+
+        Raises:
+            StorageFailed: either failed.
+        """
+        try:
+            flush(self.begin_flush())
+        except StorageFailed:
+            self.end_flush(well=False)
+            raise
+        self.end_flush(well=True)
+        self.write()
+
+    def begin_flush(self) -> list[Path]:
+        """The files to be flushed, before the record can claim what has been proven by now."""
+        self._flushing |= self._unflushed
+        self._unflushed.clear()
+        self.unflushed_bytes = 0
+        paths = {
+            segment.file.path
+            for piece in self._flushing
+            for segment in self._layout.segments(piece)
+            if not segment.file.pad
+        }
+        return [self._store.payload(path) for path in paths]
+
+    def end_flush(self, *, well: bool) -> None:
+        """Count the pieces as flushed for which `begin_flush` named the files.
+
+        Where that failed they are doubted: the system says only once that data was lost.
+        """
+        if not well:
+            self.remove(self._flushing)
+        self._flushing.clear()
+
+    def write(self) -> None:
+        """Write the record of what is proven and flushed.
+
+        Raises:
+            StorageFailed: it cannot be written.
+        """
+        self._look_at_targets()
+        self._store.save_record(self.record())
+        self.whole_file = False
+
+    def _look_at_targets(self) -> None:
+        """Note how the files that we write look now, and doubt those that others have spoilt.
+
+        Raises:
+            StorageFailed: the whole folder has gone; what the record says of it stays.
+        """
+        if self.pieces and not self._store.root.is_dir():
+            raise gone(self._store.root)
+        for path, proof in list(self._files.items()):
+            file = self._layout.file(path)
+            if proof.writing and file is not None:
+                now = self._store.stamp(path)
+                inode = self._inode(path)
+                end = self._proven_end(file)
+                same = self._inodes.setdefault(path, inode) == inode if end else True
+                if end > (0 if now is None else now.size) or not same:
+                    self._doubt(file)
+                    self._inodes.pop(path, None)
+                self._files[path] = FileProof(now or Stamp(0, 0), writing=True)
+
+    def _inode(self, path: PurePosixPath) -> tuple[int, int] | None:
+        """What tells a file from another one that has taken its name."""
+        try:
+            status = self._store.payload(path).stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _proven_end(self, file: LayoutFile) -> int:
+        """The byte of a file after its last proven one: no honest file is shorter."""
+        for piece in reversed(self._layout.pieces_over(file)):
+            if piece in self.pieces:
+                return min(file.end, (piece + 1) * self._layout.piece_length) - file.start
+        return 0
+
+    def _doubt(self, file: LayoutFile) -> None:
+        self.remove(self._layout.pieces_over(file))
+        self._spoilt.append(file.path)
+
+    def _doubt_holes(self) -> None:
+        """Doubt pieces over holes: somebody has cut a file, and our writing made it long again.
+
+        Where a file system makes holes of written zeros, their pieces are read once more.
+        """
+        for path, proof in self._files.items():
+            file = self._layout.file(path)
+            if proof.writing and file is not None:
+                for start, length in _holes(self._store.payload(path), self._proven_end(file)):
+                    doubtful = self.pieces.intersection(
+                        self._layout.pieces_over(file, start, length)
+                    )
+                    if doubtful:
+                        self.remove(doubtful)
+                        self._spoilt.append(path)
+
+    def look_again(self) -> list[PurePosixPath]:
+        """Doubt the files that others have changed since; the paths of those, each told once."""
+        for file in self._layout.payload:
+            before = len(self.pieces)
+            self._distrust_if_changed(file)
+            if len(self.pieces) < before:
+                self._spoilt.append(file.path)
+        told, self._spoilt = list(dict.fromkeys(self._spoilt)), []
+        return told
+
+    def renew(self, files: Iterable[LayoutFile]) -> None:
+        """Doubt files that we have replaced ourselves; nobody need be told."""
+        for file in files:
+            self._distrust_if_changed(file)
+
+    def end_writing(self) -> None:
+        """Save, and tie the proofs to the files as they look now that nobody writes them.
+
+        Raises:
+            StorageFailed: it cannot be written.
+        """
+        self._doubt_holes()
+        self.save()
+        for path, proof in list(self._files.items()):
+            if proof.writing:
+                now = self._store.stamp(path)
+                del self._files[path]
+                if now is not None:
+                    self._files[path] = FileProof(now)
+        self._inodes.clear()
+        self.write()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the record on the disk says all of this, and of no file that it is written."""
+        record = Record(self._info_hash, frozenset(self.pieces), self._files)
+        writing = any(proof.writing for proof in self._files.values())
+        return not writing and record == self._store.record()
+
+    def sha256(self, path: PurePosixPath) -> str | None:
+        """The digest of a file computed earlier, None if there is none or the file was written."""
+        proof = self._files.get(path)
+        return None if proof is None else proof.sha256
+
+    def add_file(self, path: PurePosixPath, stamp: Stamp, sha256: str) -> None:
+        """Count a whole file whose sha256 was computed while it looked like `stamp`."""
+        self._files[path] = FileProof(stamp, sha256)
+
+    def record(self) -> Record:
+        """The record of all this, but for what is not flushed."""
+        pieces = self.pieces - self._unflushed - self._flushing
+        return Record(self._info_hash, frozenset(pieces), self._files.copy())
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Force files, and the folders that name them, to the disk. What is gone is passed over.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    folders = set()
+    for path in paths:
+        folders.add(path.parent)
+        _flush(path)
+    for folder in folders:
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        # Its stamp will not be the one that its proofs rest on.
+        return
+    except OSError as error:
+        raise storage_failed(error, path) from error
+
+
+def _holes(path: Path, stop: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each hole in the first `stop` bytes; none where that cannot be told."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        at = 0
+        while at < stop:
+            start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            if start >= stop:
+                return
+            try:
+                at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+            except OSError:
+                # Nothing but hole follows.
+                at = stop
+            yield start, min(at, stop) - start

@@ -1,0 +1,106 @@
+"""All that is known of a folder without reading its payload, for people and for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grokfetch.errors import StateMissing
+from grokfetch.folder import history, journal
+from grokfetch.folder.history import History
+from grokfetch.folder.journal import Check, Run
+from grokfetch.folder.storage import Owner, read_owner
+from grokfetch.folder.store import Store
+from grokfetch.folder.survey import Survey, survey
+
+__all__ = ["SCHEMA", "Overview", "as_fields", "missing_runs", "overview"]
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Overview:
+    """What is proven and missing, who is at work, how fetches, checks and runs have gone."""
+
+    folder: Path
+    found: Survey
+    owner: Owner | None
+    history: History
+    checks: Mapping[str, Check]
+    runs: tuple[Run, ...]
+
+
+def overview(store: Store) -> Overview:
+    """Look at a folder. Takes no lock: it may run beside a fetch.
+
+    Raises:
+        StateMissing: nothing says what it must hold, or a fetch does not know it yet.
+    """
+    owner = read_owner(store.state)
+    if owner is not None and store.manifest_or_none() is None:
+        raise StateMissing(
+            f"{owner} is at work here and has not got the torrent's metadata yet",
+            path=store.root,
+            hint="look again in a while",
+        )
+    return Overview(
+        store.root,
+        survey(store),
+        owner,
+        history.read(store),
+        journal.checks(store),
+        journal.runs(store),
+    )
+
+
+def missing_runs(pieces: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """First and last piece of each run that is not proven."""
+    first = None
+    for piece, proven in enumerate(pieces):
+        if not proven and first is None:
+            first = piece
+        elif proven and first is not None:
+            yield first, piece - 1
+            first = None
+    if first is not None:
+        yield first, len(pieces) - 1
+
+
+def as_fields(seen: Overview) -> dict[str, Any]:
+    """The JSON object of `grokfetch status --json`; docs/events.md describes it."""
+    found, owner = seen.found, seen.owner
+    return {
+        "schema": SCHEMA,
+        "folder": str(seen.folder),
+        "name": found.name,
+        "info_hash": found.info_hash,
+        "owner": None if owner is None else {"pid": owner.pid, "host": owner.host},
+        "bytes": {
+            "total": found.total,
+            "proven": found.proven,
+            "by_pieces": found.by_pieces,
+            "by_sha256": found.by_sha256,
+        },
+        "pieces": {
+            "total": len(found.pieces),
+            "proven": sum(found.pieces),
+            "missing": list(missing_runs(found.pieces)),
+        },
+        "asked": None if found.asked is None else dataclasses.asdict(found.asked),
+        "files": Counter(found.files.values()),
+        "not_proven": {str(p): state for p, state in found.files.items() if state != "proven"},
+        "layers": [
+            {"name": group.name, "proven": group.proven, "total": group.total}
+            for group in found.groups
+        ],
+        "history": [dataclasses.asdict(sample) for sample in seen.history.samples],
+        "sent": [
+            {"kind": origin.kind, "name": origin.name, "bytes": count}
+            for origin, count in sorted(seen.history.sent.items(), key=lambda both: -both[1])
+        ],
+        "checks": {command: dataclasses.asdict(check) for command, check in seen.checks.items()},
+        "runs": [dataclasses.asdict(run) for run in seen.runs],
+    }

@@ -1,0 +1,143 @@
+"""The payload files as targets of writing: links, and the lengths they must have."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from grokfetch.errors import StorageFailed
+from grokfetch.folder.storage import replacing, storage_failed
+from grokfetch.folder.store import Store, part_name
+from grokfetch.torrent.layout import Layout, LayoutFile
+
+__all__ = [
+    "behind_link",
+    "cut_long_files",
+    "make_empty_files",
+    "name_asked_files",
+    "own",
+    "refuse_linked_folders",
+]
+
+CHUNK = 1 << 20
+"""Bytes copied at once."""
+
+
+def behind_link(root: Path, path: Path) -> Path | None:
+    """The first symbolic link among the folders below `root` that lead to a path."""
+    above = [place for place in path.parents if place != root and place.is_relative_to(root)]
+    return next((place for place in reversed(above) if place.is_symlink()), None)
+
+
+def refuse_linked_folders(store: Store, path: Path) -> None:
+    """Refuse to write below symbolic links: what they lead to is not ours.
+
+    Raises:
+        StorageFailed: a folder on the way to a file is one.
+    """
+    link = behind_link(store.root, path)
+    if link is not None:
+        raise StorageFailed(
+            "a symbolic link to a folder, and bytes below it must be fetched; links are only read",
+            path=link,
+            hint="replace it by a folder, with copies in it or with links to the files themselves, "
+            "and run the same command again",
+        )
+
+
+def own(store: Store, files: Iterable[LayoutFile]) -> Iterator[LayoutFile]:
+    """Make sure that files can be written, and what symbolic links lead to is not.
+
+    A link to a file is replaced by a copy of what it leads to, or removed if it leads nowhere.
+
+    Yields:
+        The files of which that was so; nothing of them is proven any more.
+
+    Raises:
+        StorageFailed: a folder on the way to a file is a link, or there is no copying.
+    """
+    for file in files:
+        path = store.payload(file.path)
+        refuse_linked_folders(store, path)
+        if path.is_symlink():
+            try:
+                _copy_in_place(path, file.size)
+            except OSError as error:
+                raise storage_failed(error, path) from error
+            yield file
+
+
+def _copy_in_place(link: Path, size: int) -> None:
+    """Put a copy of the first `size` bytes of a file in the place of the link to it."""
+    if not link.is_file():
+        link.unlink()
+        return
+    with link.open("rb") as source, replacing(link) as target:
+        shutil.copyfileobj(source, target, CHUNK)
+        target.truncate(min(size, target.tell()))
+
+
+def cut_long_files(store: Store, layout: Layout) -> Iterator[LayoutFile]:
+    """Cut files that are longer than the torrent's, and yield each of them.
+
+    Raises:
+        StorageFailed: one cannot be cut.
+    """
+    for file in layout.payload:
+        now = store.stamp(file.path)
+        if now is not None and now.size > file.size:
+            path = store.payload(file.path)
+            if not list(own(store, [file])):
+                try:
+                    os.truncate(path, file.size)
+                except OSError as error:
+                    raise storage_failed(error, path) from error
+            yield file
+
+
+def name_asked_files(store: Store, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
+    """Give files that are asked for now, and were not before, their own names.
+
+    Where a whole file lay beside the part that we wrote, that part is removed.
+
+    Returns:
+        For each that was renamed the path before and the path now.
+
+    Raises:
+        StorageFailed: one cannot be renamed or removed.
+    """
+    renamed = {}
+    places, ours = store.places(), store.record().files
+    for file in layout.payload:
+        before = part_name(file.path)
+        asked = file.path == places.get(file.name, file.name)
+        if not asked or layout.file(before) is not None or not store.payload(before).is_file():
+            continue
+        path = store.payload(file.path)
+        try:
+            if not path.exists():
+                store.payload(before).rename(path)
+                renamed[before] = file.path
+            elif before in ours:
+                store.payload(before).unlink()
+        except OSError as error:
+            raise storage_failed(error, path) from error
+    return renamed
+
+
+def make_empty_files(store: Store, layout: Layout) -> None:
+    """Make the files without bytes that are not there: no piece brings them.
+
+    Raises:
+        StorageFailed: one cannot be made.
+    """
+    for file in layout.payload:
+        path = store.payload(file.path)
+        if file.size == 0 and not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            except OSError as error:
+                raise storage_failed(error, path) from error

@@ -1,0 +1,371 @@
+"""The checkpoint directory: what lies where, who may write, what is proven.
+
+    DIR/                     the payload as the torrent lays it down, top folder kept, but for files
+                             that lay there in another layout and were adopted
+    DIR/.../NAME.part        a file that is not asked for, with the bytes that share a piece with
+                             one that is; it gets its name when it is asked for
+    DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
+        lock                 locked (flock) exclusively while payload or record are written, shared
+                             by readers that ask; holds the owner's {"pid", "host"} as JSON. The
+                             kernel drops the lock of a dead owner, so that it never blocks
+        manifest.json        the manifest in force (`manifest.SCHEMA`), its paths those of the
+                             torrent
+        selection.json       what is asked for, where that is not everything (`selection.SCHEMA`)
+        places.json          where files lie, if not where the torrent puts them (`places.SCHEMA`)
+        metadata.torrent     a torrent file: the info dictionary as the swarm gave it, and its v2
+                             piece layers. The format is BitTorrent's own
+        record.json          schema (`record.SCHEMA`), sha256 of the rest, info hash, bit field of
+                             the proven pieces in hexadecimal (piece 0 is the highest bit), and for
+                             each file: size, mtime_ns, sha256 or null, "writing" or ""
+        progress.json        how the fetches have gone, and who has sent how much
+                             (`history.SCHEMA`), for `status` and `report` only
+        findings.json        what the latest fetch and the latest verification have found, and
+        runs.json            what the last runs took (`journal`), for the same two only
+        *.damaged-N          a state file that could not be read, set aside
+
+How state files are replaced, and what becomes of a damaged one, is `state`'s business. The payload
+cannot be renamed into place, so that only the record makes its bytes trustworthy.
+
+A folder that cannot be written is read without a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from grokfetch.errors import NotProven, SelectionInvalid, StateMissing
+from grokfetch.folder import record as records
+from grokfetch.folder.record import Record, Stamp
+from grokfetch.folder.state_files import StateFiles
+from grokfetch.manifest import relocation as placing
+from grokfetch.manifest import schema as manifests
+from grokfetch.manifest import selection as selections
+from grokfetch.manifest.relocation import Places, relocated
+from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile
+from grokfetch.manifest.selection import Selection, Spans
+from grokfetch.torrent.layout import Layout, LayoutFile
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
+
+__all__ = ["Store", "part_name"]
+
+
+def part_name(path: PurePosixPath) -> PurePosixPath:
+    """Where the bytes of a file lie that is not asked for."""
+    return path.with_name(f"{path.name}.part")
+
+
+class Store:
+    """One checkpoint directory.
+
+    Opening it reads nothing and writes nothing. What is read is kept until the lock is taken.
+
+    Args:
+        root: the checkpoint folder; need not exist yet.
+        state: where our own files are; `root/.grokfetch` by default.
+
+    Attributes:
+        root: the checkpoint folder.
+        state: the folder of our own files.
+        warnings: what a person should know about state that could not be used.
+    """
+
+    def __init__(self, root: Path, state: Path | None = None) -> None:
+        self.root = root
+        self.state = root / STATE_FOLDER if state is None else state
+        self._files = StateFiles(self.state)
+        self.warnings = self._files.warnings
+        self._forget()
+
+    def _forget(self) -> None:
+        self._manifest: Manifest | None = None
+        self._places: Places | None = None
+        self._selection: Selection | None = None
+        self._asked: Spans | None = None
+        self._torrent: TorrentFile | None = None
+        self._layout: Layout | None = None
+        self._settled = False
+        self._record: Record | None = None
+        self._entries: dict[PurePosixPath, ManifestFile] = {}
+
+    def payload(self, path: PurePosixPath) -> Path:
+        """Where a payload file lies on this machine."""
+        return self.root / path
+
+    def stamp(self, path: PurePosixPath) -> Stamp | None:
+        """How a payload file looks now, links followed; None if it is not there."""
+        try:
+            status = os.stat(self.payload(path))  # noqa: PTH116 - half the time of Path.stat
+        except OSError:
+            return None
+        return Stamp(status.st_size, status.st_mtime_ns)
+
+    # --- the lock ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self, *, exclusive: bool = True) -> Iterator[None]:
+        """Hold the folder: alone in order to write it, or with other readers.
+
+        A shared lock on a folder that cannot be written is no lock.
+
+        Raises:
+            StateLocked: another process holds it; names that process where it is known.
+            StorageFailed: the folder cannot be written, or its file system knows no locks.
+        """
+        with self._files.lock(exclusive=exclusive):
+            self._forget()
+            yield
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest:
+        """The manifest in force.
+
+        Raises:
+            StateMissing: there is none.
+        """
+        found = self.manifest_or_none()
+        if found is None:
+            raise StateMissing(
+                "nothing here says what this folder must hold",
+                path=self.root,
+                hint=f"run: grokfetch fetch SOURCE --to {self.root}, "
+                f"or for files that came another way: grokfetch manifest {self.root}",
+            )
+        return found
+
+    def manifest_or_none(self) -> Manifest | None:
+        """The manifest in force, its paths those where files lie here; None if there is none."""
+        if self._manifest is None:
+            name = "manifest.json"
+            known = self._files.read(name, lambda it: manifests.parse(it, str(self.state / name)))
+            if known is not None:
+                self._keep(relocated(known, self.places()))
+        return self._manifest
+
+    def _keep(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._entries = {file.path: file for file in manifest.files}
+
+    def places(self) -> Places:
+        """Where files lie that do not lie where the torrent puts them."""
+        if self._places is None:
+            self._places = self._files.read("places.json", placing.decode) or {}
+        return self._places
+
+    def torrent(self) -> TorrentFile | None:
+        """The torrent's metadata, None if there is none."""
+        if self._torrent is None:
+            found = self._files.read("metadata.torrent", _with_layout)
+            if found is not None:
+                self._torrent, self._layout = found
+        return self._torrent
+
+    def layout(self) -> Layout | None:
+        """The torrent's layout, None if there is no torrent.
+
+        Files that are not asked for lie under another name: they may hold bytes that share a piece
+        with a file that is, and must not look whole.
+        """
+        self.torrent()
+        if self._layout is not None and not self._settled:
+            self._layout = self._layout.moved(self._moves(self._layout))
+            self._settled = True
+        return self._layout
+
+    def _moves(self, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
+        """From the torrent's paths to ours, for the files that lie elsewhere."""
+        asked, moves = self.asked(), dict(self.places())
+        for file in layout.payload:
+            place = moves.get(file.name, file.name)
+            if asked is not None and place not in asked and file.size:
+                moves[file.name] = part_name(place)
+        return moves
+
+    def selection(self) -> Selection | None:
+        """What is asked for; None for everything."""
+        if self._selection is None:
+            self._selection = self._files.read("selection.json", selections.decode)
+        return self._selection
+
+    def asked(self) -> Spans | None:
+        """The bytes that are asked for; None for everything.
+
+        A file that only its sha256 can prove is asked for as a whole, or not at all.
+        """
+        selection, manifest = self.selection(), self.manifest_or_none()
+        if selection is None or manifest is None:
+            return None
+        if self._asked is None:
+            try:
+                found = dict(selections.spans(manifest, selection))
+            except SelectionInvalid as error:
+                self._files.warn(f"{self.state / 'selection.json'} is ignored: {error.what}")
+                self._selection = None
+                return None
+            for path in found:
+                if not self.pieces_speak_for(path):
+                    found[path] = ((0, self._entries[path].size),)
+            self._asked = found
+        return self._asked
+
+    def record(self) -> Record:
+        """What is proven; empty if nothing is.
+
+        Pieces of another torrent than the one in `metadata.torrent` do not count.
+        """
+        if self._record is None:
+            record = self._files.read("record.json", records.decode)
+            self._record = self._of_this_torrent(record or Record())
+        return self._record
+
+    def _of_this_torrent(self, record: Record) -> Record:
+        torrent, layout = self.torrent(), self.layout()
+        if torrent is None or layout is None or record.info_hash != torrent.info_hash:
+            return Record(None if torrent is None else torrent.info_hash, files=record.files)
+        if any(piece >= layout.piece_count for piece in record.pieces):
+            self.warnings.append(f"{self.state / 'record.json'}: it names pieces there are not")
+            return Record(torrent.info_hash)
+        return record
+
+    # --- writing, under the exclusive lock ----------------------------------------------------
+
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Put a manifest in force, its paths those where files lie here.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        names = {place: name for name, place in self.places().items()}
+        self._files.write("manifest.json", manifests.encode(relocated(manifest, names)))
+        self._forget()
+        self._keep(manifest)
+
+    def save_places(self, places: Places) -> None:
+        """Keep where files lie that do not lie where the torrent puts them.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._files.write("places.json", placing.encode(places))
+        self._forget()
+
+    def save_torrent(self, torrent: TorrentFile) -> None:
+        """Keep a torrent's metadata.
+
+        Raises:
+            TorrentInvalid: it has no sound layout.
+            StorageFailed: the state folder cannot be written.
+        """
+        layout = parse_info(torrent.info, torrent.piece_layers)
+        self._files.write("metadata.torrent", encode_torrent(torrent))
+        self._torrent, self._layout, self._record = torrent, layout, None
+        self._settled = False
+
+    def save_selection(self, selection: Selection | None) -> None:
+        """Keep what is asked for; None asks for everything.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        if selection is None:
+            self._files.remove("selection.json")
+        else:
+            self._files.write("selection.json", selections.encode(selection))
+        self._forget()
+
+    def save_record(self, record: Record) -> None:
+        """Keep what is proven. The data it speaks of must be on the disk by now.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        self._files.write("record.json", records.encode(record))
+        self._record = record
+
+    # --- what is proven -----------------------------------------------------------------------
+
+    def pieces_speak_for(self, path: PurePosixPath) -> bool:
+        """Whether the torrent's piece hashes prove this file of the manifest in force.
+
+        They do if the manifest names that torrent, or knows no sha256 of the file. Where it knows
+        one and does not name the torrent, only the sha256 tells whether the file is the right one.
+
+        Raises:
+            StateMissing: there is no manifest.
+        """
+        torrent, manifest = self.torrent(), self.manifest()
+        if torrent is None:
+            return False
+        entry = self._entries.get(path)
+        return torrent.known_as(manifest.info_hash) or entry is None or entry.sha256 is None
+
+    def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
+        """Return if a span of a payload file, all of it by default, is proven.
+
+        Args:
+            path: as in the manifest.
+            start: the first byte.
+            length: how many bytes.
+
+        Raises:
+            NotProven: a byte of it is not, or the file has changed since.
+            StateMissing: there is no manifest.
+        """
+        self.manifest()
+        reason = self._doubt(path, start, length)
+        if reason is not None:
+            selection = self.selection()
+            rest = f"grokfetch fetch {self.root}"
+            if selection is not None:
+                rest += f" --all (only this was asked for: {selection})"
+            raise NotProven(
+                reason,
+                path=self.payload(path),
+                hint=f"run: grokfetch verify {self.root}, "
+                f"and where it finds something missing or bad: {rest}",
+            )
+
+    def _doubt(self, path: PurePosixPath, start: int, length: int | None) -> str | None:
+        """Why a span is not proven, None if it is."""
+        entry = self._entries.get(path)
+        if entry is None:
+            return "the manifest in force does not name it"
+        stop = entry.size if length is None else start + length
+        now = self.stamp(path)
+        if now is None:
+            return "it is not there"
+        if now.size > entry.size or stop > now.size or start < 0:
+            return f"it has {now.size:,} bytes, {entry.size:,} would be right"
+        proof = self.record().files.get(path)
+        if proof is None or not proof.holds(now):
+            return "it has changed since it was verified" if proof else "it has never been verified"
+        if entry.sha256 is not None and proof.sha256 == entry.sha256 and not proof.writing:
+            return None
+        return self._piece_doubt(path, start, stop)
+
+    def _piece_doubt(self, path: PurePosixPath, start: int, stop: int) -> str | None:
+        layout, file = self.layout(), self._layout_file(path)
+        if layout is None or file is None or not self.pieces_speak_for(path):
+            return "its sha256 is not verified"
+        proven = self.record().pieces
+        for piece in layout.pieces_over(file, start, stop - start):
+            if piece not in proven:
+                return f"piece {piece} is not verified"
+        return None
+
+    def _layout_file(self, path: PurePosixPath) -> LayoutFile | None:
+        layout = self.layout()
+        return None if layout is None else layout.file(path)
+
+
+def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:
+    """A torrent file and its layout.
+
+    Raises:
+        TorrentInvalid: it is none, or has no sound layout.
+    """
+    torrent = parse_torrent(data)
+    return torrent, parse_info(torrent.info, torrent.piece_layers)

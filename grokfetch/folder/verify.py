@@ -1,0 +1,405 @@
+"""Read everything back and say what is proven, what is wrong and what is unknown.
+
+Findings are values: the scan goes on after each, and whoever called decides what they mean. Each
+byte is read once, by the hash that speaks for it: the torrent's piece hashes, or the manifest's
+sha256 where the manifest does not name that torrent. `Store.pieces_speak_for` is that rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from grokfetch.errors import StorageFailed
+from grokfetch.folder.ledger import flush
+from grokfetch.folder.record import FileProof, Record, Stamp
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile, ManifestTensor
+from grokfetch.manifest.selection import pieces_of
+from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.read_back import (
+    FileResult,
+    Hashers,
+    PieceResult,
+    check_pieces,
+    in_batches,
+    sha256_of,
+)
+
+__all__ = [
+    "Event",
+    "Finding",
+    "Progress",
+    "Proven",
+    "Summary",
+    "TensorIndex",
+    "corrupt",
+    "hash_files",
+    "verify",
+]
+
+Kind = Literal["missing", "short", "long", "corrupt", "unreadable", "extra", "unproven"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be.
+
+    `tensor` names the tensors concerned, separated by ", ". A piece that spans several files makes
+    one finding for each of them. `extra` is no failure.
+    """
+
+    kind: Kind
+    path: PurePosixPath
+    piece: int | None = None
+    tensor: str | None = None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes of a step done so far, and to be done in all; here they are read back."""
+
+    done: int
+    total: int
+    phase: str = "verifying"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proven:
+    """Pieces that were read back right just now."""
+
+    pieces: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """The last value of a verification.
+
+    `total` are the bytes that the manifest names and that are asked for, `by_pieces` and
+    `by_sha256` those of them that the torrent `info_hash` and the manifest's sha256 have proven.
+    `failures` counts the findings other than extra files. `recorded` is False where the folder
+    could not be written.
+    """
+
+    total: int
+    by_pieces: int
+    by_sha256: int
+    info_hash: str | None
+    failures: int
+    recorded: bool
+
+    @property
+    def proven(self) -> int:
+        """Proven bytes, whichever way."""
+        return self.by_pieces + self.by_sha256
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that is asked for is proven."""
+        return not self.failures and self.proven == self.total
+
+
+Event = Finding | Progress | Proven | Summary
+
+
+def verify(store: Store, *, threads: int | None = None) -> Generator[Event, None, None]:
+    """Read the whole checkpoint back and record what is proven.
+
+    Args:
+        store: the checkpoint folder, with a manifest in force.
+        threads: that hash; one for each core by default.
+
+    Yields:
+        Progress, proven pieces and findings as they come, then one Summary.
+
+    Raises:
+        StateMissing: there is no manifest.
+        StateLocked: another process uses the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        recording = True
+        try:
+            stack.enter_context(store.lock())
+        except StorageFailed:
+            stack.enter_context(store.lock(exclusive=False))
+            recording = False
+        yield from _Verification(store, threads, recording=recording).run()
+
+
+class TensorIndex:
+    """Which tensors lie where in a manifest's files."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._of: defaultdict[PurePosixPath, list[ManifestTensor]] = defaultdict(list)
+        for tensor in manifest.tensors:
+            self._of[tensor.file].append(tensor)
+
+    def names(self, path: PurePosixPath, start: int, length: int) -> str | None:
+        """The tensors with a byte in a span of a file, separated by ", "; None if there is none."""
+        names = [
+            tensor.name
+            for tensor in self._of.get(path, ())
+            if any(
+                begin < start + length and start < begin + size for begin, size in tensor.spans()
+            )
+        ]
+        return ", ".join(names) or None
+
+
+def corrupt(layout: Layout, result: PieceResult, tensors: TensorIndex) -> Iterator[Finding]:
+    """The findings about a piece that was read wrong, or not at all: one for each of its files."""
+    kind: Kind = "unreadable" if result.verdict == "unreadable" else "corrupt"
+    algorithm = "SHA-1" if layout.version == 1 else "SHA-256"
+    for part in layout.segments(result.piece):
+        if not part.file.pad:
+            yield Finding(
+                kind,
+                part.file.path,
+                result.piece,
+                tensors.names(part.file.path, part.offset, part.length),
+                result.detail
+                or f"{algorithm} of piece {result.piece} is not the torrent's; it holds bytes "
+                f"{part.offset:,} to {part.offset + part.length:,}",
+            )
+
+
+def hash_files(
+    store: Store, files: Iterable[ManifestFile], threads: int | None = None
+) -> Iterator[tuple[ManifestFile, Stamp | None, FileResult]]:
+    """Hash whole files: each with how it looked before it was read, and the result."""
+
+    def job(
+        file: ManifestFile, buffer: memoryview
+    ) -> tuple[ManifestFile, Stamp | None, FileResult]:
+        return file, store.stamp(file.path), sha256_of(store.payload(file.path), buffer)
+
+    with Hashers[tuple[ManifestFile, Stamp | None, FileResult]](threads) as hashers:
+        yield from hashers.run(partial(job, file) for file in files)
+
+
+class _Verification:
+    """One pass over a checkpoint."""
+
+    def __init__(self, store: Store, threads: int | None, *, recording: bool) -> None:
+        self._store = store
+        self._threads = threads
+        self._recording = recording
+        self._manifest = store.manifest()
+        self._torrent = store.torrent()
+        self._layout = store.layout()
+        self._tensors = TensorIndex(self._manifest)
+        self._asked = asked = store.asked()
+        self._files = [f for f in self._manifest.files if asked is None or f.path in asked]
+        elsewhere = () if self._layout is None else self._layout.payload
+        paths = [file.path for file in self._files]
+        paths += [file.path for file in elsewhere if file.known_as]
+        self._before = {path: store.stamp(path) for path in paths}
+        self._by_pieces = [file for file in self._files if self._is_by_pieces(file)]
+        self._by_sha256 = self._files_by_sha256()
+        self._pieces = self._pieces_to_check()
+        self._good: set[int] = set()
+        self._digests: dict[PurePosixPath, str] = {}
+        self._findings: list[Finding] = []
+        self._done = 0
+        self._total = sum(file.size for file in self._by_sha256)
+        if self._layout is not None:
+            self._total += sum(map(self._layout.piece_size, self._pieces))
+
+    def _is_by_pieces(self, file: ManifestFile) -> bool:
+        known = None if self._layout is None else self._layout.file(file.path)
+        if known is None or known.size != file.size:
+            return False
+        return self._store.pieces_speak_for(file.path)
+
+    def _files_by_sha256(self) -> list[ManifestFile]:
+        by_pieces = {file.path for file in self._by_pieces}
+        return [
+            file
+            for file in self._files
+            if file.sha256 is not None
+            and file.path not in by_pieces
+            and self._before[file.path] is not None
+        ]
+
+    def _asked_pieces(self, files: Iterable[ManifestFile]) -> frozenset[int]:
+        """The pieces that are asked for of some files."""
+        if self._layout is None:
+            return frozenset()
+        asked = self._asked
+        spans = {
+            file.path: ((0, file.size),) if asked is None else asked[file.path] for file in files
+        }
+        return pieces_of(self._layout, spans)
+
+    def _pieces_to_check(self) -> list[int]:
+        there = (file for file in self._by_pieces if self._before[file.path] is not None)
+        return sorted(self._asked_pieces(there))
+
+    def run(self) -> Iterator[Event]:
+        yield from self._note(self._at_first_sight())
+        yield from self._check_pieces()
+        yield from self._check_files()
+        yield from self._note(self._changed_meanwhile())
+        if self._recording:
+            self._save()
+        yield from self._note(self._extras())
+        yield self._summary()
+
+    def _note(self, findings: Iterable[Finding]) -> Iterator[Finding]:
+        for finding in findings:
+            self._findings.append(finding)
+            yield finding
+
+    def _at_first_sight(self) -> Iterator[Finding]:
+        hashed = {file.path for file in (*self._by_pieces, *self._by_sha256)}
+        for file in self._files:
+            now = self._before[file.path]
+            names = self._tensors.names(file.path, 0, file.size)
+            if now is None:
+                yield Finding("missing", file.path, None, names)
+            elif now.size != file.size:
+                yield Finding(
+                    "short" if now.size < file.size else "long",
+                    file.path,
+                    None,
+                    self._tensors.names(file.path, now.size, file.size - now.size),
+                    f"it has {now.size:,} bytes, {file.size:,} would be right",
+                )
+            elif file.path not in hashed:
+                yield Finding("unproven", file.path, None, names, "no hash of it is known")
+
+    # --- by pieces --------------------------------------------------------------------------
+
+    def _check_pieces(self) -> Iterator[Event]:
+        layout = self._layout
+        if layout is None:
+            return
+        root = self._store.root
+        jobs: Iterable[Callable[[memoryview], list[PieceResult]]] = (
+            partial(check_pieces, root, layout, batch) for batch in in_batches(layout, self._pieces)
+        )
+        with Hashers[list[PieceResult]](self._threads) as hashers:
+            for results in hashers.run(jobs):
+                for result in results:
+                    yield from self._note(self._judge(layout, result))
+                    self._done += layout.piece_size(result.piece)
+                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
+                yield Progress(self._done, self._total)
+
+    def _judge(self, layout: Layout, result: PieceResult) -> Iterator[Finding]:
+        if result.verdict == "good":
+            self._good.add(result.piece)
+        elif result.verdict != "absent":
+            # What is absent has been reported with its file.
+            yield from corrupt(layout, result, self._tensors)
+
+    # --- by sha256 --------------------------------------------------------------------------
+
+    def _check_files(self) -> Iterator[Event]:
+        for file, _, result in hash_files(self._store, self._by_sha256, self._threads):
+            yield from self._note(self._judge_file(file, result))
+            self._done += file.size
+            yield Progress(self._done, self._total)
+
+    def _judge_file(self, file: ManifestFile, result: FileResult) -> Iterator[Finding]:
+        names = self._tensors.names(file.path, 0, file.size)
+        now = self._before[file.path]
+        if result.sha256 is None:
+            yield Finding("unreadable", file.path, None, names, result.detail)
+        elif result.sha256 == file.sha256:
+            self._digests[file.path] = result.sha256
+        elif now is not None and now.size == file.size:
+            yield Finding("corrupt", file.path, None, names, "its sha256 is not the manifest's")
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def _changed_meanwhile(self) -> Iterator[Finding]:
+        for path, before in self._before.items():
+            if self._store.stamp(path) == before:
+                continue
+            self._digests.pop(path, None)
+            file = None if self._layout is None else self._layout.file(path)
+            if self._layout is not None and file is not None:
+                self._good.difference_update(self._layout.pieces_over(file))
+            self._before[path] = None
+            yield Finding("unproven", path, None, None, "it changed while it was being read")
+
+    def _save(self) -> None:
+        paths = set(self._digests)
+        if self._layout is not None:
+            for piece in self._good:
+                segments = self._layout.segments(piece)
+                paths.update(part.file.path for part in segments if not part.file.pad)
+        flush(map(self._store.payload, paths))
+        self._store.save_record(self._record())
+
+    def _record(self) -> Record:
+        kept = self._store.record().pieces.difference(self._pieces)
+        files = {
+            path: FileProof(stamp, self._digests.get(path))
+            for path, stamp in self._before.items()
+            if stamp is not None
+        }
+        info_hash = None if self._torrent is None else self._torrent.info_hash
+        return Record(info_hash, frozenset(self._still_right(kept, files) | self._good), files)
+
+    def _still_right(
+        self, pieces: Iterable[int], files: dict[PurePosixPath, FileProof]
+    ) -> set[int]:
+        """Of pieces proven earlier and not read now, those whose files have not changed since."""
+        layout, earlier = self._layout, self._store.record().files
+        if layout is None:
+            return set()
+
+        def held(path: PurePosixPath) -> bool:
+            now: Stamp | None = files[path].stamp if path in files else None
+            return path in earlier and earlier[path].holds(now)
+
+        return {
+            piece
+            for piece in pieces
+            if all(part.file.pad or held(part.file.path) for part in layout.segments(piece))
+        }
+
+    def _extras(self) -> Iterator[Finding]:
+        known = {file.path for file in self._manifest.files}
+        if self._layout is not None:
+            known.update(file.path for file in self._layout.payload)
+        if self._manifest.tokenizer is not None:
+            known.add(self._manifest.tokenizer.path)
+        ours = {self._store.root / STATE_FOLDER, self._store.state}
+        for folder, names, files in os.walk(self._store.root):
+            names.sort()
+            names[:] = [name for name in names if Path(folder, name) not in ours]
+            place = PurePosixPath(os.path.relpath(folder, self._store.root))
+            for name in sorted(files):
+                if place / name not in known and not re.fullmatch(r"\.[0-9a-f]+\.parts", name):
+                    yield Finding("extra", place / name, detail="the manifest does not name it")
+
+    def _summary(self) -> Summary:
+        by_pieces = {file.path for file in self._by_pieces}
+        others = sum(file.size for file in self._files if file.path not in by_pieces)
+        return Summary(
+            total=self._bytes_of(self._asked_pieces(self._by_pieces)) + others,
+            by_pieces=self._bytes_of(self._good),
+            by_sha256=sum(f.size for f in self._by_sha256 if f.path in self._digests),
+            info_hash=None if self._torrent is None else self._torrent.info_hash,
+            failures=sum(finding.kind != "extra" for finding in self._findings),
+            recorded=self._recording,
+        )
+
+    def _bytes_of(self, pieces: Iterable[int]) -> int:
+        """Bytes of pieces in files that the torrent's hashes prove."""
+        if self._layout is None:
+            return 0
+        names = {file.path for file in self._by_pieces}
+        parts = (part for piece in pieces for part in self._layout.segments(piece))
+        return sum(part.length for part in parts if part.file.path in names)

@@ -1,0 +1,169 @@
+"""Files that lie elsewhere than the torrent puts them, and which might be which. Pure: no I/O here.
+
+A file's name is its path in the torrent, its place the path where it lies, both below the
+checkpoint folder. Names and sizes only suggest that a file is the torrent's: bytes must prove it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+
+from grokfetch.errors import ManifestInvalid
+from grokfetch.manifest.fields import Field
+from grokfetch.manifest.schema import Manifest, common_tail, unsafe_name
+from grokfetch.torrent.layout import LayoutFile
+
+__all__ = [
+    "SCHEMA",
+    "Places",
+    "beside",
+    "decode",
+    "encode",
+    "finished_name",
+    "guesses",
+    "relocated",
+]
+
+SCHEMA = 1
+
+Places = Mapping[PurePosixPath, PurePosixPath]
+"""From names to places; a file that is not in it lies where the torrent puts it."""
+
+UNFINISHED = (".!qB", ".!ut", ".part")
+"""What qBittorrent, uTorrent and Transmission append to the name of a file that is not complete."""
+
+MOST_GUESSES = 3
+"""Places that are tried for one file."""
+
+
+def finished_name(path: PurePosixPath) -> PurePosixPath:
+    """The path without what torrent clients append while a file is not complete."""
+    ending = next((it for it in UNFINISHED if path.name.endswith(it) and path.name != it), "")
+    return path.with_name(path.name.removesuffix(ending))
+
+
+def guesses(
+    files: Iterable[LayoutFile], there: Iterable[tuple[PurePosixPath, int]]
+) -> Iterator[dict[PurePosixPath, PurePosixPath]]:
+    """Where files might lie: from names to places, the likeliest first, each place once.
+
+    Of the files that bear the name and are no longer than it must be, the likelier shares more of
+    the path, then has the right size, then lies where more of the checkpoint seems to lie.
+
+    Args:
+        files: that do not lie where they should.
+        there: path and size in bytes of each file there is.
+    """
+    wanted = list(files)
+    by_name: defaultdict[str, list[tuple[PurePosixPath, int]]] = defaultdict(list)
+    for path, size in there:
+        by_name[finished_name(path).name].append((path, size))
+    fitting = {
+        file.name: [(path, size) for path, size in by_name[file.name.name] if 0 < size <= file.size]
+        for file in wanted
+    }
+    in_folder: Counter[PurePosixPath] = Counter()
+    for found in fitting.values():
+        in_folder.update({path.parent: size for path, size in found})
+
+    def rank(
+        name: PurePosixPath, path: PurePosixPath, *, right: bool
+    ) -> tuple[int, bool, int, str]:
+        tail = common_tail(finished_name(path), name)
+        return -tail, not right, -in_folder[path.parent], str(path)
+
+    likely = {
+        file.name: sorted(
+            (rank(file.name, path, right=size == file.size), path)
+            for path, size in fitting[file.name]
+        )
+        for file in wanted
+    }
+    for turn in range(MOST_GUESSES):
+        guess: dict[PurePosixPath, PurePosixPath] = {}
+        taken: set[PurePosixPath] = set()
+        for name, ranked in likely.items():
+            if turn < len(ranked) and ranked[turn][1] not in taken:
+                guess[name] = ranked[turn][1]
+                taken.add(ranked[turn][1])
+        if guess:
+            yield guess
+
+
+def beside(places: Places, names: Iterable[PurePosixPath]) -> dict[PurePosixPath, PurePosixPath]:
+    """Where files that are nowhere yet belong, if those that are there lie elsewhere: beside them.
+
+    Args:
+        places: of files that were found.
+        names: of files that were not.
+    """
+    heads = Counter(_heads(name, place) for name, place in places.items())
+    if not heads:
+        return {}
+    [((theirs, ours), _)] = heads.most_common(1)
+    return {name: ours / name.relative_to(theirs) for name in names if name.is_relative_to(theirs)}
+
+
+def _heads(name: PurePosixPath, place: PurePosixPath) -> tuple[PurePosixPath, PurePosixPath]:
+    """What is left of both without the end they share."""
+    tail = common_tail(name, place)
+    return PurePosixPath(*name.parts[:-tail]), PurePosixPath(*place.parts[:-tail])
+
+
+def relocated(manifest: Manifest, places: Places) -> Manifest:
+    """The manifest with paths replaced."""
+    if not places:
+        return manifest
+    return dataclasses.replace(
+        manifest,
+        files=tuple(
+            dataclasses.replace(file, path=places.get(file.path, file.path))
+            for file in manifest.files
+        ),
+        tensors=tuple(
+            dataclasses.replace(tensor, file=places.get(tensor.file, tensor.file))
+            for tensor in manifest.tensors
+        ),
+    )
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def encode(places: Places) -> bytes:
+    """The places as JSON, one line a file."""
+    rows = ",\n  ".join(
+        f"{json.dumps(str(name))}: {json.dumps(str(place))}"
+        for name, place in sorted(places.items())
+    )
+    return f'{{\n "schema": {SCHEMA},\n "places": {{\n  {rows}\n }}\n}}\n'.encode()
+
+
+def decode(text: bytes) -> dict[PurePosixPath, PurePosixPath]:
+    """Read places.
+
+    Raises:
+        ManifestInvalid: they are malformed, unsafe, not distinct, or of a later version.
+    """
+    try:
+        top = Field(json.loads(text), "places")
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"not JSON: {error}") from None
+    schema = top.get("schema").whole(minimum=1)
+    if schema != SCHEMA:
+        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads {SCHEMA}")
+    field = top.get("places")
+    found: dict[PurePosixPath, PurePosixPath] = {}
+    for name in field.members():
+        place = field.get(name).text()
+        reason = unsafe_name(place) or unsafe_name(name)
+        if reason is not None:
+            field.get(name).refuse(f"must be a plain relative path: {reason}")
+        found[PurePosixPath(name)] = PurePosixPath(place)
+    if len(set(found.values())) < len(found):
+        field.refuse("must be distinct")
+    return found

@@ -1,0 +1,345 @@
+"""Which part of a checkpoint is asked for. Pure: no I/O here.
+
+A request names layers, experts and globs, which narrow each other, or an extract that somebody has
+worked out; a selection is the union of all requests made for a folder, so that a later one extends
+what was asked for before. What is asked for is spans of bytes in files, and those become pieces:
+each that holds a byte asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from grokfetch.errors import ManifestInvalid, SelectionInvalid
+from grokfetch.manifest.fields import Field
+from grokfetch.manifest.schema import ITEM_SIZES, Manifest, ManifestTensor
+from grokfetch.torrent.layout import Layout
+
+__all__ = [
+    "SCHEMA",
+    "Extract",
+    "Request",
+    "Selection",
+    "Spans",
+    "decode",
+    "encode",
+    "parse_numbers",
+    "pieces_of",
+    "spans",
+    "urgency",
+]
+
+SCHEMA = 2
+"""Version 1 knew no extracts."""
+
+Spans = Mapping[PurePosixPath, tuple[tuple[int, int], ...]]
+"""For each file asked for: start and stop of spans in bytes, in order, none touching another."""
+
+BANDS = 7
+"""Levels of urgency, from 7, the most urgent, to 1."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extract:
+    """Bytes worked out elsewhere, such as one host's share, and in words what they are.
+
+    spans: as `Spans`, with each file's path.
+    """
+
+    what: str
+    spans: tuple[tuple[PurePosixPath, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What one run asks for; None and no globs leave that unlimited.
+
+    layers: decoder layers; tensors outside the layers come along. experts: of each mixture of
+    experts; everything else comes along. only: globs, one of which must match a tensor's name or
+    its file's path. extract: just these bytes; the others are then unlimited.
+    """
+
+    layers: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
+    only: tuple[str, ...] = ()
+    extract: Extract | None = None
+
+    def __str__(self) -> str:
+        if self.extract is not None:
+            return self.extract.what
+        parts = []
+        if self.layers is not None:
+            parts.append(f"layers {_ranges(self.layers)}")
+        if self.experts is not None:
+            parts.append(f"experts {_ranges(self.experts)}")
+        if self.only:
+            parts.append(" or ".join(self.only))
+        return ", ".join(parts) or "everything"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """All requests for a folder; together they ask for what any of them does."""
+
+    requests: tuple[Request, ...]
+
+    def extended(self, request: Request) -> Selection:
+        """With one more request, unless it stands there already."""
+        if request in self.requests:
+            return self
+        return Selection((*self.requests, request))
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.requests))
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Numbers and ranges like "0-3,7" in ascending order, each once.
+
+    Raises:
+        SelectionInvalid: it is something else.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise SelectionInvalid(f"not numbers or ranges like 0-3,7: {text!r:.80}")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# --- from tensors to bytes ---------------------------------------------------------------------
+
+
+def spans(manifest: Manifest, selection: Selection) -> Spans:
+    """The bytes asked for.
+
+    Of a tensor of which only some experts are asked for, everything in its file but the other
+    experts' weights is: so that the frame can be read.
+
+    Raises:
+        SelectionInvalid: a request names what the checkpoint does not have, or matches nothing.
+    """
+    found: dict[PurePosixPath, list[tuple[int, int]]] = {}
+    for request in selection.requests:
+        some = False
+        for path, start, stop in _request_spans(manifest, request):
+            some = True
+            found.setdefault(path, []).append((start, stop))
+        if not some:
+            raise SelectionInvalid(f"nothing of {manifest.name} matches: {request}")
+    return {path: _merged(parts) for path, parts in found.items()}
+
+
+def _request_spans(
+    manifest: Manifest, request: Request
+) -> Iterator[tuple[PurePosixPath, int, int]]:
+    _check(manifest, request)
+    if request.extract is None:
+        yield from _matching_spans(manifest, request)
+    else:
+        for path, parts in request.extract.spans:
+            yield from ((path, start, stop) for start, stop in parts)
+
+
+def _matching_spans(
+    manifest: Manifest, request: Request
+) -> Iterator[tuple[PurePosixPath, int, int]]:
+    sizes = {file.path: file.size for file in manifest.files}
+    for tensor in manifest.tensors:
+        layer = layer_of(tensor)
+        if request.layers is not None and layer is not None and layer not in request.layers:
+            continue
+        if not _matches(request, tensor.name, tensor.file):
+            continue
+        size = sizes[tensor.file]
+        if request.experts is None or not _by_expert(manifest, tensor):
+            yield tensor.file, 0, size
+            continue
+        each = math.prod(tensor.shape[1:]) * ITEM_SIZES[tensor.dtype]
+        yield tensor.file, 0, tensor.offset
+        for expert in request.experts:
+            yield tensor.file, tensor.offset + expert * each, tensor.offset + (expert + 1) * each
+        yield tensor.file, tensor.offset + tensor.shape[0] * each, size
+    if request.layers is None and request.experts is None:
+        held = {tensor.file for tensor in manifest.tensors}
+        for file in manifest.files:
+            if file.path not in held and _matches(request, "", file.path):
+                yield file.path, 0, file.size
+
+
+def layer_of(tensor: ManifestTensor) -> int | None:
+    """The decoder layer that a tensor belongs to, None if it lies outside the layers."""
+    found = re.search(r"decoder_layer_(\d+)/", tensor.name)
+    return None if found is None else int(found[1])
+
+
+def _by_expert(manifest: Manifest, tensor: ManifestTensor) -> bool:
+    """Whether the first axis of a tensor counts the experts."""
+    experts = None if manifest.model is None else manifest.model.get("num_experts")
+    return "/moe/" in tensor.name and len(tensor.shape) == 3 and tensor.shape[0] == experts
+
+
+def _matches(request: Request, name: str, path: PurePosixPath) -> bool:
+    texts = (name, str(path), path.name)
+    return not request.only or any(
+        fnmatchcase(text, glob) for glob in request.only for text in texts
+    )
+
+
+def _check(manifest: Manifest, request: Request) -> None:
+    if request.extract is not None:
+        _check_extract(manifest, request.extract)
+    there = {
+        "layers": {layer for layer in map(layer_of, manifest.tensors) if layer is not None},
+        "experts": {
+            expert
+            for tensor in manifest.tensors
+            if _by_expert(manifest, tensor)
+            for expert in range(tensor.shape[0])
+        },
+    }
+    for what, asked in (("layers", request.layers), ("experts", request.experts)):
+        if asked is None:
+            continue
+        if not there[what]:
+            raise SelectionInvalid(
+                f"the manifest of {manifest.name} names no {what}",
+                hint="choose files with --only GLOB",
+            )
+        unknown = set(asked) - there[what]
+        if unknown:
+            raise SelectionInvalid(
+                f"{manifest.name} has {what} {_ranges(sorted(there[what]))}, "
+                f"not {_ranges(sorted(unknown))}"
+            )
+
+
+def _check_extract(manifest: Manifest, extract: Extract) -> None:
+    sizes = {file.path: file.size for file in manifest.files}
+    for path, parts in extract.spans:
+        if max((stop for _, stop in parts), default=1) > sizes.get(path, 0):
+            raise SelectionInvalid(f"{extract.what}: of another checkpoint, {path} ends before")
+
+
+def _merged(parts: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(parts):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def pieces_of(layout: Layout, asked: Spans) -> frozenset[int]:
+    """The pieces with a byte that is asked for."""
+    return frozenset(
+        piece
+        for file in layout.payload
+        for start, stop in asked.get(file.path, ())
+        for piece in layout.pieces_over(file, start, stop - start)
+    )
+
+
+def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[int, int]:
+    """How urgent each piece is, 7 to 1: what lies outside the layers first, then layer by layer.
+
+    So that a part of the model is usable before all of it is there. Without tensors all are equal.
+    """
+    order: dict[int, int] = {}
+    ranked = sorted(
+        manifest.tensors, key=lambda tensor: -1 if (at := layer_of(tensor)) is None else at
+    )
+    wanted = set(pieces)
+    for tensor in ranked:
+        file = layout.file(tensor.file)
+        if file is not None:
+            for piece in layout.pieces_over(file):
+                if piece in wanted:
+                    order.setdefault(piece, len(order))
+    rest = len(order)
+    return {piece: BANDS - order.get(piece, rest - 1) * BANDS // max(rest, 1) for piece in wanted}
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def encode(selection: Selection) -> bytes:
+    """The selection as JSON."""
+    requests = [
+        {
+            "layers": request.layers,
+            "experts": request.experts,
+            "only": request.only,
+            "extract": None if request.extract is None else _extract_fields(request.extract),
+        }
+        for request in selection.requests
+    ]
+    return json.dumps({"schema": SCHEMA, "requests": requests}).encode() + b"\n"
+
+
+def _extract_fields(extract: Extract) -> dict[str, object]:
+    return {"what": extract.what, "spans": {str(path): parts for path, parts in extract.spans}}
+
+
+def decode(text: bytes) -> Selection:
+    """Read a selection.
+
+    Raises:
+        ManifestInvalid: it is malformed, or of a later version.
+    """
+    try:
+        top = Field(json.loads(text), "selection")
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"not JSON: {error}") from None
+    schema = top.get("schema").whole(minimum=1)
+    if schema > SCHEMA:
+        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads up to {SCHEMA}")
+    return Selection(tuple(map(_request, top.get("requests").items())))
+
+
+def _request(field: Field) -> Request:
+    def numbers(part: Field) -> tuple[int, ...]:
+        return tuple(item.whole() for item in part.items())
+
+    return Request(
+        field.optional("layers", numbers),
+        field.optional("experts", numbers),
+        tuple(field.optional("only", lambda part: [item.text() for item in part.items()]) or ()),
+        field.optional("extract", _extract),
+    )
+
+
+def _extract(field: Field) -> Extract:
+    files = field.get("spans")
+    return Extract(
+        field.get("what").text(),
+        tuple(
+            (PurePosixPath(path), tuple(map(_span, files.get(path).items())))
+            for path in files.members()
+        ),
+    )
+
+
+def _span(field: Field) -> tuple[int, int]:
+    numbers = [item.whole() for item in field.items()]
+    if len(numbers) != 2 or numbers[0] >= numbers[1]:
+        field.refuse("must be start and stop of a span")
+    return numbers[0], numbers[1]

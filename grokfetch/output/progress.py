@@ -1,0 +1,265 @@
+"""How far a step is, from the same events: a bar for people, JSON lines for machines.
+
+The bar goes to stderr, as sparse lines where that is no terminal, and results go to stdout, so that
+output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
+coloured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Never, Protocol, Self, TextIO
+
+from tqdm import tqdm
+
+from grokfetch.fetch import Status
+from grokfetch.fetch.source import Notice
+from grokfetch.folder.verify import Finding, Progress
+from grokfetch.output.json_lines import Event, as_fields
+
+__all__ = [
+    "Bar",
+    "Lines",
+    "Sink",
+    "bytes_text",
+    "finding_line",
+    "parse_bytes",
+    "seconds_text",
+    "share_text",
+    "speed_text",
+]
+
+FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+
+LINE_INTERVAL_S = 10.0
+"""How often a line is written where there is no terminal to draw on."""
+
+PROGRESS_INTERVAL_S = 1.0
+"""How often a machine is told how far a step is; other events are never left out."""
+
+
+class Sink(Protocol):
+    """Where the events of a step go. A context manager, left when the step has ended."""
+
+    def __enter__(self) -> Self:
+        """Begin the step."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End it."""
+
+    def take(self, event: Event) -> None:
+        """Show an event, or pass it on."""
+
+    def say(self, text: str) -> None:
+        """Say something that a person may want to know."""
+
+
+class Lines:
+    """Events as JSON lines, each with its time in seconds since 1970.
+
+    Args:
+        write: takes one line, without its end.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._clock = clock
+        self._phase = ""
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to do: each line is whole as it is written."""
+
+    def take(self, event: Event) -> None:
+        """Write an event; progress only now and then, at the end of a step and in a new phase."""
+        if isinstance(event, Status | Progress):
+            now = self._clock()
+            whole = 0 < event.total == event.done
+            if event.phase == self._phase and now < self._due and not whole:
+                return
+            self._phase, self._due = event.phase, now + PROGRESS_INTERVAL_S
+        for fields in as_fields(event):
+            self.put(fields)
+
+    def say(self, text: str) -> None:
+        """Write a notice."""
+        self.take(Notice(text))
+
+    def put(self, fields: dict[str, Any]) -> None:
+        """Write one object as a line."""
+        self._write(json.dumps({**fields, "time": round(time.time(), 3)}, ensure_ascii=False))
+
+
+class Bar:
+    """The progress of one step in bytes.
+
+    Args:
+        label: the step, one word.
+        stream: where to draw; stderr unless a test says otherwise.
+        findings: where findings go, one a line; to `stream` by default.
+        plain: never draw, as on a terminal that can only append.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        stream: TextIO | None = None,
+        findings: TextIO | None = None,
+        *,
+        plain: bool = False,
+    ) -> None:
+        self._label = label
+        self._stream = stream or sys.stderr
+        self._findings = findings or self._stream
+        self._tqdm: tqdm[Never] | None = None
+        self._start = time.monotonic()
+        self._next_line = self._start + LINE_INTERVAL_S
+        dumb = plain or os.environ.get("TERM") == "dumb"
+        self._terminal = self._stream.isatty() and not dumb
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._tqdm is not None:
+            self._tqdm.close()
+
+    def take(self, event: Event) -> None:
+        """Show how far it is; write what was found and noticed above the bar."""
+        match event:
+            case Status():
+                self.show(event.done, event.total, _note(event))
+            case Progress():
+                self.show(event.done, event.total)
+            case Finding():
+                self._print(finding_line(event), self._findings)
+            case Notice():
+                self.say(event.text)
+            case _:
+                # Results are printed by the command; single pieces are for machines.
+                return
+
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` bytes are done, with a few words about the rest."""
+        if self._terminal:
+            self._draw(done, total, note)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_INTERVAL_S
+            share = f"{100 * done / total:.1f} %" if total else "waiting"
+            text = f"{self._label} {share}, {bytes_text(done)} of {bytes_text(total)}"
+            self.say(f"{text}, {note}" if note else text)
+
+    def say(self, text: str) -> None:
+        """Write one line above the bar."""
+        self._print(text, self._stream)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        if self._tqdm is None:
+            print(text, file=stream, flush=True)
+        else:
+            self._tqdm.write(text, file=stream)
+
+    def _draw(self, done: int, total: int, note: str) -> None:
+        bar = self._tqdm
+        if bar is None:
+            bar = self._tqdm = tqdm(
+                desc=self._label,
+                total=total or None,
+                initial=done,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1000,
+                dynamic_ncols=True,
+                file=self._stream,
+                leave=False,
+            )
+        bar.total = total or None
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+
+def _note(status: Status) -> str:
+    if status.phase == "metadata":
+        return f"metadata, {status.peers} peers"
+    if status.phase != "downloading":
+        return status.phase
+    return f"{status.pieces_done}/{status.pieces_total} pieces proven, {status.peers} peers"
+
+
+def finding_line(finding: Finding) -> str:
+    """A finding in one line: what, where, why, and which tensors it concerns."""
+    piece = "" if finding.piece is None else f" piece {finding.piece}"
+    detail = f": {finding.detail}" if finding.detail else ""
+    tensor = f" [{finding.tensor}]" if finding.tensor else ""
+    return f"{finding.kind}{piece} {finding.path}{detail}{tensor}"
+
+
+def parse_bytes(text: str) -> int | None:
+    """The bytes that a person names, with k, M, G or T for powers of 1000; None if they do not."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
+    return None if found is None else round(float(found[1]) * FACTORS[found[2]])
+
+
+def bytes_text(count: float) -> str:
+    """A size for people, in decimal units as disks and networks use them: 318.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people: 0.03 s, 12 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
+
+
+def share_text(part: int, whole: int) -> str:
+    """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
+    tenths = 1000 * part // whole if whole else 1000
+    return f"{tenths // 10}.{tenths % 10} %"
+
+
+def speed_text(tokens_per_s: float) -> str:
+    """Tokens a second for people, three digits where they are few."""
+    digits = 2 if tokens_per_s >= 1 else 3
+    return f"{tokens_per_s:.{digits}f} tokens/s"

@@ -1,0 +1,154 @@
+"""What a run of the model takes: kept for `report`, told by `run --stats`; no command."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from grokfetch.output.progress import bytes_text, seconds_text, share_text, speed_text
+from grokfetch.output.terminal import LABEL
+from loader.devices.meter import Meter
+
+if TYPE_CHECKING:
+    from grokfetch.folder.journal import Run
+    from grokfetch.folder.store import Store
+    from grokfetch.output.terminal import Screen
+    from loader.inference.engine import Engine
+
+__all__ = ["Measured", "expert_lines"]
+
+
+class Measured:
+    """A run under way.
+
+    Args:
+        meter: of memory and bytes read.
+        engine: ready, and not yet asked for anything.
+        weights: bytes of them.
+        loaded_s: seconds until they were in place.
+        stats: whether to count the experts chosen even where that takes time.
+
+    Attributes:
+        tokens: generated so far.
+        first_token_s: from the prompt to the first.
+    """
+
+    def __init__(
+        self, meter: Meter, engine: Engine, weights: int, loaded_s: float, *, stats: bool
+    ) -> None:
+        from loader.devices.mapped import Mapped
+
+        self._meter = meter
+        self._engine = engine
+        self._weights = weights
+        self._loaded_s = loaded_s
+        self._mapped = isinstance(engine.params.layers[0].gate, Mapped)
+        self._choices = engine.count_experts() if stats or self._mapped else None
+        self._prompt = 0
+        self._first = self._last = 0.0
+        self._read_at_first: int | None = None
+        self.tokens = 0
+        self.first_token_s = 0.0
+
+    def watch(self, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[int]:
+        """The same tokens, timed."""
+        self._prompt = len(prompt)
+        start = time.perf_counter()
+        for token in tokens:
+            self._last = time.perf_counter()
+            if not self.tokens:
+                self._first = self._last
+                self.first_token_s = self._first - start
+                self._read_at_first = self._meter.read
+            self.tokens += 1
+            yield token
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """After the first; None if there was but one."""
+        return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else None
+
+    @contextlib.contextmanager
+    def kept(self, store: Store) -> Iterator[None]:
+        """Keep the run in the journal when the block ends, by Ctrl-C too, if a token came."""
+        from grokfetch.folder.journal import add_run
+
+        try:
+            yield
+        finally:
+            if self.tokens:
+                add_run(store, self.run())
+
+    def run(self) -> Run:
+        """The run so far, as the journal keeps it."""
+        from grokfetch.folder.journal import Run
+
+        devices = list(self._engine.mesh.devices.flat)
+        counts = None if self._choices is None else self._choices.counts().tolist()
+        return Run(
+            time.time(),
+            "mapped" if self._mapped else "sharded",
+            "/".join(sorted({device.platform for device in devices})).upper(),
+            len(devices),
+            self._weights,
+            round(self._loaded_s, 3),
+            self._prompt,
+            self.tokens,
+            round(self.first_token_s, 3),
+            None if self.tokens_per_s is None else round(self.tokens_per_s, 3),
+            self._meter.peak_memory,
+            self._meter.read,
+            None if counts is None else tuple(map(tuple, counts)),
+        )
+
+    def said(self, view: Screen) -> Iterator[str]:
+        """What `--stats` tells of the run, as lines."""
+        run = self.run()
+        speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
+        first = f"the first after {seconds_text(run.first_token_s)}{speed}"
+        yield from view.fact("tokens", f"{run.tokens} after {run.prompt} of the prompt, {first}")
+        yield from view.fact("read", self._read(run.read))
+        memory = "not known here" if run.peak_memory is None else bytes_text(run.peak_memory)
+        beside = f", beside {bytes_text(run.weights)} of weights in files" if self._mapped else ""
+        yield from view.fact("memory", f"{memory} at most{beside}")
+        if run.experts is not None:
+            yield from expert_lines(run.experts, view)
+
+    def _read(self, read: int | None) -> str:
+        if read is None or self._read_at_first is None:
+            return "bytes from the disk are not known here"
+        text = f"{bytes_text(read)} from the disk"
+        if self.tokens > 1:
+            each = (read - self._read_at_first) / (self.tokens - 1)
+            text += f", {bytes_text(each)} for each token after the first"
+        return text
+
+
+def expert_lines(experts: Sequence[Sequence[int]], view: Screen) -> Iterator[str]:
+    """How often each layer chose each expert: shades in columns, or words."""
+    totals = [sum(column) for column in zip(*experts, strict=True)]
+    everything = max(1, sum(totals))
+    most, least = max(totals), min(totals)
+    yield from view.fact(
+        "experts",
+        f"chosen {sum(totals):,} times in {len(experts)} layers; number {totals.index(most)} most "
+        f"often, {share_text(most, everything)}, number {totals.index(least)} least, "
+        f"{share_text(least, everything)}",
+    )
+    if view.plain:
+        for number, row in enumerate(experts):
+            said = ", ".join(f"{expert} {count}" for expert, count in enumerate(row) if count)
+            yield f"layer {number}, expert and times: {said}"
+        return
+    top = max(1, *(count for row in experts for count in row))
+    width = LABEL + len(experts[0])
+    columns = max(1, (view.columns + 2) // (width + 2))
+    rows = -(-len(experts) // columns)
+    cells = [
+        f"layer {number:<2} {view.painted([view.shade(count / top) for count in row])}"
+        for number, row in enumerate(experts)
+    ]
+    for start in range(rows):
+        yield "  ".join(cells[start::rows])

@@ -1,0 +1,1 @@
+"""BitTorrent's formats and the arithmetic of pieces: read, made, and read back from the disk."""

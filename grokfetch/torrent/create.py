@@ -1,0 +1,311 @@
+"""A hybrid torrent made of a folder: v1 and v2 piece hashes, and the sha256 of every file.
+
+The same files under the same name with the same piece length give the same info hash, wherever and
+whenever it is made: nothing but names and bytes goes into the info dictionary. Files stand in the
+order of their raw names, each begins a new piece, and pads fill the gaps for v1 (BEP 52, BEP 47).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from grokfetch.errors import StorageFailed, TorrentInvalid
+from grokfetch.folder.storage import storage_failed
+from grokfetch.manifest.schema import STATE_FOLDER, ManifestFile, unsafe_name
+from grokfetch.torrent import bencode
+from grokfetch.torrent.bencode import Value
+from grokfetch.torrent.layout import (
+    BLOCK,
+    PieceHasher,
+    merkle_root,
+    piece_hasher,
+    power_of_two_above,
+)
+from grokfetch.torrent.metainfo import TorrentFile, parse_info, torrent_file
+from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
+
+__all__ = ["Hashed", "Made", "list_files", "make", "suitable_piece_length"]
+
+MOST_PIECES = 20_000
+"""So many hashes make a torrent of about a megabyte."""
+SMALLEST_CHOSEN = 64 * 1024
+LARGEST_CHOSEN = 64 << 20
+"""Bytes; what common clients still take."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hashed:
+    """Bytes read and hashed so far; the whole is twice the size of the files."""
+
+    done: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """The torrent, and its files with their sha256; their paths begin with the torrent's name."""
+
+    torrent: TorrentFile
+    files: tuple[ManifestFile, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Hashes of consecutive pieces of a file, the first of which is its piece `first`."""
+
+    file: int
+    first: int
+    v1: bytes
+    v2: bytes
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Span:
+    """Bytes of a file that hold whole pieces, or all that is left.
+
+    `width` is the number of leaves of a piece's v2 tree. `padded` says that zeros follow in v1.
+    """
+
+    start: int
+    stop: int
+    piece_length: int
+    width: int
+    padded: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Whole:
+    file: int
+    result: FileResult
+
+
+def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
+    """The files below a folder, path and size in bytes, in the order that a torrent has them.
+
+    Our own state is left out. A link to a file stands for that file.
+
+    Raises:
+        StorageFailed: it cannot be read, holds no bytes, or something that no torrent can hold.
+    """
+
+    def failed(error: OSError) -> None:
+        raise storage_failed(error, Path(error.filename or folder)) from error
+
+    found: list[tuple[PurePosixPath, int]] = []
+    for place, folders, names in os.walk(folder, onerror=failed):
+        here = Path(place)
+        if here == folder:
+            folders[:] = [name for name in folders if name.casefold() != STATE_FOLDER]
+        for name in folders:
+            if here.joinpath(name).is_symlink():
+                raise StorageFailed("a link to a folder cannot be shared", path=here / name)
+        found.extend(_entry(folder, here / name) for name in names)
+    if not any(size for _, size in found):
+        raise StorageFailed("it holds no bytes to share", path=folder)
+    if len(found) == 1 and str(found[0][0]) == folder.name:
+        raise StorageFailed(
+            "a folder that holds nothing but a file of its own name cannot be told from that file",
+            path=folder,
+            hint="rename the folder",
+        )
+    return tuple(sorted(found, key=lambda it: [part.encode() for part in it[0].parts]))
+
+
+def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:
+    try:
+        status = path.stat()
+        relative = PurePosixPath(path.relative_to(folder))
+        reason = unsafe_name(str(relative))
+        str(relative).encode()
+    except OSError as error:
+        raise storage_failed(error, path) from error
+    except UnicodeEncodeError:
+        reason = "it is not UTF-8"
+    if reason is None and not stat.S_ISREG(status.st_mode):
+        reason = "it is no regular file"
+    if reason is not None:
+        raise StorageFailed(f"cannot be shared: {reason}", path=repr(str(path)))
+    return relative, status.st_size
+
+
+def suitable_piece_length(sizes: Sequence[int]) -> int:
+    """The smallest piece length in bytes, a power of two, that makes at most `MOST_PIECES`."""
+    length = SMALLEST_CHOSEN
+    while length < LARGEST_CHOSEN and sum(-(-size // length) for size in sizes) > MOST_PIECES:
+        length *= 2
+    return length
+
+
+def make(
+    folder: Path,
+    files: Sequence[tuple[PurePosixPath, int]],
+    piece_length: int,
+    *,
+    trackers: Sequence[str] = (),
+    web_seeds: Sequence[str] = (),
+) -> Iterator[Hashed | Made]:
+    """Hash a folder on all cores and make its torrent.
+
+    Args:
+        folder: becomes the torrent's top folder under its own name.
+        files: of `list_files`.
+        piece_length: bytes, a power of two from 16 KiB on.
+        trackers: where peers can be asked for.
+        web_seeds: HTTP addresses that hold the top folder (BEP 19).
+
+    Yields:
+        How far it is, then the torrent.
+
+    Raises:
+        StorageFailed: a file cannot be read, or changes meanwhile.
+        TorrentInvalid: two names are one on many file systems, or it is too large.
+    """
+    if piece_length < BLOCK or piece_length & (piece_length - 1):
+        raise TorrentInvalid(f"the piece length must be a power of two from {BLOCK:,} on")
+    stamps = [_stamp(folder / path) for path, _ in files]
+    whole: list[FileResult] = [FileResult(None)] * len(files)
+    pieces: list[list[_Pieces]] = [[] for _ in files]
+    done = 0
+    with Hashers[_Pieces | _Whole]() as hashers:
+        for result in hashers.run(_jobs(folder, files, piece_length)):
+            if isinstance(result, _Whole):
+                whole[result.file] = result.result
+                done += files[result.file][1]
+            else:
+                pieces[result.file].append(result)
+                done += result.length
+            yield Hashed(done)
+    for (path, size), stamp, digest in zip(files, stamps, whole, strict=True):
+        if digest.sha256 is None:
+            raise StorageFailed(f"cannot be read: {digest.detail}", path=folder / path)
+        if stamp[0] != size or _stamp(folder / path) != stamp:
+            raise StorageFailed("it changed while it was read", path=folder / path)
+    info, layers = _info(folder.name, files, piece_length, pieces)
+    torrent = torrent_file(info, layers, trackers=trackers, web_seeds=web_seeds)
+    parse_info(torrent.info, torrent.piece_layers)
+    entries = (
+        ManifestFile(PurePosixPath(folder.name, path), size, digest.sha256)
+        for (path, size), digest in zip(files, whole, strict=True)
+    )
+    yield Made(torrent, tuple(entries))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise storage_failed(error, path) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _jobs(
+    folder: Path, files: Sequence[tuple[PurePosixPath, int]], piece_length: int
+) -> Iterator[Callable[[memoryview], _Pieces | _Whole]]:
+    """A file's digest and its pieces follow each other, so that the disk is read only once."""
+    batch = max(piece_length, BATCH)
+    last = max(index for index, (_, size) in enumerate(files) if size)
+    for index, (path, size) in enumerate(files):
+        yield partial(_hash_whole, folder / path, index)
+        # The tree of a file that fits into one piece is only as wide as the file.
+        width = power_of_two_above(-(-min(size, piece_length) // BLOCK))
+        for start in range(0, size, batch):
+            stop = min(start + batch, size)
+            span = _Span(start, stop, piece_length, width, index != last)
+            yield partial(_hash_pieces, folder / path, index, span)
+
+
+def _hash_whole(path: Path, index: int, buffer: memoryview) -> _Whole:
+    return _Whole(index, sha256_of(path, buffer))
+
+
+def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> _Pieces:
+    v1, v2 = [], []
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            for start in range(span.start, span.stop, span.piece_length):
+                stop = min(start + span.piece_length, span.stop)
+                one, two = piece_hasher(1, 0), piece_hasher(2, span.width)
+                _feed(handle, start, stop, (one, two), buffer)
+                if span.padded:
+                    one.update(bytes(start + span.piece_length - stop))
+                v1.append(one.digest())
+                v2.append(two.digest())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise storage_failed(error, path) from error
+    first = span.start // span.piece_length
+    return _Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
+
+
+def _feed(
+    handle: int, start: int, stop: int, hashers: Sequence[PieceHasher], buffer: memoryview
+) -> None:
+    while start < stop:
+        count = os.preadv(handle, [buffer[: stop - start]], start)
+        if not count:
+            raise OSError(errno.EIO, "it changed while it was read")
+        for hasher in hashers:
+            hasher.update(buffer[:count])
+        start += count
+
+
+def _info(
+    name: str,
+    files: Sequence[tuple[PurePosixPath, int]],
+    piece_length: int,
+    pieces: Sequence[list[_Pieces]],
+) -> tuple[bytes, dict[bytes, bytes]]:
+    """The info dictionary and the piece layers."""
+    tree: dict[bytes, Value] = {}
+    listed: list[Value] = []
+    hashes: list[bytes] = []
+    layers: dict[bytes, bytes] = {}
+    gap = 0
+    for (path, size), found in zip(files, pieces, strict=True):
+        if gap and size:
+            pad = [b".pad", str(gap).encode()]
+            listed.append({b"attr": b"p", b"length": gap, b"path": [*pad]})
+            gap = 0
+        found.sort(key=lambda batch: batch.first)
+        parts = [part.encode() for part in path.parts]
+        leaf: dict[bytes, Value] = {b"length": size}
+        if size:
+            layer = b"".join(batch.v2 for batch in found)
+            leaf[b"pieces root"] = root = _root(layer, piece_length)
+            if size > piece_length:
+                layers[root] = layer
+            gap = -size % piece_length
+        _plant(tree, parts, leaf)
+        listed.append({b"length": size, b"path": [*parts]})
+        hashes.extend(batch.v1 for batch in found)
+    info: dict[bytes, Value] = {
+        b"file tree": tree,
+        b"files": listed,
+        b"meta version": 2,
+        b"name": name.encode(),
+        b"piece length": piece_length,
+        b"pieces": b"".join(hashes),
+    }
+    return bencode.encode(info), layers
+
+
+def _root(layer: bytes, piece_length: int) -> bytes:
+    nodes = [layer[start : start + 32] for start in range(0, len(layer), 32)]
+    padding = merkle_root((), piece_length // BLOCK)
+    return merkle_root(nodes, power_of_two_above(len(nodes)), padding)
+
+
+def _plant(tree: dict[bytes, Value], parts: Sequence[bytes], leaf: dict[bytes, Value]) -> None:
+    for part in parts:
+        node = tree.setdefault(part, {})
+        assert isinstance(node, dict)
+        tree = node
+    tree[b""] = leaf

@@ -1,0 +1,229 @@
+"""Read bytes back from the disk and hash them, on all cores with bounded memory.
+
+One thread hashes one piece, or one whole file; hashlib and preadv release the interpreter lock.
+Each thread reads into its own buffer of `CHUNK` bytes, so that memory does not grow with pieces or
+files. What is wrong is a value, never an exception: one bad piece does not end a scan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from grokfetch.torrent.layout import Layout, PieceHasher, Segment
+
+__all__ = [
+    "FileResult",
+    "Hashers",
+    "PieceResult",
+    "check_pieces",
+    "in_batches",
+    "may_be_on_disk",
+    "sha256_of",
+]
+
+T = TypeVar("T")
+
+CHUNK = 1 << 20
+"""Bytes read at once: whole blocks of 16 KiB, and few enough to stay in a core's cache."""
+
+BATCH = 4 << 20
+"""Bytes of small pieces that make one job, so that handing out jobs costs nothing to speak of."""
+
+_ZEROS = bytes(CHUNK)
+
+Verdict = Literal["good", "bad", "absent", "unreadable"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PieceResult:
+    """What became of reading one piece back; `absent` if not all of it is on the disk."""
+
+    piece: int
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileResult:
+    """The sha256 of a whole file in hexadecimal; None where it could not be read, and why."""
+
+    sha256: str | None
+    detail: str = ""
+
+
+class Hashers(Generic[T]):
+    """A pool of threads, each with a buffer.
+
+    Args:
+        threads: how many; one for each core by default.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._threads, "hash")
+        self._local = threading.local()
+        self._running: set[Future[T]] = set()
+
+    def __enter__(self) -> Hashers[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, job: Callable[[memoryview], T]) -> None:
+        """Run `job` in a thread, with that thread's buffer."""
+        self._running.add(self._pool.submit(self._work, job))
+
+    def _work(self, job: Callable[[memoryview], T]) -> T:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(CHUNK))
+        return job(self._local.buffer)
+
+    def take(self, timeout_s: float | None = 0) -> list[T]:
+        """The results that are there, after waiting for at least one of the running jobs."""
+        done, self._running = wait(self._running, timeout_s, FIRST_COMPLETED)
+        return [future.result() for future in done]
+
+    @property
+    def busy(self) -> bool:
+        """Whether results are still to be taken."""
+        return bool(self._running)
+
+    def run(self, jobs: Iterable[Callable[[memoryview], T]]) -> Iterator[T]:
+        """Results of all jobs as they come, with few jobs waiting at a time."""
+        source = iter(jobs)
+        while True:
+            for job in islice(source, 4 * self._threads - len(self._running)):
+                self.submit(job)
+            if not self._running:
+                return
+            yield from self.take(None)
+
+
+def in_batches(layout: Layout, pieces: Iterable[int]) -> Iterator[list[int]]:
+    """Pieces in groups that are each worth a thread's while."""
+    source = iter(pieces)
+    size = max(1, BATCH // layout.piece_length)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def check_pieces(
+    root: Path, layout: Layout, pieces: Iterable[int], buffer: memoryview
+) -> list[PieceResult]:
+    """Read pieces back and compare their hashes with the torrent's."""
+    return [_check(root, layout, piece, buffer) for piece in pieces]
+
+
+def _check(root: Path, layout: Layout, piece: int, buffer: memoryview) -> PieceResult:
+    hasher = layout.hasher(piece)
+    try:
+        for segment in layout.segments(piece):
+            if not _feed(root, segment, hasher, buffer):
+                return PieceResult(piece, "absent")
+    except (FileNotFoundError, NotADirectoryError):
+        return PieceResult(piece, "absent")
+    except OSError as error:
+        return PieceResult(piece, "unreadable", error.strerror or str(error))
+    return PieceResult(piece, "good" if hasher.digest() == layout.expected(piece) else "bad")
+
+
+def _feed(root: Path, segment: Segment, hasher: PieceHasher, buffer: memoryview) -> bool:
+    """Hash a segment; False if the file ends before it does."""
+    if segment.file.pad:
+        for start in range(0, segment.length, CHUNK):
+            hasher.update(_ZEROS[: segment.length - start])
+        return True
+    offset, stop = segment.offset, segment.offset + segment.length
+    with _reading(root / segment.file.path) as handle:
+        while offset < stop:
+            count = os.preadv(handle, [buffer[: stop - offset]], offset)
+            if not count:
+                return False
+            hasher.update(buffer[:count])
+            offset += count
+    return True
+
+
+def sha256_of(path: Path, buffer: memoryview) -> FileResult:
+    """The sha256 of a whole file."""
+    hasher = hashlib.sha256()
+    offset = 0
+    try:
+        with _reading(path) as handle:
+            while count := os.preadv(handle, [buffer], offset):
+                hasher.update(buffer[:count])
+                offset += count
+    except OSError as error:
+        return FileResult(None, error.strerror or str(error))
+    return FileResult(hasher.hexdigest())
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[int]:
+    # A named pipe in the payload's place must not block us.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def may_be_on_disk(root: Path, layout: Layout, pieces: Iterable[int]) -> Iterator[int]:
+    """Of some pieces those that are worth hashing: present to the last byte, and no mere hole.
+
+    The files of a torrent client are sparse; what it has not written reads as zeros. Such a piece
+    is hashed only if zeros are what the torrent wants there.
+    """
+    sizes: dict[Path, int] = {}
+    zeros = _zero_hash(layout)
+    for piece in pieces:
+        segments = [segment for segment in layout.segments(piece) if not segment.file.pad]
+        if not all(_reaches(root, segment, sizes) for segment in segments):
+            continue
+        if layout.expected(piece) == zeros or any(_has_data(root, part) for part in segments):
+            yield piece
+
+
+def _reaches(root: Path, segment: Segment, sizes: dict[Path, int]) -> bool:
+    path = root / segment.file.path
+    if path not in sizes:
+        try:
+            sizes[path] = path.stat().st_size
+        except OSError:
+            sizes[path] = -1
+    return sizes[path] >= segment.offset + segment.length
+
+
+def _has_data(root: Path, segment: Segment) -> bool:
+    if not hasattr(os, "SEEK_DATA"):
+        return True
+    try:
+        with _reading(root / segment.file.path) as handle:
+            found = os.lseek(handle, segment.offset, os.SEEK_DATA)
+    except OSError:
+        # ENXIO says that no data follows. Any other error shows again when the piece is read.
+        return False
+    return found < segment.offset + segment.length
+
+
+def _zero_hash(layout: Layout) -> bytes:
+    """The hash of a whole piece of zeros."""
+    if not layout.piece_count:
+        return b""
+    hasher = layout.hasher(0)
+    for start in range(0, layout.piece_size(0), CHUNK):
+        hasher.update(_ZEROS[: layout.piece_size(0) - start])
+    return hasher.digest()

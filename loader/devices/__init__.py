@@ -1,0 +1,1 @@
+"""From tensors in files to arrays on devices, and the products over them."""

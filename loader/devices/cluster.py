@@ -1,0 +1,127 @@
+"""Several hosts as one mesh: `jax.distributed`, and what of a mesh is on this host."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+
+import jax
+from jax._src import distributed
+from jax.sharding import Mesh
+
+from grokfetch.errors import OutOfReach
+from loader.weights.host_share import Share
+from loader.weights.partition import MeshShape, positions
+
+__all__ = ["check", "give_up", "is_first", "join", "local_share", "meet"]
+
+PATIENCE_S = 300
+"""How long hosts wait for each other at the start."""
+
+FAREWELL_S = 30
+"""How long a host that is done, or has failed, waits for the others before jax ends them all."""
+
+POLL_S = 0.2
+ARRIVED, FAILED = "grokfetch/arrived", "grokfetch/failed"
+
+
+def join(coordinator: str | None = None, hosts: int | None = None, host: int | None = None) -> None:
+    """Make one of several processes whose devices jax then sees as one set; before its first use.
+
+    Args:
+        coordinator: HOST:PORT of the first process, which listens there and nowhere else; None if
+            jax is to ask whoever started the processes: Slurm, MPI, GKE, TPU.
+        hosts: how many processes there are, None as above.
+        host: which one this is, from 0 on, None as above.
+
+    Raises:
+        OutOfReach: nobody has started such processes, or the first one is not there.
+    """
+    if coordinator is not None and host != 0:
+        _wait_for(coordinator)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            hosts,
+            host,
+            cluster_detection_method=None if coordinator is None else "deactivate",
+            initialization_timeout=PATIENCE_S,
+            shutdown_timeout_seconds=FAREWELL_S,
+            coordinator_bind_address=coordinator,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise OutOfReach(
+            f"the hosts cannot be joined: {str(error).splitlines()[0]}",
+            hint="start one process a host, and say where: --coordinator HOST:PORT --num-hosts N "
+            "--host-id I",
+        ) from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Return once somebody listens there: jax ends the process where it finds nobody."""
+    name, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), PATIENCE_S).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OutOfReach(
+                    f"host 0 is not found at {coordinator}: {error.strerror or error}",
+                    hint="start the process with --host-id 0 there, and let the port through",
+                ) from None
+            time.sleep(POLL_S)
+        else:
+            return
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are at this point, as long as that takes.
+
+    Collectives do not wait for ever, those of CPUs for less than a minute, and hosts fetch and load
+    at rates of their own.
+
+    Args:
+        where: the name of the point, used once.
+
+    Raises:
+        OutOfReach: one of them has given up.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    client.key_value_set(f"{ARRIVED}/{where}/{jax.process_index()}", "")
+    while len(client.key_value_dir_get(f"{ARRIVED}/{where}")) < jax.process_count():
+        check()
+        time.sleep(POLL_S)
+
+
+def check() -> None:
+    """Make sure that all processes are still at it.
+
+    Raises:
+        OutOfReach: one of them has given up.
+    """
+    client = distributed.global_state.client
+    for key, why in () if client is None else client.key_value_dir_get(FAILED):
+        raise OutOfReach(f"host {key.rpartition('/')[2]} has given up: {why}")
+
+
+def give_up(why: str) -> None:
+    """Tell the other processes, who meet and check, that this one will not go on."""
+    client = distributed.global_state.client
+    if client is not None:
+        client.key_value_set(f"{FAILED}/{jax.process_index()}", why)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return jax.process_index() == 0
+
+
+def local_share(mesh: Mesh) -> Share:
+    """What the devices of this process hold on a mesh from `make_mesh`."""
+    shape = MeshShape(**mesh.shape)
+    ours = [it.process_index == jax.process_index() for it in mesh.devices.flat]
+    return Share(shape, tuple(itertools.compress(positions(shape), ours)))

@@ -1,0 +1,253 @@
+"""Which pages of mapped weights are in memory: read ahead in parallel, kept, dropped behind.
+
+A step over mapped weights touches 80 GB in an order that is known a little ahead. Where all of it
+fits into memory each range is read once and stays. Where it does not, what every token needs is
+kept, the experts that are chosen most often beside it, and the others are read for each token and
+dropped after it, so that the kernel never has to look for memory.
+
+Reading is `MADV_POPULATE_READ` in several threads: a fault of its own for each page would be
+slower by far, and a disk answers one reader no faster than it must. The maps are advised to be of
+huge pages: where the file system holds those (XFS, and ext4 since Linux 6.16), mapping what is in
+the page cache costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol
+
+from loader.weights.checkpoint import Checkpoint, Tensor
+from loader.weights.pages import Pages
+
+__all__ = ["Computed", "Division", "Kept", "Managed", "Paging", "divide"]
+
+READERS = 8
+"""Reads in flight: fewer leave an NVMe disk waiting."""
+
+CHUNK = 16 << 20
+"""Bytes of one read."""
+
+AHEAD = 2
+"""Experts that are read ahead of the one that is computed."""
+
+
+class Computed(Protocol):
+    """A result that may still be on its way, as JAX's arrays are."""
+
+    def block_until_ready(self) -> object:
+        """Return when it is there."""
+
+
+class Paging:
+    """What a step says of the pages that it touches. This one leaves them to the system."""
+
+    def layer(self, number: int) -> None:
+        """Return when the attention weights of a layer may be touched."""
+
+    def experts(self, number: int, chosen: Sequence[int]) -> None:
+        """The router of a layer has spoken: these experts are wanted, in this order."""
+
+    def expert(self, number: int, expert: int) -> None:
+        """Return when an expert's weights may be touched."""
+
+    def used(self, number: int, expert: int, result: Computed) -> None:
+        """An expert's weights are not needed any more once `result` is there."""
+
+    def table(self) -> None:
+        """Return when the embedding may be touched as a whole."""
+
+
+# --- what stays in memory: decisions -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Division:
+    """How memory is divided: whether everything stays, what every token needs, how many experts."""
+
+    everything: bool
+    base: bool
+    experts: int
+
+
+def divide(distinct: int, base: int, expert: int, budget: int) -> Division:
+    """What of a checkpoint stays in a budget of memory; all sizes in bytes.
+
+    Args:
+        distinct: of all its files, linked ones once.
+        base: of what every token needs.
+        expert: of one expert.
+        budget: for weights.
+    """
+    if distinct <= budget:
+        return Division(everything=True, base=True, experts=0)
+    room = budget - base - (AHEAD + 1) * expert
+    return Division(everything=False, base=room >= 0, experts=max(0, room // expert))
+
+
+class Kept:
+    """The experts that stay, at most `capacity`: those that were used most often."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._uses: dict[tuple[int, int], int] = {}
+        self._kept: set[tuple[int, int]] = set()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._kept
+
+    def use(self, key: tuple[int, int]) -> tuple[int, int] | None:
+        """Count a use of an expert of a layer.
+
+        Returns:
+            Which one is to be dropped now, this one or another; None if none is.
+        """
+        uses = self._uses[key] = self._uses.get(key, 0) + 1
+        if key in self._kept:
+            return None
+        if len(self._kept) < self._capacity:
+            self._kept.add(key)
+            return None
+        coldest = min(self._kept, key=lambda other: self._uses[other], default=None)
+        # What is kept stays unless the other is ahead for good: a change costs a read.
+        if coldest is None or uses <= self._uses[coldest] + 1:
+            return key
+        self._kept.remove(coldest)
+        self._kept.add(key)
+        return coldest
+
+
+_Part = tuple[Literal["layer", "expert", "table"], int, int]
+"""What is read at once: a layer's attention by its number, an expert by layer and number."""
+
+_TABLE: _Part = ("table", 0, 0)
+
+
+class Managed(Paging):
+    """Keeps the pages of a checkpoint within a budget of memory.
+
+    Args:
+        checkpoint: whose pages; its tensors must stay open.
+        budget: bytes that its pages may take.
+
+    Attributes:
+        division: what stays in memory.
+        unlocked: why what every token needs is not locked there, empty if it is or need not be.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, budget: int) -> None:
+        self._layers = checkpoint.config.num_layers
+        self._pages = _parts(checkpoint)
+        base = [it for part, pages in self._pages.items() if part[0] != "expert" for it in pages]
+        self.division = divide(
+            _distinct(checkpoint.values()),
+            _bytes(base),
+            _bytes(self._pages["expert", 0, 0]),
+            budget,
+        )
+        self._kept = Kept(self.division.experts)
+        self._wanted: deque[_Part] = deque()
+        self._coming: dict[_Part, list[Future[None]]] = {}
+        self._there: set[_Part] = set()
+        self._readers = ThreadPoolExecutor(READERS, "read-ahead")
+        for tensor in checkpoint.values():
+            tensor.pages(0, tensor.file.size).enlarge()
+        keep = self.division.base and not self.division.everything
+        failed = next((error for it in base if (error := it.lock())), 0) if keep else 0
+        self.unlocked = os.strerror(failed) if failed else ""
+
+    def layer(self, number: int) -> None:
+        """Return when the attention weights of a layer are in memory."""
+        self._wait(("layer", number, 0))
+
+    def experts(self, number: int, chosen: Sequence[int]) -> None:
+        """Begin to read these experts, and then what comes after them."""
+        self._wanted.extend(("expert", number, expert) for expert in chosen)
+        if number + 1 < self._layers:
+            self._wanted.append(("layer", number + 1, 0))
+        else:
+            self._wanted.extend((_TABLE, ("layer", 0, 0)))
+        self._begin(len(self._wanted) if self.division.everything else AHEAD)
+
+    def expert(self, number: int, expert: int) -> None:
+        """Return when an expert's weights are in memory."""
+        self._begin(1)
+        self._wait(("expert", number, expert))
+
+    def used(self, number: int, expert: int, result: Computed) -> None:
+        """Let go of an expert, unless it is one of those that are kept."""
+        if self.division.everything:
+            return
+        out = [self._kept.use((number, expert))]
+        parts: list[_Part] = [("expert", *key) for key in out if key is not None]
+        if not self.division.base:
+            parts.append(("layer", number, 0))
+        if parts:
+            result.block_until_ready()
+            for part in parts:
+                for pages in self._pages[part]:
+                    pages.drop()
+                self._there.discard(part)
+
+    def table(self) -> None:
+        """Return when the embedding is in memory."""
+        self._begin(len(self._wanted))
+        self._wait(_TABLE)
+
+    def _begin(self, count: int) -> None:
+        """Begin to read what is wanted next."""
+        for _ in range(min(count, len(self._wanted))):
+            part = self._wanted.popleft()
+            if part not in self._there and part not in self._coming:
+                chunks = (chunk for it in self._pages[part] for chunk in it.chunks(CHUNK))
+                self._coming[part] = [self._readers.submit(chunk.bring) for chunk in chunks]
+
+    def _wait(self, part: _Part) -> None:
+        for pages in self._pages[part]:
+            pages.check()
+        if part in self._there:
+            return
+        if part not in self._coming:
+            self._wanted.appendleft(part)
+            self._begin(1)
+        for future in self._coming.pop(part):
+            future.result()
+        self._there.add(part)
+
+
+def _parts(checkpoint: Checkpoint) -> dict[_Part, list[Pages]]:
+    """The mapped bytes of a checkpoint by what needs them; norms and routers are copied."""
+    parts: dict[_Part, list[Pages]] = {}
+    count = checkpoint.config.num_experts
+    for tensor in checkpoint.values():
+        number, kind = tensor.spec.layer, tensor.spec.axes[0]
+        for array in (tensor.array, tensor.scale_span):
+            if array is None or (tensor.scale_span is None and kind != "vocab"):
+                continue
+            if number is None:
+                parts.setdefault(_TABLE, []).append(tensor.pages(array.offset, array.nbytes))
+            elif kind != "expert":
+                part: _Part = ("layer", number, 0)
+                parts.setdefault(part, []).append(tensor.pages(array.offset, array.nbytes))
+            else:
+                each = array.nbytes // count
+                for expert in range(count):
+                    pages = tensor.pages(array.offset + expert * each, each)
+                    parts.setdefault(("expert", number, expert), []).append(pages)
+    return parts
+
+
+def _bytes(pages: Iterable[Pages]) -> int:
+    return sum(it.length for it in pages)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> int:
+    """Bytes of files, those with several names once."""
+    files = {}
+    for tensor in tensors:
+        status = tensor.path.stat()
+        files[status.st_dev, status.st_ino] = status.st_size
+    return sum(files.values())

@@ -1,0 +1,221 @@
+"""Tensors from their files to devices: every byte read once, host memory in flight bounded.
+
+Chunks are read in file order by a few threads, several tensors at a time, and what will be read
+next is announced to the kernel. Where they go is `loader.devices.assemble`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, Self
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from loader.devices.assemble import landing
+from loader.devices.chunks import Chunk, Part, chunks
+from loader.devices.products import Quantized
+from loader.weights.checkpoint import Tensor
+from loader.weights.pages import Pages
+from loader.weights.partition import expanded_rows
+from loader.weights.schema import ParamSpec
+
+__all__ = ["IN_FLIGHT", "Stored", "division", "to_devices", "transfer"]
+
+IN_FLIGHT = 2**29
+"""Bytes of host memory in use at a time, beyond the arrays of CPU devices."""
+
+CHUNK = 2**24
+"""Bytes that a thread reads at a time; with much fewer, handing out the work takes the time."""
+
+AHEAD = 16
+"""Chunks that are announced to the kernel before the first of them is settled."""
+
+
+class Stored(Protocol):
+    """One tensor on the host: `loader.weights.checkpoint.Tensor`, or anything shaped like it."""
+
+    @property
+    def spec(self) -> ParamSpec:
+        """What the tensor is."""
+
+    @property
+    def weight(self) -> np.ndarray[Any, Any]:
+        """float32 or int8, of `spec.shape`; may be a read-only map at any alignment."""
+
+    @property
+    def scales(self) -> np.ndarray[Any, Any] | None:
+        """bfloat16 of `spec.scale_shape`, None where the tensor is not quantised."""
+
+
+def transfer(
+    tensors: Iterable[tuple[Stored, Sharding]],
+    *,
+    in_flight: int = IN_FLIGHT,
+    on_bytes: Callable[[int], None] | None = None,
+    drop: bool = False,
+) -> Iterator[Array | Quantized]:
+    """Tensors on their devices, in the order in which they are given.
+
+    Weights stay int8 and scales bfloat16. Of several processes each reads what its own devices
+    hold. A block that several CPU devices hold is one piece of memory.
+
+    Args:
+        tensors: each with where it is to go; the scales of a quantised one go the same way, their
+            rows repeated where a device would hold part of one.
+        in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
+        on_bytes: called with bytes of the checkpoint as they have been read.
+        drop: let the kernel forget the pages of a file once they are read.
+    """
+    size, workers = division(in_flight, os.cpu_count() or 1)
+    waiting: deque[tuple[_Leg, ...]] = deque()
+    with _Reader(workers, on_bytes, drop=drop) as reader:
+        for tensor, sharding in tensors:
+            waiting.append(_legs(tensor, sharding, size))
+            for leg in waiting[-1]:
+                reader.begin(leg)
+            while waiting and all(leg.landed for leg in waiting[0]):
+                yield _together(waiting.popleft())
+        for legs in waiting:
+            for leg in legs:
+                reader.finish(leg)
+            yield _together(legs)
+
+
+def to_devices(tensor: Stored, sharding: Sharding | None = None) -> Array | Quantized:
+    """One tensor where it is wanted, or on jax's first device; see `transfer`."""
+    where = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    return next(transfer([(tensor, where)]))
+
+
+def division(in_flight: int, cores: int) -> tuple[int, int]:
+    """Bytes that a thread reads at a time, and how many threads there are.
+
+    What a thread has read may be there twice, in its own buffer and in the runtime's.
+    """
+    size = max(1, min(CHUNK, in_flight // 2))
+    return size, max(1, min(cores, in_flight // (2 * size)))
+
+
+def _together(legs: tuple[_Leg, ...]) -> Array | Quantized:
+    weight, *scales = (leg.array() for leg in legs)
+    return Quantized(weight, scales[0]) if scales else weight
+
+
+def _legs(tensor: Stored, sharding: Sharding, size: int) -> tuple[_Leg, ...]:
+    """The weight on its way, and the scales if it has any."""
+    spec, scales = tensor.spec, tensor.scales
+    file = tensor if isinstance(tensor, Tensor) else None
+    weight = _Leg(tensor.weight, sharding, size, file=file)
+    if scales is None:
+        return (weight,)
+    parts = spec.shape[-2] // sharding.shard_shape(spec.shape)[-2]
+    groups = scales.shape[-2]
+    times = expanded_rows(groups, parts) // groups
+    repeated = scales if times == 1 else np.repeat(scales, times, axis=-2)
+    return weight, _Leg(repeated, sharding, size, times=times)
+
+
+class _Leg:
+    """One array on its way from the host to the devices of this process.
+
+    Args:
+        source: the array on the host.
+        sharding: where it is to go.
+        size: bytes of a chunk.
+        file: what to tell of the pages that are read, if they are a file's.
+        times: how often `source` repeats each byte of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        source: np.ndarray[Any, Any],
+        sharding: Sharding,
+        size: int,
+        *,
+        file: Tensor | None = None,
+        times: int = 1,
+    ) -> None:
+        self.file = file
+        self._source, self._sharding, self._times = source, sharding, times
+        self._landing = landing(sharding, source.shape, source.dtype)
+        itemsize = source.dtype.itemsize
+        self.chunks = tuple(chunks(source.shape, itemsize, self._landing.blocks, size))
+        self._left, self._used = len(self.chunks), 0
+
+    @property
+    def landed(self) -> bool:
+        """Whether every chunk is settled."""
+        return self._left == 0
+
+    def read(self, chunk: Chunk) -> None:
+        """Copy the parts of a chunk to where they go; runs in a thread."""
+        self._landing.take(chunk, self._copy)
+
+    def _copy(self, part: Part, target: np.ndarray[Any, Any]) -> None:
+        # Where bytes stay together, the kernel copies them without mapping a page.
+        if self.file is not None and part.solid and target.flags.c_contiguous:
+            self.file.read_into(part.start, target)
+        else:
+            np.copyto(target, self._source[part.source])
+
+    def pages(self, chunk: Chunk) -> Iterator[Pages]:
+        """The pages of a chunk, where it lies in a file."""
+        if self.file is not None:
+            yield self.file.pages(self.file.array.offset + chunk.start, chunk.nbytes)
+
+    def settle(self, chunk: Chunk) -> int:
+        """Note that a chunk has been read; bytes of the checkpoint that this was more."""
+        before = self._used // self._times
+        self._used += chunk.used
+        self._left -= 1
+        return self._used // self._times - before
+
+    def array(self) -> Array:
+        """The array, once it has landed."""
+        shards = self._landing.shards()
+        return jax.make_array_from_single_device_arrays(self._source.shape, self._sharding, shards)
+
+
+class _Reader:
+    """Threads that read chunks, some of them ahead of those that are waited for."""
+
+    def __init__(self, workers: int, on_bytes: Callable[[int], None] | None, *, drop: bool) -> None:
+        self._threads = ThreadPoolExecutor(workers, "transfer")
+        self._on_bytes, self._drop = on_bytes, drop
+        self._reading: deque[tuple[Future[None], _Leg, Chunk]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def begin(self, leg: _Leg) -> None:
+        """Have all chunks of an array read; returns when the last is in hand."""
+        for chunk in leg.chunks:
+            while len(self._reading) == AHEAD or (self._reading and self._reading[0][0].done()):
+                self._settle()
+            for pages in leg.pages(chunk):
+                pages.announce()
+            self._reading.append((self._threads.submit(leg.read, chunk), leg, chunk))
+
+    def finish(self, leg: _Leg) -> None:
+        """Wait until an array has landed."""
+        while not leg.landed:
+            self._settle()
+
+    def _settle(self) -> None:
+        future, leg, chunk = self._reading.popleft()
+        future.result()
+        nbytes = leg.settle(chunk)
+        if self._drop:
+            for pages in leg.pages(chunk):
+                pages.drop()
+        if self._on_bytes is not None:
+            self._on_bytes(nbytes)

@@ -1,0 +1,68 @@
+"""This machine as JAX is to see it: its processor, its cores as devices, its compiled programs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from loader.weights.schema import GrokConfig
+
+__all__ = ["keep_programs", "processor", "use_cores"]
+
+CORES_A_DEVICE = 4
+"""Two cores are faster as one device than as two; no machine with more has been measured."""
+
+WORTH_KEEPING_S = 0.2
+"""Seconds of compilation from which a program is kept."""
+
+
+def processor() -> str:
+    """A name for what programs are compiled and tuned for: model, instructions, cores, jaxlib."""
+    model, flags = platform.processor(), ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() == "flags":
+                flags = value.strip()
+    # Virtual machines of one model name differ in what they let through.
+    known = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    text = f"{model or platform.machine()}-{known}-{os.cpu_count()}-{version('jaxlib')}"
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
+
+
+def keep_programs(folder: Path) -> None:
+    """Keep compiled programs below `folder`, so that the next run need not compile them.
+
+    A program of one processor may end another with an illegal instruction: each has its folder.
+    """
+    place = folder / processor()
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # A home that cannot be written: programs are compiled each time.
+        return
+    jax.config.update("jax_compilation_cache_dir", str(place))  # type: ignore[no-untyped-call]
+    jax.config.update(  # type: ignore[no-untyped-call]
+        "jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S
+    )
+
+
+def use_cores(config: GrokConfig) -> None:
+    """Have jax see as many CPU devices as share one machine's cores best; before its first use.
+
+    The loop over a matrix is split over the cores at every step, so that with many cores a step is
+    too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
+    share of the columns. Where XLA_FLAGS or an earlier use of jax has decided, that holds.
+    """
+    wanted = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
+    count = next(n for n in range(wanted, 0, -1) if config.num_kv_heads % n == 0)
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]

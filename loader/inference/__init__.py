@@ -1,0 +1,1 @@
+"""The model, its compiled steps, and text from it."""

@@ -1,0 +1,371 @@
+"""From a prompt to tokens: prefill, decode, and where to stop.
+
+Prompts are read in chunks. Steps are padded to powers of two, and so is the cache, which keeps the
+number of compiled programs logarithmic in the context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from grokfetch.errors import PromptInvalid
+from loader.devices.paging import Paging
+from loader.devices.placement import Params
+from loader.inference.model import KeyValues, Window
+from loader.inference.routing_counts import Choices
+from loader.inference.sampling import Choice, Sampling, draw
+from loader.inference.steps import steps_for
+from loader.weights.schema import GrokConfig
+
+__all__ = ["Engine", "Part", "Sampling", "State", "check_prompts"]
+
+SMALLEST_STEP = 16
+"""Tokens that a prompt is padded to at least."""
+
+SMALLEST_CACHE = 256
+"""Places that a cache starts with, where the model's context is not shorter still."""
+
+CHUNK = 2048
+"""Most tokens of a prompt that are read in one step; bounds the memory of activations."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """What decoding continues from, for B rows.
+
+    The first rows are the prompts'. Where rows are split over copies of the weights there may be
+    more, which hold no token and make their number divide.
+
+    cache: one entry a layer. visible: bool `[B, S]`, the places that hold a token that may be
+    attended to. lengths: int32 `[B]`, tokens of each row so far. longest: their largest, known to
+    the host.
+    """
+
+    cache: tuple[KeyValues, ...]
+    visible: Array
+    lengths: Array
+    longest: int
+
+
+class Engine:
+    """The model on a mesh, ready to be asked for logits or tokens.
+
+    Args:
+        config: the hyperparameters.
+        params: from `loader.devices.placement.load` or `share`, on `mesh`.
+        mesh: from `loader.devices.placement.make_mesh`.
+        dtype: of the cache and the products; sums and activations are float32 either way.
+        paging: told what mapped weights will be touched; None leaves it to the system.
+    """
+
+    def __init__(
+        self,
+        config: GrokConfig,
+        params: Params,
+        mesh: Mesh,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        paging: Paging | None = None,
+    ) -> None:
+        self.config = config
+        self.params = params
+        self.mesh = mesh
+        self.dtype = jnp.dtype(dtype)
+        self._steps = steps_for(config, params, mesh, self.dtype, paging)
+        # On every device at once: a step must not fetch them from the first for each layer.
+        rows = self._steps.rows
+        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=rows)
+        self._draw = jax.jit(draw, out_shardings=self._steps.everywhere)
+        self._pick = jax.jit(_pick, out_shardings=rows)
+
+    def hold(self, params: Params, paging: Paging | None = None) -> None:
+        """Go on with other weights of the same shapes on the same mesh, more layers perhaps.
+
+        Nothing is compiled anew; a state from before is of no use any more.
+        """
+        self.params = params
+        self._steps.hold(params, paging)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
+        """Read prompts, which may differ in length, as the rows of one batch.
+
+        Pad ids inside a prompt are never attended to, then or later.
+
+        Returns:
+            float32 logits `[B, V]` after each prompt's last token, and the state to go on from.
+
+        Raises:
+            PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
+        """
+        check_prompts(self.config, prompts)
+        last: Array | None = None
+        for part in self.read(prompts):
+            last = self.last(part, last)
+            state = part.state
+        assert last is not None
+        return self.logits(last)[: len(prompts), 0], state
+
+    def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
+
+        T is the longest prompt padded to the size of a step; what stands beyond a prompt's length
+        is meaningless.
+
+        Raises:
+            PromptInvalid: as `prefill`.
+        """
+        check_prompts(self.config, prompts)
+        parts = [self.logits(part.x)[: len(prompts)] for part in self.read(prompts)]
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def decode(
+        self, state: State, tokens: Any, live: np.ndarray[Any, Any] | None = None
+    ) -> tuple[Array, State]:
+        """Append one token to every row.
+
+        A generated token is attended to whatever its id. The reference masks the whole step when it
+        generates the pad id.
+
+        Args:
+            state: used up by the call; its buffers become the new state's.
+            tokens: int32 `[b]`, of all rows or the first b, the others being no prompt's.
+            live: bool `[b]`; the other rows stay as they are, cost no expert, and have logits that
+                mean nothing. None for all.
+
+        Returns:
+            float32 logits `[b, V]`, and the new state.
+
+        Raises:
+            PromptInvalid: if a row has reached the longest context of the model.
+        """
+        if state.longest >= self.config.sequence_len:
+            raise PromptInvalid(f"the context of {self.config.sequence_len} tokens is full")
+        if state.longest >= state.visible.shape[1]:
+            state = self._grown(state)
+        given, batch = len(tokens), state.visible.shape[0]
+        counts = np.zeros(batch, np.int32)
+        counts[:given] = True if live is None else live
+        if given < batch:
+            tokens = jnp.pad(tokens, (0, batch - given))
+        shown = np.ones((batch, 1), bool)
+        x, state = self._advance(state, tokens[:, None], counts, shown, 1)
+        return self.logits(x)[:given, 0], state
+
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """The tokens that follow a prompt, one at a time.
+
+        Ends before the end-of-sequence id, after `max_tokens`, or where the context is full.
+
+        Raises:
+            PromptInvalid: as `prefill`, or if the prompt leaves no room for a token.
+        """
+        check_prompts(self.config, [prompt])
+        room = self.config.sequence_len - len(prompt)
+        if room < 1:
+            raise PromptInvalid(
+                f"the prompt fills the whole context of {self.config.sequence_len} tokens",
+                hint="shorten it",
+            )
+        return self._stream(prompt, min(max_tokens, room), sampling or Sampling())
+
+    def count_experts(self) -> Choices:
+        """Count from now on how often each layer chooses each expert.
+
+        Where weights are mapped the host knows that anyway. Otherwise the devices send it to the
+        host, which takes time in every step.
+        """
+        self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
+        return self._steps.choices
+
+    def sample(self, logits: Array, sampling: Sampling, step: int) -> Array:
+        """The next token of each row, int32 `[B]`, from logits `[B, V]`; it stays on the device.
+
+        Args:
+            logits: of the model.
+            sampling: how to choose.
+            step: how many tokens were chosen before; with the seed it fixes the random numbers.
+        """
+        rows = logits.shape[0]
+        return self.draw(logits, Choice.of([sampling] * rows, [step] * rows))
+
+    def draw(self, logits: Array, choice: Choice) -> Array:
+        """The next token of each row by settings of its own, int32 `[B]`, on every device."""
+        drawn: Array = self._draw(logits, choice)
+        return drawn
+
+    def _stream(self, prompt: Sequence[int], limit: int, sampling: Sampling) -> Iterator[int]:
+        if limit < 1:
+            return
+        logits, state = self.prefill([prompt])
+        for step in range(limit):
+            token = self.sample(logits, sampling, step)
+            number = int(token[0])
+            if number == self.config.eos_token:
+                return
+            yield number
+            if step + 1 < limit:
+                logits, state = self.decode(state, token)
+
+    def read(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Iterator[Part]:
+        """Chunks of the prompts, one step each; the state of one is used up by the next.
+
+        Args:
+            prompts: as `check_prompts` wants them.
+            chunk: most tokens of a prompt in a step, a power of two; None for `CHUNK`.
+        """
+        chunk = CHUNK if chunk is None else chunk
+        batch = self.rows(len(prompts))
+        counts = np.zeros(batch, np.int32)
+        counts[: len(prompts)] = [len(prompt) for prompt in prompts]
+        longest = int(counts.max())
+        state = self._empty(batch, self.places(longest))
+        for start in range(0, longest, chunk):
+            width = self._rounded(min(longest - start, chunk), SMALLEST_STEP)
+            tokens = np.full((batch, width), self.config.pad_token, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + chunk]
+                tokens[row, : len(part)] = part
+            # Pad ids in a prompt are no keys; filling tokens are none either, by their count.
+            shown = tokens != self.config.pad_token
+            left = np.clip(counts - start, 0, chunk).astype(np.int32)
+            x, state = self._advance(state, tokens, left, shown, int(left.max()))
+            ends = np.where(counts - start <= chunk, counts - start - 1, -1).astype(np.int32)
+            yield Part(x, ends, state)
+
+    def last(self, part: Part, before: Array | None) -> Array:
+        """The residual stream at each row's last token so far, `[B, 1, D]`.
+
+        Args:
+            part: the latest chunk read.
+            before: what this returned for the chunk before it, None for the first.
+        """
+        picked: Array = self._pick(part.x, part.ends, part.x[:, :1] if before is None else before)
+        return picked
+
+    def logits(self, x: Array) -> Array:
+        """The residual stream `[B, T, D]` to float32 logits `[B, T, V]`."""
+        return self._steps.logits(x)
+
+    def places(self, tokens: int) -> int:
+        """Places of a cache in which so many tokens of a row have room."""
+        return self._rounded(tokens, SMALLEST_CACHE)
+
+    def rows(self, count: int) -> int:
+        """Rows of a batch in which so many texts have room: alike on each copy of the weights."""
+        copies: int = self.mesh.shape["data"]
+        return count + -count % copies
+
+    @property
+    def heads(self) -> NamedSharding:
+        """How the devices share a cache `[B, S, K, d]`."""
+        return self._steps.heads
+
+    @property
+    def by_rows(self) -> NamedSharding:
+        """How the devices share an array `[B, ...]` of a step."""
+        return self._steps.rows
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """How an array lies that all devices hold."""
+        return self._steps.everywhere
+
+    def _advance(
+        self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
+    ) -> tuple[Array, State]:
+        """One step of `[B, T]` tokens, `counts` of them real; `longest` is the largest count."""
+        window, lengths = self._window(
+            state.visible, state.lengths, counts, shown, fresh=state.longest == 0
+        )
+        x, filled = self._steps.layers(state.cache, self._steps.embed(tokens), window)
+        return x, State(filled, window.visible, lengths, state.longest + longest)
+
+    def _empty(self, batch: int, places: int) -> State:
+        shape = (batch, places, self.config.num_kv_heads, self.config.key_size)
+
+        def zeros() -> Array:
+            return jnp.zeros(shape, self.dtype, device=self._steps.heads)
+
+        return State(
+            cache=tuple(KeyValues(zeros(), zeros()) for _ in self.params.layers),
+            visible=jnp.zeros((batch, places), bool),
+            lengths=jnp.zeros(batch, jnp.int32),
+            longest=0,
+        )
+
+    def _grown(self, state: State) -> State:
+        """The state with room for more: twice the places, at most the model's context."""
+        more = self.places(state.longest + 1) - state.visible.shape[1]
+
+        def pad(array: Array) -> Array:
+            padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
+            grown: Array = jax.device_put(padded, self._steps.heads)
+            return grown
+
+        return dataclasses.replace(
+            state,
+            cache=jax.tree.map(pad, state.cache),
+            visible=jnp.pad(state.visible, ((0, 0), (0, more))),
+        )
+
+    def _rounded(self, tokens: int, smallest: int) -> int:
+        power = 1 << (tokens - 1).bit_length()
+        return min(max(power, smallest), self.config.sequence_len)
+
+
+class Part(NamedTuple):
+    """A chunk read: its residual stream `[B, T, D]`, where in it each row ends, and the state.
+
+    ends: int32 `[B]`, negative where the row has ended before, or beyond.
+    """
+
+    x: Array
+    ends: np.ndarray[Any, Any]
+    state: State
+
+
+def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Make sure that a model can read these prompts, before its weights are loaded.
+
+    Raises:
+        PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
+    """
+    if not prompts or not all(prompts):
+        raise PromptInvalid("the prompt is empty: the model needs a token to start from")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > config.sequence_len:
+        raise PromptInvalid(
+            f"the prompt has {longest} tokens, and the model's context is {config.sequence_len}",
+            hint="shorten it",
+        )
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < config.vocab_size:
+            raise PromptInvalid(f"token {token} is outside the vocabulary of {config.vocab_size}")
+
+
+def _window(
+    visible: Array, lengths: Array, counts: Array, shown: Array, *, fresh: bool
+) -> tuple[Window, Array]:
+    """Where a step's tokens stand after rows of `lengths`, and the lengths after it."""
+    batch, width = shown.shape
+    steps = jnp.arange(width)
+    real = steps < counts[:, None]
+    positions = lengths[:, None] + steps
+    places = jnp.where(real, positions, visible.shape[1])
+    visible = visible.at[jnp.arange(batch)[:, None], places].set(shown, mode="drop")
+    return Window(positions, real, visible, fresh), lengths + counts
+
+
+def _pick(x: Array, ends: Array, before: Array) -> Array:
+    """Each row's last token if it lies in this chunk: `[B, T, D]` to `[B, 1, D]`."""
+    last = x[jnp.arange(x.shape[0]), jnp.maximum(ends, 0)][:, None]
+    return jnp.where(ends[:, None, None] < 0, before, last)

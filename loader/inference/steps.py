@@ -1,0 +1,232 @@
+"""The model's parts compiled for a mesh and called one after another, layer by layer.
+
+Every part is compiled once and called for each layer, so that compile time does not grow with their
+number. Where all experts are resident a layer is one program. Where weights are mapped, a layer is
+cut where its router has spoken: the host learns which experts are wanted, has their pages read, and
+calls each wanted expert once for all the tokens that chose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loader.devices.mapped import Mapped
+from loader.devices.paging import Paging
+from loader.devices.placement import Params
+from loader.inference import model
+from loader.inference.model import KeyValues, Window
+from loader.inference.routing_counts import Choices
+from loader.weights.schema import GrokConfig
+
+__all__ = ["Steps", "steps_for"]
+
+
+def steps_for(
+    config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype, paging: Paging | None
+) -> Steps:
+    """The steps that suit the way in which the weights are held."""
+    if isinstance(params.layers[0].gate, Mapped):
+        return _OnDemand(config, params, mesh, dtype, paging or Paging())
+    return Steps(config, params, mesh, dtype)
+
+
+class Steps:
+    """The parts of a model whose weights are resident.
+
+    Args:
+        config: the hyperparameters.
+        params: the weights, on `mesh`.
+        mesh: the devices.
+        dtype: of the cache and the products.
+
+    Attributes:
+        everywhere: how an array lies that all devices hold.
+        rows: how an array `[B, ...]` lies of which each device has its rows.
+        heads: how a cache `[B, S, K, d]` lies.
+        choices: where the experts chosen are counted, None for nowhere.
+    """
+
+    def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
+        self.choices: Choices | None = None
+        tuning = params.layers[0].gate.tuning
+        self._compiler_options = (
+            {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
+        )
+        self._mesh = mesh
+        self._params = params
+        embedding, final, self._layer_spec = (
+            jax.tree.map(lambda array: array.sharding.spec, part)
+            for part in (params.embedding, params.norm, params.layers[0])
+        )
+        # Without copies of the weights all rows are everywhere: one name for one thing, lest jax
+        # compiles for both.
+        split = "data" if mesh.shape["data"] > 1 else None
+        self._nothing, self._heads = _spec(), _spec(split, None, "model", None)
+        self._rows = self._nothing if split is None else _spec(split)
+        self.everywhere, self.rows, self.heads = (
+            NamedSharding(mesh, spec) for spec in (self._nothing, self._rows, self._heads)
+        )
+        rows = self._rows
+        self._embed = self._spread(
+            lambda table, tokens: model.embed(table, tokens, config, dtype),
+            (embedding, rows),
+            rows,
+        )
+        self._logits = self._spread(
+            lambda table, scale, x: model.logits(table, scale, x, config, dtype),
+            (embedding, final, rows),
+            _spec(split, None, "model"),
+        )
+        self._tell = jax.jit(lambda *arrays: arrays, out_shardings=self.everywhere)
+        self._compile_layer(config, dtype)
+
+    def _compile_layer(self, config: GrokConfig, _dtype: jnp.dtype) -> None:
+        # The cache is donated: each layer's keys and values are written where they lie.
+        self._layer = self._spread(
+            lambda weights, cache, x, window: model.layer(weights, cache, x, window, config),
+            (self._layer_spec, self._heads, self._rows, self._rows),
+            (self._rows, self._heads, self._rows),
+            donate=(1,),
+        )
+
+    def hold(self, params: Params, _paging: Paging | None) -> None:
+        """Use other weights of the same shapes from now on."""
+        self._params = params
+
+    def embed(self, tokens: Any) -> Array:
+        """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`."""
+        x: Array = self._embed(self._params.embedding, tokens)
+        return x
+
+    def layers(
+        self, cache: Sequence[KeyValues], x: Array, window: Window
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
+        """All layers over the residual stream; the cache's buffers are used up."""
+        filled = []
+        for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
+            x, kept, chosen = self._layer(weights, entry, x, window)
+            filled.append(kept)
+            if self.choices is not None:
+                self.choices.add(number, *self._tell(chosen, window.real))
+        return x, tuple(filled)
+
+    def logits(self, x: Array) -> Array:
+        """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
+        scores: Array = self._logits(self._params.embedding, self._params.norm, x)
+        return scores
+
+    def _spread(
+        self, function: Callable[..., Any], given: Any, result: Any, donate: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        # The check of what is equal on all devices cannot follow a loop of unknown length.
+        spread = jax.shard_map(
+            function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
+        )
+        return jax.jit(spread, donate_argnums=donate, compiler_options=self._compiler_options)
+
+
+class _OnDemand(Steps):
+    """The same over mapped weights: experts are called when the host knows which are wanted."""
+
+    def __init__(
+        self,
+        config: GrokConfig,
+        params: Params,
+        mesh: Mesh,
+        dtype: jnp.dtype,
+        paging: Paging,
+    ) -> None:
+        self._paging = paging
+        super().__init__(config, params, mesh, dtype)
+
+    def hold(self, params: Params, paging: Paging | None) -> None:
+        """Use other weights of the same shapes, and who brings their pages, from now on."""
+        super().hold(params, paging)
+        self._paging = paging or Paging()
+
+    def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
+        weights, nothing, heads = self._layer_spec, self._nothing, self._heads
+        self._attend = self._spread(
+            lambda weights, cache, x, window: model.attend(weights, cache, x, window, config),
+            (weights, heads, nothing, nothing),
+            (nothing, heads, nothing),
+            donate=(1,),
+        )
+        self._expert = self._spread(
+            lambda weights, number, routed, pairs, total: (
+                total + model.expert(weights, number, routed, pairs, dtype)
+            ),
+            (weights, *(nothing,) * 4),
+            nothing,
+            donate=(4,),
+        )
+        self._close = self._spread(model.close, (weights, nothing, nothing), nothing)
+
+    def layers(
+        self, cache: Sequence[KeyValues], x: Array, window: Window
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
+        """All layers over the residual stream; the cache's buffers are used up."""
+        real = np.asarray(window.real).reshape(-1)
+        filled = []
+        for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
+            self._paging.layer(number)
+            x, kept, routed = self._attend(weights, entry, x, window)
+            filled.append(kept)
+            total = jnp.zeros(routed.x.shape, jnp.float32, device=self.everywhere)
+            chosen = np.asarray(routed.choices)
+            if self.choices is not None:
+                self.choices.add(number, chosen, real)
+            groups = dict(expert_groups(chosen, real))
+            self._paging.experts(number, tuple(groups))
+            for expert, pairs in groups.items():
+                self._paging.expert(number, expert)
+                total = self._expert(weights, np.int32(expert), routed, pairs, total)
+                self._paging.used(number, expert, total)
+            x = self._close(weights, x, total)
+        return x, tuple(filled)
+
+    def logits(self, x: Array) -> Array:
+        """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
+        self._paging.table()
+        return super().logits(x)
+
+
+def expert_groups(
+    choices: npt.NDArray[np.int32], real: npt.NDArray[np.bool_]
+) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+    """Each wanted expert with the pairs of token and choice that want it.
+
+    Args:
+        choices: `[N, chosen]`, experts of each token.
+        real: `[N]`; the others get no expert.
+
+    Yields:
+        The expert, and indices of `choices` taken flat, `[n]`, filled up with an index beyond the
+        end to one of few lengths.
+    """
+    flat = np.where(real[:, None], choices, -1).reshape(-1)
+    for expert in np.unique(flat[flat >= 0]):
+        pairs = np.flatnonzero(flat == expert).astype(np.int32)
+        yield (
+            int(expert),
+            np.pad(pairs, (0, padded(len(pairs)) - len(pairs)), constant_values=flat.size),
+        )
+
+
+def padded(count: int) -> int:
+    """A length for `count` tokens of one expert, of few; beyond 8 at most a quarter more."""
+    power = 1 << (count - 1).bit_length()
+    step = power // 8
+    return -(-count // step) * step if power > 8 else power
+
+
+def _spec(*axes: str | None) -> PartitionSpec:
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Tensors in their files, and arithmetic over them: which bytes, for which device. No jax here."""

@@ -1,0 +1,182 @@
+"""Whether a model fits devices: what each must hold, and the smallest change that would do. Pure.
+
+Weights and cache are exact. Work is an estimate from the largest arrays of one step; compiled code
+and what the runtime itself keeps are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from loader.weights.partition import (
+    Block,
+    MeshShape,
+    Position,
+    arrangements,
+    scale_block,
+    scale_shape,
+    weight_block,
+)
+from loader.weights.schema import GrokConfig, parameters
+
+__all__ = ["Memory", "Need", "Shortage", "Use", "need", "places", "shortage"]
+
+SMALLEST_CACHE = 256
+"""Places that a cache has at least; from there it doubles up to the model's context."""
+
+STEP = 2048
+"""Most tokens of a prompt that one step reads."""
+
+QUERY_BLOCK = 128
+"""Tokens whose attention scores are in memory at once."""
+
+STREAMS = 6
+"""Arrays of the size of the residual stream that a layer has at a time, about."""
+
+MOST_DEVICES = 256
+"""Counts that are tried for a model that is too large."""
+
+ITEM_SIZES = {"int8": 1, "float32": 4}
+SCALE_SIZE = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that one device must hold; all devices of a mesh hold equally much.
+
+    weights: its blocks, with their scales. cache: keys and values of its heads. work: activations
+    and converted weights of one step.
+    """
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.work
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """How a model is to be used.
+
+    config: the model. shape: the mesh, which must have passed `check_mesh`. tokens: the longest
+    that the one row of a batch will be. itemsize: bytes of an element of the cache and of what is
+    multiplied. mapped: the weights stay in their files, and are not converted.
+    """
+
+    config: GrokConfig
+    shape: MeshShape
+    tokens: int
+    itemsize: int = 2
+    mapped: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that are free: of each device, or of the `sharers`, CPU devices of one host."""
+
+    free: int
+    sharers: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shortage:
+    """Bytes that are needed where fewer are free, by a device or by all that share them.
+
+    tokens: the longest context that would fit, None if not even the shortest does. mesh: one that
+    would fit, of as few devices as there are now or more, None if that does not help. mapped:
+    whether it would do to leave the weights in their files.
+    """
+
+    needed: int
+    tokens: int | None
+    mesh: MeshShape | None
+    mapped: bool
+
+
+def places(config: GrokConfig, tokens: int) -> int:
+    """Places of a cache for so many tokens: a power of two, or the model's whole context."""
+    return min(max(1 << (max(tokens, 1) - 1).bit_length(), SMALLEST_CACHE), config.sequence_len)
+
+
+def need(use: Use) -> Need:
+    """What one device holds."""
+    config, ways = use.config, use.shape.model
+    held = places(config, use.tokens)
+    heads = config.num_kv_heads // ways
+    cache = 2 * config.num_layers * held * heads * config.key_size * use.itemsize
+    stream = STREAMS * min(held, STEP) * config.emb_size * 4
+    scores = 2 * min(held, QUERY_BLOCK) * held * (config.num_q_heads // ways) * 4
+    if use.mapped:
+        return Need(0, cache, stream + scores)
+    # A matrix of one expert, taken out of its stack and converted.
+    matrix = config.emb_size * (config.ff_size // ways) * (1 + use.itemsize)
+    return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix))
+
+
+def shortage(use: Use, memory: Memory) -> Shortage | None:
+    """What is short, and what would help; None if the model fits."""
+    if _fits(use, memory):
+        return None
+    powers = range(places(use.config, use.tokens).bit_length() - 1, 7, -1)
+    fewer = (2**power for power in powers if 2**power < use.tokens)
+    in_files = dataclasses.replace(use, mapped=True)
+    return Shortage(
+        _needed(use, memory),
+        next((n for n in fewer if _fits(dataclasses.replace(use, tokens=n), memory)), None),
+        None if memory.sharers else _roomier(use, memory),
+        bool(memory.sharers) and use.shape.only_model and _fits(in_files, memory),
+    )
+
+
+def _fits(use: Use, memory: Memory) -> bool:
+    return _needed(use, memory) <= memory.free
+
+
+def _needed(use: Use, memory: Memory) -> int:
+    one = need(use)
+    if not memory.sharers:
+        return one.total
+    # What several CPU devices hold alike is one piece of memory.
+    weights = min(memory.sharers * one.weights, _bytes_once(use.config, use.shape))
+    return weights + memory.sharers * (one.cache + one.work)
+
+
+def _roomier(use: Use, memory: Memory) -> MeshShape | None:
+    """The first mesh that fits: without copies of the weights, then of more devices."""
+    for count in range(use.shape.devices, MOST_DEVICES + 1):
+        more = next(arrangements(use.config, count), None)
+        if more is not None and _fits(dataclasses.replace(use, shape=more), memory):
+            return more
+    return None
+
+
+@functools.cache
+def _bytes_each(config: GrokConfig, shape: MeshShape) -> int:
+    """Bytes of one device's block of every tensor, its scales included."""
+    first, total = Position(0, 0), 0
+    for spec in parameters(config):
+        total += _volume(weight_block(spec, shape, first)) * ITEM_SIZES[spec.dtype]
+        if spec.scale_groups is not None:
+            total += _volume(scale_block(spec, shape, first)) * SCALE_SIZE
+    return total
+
+
+@functools.cache
+def _bytes_once(config: GrokConfig, shape: MeshShape) -> int:
+    """Bytes of all blocks of a mesh, each counted once however many devices hold it."""
+    total = 0
+    for spec in parameters(config):
+        total += math.prod(spec.shape) * ITEM_SIZES[spec.dtype]
+        if spec.scale_groups is not None:
+            total += math.prod(scale_shape(spec, shape)) * SCALE_SIZE
+    return total
+
+
+def _volume(block: Block) -> int:
+    return math.prod(part.stop - part.start for part in block)

@@ -1,0 +1,243 @@
+"""One parameter in its file: lazy, read-only, mapped, at whatever offset it lies.
+
+Methods that a slice of `safetensors.safe_open` has too are called as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import mmap
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from grokfetch.errors import CheckpointInvalid, StorageFailed
+from loader.weights.pages import Pages
+from loader.weights.schema import ParamSpec
+from loader.weights.shard_values import ArraySpan
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jax.sharding import Sharding
+
+    from loader.devices.products import Quantized
+
+__all__ = ["Index", "Tensor"]
+
+Index = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
+"""What NumPy calls basic indexing, without new axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One parameter in its file; nothing is mapped before `weight` or `scales` is read.
+
+    Both arrays are views into one read-only mapping, at offsets that need not be aligned. The
+    mapping lives as long as the tensor or any view. A file that shrinks meanwhile kills the process
+    (SIGBUS), which is why writers hold the folder's lock.
+    """
+
+    spec: ParamSpec
+    path: Path
+    array: ArraySpan
+    scale_span: ArraySpan | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        return self.array.nbytes + (0 if self.scale_span is None else self.scale_span.nbytes)
+
+    @functools.cached_property
+    def weight(self) -> npt.NDArray[np.generic]:
+        """float32 of `spec.shape`, or int8 if the tensor is quantised.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
+        """
+        return self._view(self.array)
+
+    @functools.cached_property
+    def scales(self) -> npt.NDArray[np.generic] | None:
+        """bfloat16 of `spec.scale_shape`, None if the tensor is not quantised.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+            CheckpointInvalid: the file is shorter than when the checkpoint was opened.
+        """
+        return None if self.scale_span is None else self._view(self.scale_span)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the weight as it is stored: int8 if the tensor is quantised, else float32."""
+        return np.dtype(self.spec.dtype)
+
+    def get_shape(self) -> list[int]:
+        """The shape, as a slice of `safetensors` gives it."""
+        return list(self.spec.shape)
+
+    def get_dtype(self) -> str:
+        """The dtype, as a slice of `safetensors` names it: I8 or F32."""
+        return {"int8": "I8", "float32": "F32"}[self.spec.dtype]
+
+    def __getitem__(self, index: Index) -> npt.NDArray[np.generic]:
+        """A part of the weight as it is stored, by whole numbers, slices and `...`.
+
+        It is a read-only view: nothing is read but the pages that are looked at.
+        """
+        return self.weight[index]
+
+    def dequantize(
+        self, index: Index = ..., dtype: npt.DTypeLike = np.float32
+    ) -> npt.NDArray[np.generic]:
+        """The values that the weight stands for, or a part of them.
+
+        An int8 times its bfloat16 scale is exact in float32, and rounded only to another `dtype`.
+
+        Args:
+            index: whole numbers, slices and `...`, as of the tensor itself; `numpy.s_[3, :, :128]`.
+            dtype: of the result.
+
+        Returns:
+            An array of its own, of the shape that the index gives.
+
+        Raises:
+            IndexError: the index does not fit the shape.
+        """
+        weight, scales = self.weight, self.scales
+        if scales is None:
+            return np.array(weight[index], dtype)
+        cuts, result_shape = _cuts(weight.shape, index)
+        *outer, rows, columns = cuts
+        sizes = zip(cuts, self.shape, strict=True)
+        found = np.empty([len(range(*cut.indices(size))) for cut, size in sizes], dtype)
+        for group, part, into in _groups(rows, self.shape[-2], scales.shape[-2]):
+            np.multiply(
+                weight[(*outer, part, columns)],
+                scales[(*outer, slice(group, group + 1), columns)].astype(np.float32),
+                out=found[(..., into, slice(None))],
+                casting="unsafe",
+                dtype=np.float32,
+            )
+        return found.reshape(result_shape)
+
+    def to_jax(self, sharding: Sharding | None = None) -> Array | Quantized:
+        """The tensor on devices; this, and nothing else here, imports jax.
+
+        Args:
+            sharding: where each part is to go; None for all of it on jax's first device. Of several
+                processes each reads what its own devices hold.
+
+        Returns:
+            float32, or int8 with its scales as `loader.devices.products.Quantized`. Scale rows are
+            repeated where a device would hold part of one.
+        """
+        from loader.devices.transfer import to_devices
+
+        return to_devices(self, sharding)
+
+    @property
+    def file(self) -> npt.NDArray[np.uint8]:
+        """The whole file in the mapping that `weight` and `scales` are views of; page aligned.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+        """
+        return np.frombuffer(self._mapped, np.uint8)
+
+    def read_into(self, start: int, target: npt.NDArray[np.generic]) -> None:
+        """Read bytes of the weight, `start` counted from its first, into a contiguous array.
+
+        Raises:
+            StorageFailed: the file cannot be read.
+            CheckpointInvalid: it is shorter than when the checkpoint was opened.
+        """
+        left = target.reshape(-1).view(np.uint8).data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.array.offset + start)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise CheckpointInvalid(
+                            f"{self.spec.name} has shrunk on disk", path=self.path
+                        )
+                    left = left[count:]
+        except OSError as error:
+            raise StorageFailed(f"cannot be read: {error.strerror}", path=self.path) from error
+
+    def pages(self, start: int, nbytes: int) -> Pages:
+        """The pages of bytes of the file, `start` counted from the file's first.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+        """
+        return Pages(self.path, self._mapped, start, nbytes)
+
+    def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
+        if span.offset + span.nbytes > len(self._mapped):
+            raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)
+        dtype = np.dtype(ml_dtypes.bfloat16 if span.dtype == "bfloat16" else span.dtype)
+        return np.ndarray(span.shape, dtype, self._mapped, span.offset, order=span.order)
+
+    @functools.cached_property
+    def _mapped(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
+
+
+def _cuts(shape: tuple[int, ...], index: Index) -> tuple[list[slice], tuple[int, ...]]:
+    """A slice for every axis, and the shape of what the index stands for.
+
+    Raises:
+        IndexError: the index does not fit the shape.
+    """
+    # A broadcast scalar has the shape and no memory; NumPy itself says what an index gives.
+    result = np.broadcast_to(np.int8(0), shape)[index].shape
+    given = index if isinstance(index, tuple) else (index,)
+    at = next((place for place, part in enumerate(given) if part is ...), len(given))
+    missing = len(shape) - sum(part is not ... for part in given)
+    full = [*given[:at], *[slice(None)] * missing, *given[at + 1 :]]
+    cuts = []
+    for part, size in zip(full, shape, strict=True):
+        if isinstance(part, slice):
+            cuts.append(part)
+        else:
+            assert not isinstance(part, EllipsisType)
+            place = operator.index(part) % size
+            cuts.append(slice(place, place + 1))
+    return cuts, result
+
+
+def _groups(rows: slice, size: int, groups: int) -> Iterator[tuple[int, slice, slice]]:
+    """The rows of each scale group that a slice of all `size` rows takes.
+
+    Yields:
+        The group, its rows as a slice of all, and the same rows as a slice of those taken.
+    """
+    taken = range(*rows.indices(size))
+    place = 0
+    while place < len(taken):
+        group = taken[place] * groups // size
+        inside = range(group * size // groups, (group + 1) * size // groups)
+        edge = inside[-1] if taken.step > 0 else inside[0]
+        count = (edge - taken[place]) // taken.step + 1
+        stop = min(place + count, len(taken))
+        last = taken[stop - 1] + taken.step
+        yield group, slice(taken[place], None if last < 0 else last, taken.step), slice(place, stop)
+        place = stop

@@ -1,0 +1,75 @@
+"""What the documents name exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "ARCHITECTURE.md"
+
+
+def defined(path):
+    """The functions, classes and methods of a module, methods as Class.method."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+            yield from (f"{node.name}.{it.name}" for it in node.body if hasattr(it, "name"))
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name
+
+
+def unknown(text):
+    """The names between backticks, `file.py` or `file.py::name`, that do not exist."""
+    for file, name in re.findall(r"`([\w/.-]+\.py)(?:::([\w.]+))?`", text):
+        path = ROOT / file
+        if not path.is_file() or (name and name not in defined(path)):
+            yield f"{file}::{name}"
+
+
+def test_architecture_names_what_exists():
+    text = PAGE.read_text()
+    assert len(re.findall(r"`[\w/.-]+\.py::[\w.]+`", text)) > 50
+    assert not list(unknown(text))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loader/gone.py",
+        "loader/inference/model.py::gone",
+        "loader/inference/engine.py::Engine.gone",
+    ],
+)
+def test_name_that_is_gone_is_found(name):
+    assert len(list(unknown(f"see `loader/inference/model.py::embed` and `{name}`"))) == 1
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
+def test_links_between_documents_lead_somewhere(document):
+    path = ROOT / document
+    targets = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", path.read_text())
+    assert not [target for target in targets if not (path.parent / target).exists()]
+
+
+def messages():
+    """Every text in the program, with dots for what is filled in."""
+    for path in [*ROOT.glob("grokfetch/**/*.py"), *ROOT.glob("loader/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            yield "".join(str(it.value) if isinstance(it, ast.Constant) else "..." for it in parts)
+
+
+def test_the_messages_that_the_readme_explains_are_the_programs():
+    told = "\n".join(messages())
+    section = (
+        ROOT.joinpath("README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
+    )
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall("`(.*?)`", cell)]
+    assert len(quoted) >= 10
+    for text in quoted:
+        assert re.search(".*".join(map(re.escape, text.split("..."))), told), text

@@ -1,0 +1,258 @@
+"""Publishing: a folder becomes a torrent, a link and a manifest that strangers can use."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import PurePosixPath
+
+import libtorrent
+import pytest
+from click.testing import CliRunner
+from support import golden
+from support.torrents import content, lay_down
+
+from grokfetch import errors
+from grokfetch.cli import main
+from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.manifest.schema import parse
+from grokfetch.torrent import create as making
+from grokfetch.torrent.create import Made, list_files, make, suitable_piece_length
+from grokfetch.torrent.magnet import parse_magnet
+from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
+
+PIECE = 1 << 15
+FILES = {
+    "a": content(3 * PIECE - 1),
+    "b": content(PIECE),
+    "c": b"",
+    "d": content(1),
+    "deep/er/e": content(5 * PIECE + 20_000),
+    "deep/f": content(2 * PIECE),
+    "g": content(100),
+    "h": b"",
+}
+LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--timeout", "60")
+
+
+def made(folder, piece_length=PIECE, **kwargs):
+    *_, last = make(folder, list_files(folder), piece_length, **kwargs)
+    assert isinstance(last, Made)
+    return last
+
+
+def publish(*arguments, code=0):
+    """The program's stdout, or both streams where it is to fail."""
+    result = CliRunner().invoke(main, ["publish", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output if code else result.stdout.strip()
+
+
+@pytest.fixture
+def top(tmp_path):
+    lay_down(tmp_path, FILES)
+    return tmp_path / "top"
+
+
+# --- the torrent ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece_length", [1 << 14, PIECE, 1 << 20])
+def test_the_info_dictionary_is_to_the_byte_the_one_that_libtorrent_makes(top, piece_length):
+    files = sorted(libtorrent.list_files(str(top)), key=lambda it: str(it.filename))
+    flags = libtorrent.create_torrent.canonical_files_no_tail_padding
+    theirs = libtorrent.create_torrent(files, piece_length, flags)
+    libtorrent.set_piece_hashes(theirs, str(top.parent))
+    known = parse_torrent(bytes(libtorrent.bencode(theirs.generate())))
+    ours = made(top, piece_length).torrent
+    assert ours.info == known.info
+    assert ours.piece_layers == known.piece_layers
+
+
+def test_libtorrent_reads_it_with_both_hashes(top):
+    ours = made(top).torrent
+    info = libtorrent.load_torrent_buffer(encode_torrent(ours)).ti
+    assert (str(info.info_hashes().v1), str(info.info_hashes().v2)) == (ours.v1, ours.v2)
+
+
+def test_every_file_has_its_sha256_and_the_order_of_the_torrent(top):
+    ours = made(top)
+    assert {str(file.path.relative_to("top")): file.sha256 for file in ours.files} == {
+        name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()
+    }
+
+
+def test_names_sort_by_their_parts_as_the_v2_tree_does(tmp_path):
+    lay_down(tmp_path, {"sub.c": b"1", "sub/b": b"2", "Z": b"3"})
+    assert [str(path) for path, _ in list_files(tmp_path / "top")] == ["Z", "sub/b", "sub.c"]
+
+
+def test_the_same_bytes_give_the_same_info_hash_whatever_else_differs(top, tmp_path):
+    other = tmp_path / "elsewhere"
+    for name in sorted(FILES, reverse=True):
+        lay_down(other, {name: FILES[name]})
+    other.joinpath("top/a").chmod(0o755)
+    other.joinpath("top/.grokfetch").mkdir()
+    other.joinpath("top/.grokfetch/record.json").write_text("mine")
+    one = made(top).torrent
+    two = made(other / "top", trackers=["udp://t.example:1"]).torrent
+    assert one.info == two.info
+    assert two.trackers == ("udp://t.example:1",)
+
+
+def test_pieces_of_large_files_are_hashed_in_several_jobs_and_put_in_order(top, monkeypatch):
+    whole = made(top).torrent
+    monkeypatch.setattr(making, "BATCH", 1)
+    assert made(top).torrent == whole
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [
+        ([1], 1 << 16),
+        ([20_000 << 16], 1 << 16),
+        ([(20_000 << 16) + 1], 1 << 17),
+        ([413_000_000] * 770, 1 << 24),
+        ([1 << 50], 64 << 20),
+    ],
+)
+def test_the_piece_length_follows_the_size(sizes, length):
+    assert suitable_piece_length(sizes) == length
+
+
+def test_a_file_that_changes_while_it_is_read_ends_it(top):
+    events = make(top, list_files(top), PIECE)
+    next(events)
+    top.joinpath("g").write_bytes(b"other")
+    with pytest.raises(errors.StorageFailed, match="changed"):
+        list(events)
+    files = list_files(top)
+    top.joinpath("deep/f").write_bytes(b"short")
+    with pytest.raises(errors.StorageFailed, match="changed"):
+        list(make(top, files, PIECE))
+
+
+def test_a_link_to_a_file_stands_for_the_file_and_one_to_a_folder_is_refused(top, tmp_path):
+    whole = made(top).torrent
+    top.joinpath("a").rename(tmp_path / "blob")
+    top.joinpath("a").symlink_to(tmp_path / "blob")
+    assert made(top).torrent == whole
+    top.joinpath("loop").symlink_to(top)
+    with pytest.raises(errors.StorageFailed, match="link to a folder"):
+        list_files(top)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\\b", "new\nline", b"\xff".decode(errors="surrogateescape"), "C:x"]
+)
+def test_names_that_others_cannot_lay_down_are_refused(top, name):
+    top.joinpath(name).write_text("x")
+    with pytest.raises(errors.StorageFailed, match="cannot be shared"):
+        list_files(top)
+
+
+def test_a_folder_without_bytes_or_like_its_only_file_is_refused(tmp_path):
+    lay_down(tmp_path, {"e": b""})
+    with pytest.raises(errors.StorageFailed, match="no bytes"):
+        list_files(tmp_path / "top")
+    lay_down(tmp_path / "x", {"top": b"1"})
+    with pytest.raises(errors.StorageFailed, match="own name"):
+        list_files(tmp_path / "x/top")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    release = shutil.copytree(golden.TINY, ours / "tiny")
+    config = release / "config.json"
+    magnet = publish(release, "--config", config, "--piece-length", PIECE)
+    torrent = ours.joinpath("tiny.torrent").read_bytes()
+    link = parse_magnet(magnet)
+    assert link.info_hash == parse_torrent(torrent).v1
+    assert f"urn:btmh:1220{parse_torrent(torrent).v2}" in magnet
+    shutil.move(ours / "tiny.json", tmp_path / "their.json")
+    with seed(torrent, ours, SwarmSettings.loopback()) as seeder:
+        for topic in (magnet, magnet.replace(f"xt=urn:btih:{link.info_hash}&", "")):
+            run("fetch", f"{topic}&x.pe=127.0.0.1:{seeder.port}", "--to", theirs, *LOOPBACK)
+            run("verify", theirs)
+            shutil.rmtree(theirs)
+        source = (f"{magnet}&x.pe=127.0.0.1:{seeder.port}", "--manifest", tmp_path / "their.json")
+        run("fetch", *source, "--to", theirs, *LOOPBACK)
+    assert f"by the piece hashes of {link.info_hash}" in run("verify", theirs)
+    text = run(
+        "run",
+        theirs,
+        "--tokens",
+        "181",
+        "--max-tokens",
+        4,
+        "--dtype",
+        "float32",
+        "--mesh",
+        "model=1",
+    )
+    assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_any_folder_is_published_with_a_plain_manifest_and_left_as_it_was(top, tmp_path):
+    before = sorted(top.rglob("*"))
+    magnet = publish(
+        *(top, "--output", tmp_path / "new" / "out"),
+        *("--tracker", "udp://t.example:1/announce", "--web-seed", "https://w.example/a b/"),
+    )
+    assert sorted(top.rglob("*")) == before
+    out = tmp_path / "new" / "out"
+    known = parse_torrent(out.joinpath("top.torrent").read_bytes())
+    manifest = parse(out.joinpath("top.json").read_bytes(), "x")
+    assert known.trackers == parse_magnet(magnet).trackers == ("udp://t.example:1/announce",)
+    assert known.web_seeds == parse_magnet(magnet).web_seeds == ("https://w.example/a b/",)
+    assert (manifest.info_hash, manifest.magnet, manifest.model) == (known.v1, magnet, None)
+    assert all(file.sha256 for file in manifest.files)
+    assert parse_magnet(magnet).name == "top"
+
+
+def test_a_tokenizer_among_the_files_is_named_in_the_manifest(top):
+    top.joinpath("tokenizer.model").write_bytes(b"words")
+    publish(top)
+    manifest = parse(top.with_name("top.json").read_bytes(), "x")
+    assert manifest.tokenizer.path == PurePosixPath("top/tokenizer.model")
+    assert manifest.tokenizer.sha256 == hashlib.sha256(b"words").hexdigest()
+
+
+def test_output_inside_the_folder_and_strange_addresses_are_wrong_calls(top):
+    publish(top, "--output", top / "out", code=2)
+    publish(top, "--tracker", "gopher://x", code=2)
+    publish(top, "--web-seed", "udp://x", code=2)
+    publish(top, "--piece-length", 100_000, code=2)
+
+
+def test_shards_of_another_model_are_refused_without_its_config(tmp_path):
+    release = shutil.copytree(golden.TINY, tmp_path / "tiny")
+    text = publish(release, code=errors.CheckpointInvalid.exit_code)
+    assert "--config" in text
+
+
+def test_a_fetch_that_is_not_complete_is_not_published(top, tmp_path):
+    lay_down(tmp_path / "other", FILES)
+    (tmp_path / "x.torrent").write_bytes(encode_torrent(made(top).torrent))
+    folder = tmp_path / "other"
+    run("fetch", tmp_path / "x.torrent", "--to", folder, *LOOPBACK)
+    publish(folder)
+    folder.joinpath("top/a").write_bytes(b"half")
+    publish(folder, code=errors.NotProven.exit_code)
+
+
+def test_publishing_needs_no_libtorrent(top):
+    code = (
+        "import sys; sys.modules['libtorrent'] = None\n"
+        f"from grokfetch.cli import main\nmain(['publish', {str(top)!r}])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

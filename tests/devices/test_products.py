@@ -1,0 +1,68 @@
+"""Products over int8 weights are those of the dequantised matrix, and nothing is widened."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from loader.devices import products as quantized
+from loader.devices.kernels import Tuning
+from loader.devices.products import Quantized, product, select
+
+
+def made(rows, columns, groups, seed=0):
+    """Random weights, and the matrix that they stand for in float64."""
+    random = np.random.default_rng(seed)
+    weight = random.integers(-127, 128, (rows, columns), np.int8)
+    scales = random.uniform(0.001, 0.1, (groups, columns)).astype(ml_dtypes.bfloat16)
+    matrix = weight * np.repeat(scales.astype(np.float64), rows // groups, axis=0)
+    return Quantized(jnp.asarray(weight), jnp.asarray(scales)), matrix
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("batch", [(), (1,), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tuning", [None, Tuning()], ids=["accelerator", "cpu"])
+def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype, tuning):
+    weights, matrix = made(48, 7, groups)
+    weights = dataclasses.replace(weights, tuning=tuning)
+    x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
+    found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype(dtype))
+    assert found.dtype == jnp.float32
+    assert found.shape == (*batch, 7)
+    # In bfloat16 too: eight bits would be off by 1e-2 and more.
+    np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
+
+
+def test_group_boundaries_are_contiguous_rows():
+    weights = Quantized(jnp.ones((4, 1), jnp.int8), jnp.array([[1.0], [100.0]], jnp.bfloat16))
+    x = jnp.array([1.0, 2.0, 4.0, 8.0])
+    assert product(x, weights, jnp.dtype("float32")).tolist() == [1 + 2 + 400 + 800]
+
+
+def test_select_takes_one_matrix_at_run_time():
+    stack = [made(8, 4, 2, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    one = jax.jit(select)(stacked, 2)
+    assert one.weight.dtype == jnp.int8
+    assert one.scales.dtype == jnp.bfloat16
+    assert (one.weight == stack[2][0].weight).all()
+    assert (one.scales == stack[2][0].scales).all()
+
+
+@pytest.mark.parametrize("longest", [2**31, 5])
+def test_cpu_multiplies_with_one_of_a_stack_where_it_lies_or_a_copy_if_it_is_too_long(
+    monkeypatch, longest
+):
+    monkeypatch.setattr(quantized, "LONGEST", longest)
+    stack = [made(48, 7, 3, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = dataclasses.replace(stacked, tuning=Tuning())
+    x = np.random.default_rng(1).standard_normal((5, 48), np.float32)
+    run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
+    np.testing.assert_allclose(run(x, stacked, 2), x @ stack[2][1], rtol=1e-4, atol=3e-4)

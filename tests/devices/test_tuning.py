@@ -1,0 +1,100 @@
+"""What suits a processor is measured once, kept, and believed only by whom it was measured for."""
+
+import json
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grokfetch.commands import loading
+from loader.devices import tuning
+from loader.devices.kernels import Tuning
+from loader.devices.tuning import decode, encode, measure
+
+KNOWN = Tuning(256, 8, 16, 4, 1024, 1024, halves=True)
+
+
+def test_what_was_measured_is_read_back():
+    assert decode(encode(KNOWN, "this one"), "this one") == KNOWN
+    assert decode(encode(KNOWN, "this one"), "another") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema", 1),
+        ("wide_rows", 0),
+        ("wide_rows", "8"),
+        ("halves", 1),
+        ("native", 1),
+        ("few_tokens", True),
+        ("more", 1),
+        ("block_rows", 1e9),
+    ],
+)
+def test_what_is_not_sound_counts_as_absent(field, value):
+    fields = json.loads(encode(KNOWN, "x")) | {field: value}
+    assert decode(json.dumps(fields).encode(), "x") is None
+
+
+@given(st.binary(max_size=40))
+def test_no_bytes_raise(data):
+    assert decode(data, "x") is None
+
+
+def test_fastest_of_each_kind_is_chosen(monkeypatch):
+    def seconds(_flat, tokens, _rows, columns, tried):
+        if tokens == 1 and columns == tuning.COLUMNS:
+            return abs(tried.vector_width - 256) + abs(tried.wide_rows - 16)
+        if tokens == 1:
+            return abs(tried.narrow_rows - 8)
+        if tokens == tuning.MANY:
+            return abs(tried.block_columns - 2048)
+        return (tried.few_tokens < tokens) == (tokens <= 8)
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    found = measure()
+    assert (found.vector_width, found.wide_rows, found.narrow_rows) == (256, 16, 8)
+    assert (found.block_rows, found.block_columns, found.halves) == (512, 2048, False)
+    assert found.few_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("built", "slower", "chosen"),
+    [(True, None, True), (False, None, False), (True, 1, False), (True, tuning.MANY, False)],
+)
+def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many(
+    monkeypatch, tmp_path, built, slower, chosen
+):
+    def seconds(_flat, tokens, _rows, _columns, tried):
+        return 1 if tried.native == (tokens != slower) else 2
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning.native, "built", lambda folder: built and folder == tmp_path)
+    assert measure(tmp_path).native == chosen
+    assert not measure().native
+
+
+def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):
+    checkpoint = types.SimpleNamespace(nbytes=loading.WORTH_TUNING)
+    for found in (Tuning(native=True), Tuning(wide_rows=8)):
+        monkeypatch.setattr(tuning, "measure", lambda _folder, found=found: found)
+        assert loading._tuning(checkpoint) == found
+        monkeypatch.setattr(tuning.native, "built", lambda _folder: False)
+    monkeypatch.setattr(tuning, "measure", None)
+    assert loading._tuning(checkpoint) == found
+
+
+def test_products_are_really_timed(monkeypatch):
+    monkeypatch.setattr(tuning, "ROWS", 48)
+    monkeypatch.setattr(tuning, "COLUMNS", 64)
+    # The first device of several hosts is not ours on all of them.
+    monkeypatch.setattr(tuning.jax, "devices", lambda: ["another host's"])
+    assert measure() in {
+        Tuning(width, rows, narrow, few, height, columns, halves)
+        for width, rows in tuning.ONE_TOKEN
+        for narrow in (8, 16, 32)
+        for few in {Tuning().few_tokens, *tuning.SEVERAL}
+        for height, columns, halves in tuning.BLOCKS
+    }

@@ -1,0 +1,434 @@
+"""Real libtorrent on 127.0.0.1: seeds of ours in this process, and a peer that lies."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import PurePosixPath
+
+import pytest
+from support.damage import spoil
+from support.torrents import content, lay_down, manifest_of, torrent_of
+
+from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, TorrentInvalid
+from grokfetch.fetch import Limits, Outcome, Status, fetch
+from grokfetch.fetch.source import Notice, Order, Origin
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, seed
+from grokfetch.fetch.swarm.tally import Tally
+from grokfetch.folder.store import Store
+from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.torrent.magnet import parse_magnet
+from grokfetch.torrent.metainfo import parse_info, parse_torrent
+
+PIECE = 32768
+FILES = {
+    "ckpt-0/a": content(40 * PIECE - 1),
+    "ckpt-0/b": content(PIECE),
+    "ckpt-0/c": content(25 * PIECE + 1),
+    "empty": b"",
+    "readme": content(100),
+}
+SIZE = sum(map(len, FILES.values()))
+LIMITS = Limits(metadata_s=20, stall_s=20)
+HERE = SwarmSettings.loopback()
+
+
+@pytest.fixture(scope="session", params=["v1", "v2", "hybrid"])
+def torrent(request, tmp_path_factory):
+    """(folder, torrent file) of a checkpoint, for each version of BitTorrent."""
+    folder = tmp_path_factory.mktemp(request.param)
+    lay_down(folder, FILES)
+    return folder, torrent_of(folder / "top", PIECE, version=request.param)
+
+
+@pytest.fixture
+def seeded(torrent):
+    """A magnet link that names a running seed."""
+    folder, data = torrent
+    with seed(data, folder, HERE) as seeder:
+        yield link(data, seeder.port)
+
+
+def link(data, *ports):
+    torrent = parse_torrent(data)
+    topic = f"btih:{torrent.v1}" if torrent.v1 else f"btmh:1220{torrent.v2}"
+    return f"magnet:?xt=urn:{topic}" + "".join(f"&x.pe=127.0.0.1:{port}" for port in ports)
+
+
+def run(root, magnet, **kwargs):
+    swarm = Swarm(parse_magnet(magnet), HERE)
+    return list(fetch(Store(root), swarm, limits=LIMITS, **kwargs))
+
+
+def check(root):
+    *findings, summary = (e for e in verify(Store(root)) if isinstance(e, Finding | Summary))
+    return findings, summary
+
+
+def whole(root):
+    findings, summary = check(root)
+    there = {name: (root / "top" / name).read_bytes() for name in FILES}
+    return summary.complete and not findings and there == FILES
+
+
+def test_a_magnet_link_alone_becomes_proven_files(tmp_path, seeded):
+    events = run(tmp_path, seeded)
+    pieces = Store(tmp_path).layout().piece_count
+    assert events[-1] == Outcome(SIZE, pieces, 0)
+    assert not [event for event in events if isinstance(event, Finding)]
+    (last,) = (event for event in events if isinstance(event, Status) and event.phase == "done")
+    assert {origin.name for origin in last.sent} <= {"127.0.0.1", ""}
+    assert last.sent[Origin("peer", "127.0.0.1")] >= SIZE
+    assert whole(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"top", ".grokfetch"}
+
+
+def test_a_second_run_needs_no_seed(tmp_path, torrent):
+    folder, data = torrent
+    with seed(data, folder, HERE) as seeder:
+        magnet = link(data, seeder.port)
+        run(tmp_path, magnet)
+    assert run(tmp_path, magnet)[-1] == Outcome(SIZE, 0, 0)
+
+
+def test_a_hybrid_torrent_is_fetched_by_its_v2_hash_too(tmp_path, torrent):
+    folder, data = torrent
+    known = parse_torrent(data)
+    if known.v2 is None:
+        data = torrent_of(folder / "top", PIECE, version="hybrid")
+        known = parse_torrent(data)
+    with seed(data, folder, HERE) as seeder:
+        run(tmp_path, f"magnet:?xt=urn:btmh:1220{known.v2}&x.pe=127.0.0.1:{seeder.port}")
+    assert whole(tmp_path)
+
+
+def test_a_torrent_file_is_fetched_without_asking_for_metadata(tmp_path, torrent):
+    folder, data = torrent
+    with seed(data, folder, HERE) as seeder:
+        settings = SwarmSettings.loopback((f"localhost:{seeder.port}",))
+        events = list(fetch(Store(tmp_path), Swarm(parse_torrent(data), settings), limits=LIMITS))
+    assert "metadata" not in {event.phase for event in events if isinstance(event, Status)}
+    assert whole(tmp_path)
+
+
+def test_an_abandoned_fetch_goes_on_where_it_was(tmp_path, seeded):
+    swarm = Swarm(parse_magnet(seeded), HERE)
+    with contextlib.closing(fetch(Store(tmp_path), swarm, limits=LIMITS)) as events:
+        next(e for e in events if isinstance(e, Status) and e.pieces_done > 3)
+    before = len(Store(tmp_path).record().pieces)
+    assert before > 3
+    pieces = Store(tmp_path).layout().piece_count
+    result = run(tmp_path, seeded)[-1]
+    # What had come but was not proven when it ended is read back, not fetched.
+    assert result.fetched <= pieces - before
+    assert result.rehashed <= pieces - before
+    assert whole(tmp_path)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from grokfetch.fetch import Limits, Status, fetch
+from grokfetch.torrent.magnet import parse_magnet
+from grokfetch.folder.store import Store
+from grokfetch.fetch.swarm import Swarm, SwarmSettings
+swarm = Swarm(parse_magnet(sys.argv[2]), SwarmSettings.loopback())
+for event in fetch(Store(Path(sys.argv[1])), swarm, limits=Limits(20, 20, save_s=0.01)):
+    if isinstance(event, Status):
+        print(event.pieces_done, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """(folder, torrent file) of so many bytes that a fetch can be interrupted."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "big").mkdir()
+    for index in range(4):
+        (folder / "big" / f"part{index}").write_bytes(content(48 << 20, index))
+    return folder, torrent_of(folder / "big", 1 << 18, version="v1")
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGKILL]])
+def test_after_a_signal_no_proven_piece_is_fetched_again(tmp_path, large, signals):
+    folder, data = large
+    with seed(data, folder, HERE) as seeder:
+        magnet = link(data, seeder.port)
+        for count, number in enumerate(signals, 1):
+            interrupt(tmp_path, magnet, number, 60 * count)
+            proven = Store(tmp_path).record().pieces
+            assert proven
+        sent = seeder.uploaded()
+        swarm = Swarm(parse_magnet(magnet), HERE)
+        result = list(fetch(Store(tmp_path), swarm, limits=LIMITS))[-1]
+        pieces = Store(tmp_path).layout().piece_count
+        assert result.fetched + result.rehashed <= 2 * (pieces - len(proven))
+        assert result.fetched <= pieces - len(proven)
+        assert seeder.uploaded() - sent <= (pieces - len(proven) + 4) << 18
+    for index in range(4):
+        part = f"big/part{index}"
+        assert (tmp_path / part).read_bytes() == (folder / part).read_bytes()
+    assert check(tmp_path)[1].complete
+
+
+def interrupt(root, magnet, number, pieces):
+    """Start a fetch in another process and send a signal when so many pieces are proven."""
+    command = [sys.executable, "-c", CHILD, str(root), magnet]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+        assert any(int(line) >= pieces for line in child.stdout)
+        child.send_signal(number)
+        child.stdout.read()
+    assert child.returncode == -number or number == signal.SIGINT
+
+
+def test_a_corrupt_byte_is_named_with_its_tensor_and_costs_one_piece(tmp_path, seeded):
+    run(tmp_path, seeded)
+    store = Store(tmp_path)
+    with store.lock():
+        store.save_manifest(manifest_of(FILES, store.torrent().info_hash))
+    spoil(tmp_path / "top/ckpt-0/c", 20 * PIECE + 9000)
+    findings, summary = check(tmp_path)
+    assert {(found.kind, found.path, found.tensor) for found in findings} == {
+        ("corrupt", PurePosixPath("top/ckpt-0/c"), "tensor of ckpt-0/c")
+    }
+    assert not summary.complete
+    assert run(tmp_path, seeded)[-1] == Outcome(SIZE, 1, 1)
+    assert whole(tmp_path)
+
+
+def test_missing_and_truncated_files_are_fetched_again_and_nothing_else(tmp_path, seeded):
+    run(tmp_path, seeded)
+    (tmp_path / "top/ckpt-0/b").unlink()
+    os.truncate(tmp_path / "top/ckpt-0/c", 20 * PIECE)
+    with (tmp_path / "top/readme").open("ab") as file:
+        file.write(b"tail")
+    (tmp_path / "top/mine").write_text("extra")
+    kinds = {(found.kind, found.path.name) for found in check(tmp_path)[0]}
+    assert kinds == {("missing", "b"), ("short", "c"), ("long", "readme"), ("extra", "mine")}
+    result = run(tmp_path, seeded)[-1]
+    assert result.fetched <= 10
+    (tmp_path / "top/mine").unlink()
+    assert whole(tmp_path)
+
+
+def test_a_tampered_file_without_a_record_is_adopted_but_for_the_bad_piece(tmp_path, seeded):
+    lay_down(tmp_path, FILES)
+    spoil(tmp_path / "top/ckpt-0/a", 5 * PIECE + 1)
+    assert run(tmp_path, seeded)[-1].fetched == 1
+    assert whole(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_ends_the_fetch(tmp_path, seeded):
+    (tmp_path / "top/ckpt-0/c").mkdir(parents=True)
+    with pytest.raises(StorageFailed) as caught:
+        run(tmp_path, seeded)
+    assert "ckpt-0/c" in str(caught.value)
+
+
+def test_a_swarm_without_peers_is_silence(tmp_path, torrent):
+    _, data = torrent
+    swarm = Swarm(parse_magnet(link(data)), HERE)
+    with pytest.raises(Stalled, match="metadata"):
+        list(fetch(Store(tmp_path), swarm, limits=Limits(metadata_s=0.5)))
+    with pytest.raises(Stalled, match="no data"):
+        list(fetch(Store(tmp_path), Swarm(parse_torrent(data), HERE), limits=Limits(stall_s=0.5)))
+
+
+def test_a_layout_that_libtorrent_understands_otherwise_is_refused(tmp_path, torrent):
+    _, data = torrent
+    known = parse_torrent(data)
+    other = parse_info(known.info.replace(b"readme", b"readyou"[:6]), known.piece_layers)
+    order = Order(known, other, tmp_path, frozenset(), frozenset({0}))
+    with pytest.raises(TorrentInvalid, match="otherwise"):
+        next(Swarm(known, HERE).download(order))
+
+
+@pytest.mark.parametrize(
+    "peer", ["", "host", "host:", ":1", "host:x", "1.2.3.4:0", "1.2.3.4:70000"]
+)
+def test_a_peer_that_is_no_host_and_port_is_refused(torrent, peer):
+    with pytest.raises(SourceInvalid, match="HOST:PORT"):
+        Swarm(parse_torrent(torrent[1]), SwarmSettings.loopback((peer,)))
+
+
+def test_without_libtorrent_the_platforms_are_named_and_a_finished_folder_works(
+    tmp_path, seeded, monkeypatch
+):
+    run(tmp_path, seeded)
+    monkeypatch.setitem(sys.modules, "libtorrent", None)
+    assert run(tmp_path, seeded)[-1] == Outcome(SIZE, 0, 0)
+    with pytest.raises(OutOfReach, match="Linux x86-64"):
+        run(tmp_path / "new", seeded)
+
+
+def test_importing_fetch_and_swarm_needs_neither_jax_nor_numpy_nor_libtorrent():
+    code = (
+        "import sys, grokfetch.fetch.swarm, grokfetch.fetch\n"
+        "sys.exit(bool({'jax', 'numpy', 'libtorrent'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- peers that lie, or fall silent --------------------------------------------------------------
+
+
+class Peer(threading.Thread):
+    """Speaks enough of the protocol to say that it has some pieces and to send their blocks.
+
+    `block` is called with piece, offset and length; where it returns None, nothing is sent.
+    """
+
+    def __init__(self, info_hash, pieces, block, has=None):
+        super().__init__(daemon=True)
+        self._hash = bytes.fromhex(info_hash)
+        self._pieces = pieces
+        self._has = range(pieces if has is None else has)
+        self._block = block
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.sent = 0
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.join()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.settimeout(20)
+                with contextlib.suppress(OSError, EOFError), connection:
+                    self._talk(connection, connection.makefile("rb"))
+
+    def _talk(self, connection, stream):
+        with stream:
+            read(stream, 68)
+            name = b"\x13BitTorrent protocol" + bytes(8)
+            connection.sendall(name + self._hash + b"-XX0000-" + random.randbytes(12))
+            have = bytearray(-(-self._pieces // 8))
+            for piece in self._has:
+                have[piece // 8] |= 128 >> piece % 8
+            say(connection, 5, bytes(have))
+            say(connection, 1, b"")
+            while True:
+                message = read(stream, struct.unpack(">I", read(stream, 4))[0])
+                if message[:1] == b"\x06":
+                    piece, begin, length = struct.unpack(">III", message[1:])
+                    block = self._block(piece, begin, length)
+                    if block is not None:
+                        say(connection, 7, struct.pack(">II", piece, begin) + block)
+                        self.sent += 1
+
+
+def read(stream, count):
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def say(connection, kind, body):
+    connection.sendall(struct.pack(">IB", len(body) + 1, kind) + body)
+
+
+def test_a_peer_that_sends_wrong_data_is_banned_and_a_good_one_completes(tmp_path, torrent):
+    folder, data = torrent
+    known = parse_torrent(data)
+    pieces = parse_info(known.info, known.piece_layers).piece_count
+    short = known.v1 or known.v2[:40]
+    # A liar with many pieces would make libtorrent suspect the good peer, too: of blocks from both
+    # it cannot tell at once whose was wrong.
+    with Peer(short, pieces, lambda _piece, _begin, length: bytes(length), has=2) as liar:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{liar.port}",))
+        events = fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS)
+        with contextlib.closing(events):
+            notice = next(e for e in events if isinstance(e, Notice) and "banned" in e.text)
+        assert "127.0.0.1" in notice.text
+        assert liar.sent
+        assert Store(tmp_path).record().pieces == frozenset()
+        with seed(data, folder, HERE) as seeder:
+            settings = SwarmSettings.loopback(
+                (f"127.0.0.1:{liar.port}", f"127.0.0.1:{seeder.port}")
+            )
+            list(fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS))
+    assert whole(tmp_path)
+
+
+def test_peers_that_were_all_banned_are_tried_once_more(tmp_path, torrent, monkeypatch):
+    monkeypatch.setattr(download, "GIVE_UP_S", 0.5)
+    _, data = torrent
+    known = parse_torrent(data)
+    layout = parse_info(known.info, known.piece_layers)
+    honest = threading.Event()
+
+    def block(piece, begin, length):
+        if not honest.is_set():
+            return bytes(length)
+        return b"".join(bytes_of(part) for part in layout.segments(piece))[begin : begin + length]
+
+    with Peer(known.v1 or known.v2[:40], layout.piece_count, block) as peer:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        texts = []
+        for event in fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS):
+            if isinstance(event, Notice):
+                texts.append(event.text)
+            if texts and "banned for bad data" in texts[-1]:
+                honest.set()
+    assert [text for text in texts if "another chance" in text]
+    assert whole(tmp_path)
+
+
+def test_a_peer_that_falls_silent_ends_the_fetch_and_another_one_goes_on(tmp_path, torrent):
+    folder, data = torrent
+    known = parse_torrent(data)
+    layout = parse_info(known.info, known.piece_layers)
+
+    def block(piece, begin, length):
+        if peer.sent > 40:
+            return None
+        whole = b"".join(bytes_of(part) for part in layout.segments(piece))
+        return whole[begin : begin + length]
+
+    with Peer(known.v1 or known.v2[:40], layout.piece_count, block) as peer:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        with pytest.raises(Stalled, match="no data"):
+            list(fetch(Store(tmp_path), Swarm(known, settings), limits=Limits(20, stall_s=2)))
+    proven = Store(tmp_path).record().pieces
+    assert proven
+    with seed(data, folder, HERE) as seeder:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{seeder.port}",))
+        result = list(fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS))[-1]
+    assert result.fetched <= layout.piece_count - len(proven)
+    assert whole(tmp_path)
+
+
+def bytes_of(part):
+    if part.file.pad:
+        return bytes(part.length)
+    data = FILES[str(part.file.path.relative_to("top"))]
+    return data[part.offset : part.offset + part.length]
+
+
+def test_what_peers_have_sent_is_added_up_over_connections_and_sessions():
+    tally, ours, other = Tally(), ("192.0.2.1", 5000), ("192.0.2.1", 5001)
+    one, two = Origin("peer", "192.0.2.1"), Origin("peer", "192.0.2.2")
+    tally.look([(ours, 10), (("192.0.2.2", 1), 5), (("192.0.2.3", 1), 0)])
+    assert tally.sent(15) == {one: 10, two: 5}
+    # The same peer, connected anew: what the first connection has brought is not forgotten.
+    tally.look([(ours, 4), (other, 1)])
+    assert tally.sent(25) == {one: 15, two: 5, Origin("peer", ""): 5}
+    tally.begin()
+    tally.look([(ours, 2)])
+    assert tally.sent(2) == {one: 17, two: 5}

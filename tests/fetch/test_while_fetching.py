@@ -1,0 +1,273 @@
+"""A model is read while it is fetched: readers wait for bytes, and for nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+import jax
+import pytest
+from click.testing import CliRunner
+from support import golden
+from support.fake_swarm import FakeSwarm
+from support.release import publish
+from support.torrents import content, manifest_of, v1_torrent
+
+from grokfetch.cli import main
+from grokfetch.commands.loading import Arrangement, Loading
+from grokfetch.commands.mirroring import Mirrors
+from grokfetch.commands.streaming import Meanwhile, load_as_it_comes
+from grokfetch.commands.tokenizer_option import find_tokenizer
+from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
+from grokfetch.fetch import Limits, Outcome, fetch
+from grokfetch.fetch import waiting_store as arriving
+from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.folder.store import Store
+from grokfetch.manifest.selection import Request
+from grokfetch.manifest.shipped import demo_folder
+from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from loader.devices.placement import make_mesh
+from loader.inference.engine import Sampling
+from loader.weights.host_share import share_of_host
+from loader.weights.schema import parameters
+
+PATIENCE_S = 60
+FILES = {name: content(40_000, number) for number, name in enumerate("abc")}
+PIECE = 16384
+AT_ONCE = Limits(save_s=0, stall_s=PATIENCE_S)
+
+
+def path(name):
+    return PurePosixPath("top", name)
+
+
+class Gated(FakeSwarm):
+    """Brings the pieces from `held` on only when `gate` opens; says nothing new until then."""
+
+    def __init__(self, torrent, files, held):
+        super().__init__(torrent, files, stall_after=held, tick=self._wait)
+        self.gate = threading.Event()
+
+    def _wait(self):
+        if self.gate.wait(0.05):
+            self.stall_after = None
+
+
+@pytest.fixture
+def swarm():
+    return Gated(v1_torrent(FILES, PIECE), dict(FILES), held=4)
+
+
+def following(store, swarm, **options):
+    """A block that runs beside a fetch, from the moment on when it is known what is to come."""
+    options = {"manifest": manifest_of(FILES, None), "limits": AT_ONCE} | options
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.filled(fetch(store, swarm, **options)))
+        store.wait_for_manifest()
+        return stack.pop_all()
+
+
+def read(store, swarm, name, **options):
+    with following(store, swarm, **options):
+        store.require(path(name))
+
+
+def test_reader_goes_on_as_soon_as_its_bytes_are_proven(swarm, tmp_path):
+    store = Arriving(tmp_path)
+    with following(store, swarm):
+        store.require(path("a"))
+        assert not swarm.gate.is_set()
+        with ThreadPoolExecutor() as pool:
+            last = pool.submit(store.require, path("c"))
+            swarm.gate.set()
+            last.result(PATIENCE_S)
+    assert (tmp_path / "top/c").read_bytes() == FILES["c"]
+
+
+def test_fetch_that_finds_no_metadata_is_told_to_who_waits_for_it(swarm, tmp_path):
+    swarm.no_metadata = True
+    with pytest.raises(Stalled):
+        read(Arriving(tmp_path), swarm, "a", limits=Limits(metadata_s=0))
+
+
+def test_fetch_that_fails_is_told_to_who_waits_for_its_bytes(swarm, tmp_path):
+    swarm.full_after = 3
+    with pytest.raises(StorageFailed, match="full"):
+        read(Arriving(tmp_path), swarm, "c")
+
+
+def test_fetch_that_fails_is_told_at_the_end_if_nobody_waits(swarm, tmp_path):
+    swarm.gate.set()
+    swarm.full_after = 5
+    with pytest.raises(StorageFailed, match="full"):
+        read(Arriving(tmp_path), swarm, "a")
+
+
+def test_what_is_not_asked_for_is_not_waited_for(swarm, tmp_path):
+    swarm.gate.set()
+    with pytest.raises(NotProven) as caught:
+        read(Arriving(tmp_path), swarm, "c", request=Request(only=("*of a",)))
+    assert "--all" in caught.value.hint
+
+
+def test_who_waits_is_told_what_the_watch_finds(swarm, tmp_path, monkeypatch):
+    def watch():
+        raise OutOfReach("another host has given up")
+
+    monkeypatch.setattr(arriving, "WATCH_S", 0.01)
+    with pytest.raises(OutOfReach):
+        read(Arriving(tmp_path, watch=watch), swarm, "c")
+
+
+def test_folder_is_held_until_the_block_ends(swarm, tmp_path):
+    store = Arriving(tmp_path)
+    swarm.gate.set()
+    with following(store, swarm):
+        store.require(path("c"))
+        with pytest.raises(StateLocked), Store(tmp_path).lock(exclusive=False):
+            pass
+    with Store(tmp_path).lock():
+        pass
+
+
+def test_block_that_is_interrupted_ends_the_fetch_and_the_next_one_goes_on(swarm, tmp_path):
+    def interrupted(store):
+        with following(store, swarm):
+            store.require(path("a"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(Arriving(tmp_path))
+    assert swarm.closed == 1
+    Store(tmp_path).require(path("a"))
+    again = FakeSwarm(v1_torrent(FILES, PIECE), dict(FILES))
+    assert isinstance(list(fetch(Store(tmp_path), again))[-1], Outcome)
+    assert again.fetched == [4, 5, 6, 7]
+
+
+def test_ctrl_c_wakes_those_who_wait_in_other_threads(swarm, tmp_path):
+    usual = signal.getsignal(signal.SIGINT)
+
+    def interrupted(store, pool):
+        with following(store, swarm):
+            waiting = pool.submit(store.require, path("c"))
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                # The block, and with it the fetch, has not ended yet.
+                assert isinstance(waiting.exception(PATIENCE_S), NotProven)
+
+    with ThreadPoolExecutor() as pool, pytest.raises(KeyboardInterrupt):
+        interrupted(Arriving(tmp_path), pool)
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+# --- a model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return root, *publish(root)
+
+
+SLOW = 300_000
+"""Bytes a second, at which the checkpoint takes ten seconds and more."""
+
+SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
+EVERYTHING = share_of_host(golden.ONE, 0, 1)
+LAST = ("layer_9/", "layer_10/", "layer_11/")
+"""What is read last. Of these, the files of layer 9 are also the last files of the torrent."""
+
+
+class Watched(Arriving):
+    """Opens the gate once every file but the last ones is there and has been asked for."""
+
+    def __init__(self, root, swarm):
+        super().__init__(root)
+        specs = parameters(golden.CONFIG)
+        self.left = {spec.file for spec in specs if not any(name in spec.name for name in LAST)}
+        self.swarm, self.opened_at = swarm, 0.0
+
+    def require(self, path, start=0, length=None):
+        super().require(path, start, length)
+        self.left.discard(path.name)
+        if not self.left and not self.swarm.gate.is_set():
+            self.opened_at = time.time()
+            self.swarm.gate.set()
+
+
+@pytest.mark.parametrize("placement", ["mapped", "sharded"])
+def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
+    published, tmp_path, placement, caplog
+):
+    root, torrent, manifest = published
+    layout = parse_info(torrent.info, torrent.piece_layers)
+    held = min(layout.pieces_over(layout.file(PurePosixPath("release/ckpt-0/tensor00134_000"))))
+    files = {
+        str(file.path): root.joinpath("release", file.path).read_bytes() for file in manifest.files
+    }
+    swarm = Gated(torrent, files, held)
+    store, mesh = Watched(tmp_path, swarm), make_mesh(golden.CONFIG, golden.ONE)
+    prompt, wanted = golden.prompt("p1"), golden.arrays()["f32/p1_tokens"].tolist()
+    there = Arrangement(mesh, placement, Loading("float32"))
+    with following(store, swarm, manifest=manifest), jax.log_compiles():
+        engine = load_as_it_comes(there, store, EVERYTHING, prompt, Sampling())
+        assert list(engine.generate(prompt, 6)) == wanted[:6]
+    late = [it.getMessage() for it in caplog.records if it.created > store.opened_at > 0]
+    late = [text for text in late if text.startswith("Finished XLA compilation")]
+    # Where experts are called one by one, a layer may give one a number of tokens not met before.
+    assert len(late) <= {"mapped": 4, "sharded": 0}[placement]
+
+
+def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp_path, monkeypatch):
+    root, torrent, _ = published
+    prompt = " ".join(map(str, golden.prompt("p1")))
+    settings = dataclasses.replace(SwarmSettings.loopback(), up=SLOW)
+    with seed(encode_torrent(torrent), root, settings) as peer:
+        real = Arriving.require
+
+        def watched(store, path, start=0, length=None):
+            if path.name in SECOND_LAYER:
+                peer._handle.set_upload_limit(-1)
+            real(store, path, start, length)
+
+        monkeypatch.setattr(Arriving, "require", watched)
+        arguments = (
+            *("run", tmp_path / "grok", "--tokens", prompt, "--max-tokens", 4, "--json"),
+            *("--while-fetching", "--source", root / "tiny.json", "--no-mirrors"),
+            *("--peer", f"127.0.0.1:{peer.port}", "--listen", "127.0.0.1:0", "--no-discovery"),
+            *("--dtype", "float32", "--mesh", "model=1", "--placement", "sharded"),
+        )
+        result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    kinds = [event.get("phase", event["event"]) for event in events]
+    last = max(index for index, kind in enumerate(kinds) if kind == "piece")
+    assert "loading" in kinds[:last]
+    tokens = [event["id"] for event in events if event["event"] == "token"]
+    assert tokens == golden.arrays()["f32/p1_tokens"][:4].tolist()
+
+
+def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
+    shipped = demo_folder()
+    with seed(shipped.joinpath("grok-demo.torrent").read_bytes(), shipped) as peer:
+        settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        source = str(shipped / "grok-demo.json")
+        meanwhile = Meanwhile(source, settings, Mirrors(settings, wanted=False))
+        store = Arriving(tmp_path / "grok")
+        with meanwhile.fetching(store, Request()):
+            words = find_tokenizer(store, None)
+            assert words.size == store.manifest().model["vocab_size"]
+
+
+@pytest.mark.parametrize("options", [["--source", "x"], ["--while-fetching", "--unproven"]])
+def test_options_that_go_together_or_not(options):
+    assert CliRunner().invoke(main, ["run", "x", "--tokens", "1", *options]).exit_code == 2

@@ -1,0 +1,182 @@
+"""Tokens come one at a time, the same for the same seed, and stop where they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import golden
+
+from grokfetch.errors import PromptInvalid
+from loader.inference import engine as generate
+from loader.inference.engine import Engine
+from loader.inference.sampling import Choice, Sampling, draw
+from loader.weights.partition import MeshShape
+
+
+def wanted(name):
+    return golden.arrays()[f"f32/{name}_tokens"].tolist()
+
+
+@pytest.fixture(scope="module")
+def short():
+    """An engine whose context is 30 tokens, and whose texts end with 308."""
+    config = dataclasses.replace(golden.CONFIG, sequence_len=30, eos_token=308)
+    mesh, params = golden.placed(golden.ONE)
+    return Engine(config, params, mesh, "float32")
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (2, 2, 2)], ids=str)
+def test_greedy_tokens_are_the_references(mesh):
+    engine = golden.engine(MeshShape(*mesh))
+    assert list(engine.generate(golden.prompt("p1"), 32)) == wanted("p1")
+
+
+def test_tokens_are_made_as_they_are_asked_for():
+    stream = golden.engine().generate(golden.prompt("p1"), 10**9)
+    assert list(itertools.islice(stream, 3)) == wanted("p1")[:3]
+
+
+def test_end_of_sequence_ends_the_text_and_is_not_part_of_it(short):
+    tokens = wanted("p1")
+    assert list(short.generate(golden.prompt("p1"), 20)) == tokens[: tokens.index(308)]
+
+
+def test_text_ends_where_the_context_is_full(short):
+    assert list(short.generate(golden.prompt("p2"), 20)) == wanted("p2")[:7]
+
+
+def test_full_context_takes_no_further_token(short):
+    _, state = short.prefill([[5] * 30])
+    with pytest.raises(PromptInvalid, match="context of 30 tokens is full"):
+        short.decode(state, np.array([5], np.int32))
+
+
+def test_no_tokens_asked_for_gives_none(short):
+    assert list(short.generate([5], 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([5] * 30, "fills the whole context"),
+        ([5] * 31, "31 tokens, and the model's context is 30"),
+        ([5, 512], "token 512 is outside the vocabulary of 512"),
+        ([-1], "token -1"),
+    ],
+)
+def test_prompt_that_cannot_work_is_refused_before_anything_runs(short, prompt, message):
+    with pytest.raises(PromptInvalid, match=message):
+        short.generate(prompt, 5)
+
+
+def test_batch_of_nothing_is_refused(short):
+    with pytest.raises(PromptInvalid, match="empty"):
+        short.prefill([])
+
+
+def test_cache_grows_without_changing_the_tokens(monkeypatch):
+    monkeypatch.setattr(generate, "SMALLEST_CACHE", 16)
+    mesh, params = golden.placed(golden.ONE)
+    engine = Engine(golden.CONFIG, params, mesh, "float32")
+    logits, state = engine.prefill([golden.prompt("p1")])
+    assert state.visible.shape == (1, 16)
+    for token in wanted("p1"):
+        assert int(logits[0].argmax()) == token
+        logits, state = engine.decode(state, np.array([token], np.int32))
+    assert state.visible.shape == (1, 64)
+    assert state.cache[0].keys.shape[1] == 64
+
+
+def test_one_compiled_layer_serves_all_layers(short):
+    list(short.generate(golden.prompt("p1"), 3))
+    list(short.generate(golden.prompt("p0"), 3))
+    list(short.generate(golden.prompt("p2"), 3))
+    # A first step of 16 or of 30 tokens, and steps of one, whatever the number of layers; the
+    # cache is as long as the context from the start.
+    assert short._steps._layer._cache_size() == 3
+
+
+def test_same_seed_same_text_and_another_seed_another(short):
+    def text(seed):
+        return list(short.generate(golden.prompt("p2"), 7, Sampling(temperature=2.0, seed=seed)))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_seed_means_the_same_on_every_mesh():
+    sampling = Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=3)
+    one, eight = (
+        list(golden.engine(shape).generate(golden.prompt("p1"), 8, sampling))
+        for shape in (golden.ONE, MeshShape(2, 4))
+    )
+    assert one == eight
+    assert one != wanted("p1")[:8]
+
+
+DRAWN = jax.jit(draw)
+
+
+def shares(logits, step=0, **sampling):
+    """How often each token is drawn from one row of logits, by 20,000 seeds."""
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (20_000, 1))
+    settings = [Sampling(**{"temperature": 1.0, "seed": seed} | sampling) for seed in range(20_000)]
+    drawn = DRAWN(rows, Choice.of(settings, [step] * 20_000))
+    return np.bincount(drawn, minlength=len(logits)) / len(rows)
+
+
+PROBABILITIES = np.array([0.1, 0.4, 0.2, 0.3])
+LOGITS = np.log(PROBABILITIES)
+
+
+def test_drawn_tokens_follow_the_softmax():
+    np.testing.assert_allclose(shares(LOGITS), PROBABILITIES, atol=0.015)
+
+
+def test_temperature_sharpens():
+    squared = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+    np.testing.assert_allclose(shares(LOGITS, temperature=0.5), squared, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"temperature": 1e-38}, {"top_k": 1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 0.4}]
+)
+def test_extremes_leave_only_the_best(choice):
+    assert shares(LOGITS, **choice).tolist() == [0, 1, 0, 0]
+
+
+def test_top_k_keeps_the_k_best():
+    np.testing.assert_allclose(shares(LOGITS, top_k=2), [0, 4 / 7, 0, 3 / 7], atol=0.015)
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_the_share():
+    np.testing.assert_allclose(shares(LOGITS, top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9], atol=0.015)
+
+
+def test_nucleus_is_taken_from_what_top_k_leaves():
+    # Of 4/7 and 3/7 the first alone reaches half; of all four it would take two.
+    assert shares(LOGITS, top_k=2, top_p=0.5).tolist() == [0, 1, 0, 0]
+
+
+def test_a_row_draws_the_same_alone_and_beside_others_that_are_restricted_otherwise():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    rows = [Sampling(), Sampling(1.0, seed=5), Sampling(1.0, 0.8, 7, seed=5)]
+    alone = [
+        DRAWN(logits[row : row + 1], Choice.of([rows[row]], [step])).item()
+        for step in range(20)
+        for row in range(3)
+    ]
+    together = [DRAWN(logits, Choice.of(rows, [step] * 3)).tolist() for step in range(20)]
+    assert [token for row in together for token in row] == alone
+    assert {row[0] for row in together} == {int(logits[0].argmax())}
+
+
+def test_steps_of_one_seed_differ():
+    first, second = (shares(LOGITS, step=step) for step in (0, 1))
+    assert first.tolist() != second.tolist()

@@ -1,0 +1,391 @@
+"""The model gives the reference's numbers, on every mesh, and would be caught if it did not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from support import golden
+from support.reference import Reference
+
+from loader.devices.placement import load, make_mesh
+from loader.inference import model
+from loader.inference.engine import Engine
+from loader.inference.model import KeyValues, Window
+from loader.weights.checkpoint import open_folder
+from loader.weights.partition import MeshShape
+from loader.weights.schema import GrokConfig
+from loader.weights.synthetic import write_checkpoint
+
+MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (8, 1)]
+COPIES = [(1, 4, 2), (2, 2, 2), (1, 1, 8)]
+"""Meshes with copies of the weights: along expert, model, data."""
+
+TOLERANCE = 1e-3
+EVERYWHERE = PartitionSpec()
+
+
+def furthest(found, wanted):
+    return float(np.abs(np.asarray(found) - wanted).max())
+
+
+def step_logits(engine, name, steps):
+    """Prefill logits, then those of each cached step over the reference's own tokens."""
+    logits, state = engine.prefill([golden.prompt(name)])
+    found = [np.asarray(logits[0])]
+    for token in golden.arrays()[f"f32/{name}_tokens"][: steps - 1]:
+        logits, state = engine.decode(state, np.array([token], np.int32))
+        found.append(np.asarray(logits[0]))
+    return np.stack(found)
+
+
+def check_parity(engine, names, steps):
+    """Logits of every position, of prefill, and of cached steps; and the greedy tokens."""
+    wanted = golden.arrays()
+    for name in names:
+        tokens = golden.prompt(name)
+        full = engine.full_logits([tokens])[0, : len(tokens)]
+        assert furthest(full, wanted[f"f32/{name}_full_logits"]) < TOLERANCE, name
+        count = steps if name in golden.CONTINUED else 1
+        found = step_logits(engine, name, count)
+        assert furthest(found[0], wanted[f"f32/{name}_prefill_last_logits"]) < TOLERANCE, name
+        assert furthest(found, wanted[f"f32/{name}_step_logits"][:count]) < TOLERANCE, name
+        greedy = found.argmax(axis=-1).tolist()
+        assert greedy == wanted[f"f32/{name}_tokens"][:count].tolist(), name
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_logits_and_tokens_equal_the_reference_on_every_mesh(mesh):
+    check_parity(golden.engine(MeshShape(*mesh)), golden.PROMPTS, steps=32)
+
+
+def test_accelerators_products_equal_the_reference():
+    mesh, params = golden.placed(MeshShape(2, 4))
+    engine = Engine(golden.CONFIG, golden.for_accelerators(params), mesh, "float32")
+    check_parity(engine, ["p1"], steps=4)
+
+
+@pytest.mark.parametrize("mesh", COPIES, ids=str)
+def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh):
+    """Three texts at once: their number divides by that of the copies in no case."""
+    engine, wanted = golden.engine(MeshShape(*mesh)), golden.arrays()
+    logits, state = engine.prefill([golden.prompt(name) for name in golden.CONTINUED])
+    for step in range(32):
+        for row, name in zip(logits, golden.CONTINUED, strict=True):
+            assert furthest(row, wanted[f"f32/{name}_step_logits"][step]) < TOLERANCE, (name, step)
+            assert int(row.argmax()) == wanted[f"f32/{name}_tokens"][step]
+        tokens = [wanted[f"f32/{name}_tokens"][step] for name in golden.CONTINUED]
+        logits, state = engine.decode(state, np.array(tokens, np.int32))
+    rows = engine.rows(3) // engine.mesh.shape["data"]
+    keys = state.cache[0].keys.addressable_shards
+    assert {shard.data.shape[0] for shard in keys} == {rows}
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)], ids=str)
+def test_bfloat16_is_no_further_from_float32_than_the_reference_is(mesh):
+    engine, wanted = golden.engine(MeshShape(*mesh), "bfloat16"), golden.arrays()
+
+    def distance(found, key):
+        return np.abs(np.asarray(found) - wanted[f"f32/{key}"]).mean()
+
+    for name in golden.PROMPTS:
+        tokens = golden.prompt(name)
+        full = engine.full_logits([tokens])[0, : len(tokens)]
+        key = f"{name}_full_logits"
+        assert distance(full, key) <= distance(wanted[f"bf16jit/{key}"], key), key
+        if name in golden.CONTINUED:
+            found = step_logits(engine, name, 32)
+            key = f"{name}_step_logits"
+            assert distance(found, key) <= distance(wanted[f"bf16jit/{key}"], key), key
+
+
+@pytest.mark.parametrize("name", ["p2", "pz"])
+def test_hidden_states_and_router_equal_the_reference_layer_by_layer(name):
+    config, wanted = golden.CONFIG, golden.arrays()
+    mesh, params = golden.placed(golden.ONE)
+    tokens = np.array([golden.prompt(name)], np.int32)
+    window = first_window(tokens, places=tokens.shape[1])
+
+    def traced(weights, entry, x):
+        attended, _ = model.attention(
+            weights, entry, model.norm(x, weights.before_attention), window, config
+        )
+        middle = x + model.norm(attended, weights.after_attention)
+        routed = model.route(model.norm(middle, weights.before_experts)[0], weights.router, 2)
+        return model.layer(weights, entry, x, window, config)[0], routed
+
+    layer = spread(traced, mesh)
+    embed = spread(lambda table, ids: model.embed(table, ids, config, jnp.float32), mesh)
+    x = embed(params.embedding, tokens)
+    assert furthest(x[0], wanted[f"f32/{name}_emb"]) < 1e-5
+    for number, weights in enumerate(params.layers):
+        x, (choices, gates) = layer(weights, empty_cache(config, 1, tokens.shape[1])[0], x)
+        assert furthest(x[0], wanted[f"f32/{name}_hidden"][number]) < TOLERANCE
+        assert (choices == wanted[f"f32/{name}_router_idx"][number]).all()
+        assert furthest(gates, wanted[f"f32/{name}_router_gate"][number]) < 1e-4
+
+
+def spread(function, mesh):
+    """The function on a mesh of one device."""
+    return jax.jit(
+        jax.shard_map(
+            function, mesh=mesh, in_specs=EVERYWHERE, out_specs=EVERYWHERE, check_vma=False
+        )
+    )
+
+
+def empty_cache(config, batch, places):
+    shape = (batch, places, config.num_kv_heads, config.key_size)
+    return tuple(KeyValues(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers))
+
+
+def first_window(tokens, places):
+    width = tokens.shape[1]
+    visible = np.zeros((len(tokens), places), bool)
+    visible[:, :width] = tokens != 0
+    positions = np.broadcast_to(np.arange(width), tokens.shape)
+    return Window(positions, np.ones(tokens.shape, bool), visible, fresh=True)
+
+
+def whole_model(params, cache, tokens, window, config):
+    """All parts over one step, which the engine compiles one by one."""
+    dtype = cache[0].keys.dtype
+    x = model.embed(params.embedding, tokens, config, dtype)
+    filled = []
+    for weights, entry in zip(params.layers, cache, strict=True):
+        x, kept, _ = model.layer(weights, entry, x, window, config)
+        filled.append(kept)
+    return model.logits(params.embedding, params.norm, x, config, dtype), tuple(filled)
+
+
+def test_without_padding_and_in_two_parts_the_logits_are_the_same():
+    config = golden.CONFIG
+    mesh, params = golden.placed(golden.ONE)
+    tokens = np.array([golden.prompt("p1")], np.int32)
+    # Two layers are enough here, and all twelve take long to compile as one.
+    config = dataclasses.replace(config, num_layers=2)
+    params = dataclasses.replace(params, layers=params.layers[:2])
+    run = spread(lambda p, c, t, w: whole_model(p, c, t, w, config), mesh)
+
+    whole, _ = run(params, empty_cache(config, 1, 7), tokens, first_window(tokens, 7))
+    first, cache = run(
+        params, empty_cache(config, 1, 9), tokens[:, :4], first_window(tokens[:, :4], 9)
+    )
+    rest = Window(np.arange(4, 7)[None], np.ones((1, 3), bool), np.arange(9)[None] < 7, fresh=False)
+    second, _ = run(params, cache, tokens[:, 4:], rest)
+    assert furthest(jnp.concatenate((first, second), axis=1), np.asarray(whole)) < 1e-4
+
+    padded = Engine(config, params, mesh, "float32").full_logits(tokens.tolist())[:, :7]
+    assert furthest(padded, np.asarray(whole)) < 1e-4
+
+
+def break_layer_order(patch, config, params):
+    order = sorted(range(config.num_layers), key=str)
+    return config, dataclasses.replace(params, layers=tuple(params.layers[i] for i in order))
+
+
+def break_rope_offset(patch, config, params):
+    right = model.rotate
+    # Steps of one token forget how many came before.
+    patch.setattr(model, "rotate", lambda x, at: right(x, at * (at.shape[1] > 1)))
+    return config, params
+
+
+def break_soft_cap(patch, config, params):
+    patch.setattr(model, "soft_cap", lambda scores: scores)
+    return config, params
+
+
+def break_embedding_multiplier(patch, config, params):
+    return dataclasses.replace(config, embedding_multiplier_scale=3.0), params
+
+
+def break_output_multiplier(patch, config, params):
+    return dataclasses.replace(config, output_multiplier_scale=14.0), params
+
+
+def break_scale_groups(patch, config, params):
+    def interleaved(x, weights, dtype):
+        rows, groups = weights.weight.shape[0], weights.scales.shape[0]
+        scales = weights.scales[jnp.arange(rows) % groups].astype(jnp.float32)
+        return jnp.einsum("...k,kn->...n", x, weights.weight * scales)
+
+    patch.setattr(model, "product", interleaved)
+    return config, golden.for_accelerators(params)
+
+
+def break_choice(patch, config, params):
+    right = model.route
+
+    def second_and_third(x, router, chosen):
+        choices, gates = right(x, router, chosen + 1)
+        return choices[:, 1:], gates[:, 1:]
+
+    patch.setattr(model, "route", second_and_third)
+    return config, params
+
+
+def break_number_of_experts(patch, config, params):
+    return dataclasses.replace(config, num_selected_experts=1), params
+
+
+def break_gate_weighting(patch, config, params):
+    right = model.route
+
+    # Weights that are only made to sum to one would not show: the norm after the experts undoes
+    # any common factor. `test_hidden_states_and_router...` compares the weights themselves.
+    def equal(x, router, chosen):
+        choices, gates = right(x, router, chosen)
+        return choices, jnp.full_like(gates, 1 / chosen)
+
+    patch.setattr(model, "route", equal)
+    return config, params
+
+
+FAULTS = [
+    break_layer_order,
+    break_rope_offset,
+    break_soft_cap,
+    break_embedding_multiplier,
+    break_output_multiplier,
+    break_scale_groups,
+    break_choice,
+    break_number_of_experts,
+    break_gate_weighting,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_fails_when_the_model_is_broken(monkeypatch, fault):
+    mesh, params = golden.placed(golden.ONE)
+    config, params = fault(monkeypatch, golden.CONFIG, params)
+    with pytest.raises(AssertionError, match="p1"):
+        check_parity(Engine(config, params, mesh, "float32"), ["p1"], steps=2)
+
+
+SMALL = GrokConfig(
+    vocab_size=96,
+    sequence_len=64,
+    output_multiplier_scale=0.7,
+    embedding_multiplier_scale=9.3,
+    emb_size=40,
+    widening_factor=1.7,
+    key_size=4,
+    num_q_heads=8,
+    num_kv_heads=2,
+    num_layers=3,
+    attn_output_multiplier=0.6,
+    num_experts=5,
+    num_selected_experts=3,
+)
+CASES = {
+    # Grouped queries, a width that is no power of two, three of five experts.
+    "grouped": (SMALL, (1, 1)),
+    # Three devices: each scale group of eight is cut, and heads and experts come in threes.
+    "thirds": (
+        dataclasses.replace(
+            SMALL, emb_size=36, widening_factor=2, num_q_heads=6, num_kv_heads=3, num_experts=3,
+            num_selected_experts=1,
+        ),
+        (1, 3),
+    ),
+    "thirds of experts": (
+        dataclasses.replace(SMALL, num_kv_heads=1, num_experts=6, num_selected_experts=6),
+        (3, 1),
+    ),
+    "both axes": (
+        dataclasses.replace(
+            SMALL, num_q_heads=12, num_kv_heads=4, num_experts=8, num_selected_experts=2
+        ),
+        (2, 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """The random checkpoint of each case: its reference and its parameters on its mesh."""
+
+    def make(name):
+        config, shape = CASES[name]
+        folder = tmp_path_factory.mktemp("case")
+        write_checkpoint(folder, config, seed=len(name))
+        checkpoint = open_folder(folder, config)
+        mesh = make_mesh(config, MeshShape(*shape))
+        return Reference(config, checkpoint), load(checkpoint, mesh), mesh
+
+    return {name: make(name) for name in CASES}
+
+
+def check_case(reference, params, mesh):
+    """A batch of rows of different lengths, read and then continued, each as if it were alone."""
+    config = reference.config
+    random = np.random.default_rng(7)
+    rows = [random.integers(1, config.vocab_size, length).tolist() for length in (1, 9, 4)]
+    rows[2][1] = config.pad_token
+    engine = Engine(config, params, mesh, "float32")
+    full = np.asarray(engine.full_logits(rows))
+    logits, state = engine.prefill(rows)
+    masked = [[token == config.pad_token for token in row] for row in rows]
+    for step in range(3):
+        for index, row in enumerate(rows):
+            wanted = reference.forward(row, masked[index])
+            assert wanted.narrowest > 1e-4, "a near tie: choose another seed"
+            if step == 0:
+                assert furthest(full[index, : len(row)], wanted.logits) < 1e-4
+            assert furthest(logits[index], wanted.logits[-1]) < 1e-4
+        # A generated pad id is a token like any other.
+        token = config.pad_token if step == 0 else 5 + step
+        rows = [[*row, token] for row in rows]
+        masked = [[*row, False] for row in masked]
+        logits, state = engine.decode(state, np.full(len(rows), token, np.int32))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_of_random_models_equal_plain_numpy(cases, name):
+    check_case(*cases[name])
+
+
+def test_numpy_reference_fails_when_query_heads_read_the_wrong_keys(cases, monkeypatch):
+    def interleaved(queries, kv_heads):
+        batch, steps, heads, size = queries.shape
+        return queries.reshape(batch, steps, heads // kv_heads, kv_heads, size).swapaxes(2, 3)
+
+    monkeypatch.setattr(model, "group_queries", interleaved)
+    with pytest.raises(AssertionError, match="assert"):
+        check_case(*cases["grouped"])
+
+
+def test_numpy_reference_agrees_with_the_official_one():
+    wanted = golden.arrays()["f32/p1_full_logits"]
+    found = Reference(golden.CONFIG, golden.CHECKPOINT).forward(golden.prompt("p1"))
+    assert furthest(found.logits, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
+def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
+    tokens = [*golden.prompt("p0"), int(golden.arrays()["f32/p0_tokens"][0])]
+    chosen = Reference(golden.CONFIG, golden.CHECKPOINT).forward(tokens).chosen
+    mesh, params = golden.placed(MeshShape(*mesh))
+
+    def poisoned(weights, used):
+        unused = [expert for expert in range(golden.CONFIG.num_experts) if expert not in used]
+        poison = weights.scales.at[np.array(unused)].set(jnp.nan)
+        return dataclasses.replace(weights, scales=poison)
+
+    layers = [
+        dataclasses.replace(
+            layer,
+            gate=poisoned(layer.gate, sets[0] | sets[1]),
+            up=poisoned(layer.up, sets[0] | sets[1]),
+            down=poisoned(layer.down, sets[0] | sets[1]),
+        )
+        for layer, sets in zip(params.layers, chosen, strict=True)
+    ]
+    params = dataclasses.replace(params, layers=tuple(layers))
+    # The prompt of one token is padded to 16, and padding chooses no expert either.
+    check_parity(Engine(golden.CONFIG, params, mesh, "float32"), ["p0"], steps=2)

@@ -1,0 +1,494 @@
+"""Clients that are not ours speak to the server over HTTP, behave badly, and get what is due."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from support import golden
+
+from grokfetch.cli import main
+from grokfetch.commands.serve import _Jobs
+from grokfetch.serving.app import LARGEST_BODY, application
+from grokfetch.serving.model import Served
+from grokfetch.serving.requests import Completion, Refused, read_completion
+from grokfetch.serving.server import _Server, bound
+from grokfetch.serving.text import Stops
+from grokfetch.serving.worker import Worker
+from loader.inference.batching import Batch
+
+DEADLINE_S = 60
+SERVED = Served("golden", 128, 512, 2, 4, 5)
+EOS = 2
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def encode(self, text):
+        return [ord(letter) - 0x4E00 for letter in text]
+
+    def piece(self, token):
+        return chr(token + 0x4E00)
+
+    def stream(self):
+        return self
+
+    push = piece
+
+    def finish(self):
+        return ""
+
+
+def letters(tokens):
+    return "".join(map(Letters().piece, tokens))
+
+
+P1 = golden.prompt("p1")
+WANTED = letters(golden.arrays()["f32/p1_tokens"].tolist())
+
+
+@contextlib.contextmanager
+def serving(model, *, words=None, key=None, queue=2, slots=4):
+    """A server over a model, in a thread; yields its address and its worker."""
+    worker = Worker(model, slots, queue)
+    started = threading.Event()
+    app = application(worker, SERVED, words or Letters(), key)
+    config = uvicorn.Config(app, lifespan="on", log_level="critical")
+    server = _Server(config, lambda _: started.set(), "golden")
+    with bound("127.0.0.1", 0) as at:
+        thread = threading.Thread(target=server.run, args=([at],))
+        thread.start()
+        assert started.wait(DEADLINE_S)
+        try:
+            yield f"http://127.0.0.1:{at.getsockname()[1]}", worker
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(_Jobs(Batch(golden.engine(), 4, chunk=16)), queue=100) as (url, worker):
+        yield SimpleNamespace(url=url, worker=worker)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(url, **fields):
+    body = {"prompt": P1, "temperature": 0} | fields
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S)
+
+
+def error(answer):
+    return answer.json()["error"]
+
+
+def test_openais_client_gets_the_references_text_and_the_counts(client):
+    assert [model.id for model in client.models.list()] == ["golden"]
+    answer = client.completions.create(
+        model="golden", prompt=letters(P1), max_tokens=12, temperature=0
+    )
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (WANTED[:12], "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(P1), 12)
+
+
+def test_a_stream_is_the_text_piece_by_piece_and_ends_with_done(client, server):
+    chunks = list(
+        client.completions.create(
+            model="golden",
+            prompt=P1,
+            max_tokens=6,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert [choice.text for chunk in chunks for choice in chunk.choices] == list(WANTED[:6])
+    assert chunks[-1].usage.completion_tokens == 6
+    raw = post(server.url, max_tokens=2, stream=True)
+    assert raw.headers["content-type"].startswith("text/event-stream")
+    assert raw.text.endswith("\n\ndata: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_across_tokens_ends_the_text_before_it(client, stream):
+    stop = [WANTED[3] + "x", WANTED[5:8]]
+    answer = client.completions.create(
+        model="golden", prompt=P1, max_tokens=20, temperature=0, stop=stop, stream=stream
+    )
+    chunks = list(answer) if stream else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == WANTED[:5]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_prompts_and_n_give_choices_in_order_each_the_same_as_alone(client):
+    prompts = [P1, golden.prompt("p0")]
+    settings = {"model": "golden", "max_tokens": 4, "temperature": 1.0, "top_p": 0.9}
+    together = client.completions.create(prompt=prompts, n=2, seed=7, **settings).choices
+    assert [choice.index for choice in together] == [0, 1, 2, 3]
+    for choice in together:
+        prompt, seed = prompts[choice.index // 2], 7 + choice.index % 2
+        alone = client.completions.create(prompt=prompt, seed=seed, **settings)
+        assert alone.choices[0].text == choice.text
+
+
+def test_an_evaluation_harness_finds_the_logprobs_where_it_looks(server):
+    prompts = [P1, golden.prompt("p2")]
+    answer = post(server.url, prompt=prompts, echo=True, logprobs=1, max_tokens=1).json()
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        told = choice["logprobs"]
+        assert choice["text"][:-1] == letters(prompt) == "".join(told["tokens"][:-1])
+        assert told["text_offset"] == list(range(len(prompt) + 1))
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        for one, best in zip(told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True):
+            assert one in best.values()
+        # The token that was generated is the most probable one, as a harness checks.
+        assert told["token_logprobs"][-1] == max(told["top_logprobs"][-1].values())
+    scored = post(server.url, echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
+    assert scored["logprobs"]["token_logprobs"] == pytest.approx(
+        answer["choices"][0]["logprobs"]["token_logprobs"][:-1], abs=1e-5
+    )
+
+
+def test_sixteen_clients_at_once_of_which_half_leave_disturb_nobody(server):
+    url = f"{server.url}/v1/completions"
+    body = {"prompt": P1, "temperature": 0, "stream": True}
+
+    async def stays(client):
+        answer = await client.post(url, json=body | {"max_tokens": 30})
+        parts = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        return "".join(json.loads(part)["choices"][0]["text"] for part in parts)
+
+    async def leaves(client):
+        async with client.stream("POST", url, json=body | {"max_tokens": 100}) as answer:
+            async for line in answer.aiter_lines():
+                if line:
+                    return
+
+    async def everybody():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client:
+            everyone = [stays(client) if n % 2 else leaves(client) for n in range(16)]
+            return await asyncio.gather(*everyone)
+
+    texts = asyncio.run(everybody())
+    assert texts[1::2] == [WANTED[:30]] * 8
+    numbers, end = "", time.monotonic() + DEADLINE_S
+    while "slots_in_use 0.0" not in numbers or "queue_length 0.0" not in numbers:
+        assert time.monotonic() < end
+        numbers = httpx.get(f"{server.url}/metrics").text
+    assert "grokfetch_disconnects_total 8.0" in numbers
+    assert not server.worker._texts
+
+
+class Held:
+    """A model that gives each text a token for each step that it is allowed."""
+
+    def __init__(self):
+        self.numbers = []
+        self.added = threading.Semaphore(0)
+        self.steps = threading.Semaphore(0)
+        self.dropped = threading.Event()
+        self.fails = False
+
+    @property
+    def busy(self):
+        return bool(self.numbers)
+
+    @property
+    def working(self):
+        return len(self.numbers)
+
+    def add(self, number, _generation):
+        self.numbers.append(number)
+        self.added.release()
+
+    def drop(self, number):
+        self.numbers.remove(number)
+        self.dropped.set()
+
+    def reset(self):
+        self.numbers.clear()
+
+    def step(self):
+        if not self.numbers or not self.steps.acquire(timeout=0.01):
+            return []
+        if self.fails:
+            raise RuntimeError("a secret of the machine room")
+        token = SimpleNamespace(token=7, logprob=None, best=())
+        done, self.numbers = self.numbers, []
+        return [
+            SimpleNamespace(number=number, prompt=(), token=token, finished="length")
+            for number in done
+        ]
+
+
+def test_a_full_queue_says_when_to_come_back_and_forgets_nobody_in_it():
+    model = Held()
+    with serving(model, queue=1, slots=1) as (url, _):
+        answers = []
+        waiting = [
+            threading.Thread(target=lambda: answers.append(post(url, max_tokens=1)))
+            for _ in range(2)
+        ]
+        for thread in waiting:
+            thread.start()
+            assert model.added.acquire(timeout=DEADLINE_S)
+        refused = post(url)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert error(refused)["code"] == "queue_full"
+        assert post(url, prompt=[[5]] * 3).status_code == 400
+        for _ in waiting:
+            model.steps.release()
+        for thread in waiting:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_a_client_that_leaves_before_the_first_token_frees_its_slot():
+    model = Held()
+    with serving(model) as (url, worker):
+        for stream in (False, True):
+            model.dropped.clear()
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{url}/v1/completions",
+                    json={"prompt": [5], "stream": stream},
+                    timeout=httpx.Timeout(DEADLINE_S, read=0.2),
+                )
+            assert model.dropped.wait(DEADLINE_S)
+        assert not worker._texts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_fails_is_an_error_without_its_inner_life_and_the_next_request_works(
+    stream, caplog
+):
+    model = Held()
+    model.fails = True
+    model.steps.release()
+    with serving(model) as (url, _):
+        answer = post(url, stream=stream)
+        assert "could not go on" in answer.text
+        assert "secret" not in answer.text
+        assert answer.status_code == (200 if stream else 500)
+        model.fails = False
+        model.steps.release()
+        assert post(url).json()["choices"][0]["text"] == letters([7])
+    assert "a secret of the machine room" in caplog.text
+
+
+def test_only_clients_with_the_key_are_served():
+    model = Held()
+    with serving(model, key="s\u00e9same") as (url, _):
+        for given_key in (None, "Bearer wrong", "Basic s\u00e9same", "Bearer"):
+            headers = {} if given_key is None else {"Authorization": given_key.encode()}
+            answer = httpx.get(f"{url}/v1/models", headers=headers)
+            assert (answer.status_code, error(answer)["code"]) == (401, "invalid_api_key")
+        right = {"Authorization": "Bearer s\u00e9same".encode()}
+        assert httpx.get(f"{url}/v1/models", headers=right).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "status"),
+    [
+        ({"prompt": None}, "prompt", 400),
+        ({"prompt": []}, "prompt", 400),
+        ({"prompt": [[]]}, "prompt", 400),
+        ({"prompt": [5, 512]}, "prompt", 400),
+        ({"prompt": [5, True]}, "prompt", 400),
+        ({"prompt": "\ud800"}, "prompt", 400),
+        ({"prompt": [5] * 128}, "prompt", 400),
+        ({"max_tokens": 128}, "max_tokens", 400),
+        ({"max_tokens": -1}, "max_tokens", 400),
+        ({"max_tokens": 1.5}, "max_tokens", 400),
+        ({"temperature": "hot"}, "temperature", 400),
+        ({"temperature": 10**400}, "temperature", 400),
+        ({"top_p": 1.1}, "top_p", 400),
+        ({"stop": [""]}, "stop", 400),
+        ({"stop": ["x"] * 17}, "stop", 400),
+        ({"n": 0}, "n", 400),
+        ({"n": 128, "prompt": [[5], [6]]}, "n", 400),
+        ({"logprobs": 6}, "logprobs", 400),
+        ({"echo": "yes"}, "echo", 400),
+        ({"stream_options": {"include_usage": True}}, "stream_options", 400),
+        ({"logit_bias": {"5": 1}}, "logit_bias", 400),
+        ({"min_p": 0.1}, "min_p", 400),
+        ({"model": "gpt-4"}, "model", 404),
+    ],
+)
+def test_a_malformed_request_is_refused_with_the_name_of_the_field(server, fields, param, status):
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        content=json.dumps({"prompt": [5], "max_tokens": 1} | fields),
+    )
+    assert answer.status_code == status
+    assert error(answer)["param"] == param
+    assert error(answer)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status"),
+    [
+        ("/v1/completions", b"", 400),
+        ("/v1/completions", b"[" * 100_000, 400),
+        ("/v1/completions", b"\xff", 400),
+        ("/v1/completions", b"[]", 400),
+        ("/v1/completions", b" " * (LARGEST_BODY + 1), 413),
+        ("/v1/chat/completions", b"{}", 400),
+        ("/v1/nothing", b"{}", 404),
+        ("/v1/models", b"{}", 405),
+    ],
+)
+def test_what_is_no_request_is_an_error_in_the_same_form(server, path, content, status):
+    answer = httpx.post(f"{server.url}{path}", content=content)
+    assert answer.status_code == status
+    assert error(answer)["message"]
+
+
+def test_chat_is_refused_because_it_is_a_base_model(client):
+    with pytest.raises(openai.BadRequestError, match="base model"):
+        client.chat.completions.create(model="golden", messages=[{"role": "user", "content": "x"}])
+
+
+def test_the_tokenizer_can_be_asked_as_evaluation_harnesses_do(server):
+    assert httpx.get(f"{server.url}/tokenizer_info").json()["eos_token"] == letters([EOS])
+    text = letters([7, 300])
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
+    assert tokens == [7, 300]
+    back = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens}).json()
+    assert back == {"prompt": text}
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": [-1]}).status_code == 400
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+fields = st.sampled_from(
+    [*Completion.__dataclass_fields__, "prompt", "model", "user", "suffix", "stream_options", "x"]
+)
+
+
+@given(st.dictionaries(fields, json_values) | json_values)
+def test_any_json_is_a_request_or_is_refused_with_a_known_status(body):
+    try:
+        wanted = read_completion(body, SERVED)
+        encoded = [(5,) if isinstance(one, str) else one for one in wanted.prompts]
+        generations = wanted.generations(encoded, SERVED)
+    except Refused as why:
+        refused = why
+    else:
+        refused = None
+    if refused is not None:
+        assert refused.status in {400, 404}
+        assert json.dumps([refused.message, refused.param])
+    else:
+        assert len(generations) == len(wanted.prompts) * wanted.n
+        assert all(len(one.prompt) + one.max_tokens <= SERVED.context for one in generations)
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_a_stop_text_is_found_in_whatever_pieces_it_comes(parts, texts):
+    stops = Stops(texts)
+    shown = "".join(stops.push(part) for part in parts) + stops.finish()
+    # The first moment at which a stop text is complete ends the stream; of several that begin
+    # before it, the earliest counts.
+    whole = ""
+    for part in parts:
+        whole += part
+        found = [at for at in (whole.find(text) for text in texts) if at >= 0]
+        if found:
+            assert stops.found
+            assert shown == whole[: min(found)]
+            return
+    assert not stops.found
+    assert shown == whole
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The golden checkpoint as a folder that can be served."""
+    folder = tmp_path / "golden"
+    shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
+    made = CliRunner().invoke(
+        main, ["manifest", str(folder), "--config", str(golden.TINY / "config.json")]
+    )
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+def test_sigterm_under_load_answers_what_is_at_work_and_ends_with_success(folder):
+    program = [
+        sys.executable,
+        "-m",
+        "grokfetch",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--slots",
+        "2",
+    ]
+    with subprocess.Popen(
+        [*program, "--dtype", "float32"], stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        try:
+            heard = [""]
+            while "http://" not in heard[-1]:
+                heard.append(process.stderr.readline())
+                assert heard[-1], process.wait()
+            assert "compiled for up to 2 texts at once" in heard[-2]
+            url = "http://" + heard[-1].split("http://")[1].split("/")[0]
+            body = {"prompt": P1, "temperature": 0, "max_tokens": 40, "stream": True}
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_S
+            ) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                process.send_signal(signal.SIGTERM)
+                assert "no new requests" in process.stderr.readline()
+                texts = [first, *lines]
+            tokens = "".join(
+                json.loads(line[6:])["choices"][0]["text"]
+                for line in texts
+                if line.startswith("data: {")
+            )
+            assert [int(token) for token in tokens.split()][:32] == [
+                ord(letter) - 0x4E00 for letter in WANTED
+            ]
+            assert len(tokens.split()) == 40
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health")
+            assert process.wait(DEADLINE_S) == 0
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()

@@ -1,0 +1,20 @@
+"""What is done to folders: bytes turned over, proofs taken away."""
+
+from grokfetch.folder.record import Record
+from grokfetch.folder.store import Store
+
+
+def spoil(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 255]))
+
+
+def forget(root, *pieces):
+    """Take pieces out of the record."""
+    store = Store(root)
+    with store.lock():
+        record = store.record()
+        store.save_record(Record(record.info_hash, record.pieces - set(pieces), record.files))
