@@ -29,8 +29,9 @@ from grokfetch.folder.record import FileProof, Record
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.shipped import grok_1
-from grokfetch.output.progress import Bar, bytes_text, seconds_text
+from grokfetch.output.progress import Bar
 from grokfetch.torrent.read_back import Hashers, sha256_of
+from grokfetch.units import bytes_text, seconds_text
 from loader.weights.checkpoint import open_checkpoint
 from loader.weights.inventory import expected
 from loader.weights.schema import GrokConfig, ParamSpec, parameters

@@ -17,8 +17,7 @@ import click
 
 from grokfetch import __version__
 from grokfetch.commands.reporting import failed
-from grokfetch.errors import GrokfetchError
-from grokfetch.folder.storage import storage_failed
+from grokfetch.errors import GrokfetchError, storage_failed
 
 __all__ = ["main"]
 

@@ -6,7 +6,9 @@ failure and click's own usage error; 130 is Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
@@ -180,3 +182,34 @@ class PromptInvalid(GrokfetchError):
     """A prompt is empty, too long for the model, or holds ids outside its vocabulary."""
 
     exit_code = 27
+
+
+def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
+    """The error of ours that tells a person what an error of the file system means."""
+    where = path or error.filename
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFailed(
+            "the disk is full", path=where, hint="make room and run the same command again"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StorageFailed(
+            f"cannot be written ({error.strerror})",
+            path=where,
+            hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
+        )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageFailed(
+            "a file lies where a folder must be", path=where, hint="choose another folder"
+        )
+    if error.errno == errno.ENOENT and where is not None:
+        return gone(Path(where))
+    return StorageFailed(error.strerror or str(error), path=where)
+
+
+def gone(path: Path) -> StorageFailed:
+    """The error that says that something of ours is not there any more."""
+    return StorageFailed(
+        "it has vanished: somebody has removed or unmounted it",
+        path=path,
+        hint="bring it back, or run the same command again: what is still there is found",
+    )

@@ -20,7 +20,7 @@ from grokfetch.commands.loading import Loading, load
 from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed
-from grokfetch.output.progress import bytes_text, seconds_text
+from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.folder.store import Store
@@ -116,7 +116,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 def _publish(folder: Path) -> Manifest:
     """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
-    from grokfetch.folder.storage import storage_failed
+    from grokfetch.errors import storage_failed
     from grokfetch.manifest.schema import parse
     from grokfetch.manifest.shipped import demo_folder
 

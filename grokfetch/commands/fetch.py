@@ -18,11 +18,12 @@ from grokfetch.commands.seed import Goal, goal_options, share
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import SourceInvalid, TorrentInvalid
-from grokfetch.output.progress import bytes_text, seconds_text
 from grokfetch.output.terminal import plain_option
+from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.fetch import Asked, Outcome
+    from grokfetch.events import Outcome
+    from grokfetch.fetch import Asked
     from grokfetch.fetch.source import PieceSource
     from grokfetch.fetch.swarm import SwarmSettings
     from grokfetch.folder.store import Store
@@ -183,6 +184,7 @@ def bring(
 ) -> Outcome:
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
+    from grokfetch.events import Outcome
     from grokfetch.folder.history import recorded
     from grokfetch.folder.journal import checked
 
@@ -194,7 +196,7 @@ def bring(
     with reporter("fetch") as sink, contextlib.closing(events):
         for event in events:
             sink.take(event)
-            if isinstance(event, fetching.Outcome):
+            if isinstance(event, Outcome):
                 outcome = event
         for warning in store.warnings:
             sink.say(f"warning: {warning}")

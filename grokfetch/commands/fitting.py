@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from grokfetch.errors import OutOfReach
-from grokfetch.output.progress import bytes_text
+from grokfetch.units import bytes_text
 from loader.devices.memory import available
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import click
 from grokfetch.commands.fitting import check_fit
 from grokfetch.commands.reporting import lines, notice, reporter
 from grokfetch.errors import OutOfReach
-from grokfetch.folder.storage import replacing
-from grokfetch.output.json_lines import Loaded
-from grokfetch.output.progress import bytes_text, parse_bytes, seconds_text
+from grokfetch.events import Loaded
+from grokfetch.folder.atomic import replacing
+from grokfetch.units import bytes_text, parse_bytes, seconds_text
 from loader.devices.cache_folder import cache_folder
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed |
 
 def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
     """Every tensor on the devices, with a bar."""
-    from grokfetch.folder.verify import Progress
+    from grokfetch.events import Progress
     from loader.devices import placement
 
     total = checkpoint.nbytes

@@ -15,8 +15,9 @@ import click
 from grokfetch.commands.state_option import state_option
 from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
-from grokfetch.output.progress import Bar, bytes_text
+from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain, plain_option
+from grokfetch.units import bytes_text
 
 if TYPE_CHECKING:
     from grokfetch.folder.record import FileProof
@@ -207,7 +208,8 @@ def write_file(path: Path, text: bytes) -> None:
     Raises:
         StorageFailed: it cannot be written.
     """
-    from grokfetch.folder.storage import replacing, storage_failed
+    from grokfetch.errors import storage_failed
+    from grokfetch.folder.atomic import replacing
 
     try:
         with replacing(path) as file:

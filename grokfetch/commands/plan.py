@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grokfetch.errors import MeshInvalid
-from grokfetch.output.progress import bytes_text, seconds_text
 from grokfetch.output.terminal import Screen, plain_option, screen
+from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.fetch.preflight import Check, Need, Place

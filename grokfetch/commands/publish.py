@@ -19,9 +19,11 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
-from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile, TokenizerSource, encode
-from grokfetch.output.progress import Bar, bytes_text, seconds_text
+from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain, plain_option
+from grokfetch.torrent.names import STATE_FOLDER
+from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.torrent.create import Made
@@ -166,6 +168,7 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 def _make(
     folder: Path, piece_length: int | None, trackers: Sequence[str], web_seeds: Sequence[str]
 ) -> Made:
+    from grokfetch.events import Hashed
     from grokfetch.torrent import create as making
 
     files = making.list_files(folder)
@@ -173,7 +176,7 @@ def _make(
     length = piece_length or making.suitable_piece_length(sizes)
     with Bar("hash", plain=plain()) as bar:
         for event in making.make(folder, files, length, trackers=trackers, web_seeds=web_seeds):
-            if isinstance(event, making.Hashed):
+            if isinstance(event, Hashed):
                 bar.show(event.done // 2, sum(sizes))
             else:
                 made = event
@@ -190,12 +193,13 @@ def magnet_of(torrent: TorrentFile, name: str, size: int) -> str:
 
 
 def _complete(described: Manifest, made: Made, magnet: str) -> Manifest:
+    files = tuple(ManifestFile(file.path, file.size, file.sha256) for file in made.files)
     return dataclasses.replace(
         described,
-        files=made.files,
+        files=files,
         info_hash=made.torrent.info_hash,
         magnet=magnet,
-        tokenizer=_tokenizer(PurePosixPath(described.name) / TOKENIZER, made.files),
+        tokenizer=_tokenizer(PurePosixPath(described.name) / TOKENIZER, files),
     )
 
 
@@ -208,7 +212,7 @@ def _tokenizer(path: PurePosixPath, files: Sequence[ManifestFile]) -> TokenizerS
 
 
 def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: Path) -> None:
-    from grokfetch.folder.storage import storage_failed
+    from grokfetch.errors import storage_failed
     from grokfetch.torrent.metainfo import encode_torrent
 
     try:

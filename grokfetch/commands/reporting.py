@@ -34,7 +34,7 @@ def json_option(function: Function) -> Function:
 
 
 def _begin(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001
-    from grokfetch.output.json_lines import Started
+    from grokfetch.events import Started
 
     if value:
         made = context.meta[KEY] = Lines(click.echo)
@@ -56,7 +56,7 @@ def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
 
 def notice(text: str) -> None:
     """Say something that is worth knowing and ends nothing."""
-    from grokfetch.fetch.source import Notice
+    from grokfetch.events import Notice
 
     machine = lines()
     if machine is None:
@@ -67,7 +67,7 @@ def notice(text: str) -> None:
 
 def ended(text: str, seconds: float, **results: object) -> None:
     """Say how the command ended: the text for people, the rest for machines."""
-    from grokfetch.output.json_lines import Ended
+    from grokfetch.events import Ended
 
     machine = lines()
     if machine is None:

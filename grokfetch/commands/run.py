@@ -18,14 +18,14 @@ from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.streaming import Meanwhile, load_as_it_comes, meanwhile_options
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
-from grokfetch.output.progress import seconds_text, speed_text
 from grokfetch.output.terminal import plain_option, screen
+from grokfetch.units import seconds_text, speed_text
 
 if TYPE_CHECKING:
+    from grokfetch.commands.run_figures import Measured
     from grokfetch.fetch import Asked
     from grokfetch.folder.store import Store
     from grokfetch.output.progress import Lines
-    from grokfetch.output.run_figures import Measured
     from loader.inference.tokenizer import Tokenizer
 
 
@@ -85,8 +85,8 @@ def run(
     if unproven and meanwhile is not None:
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
+    from grokfetch.commands.run_figures import Measured
     from grokfetch.fetch.waiting_store import Arriving
-    from grokfetch.output.run_figures import Measured
     from loader.devices.cluster import is_first, local_share, meet
     from loader.devices.meter import Meter
     from loader.inference.engine import Sampling, check_prompts
@@ -159,7 +159,7 @@ def _events(
     machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
 ) -> None:
     """Tell a machine each token as it comes, and at the end the text and what it took."""
-    from grokfetch.output.json_lines import Ended, Token
+    from grokfetch.events import Ended, Token
 
     start = time.perf_counter()
     stream = None if words is None else words.stream()

@@ -17,10 +17,11 @@ from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import NotProven, StateMissing
+from grokfetch.events import Ended, Seeding
 from grokfetch.fetch.swarm import Shared
 from grokfetch.folder.ledger import Proofs
-from grokfetch.output.json_lines import Ended, Seeding
-from grokfetch.output.progress import Lines, bytes_text, seconds_text
+from grokfetch.output.progress import Lines
+from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.fetch.swarm import Seeder, SwarmSettings

@@ -13,7 +13,7 @@ from grokfetch.commands.loading import Loading, load, loading_options
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.errors import StorageFailed, TokenizerMissing
-from grokfetch.output.progress import seconds_text
+from grokfetch.units import seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.state_option import state_option
-from grokfetch.output.progress import bytes_text, seconds_text, share_text, speed_text
 from grokfetch.output.terminal import LABEL, Screen, plain_option, screen
+from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
 
 if TYPE_CHECKING:
     from grokfetch.folder.history import History

@@ -17,7 +17,8 @@ from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
 
 if TYPE_CHECKING:
-    from grokfetch.fetch import Asked, Event
+    from grokfetch.events import FetchEvent
+    from grokfetch.fetch import Asked
     from grokfetch.fetch.swarm import SwarmSettings
     from grokfetch.fetch.waiting_store import Arriving
     from grokfetch.output.progress import Sink
@@ -79,9 +80,11 @@ class Meanwhile:
             yield
 
 
-def _shown(events: Generator[Event, None, None], sink: Sink) -> Generator[Event, None, None]:
+def _shown(
+    events: Generator[FetchEvent, None, None], sink: Sink
+) -> Generator[FetchEvent, None, None]:
     """The same events; the bar has gone when the last one comes, and text may follow."""
-    from grokfetch.fetch import Outcome
+    from grokfetch.events import Outcome
 
     with contextlib.closing(events):
         with sink:

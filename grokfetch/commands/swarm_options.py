@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from grokfetch.output.progress import parse_bytes
+from grokfetch.units import parse_bytes
 
 if TYPE_CHECKING:
     from grokfetch.fetch.swarm import Proxy, SwarmSettings

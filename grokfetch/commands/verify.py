@@ -14,15 +14,15 @@ from grokfetch.commands.reporting import ended, json_option, lines, reporter
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.swarm_options import swarm_options
 from grokfetch.errors import Damaged
-from grokfetch.output.progress import seconds_text
 from grokfetch.output.terminal import plain_option
+from grokfetch.units import seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.errors import GrokfetchError
+    from grokfetch.events import Summary
     from grokfetch.fetch.swarm import SwarmSettings
     from grokfetch.folder.journal import Command
     from grokfetch.folder.store import Store
-    from grokfetch.folder.verify import Summary
     from grokfetch.manifest.schema import Manifest
 
 
@@ -120,13 +120,14 @@ def _of(store: Store) -> str:
 
 def check_bytes(store: Store) -> Summary:
     """Read back a checkpoint with a bar, print the findings, return the summary."""
+    from grokfetch.events import Summary
     from grokfetch.folder import verify as verification
     from grokfetch.folder.journal import checked
 
     with reporter("verify", findings_to_stdout=True) as sink:
         for event in checked(store, "verify", verification.verify(store)):
             sink.take(event)
-            if isinstance(event, verification.Summary):
+            if isinstance(event, Summary):
                 summary = event
         for warning in store.warnings:
             sink.say(f"warning: {warning}")

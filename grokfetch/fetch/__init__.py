@@ -5,16 +5,7 @@ against the info hash, and every piece is read back and hashed here before the r
 Whatever ends a fetch, what is proven stays proven, and the next fetch asks only for the rest.
 """
 
-from grokfetch.fetch.events import Event, Metadata, Outcome, Status
 from grokfetch.fetch.loop import Limits, fetch
 from grokfetch.fetch.prepare import Asked
 
-__all__ = [
-    "Asked",
-    "Event",
-    "Limits",
-    "Metadata",
-    "Outcome",
-    "Status",
-    "fetch",
-]
+__all__ = ["Asked", "Limits", "fetch"]

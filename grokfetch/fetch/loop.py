@@ -10,16 +10,28 @@ from itertools import chain
 from pathlib import PurePosixPath
 
 from grokfetch.errors import Contradiction, Stalled, StorageFailed
+from grokfetch.events import (
+    Arrived,
+    FetchEvent,
+    Finding,
+    Metadata,
+    Notice,
+    Origin,
+    Outcome,
+    Phase,
+    PiecesProven,
+    Status,
+    Traffic,
+)
 from grokfetch.fetch import preflight
-from grokfetch.fetch.events import Event, Metadata, Outcome, Phase, Status
 from grokfetch.fetch.prepare import Asked, metadata, settle
-from grokfetch.fetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
+from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.folder.ledger import Proofs
 from grokfetch.folder.payload import cut_long_files, make_empty_files, own
 from grokfetch.folder.repair import read_again
 from grokfetch.folder.saving import Saver
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Proven, TensorIndex, corrupt, hash_files
+from grokfetch.folder.verify import TensorIndex, corrupt, hash_files
 from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import pieces_of, urgency
 from grokfetch.torrent.layout import Layout, LayoutFile
@@ -57,7 +69,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
     repair: bool = False,
     request: Asked | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Generator[Event, None, None]:
+) -> Generator[FetchEvent, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
 
     Close the generator (`contextlib.closing`) to end early; what is proven is recorded first.
@@ -110,7 +122,7 @@ class _Fetch:
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
 
-    def run(self, request: Asked | None, *, repair: bool) -> Iterator[Event]:
+    def run(self, request: Asked | None, *, repair: bool) -> Iterator[FetchEvent]:
         store, source = self._store, self._source
         self._torrent = yield from metadata(store, source, self._limits.metadata_s, self._clock)
         self._layout = yield from settle(store, self._torrent, source.magnet, self._wanted, request)
@@ -139,14 +151,14 @@ class _Fetch:
 
     # --- pieces -------------------------------------------------------------------------------
 
-    def _read_again(self) -> Iterator[Event]:
+    def _read_again(self) -> Iterator[FetchEvent]:
         for event in read_again(self._store, self._layout, self._proofs):
-            if isinstance(event, Finding | Proven):
+            if isinstance(event, Finding | PiecesProven):
                 yield event
             else:
                 yield Status("checking", event.done, event.total)
 
-    def _bring_all(self) -> Iterator[Event]:
+    def _bring_all(self) -> Iterator[FetchEvent]:
         in_vain = 0
         while True:
             for path in self._proofs.look_again():
@@ -172,7 +184,7 @@ class _Fetch:
     def _missing(self) -> list[int]:
         return [piece for piece in self._proofs.missing if piece in self._asked]
 
-    def _check_disk(self) -> Iterator[Event]:
+    def _check_disk(self) -> Iterator[FetchEvent]:
         """Read back what is not proven and may be on the disk already."""
         root, layout = self._store.root, self._layout
         pieces = list(may_be_on_disk(root, layout, self._missing))
@@ -185,11 +197,11 @@ class _Fetch:
                     self._rehashed += 1
                     read += self._weights[result.piece]
                     self._count(result)
-                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
+                yield PiecesProven(tuple(r.piece for r in results if r.verdict == "good"))
                 self._saver.turn()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
 
-    def _make_room(self, missing: list[int]) -> Generator[Event, None, bool]:
+    def _make_room(self, missing: list[int]) -> Generator[FetchEvent, None, bool]:
         """Make sure that these pieces can be written; whether files had to be copied for that."""
         files = _files_of(self._layout, missing)
         preflight.check(self._store.root, self._room(files))
@@ -200,7 +212,7 @@ class _Fetch:
         self._proofs.renew(copied)
         return bool(copied)
 
-    def _download(self, missing: list[int]) -> Iterator[Event]:
+    def _download(self, missing: list[int]) -> Iterator[FetchEvent]:
         self._saver.settle()
         self._proofs.mark_writing(file.path for file in _files_of(self._layout, missing))
         order = Order(
@@ -238,7 +250,7 @@ class _Fetch:
         self,
         stream: Iterator[Arrived | Traffic | Notice],
         hashers: Hashers[list[PieceResult]],
-    ) -> Iterator[Event]:
+    ) -> Iterator[FetchEvent]:
         traffic = Traffic(0, 0.0, 0)
         alive = self._clock()
         for event in stream:
@@ -268,11 +280,11 @@ class _Fetch:
 
     def _collect(
         self, hashers: Hashers[list[PieceResult]], traffic: Traffic, *, wait: bool
-    ) -> Iterator[Event]:
+    ) -> Iterator[FetchEvent]:
         for result in chain.from_iterable(hashers.take(None if wait else 0)):
             self._count(result)
             if result.verdict == "good":
-                yield Proven((result.piece,))
+                yield PiecesProven((result.piece,))
             else:
                 yield from corrupt(self._layout, result, self._tensors)
         self._saver.turn()
@@ -287,7 +299,7 @@ class _Fetch:
 
     # --- digests ------------------------------------------------------------------------------
 
-    def _check_digests(self) -> Iterator[Event]:
+    def _check_digests(self) -> Iterator[FetchEvent]:
         """Hash whole files where the manifest's sha256 decides and not the torrent."""
         asked = self._store.asked()
         files = [

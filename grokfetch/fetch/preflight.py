@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from grokfetch.errors import StorageFailed
-from grokfetch.folder.storage import storage_failed
+from grokfetch.errors import StorageFailed, storage_failed
 
 __all__ = ["Check", "Need", "Place", "check", "checks", "need", "probe", "refuse"]
 

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterator
 
 from grokfetch.errors import Contradiction, Stalled
-from grokfetch.fetch.events import Status
-from grokfetch.fetch.source import Notice, PieceSource
+from grokfetch.events import Notice, Status
+from grokfetch.fetch.source import PieceSource
 from grokfetch.folder.adopt import adopt
 from grokfetch.folder.payload import name_asked_files
 from grokfetch.folder.store import Store

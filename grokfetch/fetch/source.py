@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
+from grokfetch.events import Arrived, Notice, Traffic
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile
 
-__all__ = ["Arrived", "Notice", "Order", "Origin", "PieceSource", "Traffic"]
+__all__ = ["Order", "PieceSource"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,44 +29,6 @@ class Order:
     have: frozenset[int]
     want: frozenset[int]
     urgency: Mapping[int, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrived:
-    """Pieces that are on the disk now, flushed so that any process reads them."""
-
-    pieces: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Origin:
-    """Who sends bytes: a peer by its address, or a mirror by its address for people.
-
-    An empty name stands for those that are not told apart.
-    """
-
-    kind: Literal["peer", "mirror"]
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Traffic:
-    """How the source is doing: payload bytes received since the order, bytes a second, peers.
-
-    `sent` is who has sent how many payload bytes since the source was made, over all orders.
-    """
-
-    received: int
-    rate: float
-    peers: int
-    sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Notice:
-    """Something about the source that a person may want to know: a peer banned for bad data."""
-
-    text: str
 
 
 class PieceSource(Protocol):

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import FrameType
 
 from grokfetch.errors import NotProven
-from grokfetch.fetch import Event, Metadata, Outcome
+from grokfetch.events import FetchEvent, Metadata, Outcome
 from grokfetch.folder.record import Record
 from grokfetch.folder.store import Store
 
@@ -48,7 +48,7 @@ class Arriving(Store):
         self._error: BaseException | None = None
 
     @contextlib.contextmanager
-    def filled(self, events: Generator[Event, None, None]) -> Iterator[None]:
+    def filled(self, events: Generator[FetchEvent, None, None]) -> Iterator[None]:
         """Follow a fetch into this folder in a thread, and hold its lock, while the block runs.
 
         A block that ends well waits for the end of the fetch. One that does not ends the fetch, and

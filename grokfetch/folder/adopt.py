@@ -13,13 +13,13 @@ from collections.abc import Collection, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from grokfetch.errors import storage_failed
+from grokfetch.events import Progress
 from grokfetch.folder.payload import behind_link
-from grokfetch.folder.storage import storage_failed
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Progress
 from grokfetch.manifest.relocation import Places, beside, finished_name, guesses
-from grokfetch.manifest.schema import STATE_FOLDER
 from grokfetch.torrent.layout import BLOCK, Layout, LayoutFile
+from grokfetch.torrent.names import STATE_FOLDER
 from grokfetch.torrent.read_back import Hashers, check_pieces, may_be_on_disk
 
 __all__ = ["adopt"]

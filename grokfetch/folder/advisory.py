@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grokfetch.folder.storage import replacing
+from grokfetch.folder.atomic import replacing
 
 __all__ = ["count", "number", "read", "write"]
 

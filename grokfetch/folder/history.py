@@ -15,8 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from grokfetch.fetch import Event, Status
-from grokfetch.fetch.source import Origin
+from grokfetch.events import FetchEvent, Origin, Status
 from grokfetch.folder import advisory as notes
 from grokfetch.folder.store import Store
 
@@ -61,11 +60,11 @@ class History:
 
 def recorded(
     store: Store,
-    events: Generator[Event, None, None],
+    events: Generator[FetchEvent, None, None],
     *,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], float] = time.time,
-) -> Generator[Event, None, None]:
+) -> Generator[FetchEvent, None, None]:
     """The events of a fetch, unchanged; a sample is written every few seconds on the way.
 
     Args:

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from grokfetch.events import Finding
 from grokfetch.folder import advisory as notes
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding
 
 __all__ = [
     "Check",

@@ -12,9 +12,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed
+from grokfetch.errors import StorageFailed, gone, storage_failed
 from grokfetch.folder.record import FileProof, Record, Stamp
-from grokfetch.folder.storage import gone, storage_failed
 from grokfetch.folder.store import Store
 from grokfetch.torrent.layout import Layout, LayoutFile
 

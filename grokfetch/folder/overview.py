@@ -12,7 +12,7 @@ from grokfetch.errors import StateMissing
 from grokfetch.folder import history, journal
 from grokfetch.folder.history import History
 from grokfetch.folder.journal import Check, Run
-from grokfetch.folder.storage import Owner, read_owner
+from grokfetch.folder.lock import Owner, read_owner
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Survey, survey
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed
-from grokfetch.folder.storage import replacing, storage_failed
+from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.folder.atomic import replacing
 from grokfetch.folder.store import Store, part_name
 from grokfetch.torrent.layout import Layout, LayoutFile
 

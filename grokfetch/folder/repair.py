@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from grokfetch.events import Finding, PiecesProven, Progress
 from grokfetch.folder.ledger import Proofs
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Progress, Proven, TensorIndex, corrupt
+from grokfetch.folder.verify import TensorIndex, corrupt
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.read_back import (
     Hashers,
@@ -22,7 +23,7 @@ __all__ = ["read_again"]
 
 def read_again(
     store: Store, layout: Layout, proofs: Proofs
-) -> Iterator[Finding | Proven | Progress]:
+) -> Iterator[Finding | PiecesProven | Progress]:
     """Prove every piece anew, with the store's exclusive lock held.
 
     A piece keeps its proof until it reads wrong, so that an interruption costs none.
@@ -57,7 +58,7 @@ def read_again(
                     else:
                         proofs.remove([result.piece])
                         yield from corrupt(layout, result, tensors)
-                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
+                yield PiecesProven(tuple(r.piece for r in results if r.verdict == "good"))
                 yield Progress(done, total)
     finally:
         proofs.save()

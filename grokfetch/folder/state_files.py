@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from grokfetch.errors import ManifestInvalid, TorrentInvalid
+from grokfetch.errors import ManifestInvalid, TorrentInvalid, storage_failed
+from grokfetch.folder.atomic import replacing
+from grokfetch.folder.lock import folder_lock
 from grokfetch.folder.record import RecordDamaged
-from grokfetch.folder.storage import folder_lock, replacing, storage_failed
 
 __all__ = ["StateFiles"]
 

@@ -44,10 +44,11 @@ from grokfetch.manifest import relocation as placing
 from grokfetch.manifest import schema as manifests
 from grokfetch.manifest import selection as selections
 from grokfetch.manifest.relocation import Places, relocated
-from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile
+from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.names import STATE_FOLDER
 
 __all__ = ["Store", "part_name"]
 

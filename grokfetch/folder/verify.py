@@ -8,22 +8,22 @@ sha256 where the manifest does not name that torrent. `Store.pieces_speak_for` i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from grokfetch.errors import StorageFailed
+from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, VerifyEvent
 from grokfetch.folder.ledger import flush
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import STATE_FOLDER, Manifest, ManifestFile, ManifestTensor
+from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
 from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.names import STATE_FOLDER
 from grokfetch.torrent.read_back import (
     FileResult,
     Hashers,
@@ -33,84 +33,10 @@ from grokfetch.torrent.read_back import (
     sha256_of,
 )
 
-__all__ = [
-    "Event",
-    "Finding",
-    "Progress",
-    "Proven",
-    "Summary",
-    "TensorIndex",
-    "corrupt",
-    "hash_files",
-    "verify",
-]
-
-Kind = Literal["missing", "short", "long", "corrupt", "unreadable", "extra", "unproven"]
+__all__ = ["TensorIndex", "corrupt", "hash_files", "verify"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is not as it should be.
-
-    `tensor` names the tensors concerned, separated by ", ". A piece that spans several files makes
-    one finding for each of them. `extra` is no failure.
-    """
-
-    kind: Kind
-    path: PurePosixPath
-    piece: int | None = None
-    tensor: str | None = None
-    detail: str = ""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """Bytes of a step done so far, and to be done in all; here they are read back."""
-
-    done: int
-    total: int
-    phase: str = "verifying"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Proven:
-    """Pieces that were read back right just now."""
-
-    pieces: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Summary:
-    """The last value of a verification.
-
-    `total` are the bytes that the manifest names and that are asked for, `by_pieces` and
-    `by_sha256` those of them that the torrent `info_hash` and the manifest's sha256 have proven.
-    `failures` counts the findings other than extra files. `recorded` is False where the folder
-    could not be written.
-    """
-
-    total: int
-    by_pieces: int
-    by_sha256: int
-    info_hash: str | None
-    failures: int
-    recorded: bool
-
-    @property
-    def proven(self) -> int:
-        """Proven bytes, whichever way."""
-        return self.by_pieces + self.by_sha256
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything that is asked for is proven."""
-        return not self.failures and self.proven == self.total
-
-
-Event = Finding | Progress | Proven | Summary
-
-
-def verify(store: Store, *, threads: int | None = None) -> Generator[Event, None, None]:
+def verify(store: Store, *, threads: int | None = None) -> Generator[VerifyEvent, None, None]:
     """Read the whole checkpoint back and record what is proven.
 
     Args:
@@ -243,7 +169,7 @@ class _Verification:
         there = (file for file in self._by_pieces if self._before[file.path] is not None)
         return sorted(self._asked_pieces(there))
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Iterator[VerifyEvent]:
         yield from self._note(self._at_first_sight())
         yield from self._check_pieces()
         yield from self._check_files()
@@ -278,7 +204,7 @@ class _Verification:
 
     # --- by pieces --------------------------------------------------------------------------
 
-    def _check_pieces(self) -> Iterator[Event]:
+    def _check_pieces(self) -> Iterator[VerifyEvent]:
         layout = self._layout
         if layout is None:
             return
@@ -291,7 +217,7 @@ class _Verification:
                 for result in results:
                     yield from self._note(self._judge(layout, result))
                     self._done += layout.piece_size(result.piece)
-                yield Proven(tuple(r.piece for r in results if r.verdict == "good"))
+                yield PiecesProven(tuple(r.piece for r in results if r.verdict == "good"))
                 yield Progress(self._done, self._total)
 
     def _judge(self, layout: Layout, result: PieceResult) -> Iterator[Finding]:
@@ -303,7 +229,7 @@ class _Verification:
 
     # --- by sha256 --------------------------------------------------------------------------
 
-    def _check_files(self) -> Iterator[Event]:
+    def _check_files(self) -> Iterator[VerifyEvent]:
         for file, _, result in hash_files(self._store, self._by_sha256, self._threads):
             yield from self._note(self._judge_file(file, result))
             self._done += file.size

@@ -14,8 +14,9 @@ from pathlib import PurePosixPath
 
 from grokfetch.errors import ManifestInvalid
 from grokfetch.manifest.fields import Field
-from grokfetch.manifest.schema import Manifest, common_tail, unsafe_name
+from grokfetch.manifest.schema import Manifest, common_tail
 from grokfetch.torrent.layout import LayoutFile
+from grokfetch.torrent.names import unsafe_name
 
 __all__ = [
     "SCHEMA",

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 from grokfetch.errors import Contradiction, ManifestInvalid
 from grokfetch.manifest.fields import Field
+from grokfetch.torrent.names import unsafe_name
 
 __all__ = [
     "ITEM_SIZES",
     "SCHEMA",
-    "STATE_FOLDER",
     "Manifest",
     "ManifestFile",
     "ManifestTensor",
@@ -31,12 +30,9 @@ __all__ = [
     "encode",
     "parse",
     "plain",
-    "unsafe_name",
 ]
 
 SCHEMA = 1
-STATE_FOLDER = ".grokfetch"
-"""Our own folder beside the payload; no payload may bear its name."""
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Bytes of one element, for the dtypes an official shard can hold."""
@@ -364,19 +360,3 @@ def _path(field: Field) -> PurePosixPath:
     if reason is not None:
         field.refuse(f"must be a plain relative path: {reason}")
     return PurePosixPath(field.text())
-
-
-def unsafe_name(path: str) -> str | None:
-    """Why a relative path could lead out of its folder or into ours; None when it is harmless."""
-    parts = path.split("/")
-    if path.startswith("/"):
-        return "it is absolute"
-    if any(part in ("", ".", "..") for part in parts):
-        return "it has an empty, . or .. part"
-    if any(character < " " or character in "\\\x7f" for character in path):
-        return "it has a control character or a backslash"
-    if re.match(r"[A-Za-z]:", path):
-        return "it names a drive"
-    if parts[0].casefold() == STATE_FOLDER:
-        return f"{STATE_FOLDER} is grokfetch's own folder"
-    return None

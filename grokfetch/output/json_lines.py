@@ -1,7 +1,6 @@
 """The events of a command as machines read them: one JSON object a line. Pure: no I/O here.
 
-docs/events.md is the specification; `SCHEMA` stands in the first event and rises with every change
-that a reader could stumble over. New fields and new events are no such change.
+docs/events.md is the specification.
 """
 
 from __future__ import annotations
@@ -10,91 +9,25 @@ import dataclasses
 from typing import Any
 
 from grokfetch.errors import GrokfetchError
-from grokfetch.fetch import Metadata, Outcome, Status
-from grokfetch.fetch.source import Notice
-from grokfetch.folder.verify import Finding, Progress, Proven, Summary
-
-__all__ = [
-    "SCHEMA",
-    "Ended",
-    "Event",
-    "Loaded",
-    "Seeding",
-    "Started",
-    "Token",
-    "as_fields",
-    "error_fields",
-]
-
-SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Started:
-    """The first event: which command of which version of grokfetch."""
-
-    command: str
-    version: str
-    schema: int = SCHEMA
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Loaded:
-    """The weights are there: bytes, number and kind of devices, mapped or sharded, seconds."""
-
-    bytes: int
-    devices: int
-    platform: str
-    placement: str
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token; `text` is what it adds to the text, None without a tokenizer."""
-
-    id: int
-    text: str | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Seeding:
-    """How a seed is doing: its port, pieces and bytes that it shares, and what others have had.
-
-    `uploaded` is payload bytes since it began, `rate` bytes a second.
-    """
-
-    port: int
-    pieces: int
-    bytes: int
-    uploaded: int
-    rate: float
-    peers: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
-    """What the command found or did, by name, and the seconds it took."""
-
-    seconds: float
-    results: dict[str, Any]
-
-
-Event = (
-    Started
-    | Metadata
-    | Status
-    | Progress
-    | Proven
-    | Finding
-    | Notice
-    | Loaded
-    | Token
-    | Seeding
-    | Outcome
-    | Summary
-    | Ended
+from grokfetch.events import (
+    Ended,
+    Event,
+    Finding,
+    Loaded,
+    Metadata,
+    Notice,
+    Outcome,
+    PiecesProven,
+    Progress,
+    Seeding,
+    Started,
+    Status,
+    Summary,
+    Token,
 )
+
+__all__ = ["as_fields", "error_fields"]
+
 
 _NAMES = {
     Started: "started",
@@ -114,7 +47,7 @@ def as_fields(event: Event) -> list[dict[str, Any]]:
     What a step returns, an `Outcome` or a `Summary`, is told by the command in its last event.
     """
     match event:
-        case Proven():
+        case PiecesProven():
             return [{"event": "piece", "piece": piece, "proven": True} for piece in event.pieces]
         case Status():
             # Who has sent how much is told by `grokfetch status --json`; here it would be long.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,24 +17,12 @@ from typing import Any, Never, Protocol, Self, TextIO
 
 from tqdm import tqdm
 
-from grokfetch.fetch import Status
-from grokfetch.fetch.source import Notice
-from grokfetch.folder.verify import Finding, Progress
-from grokfetch.output.json_lines import Event, as_fields
+from grokfetch.events import Event, Finding, Notice, Progress, Status
+from grokfetch.output.json_lines import as_fields
+from grokfetch.units import bytes_text
 
-__all__ = [
-    "Bar",
-    "Lines",
-    "Sink",
-    "bytes_text",
-    "finding_line",
-    "parse_bytes",
-    "seconds_text",
-    "share_text",
-    "speed_text",
-]
+__all__ = ["Bar", "Lines", "Sink", "finding_line"]
 
-FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
@@ -219,47 +206,3 @@ def finding_line(finding: Finding) -> str:
     detail = f": {finding.detail}" if finding.detail else ""
     tensor = f" [{finding.tensor}]" if finding.tensor else ""
     return f"{finding.kind}{piece} {finding.path}{detail}{tensor}"
-
-
-def parse_bytes(text: str) -> int | None:
-    """The bytes that a person names, with k, M, G or T for powers of 1000; None if they do not."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
-    return None if found is None else round(float(found[1]) * FACTORS[found[2]])
-
-
-def bytes_text(count: float) -> str:
-    """A size for people, in decimal units as disks and networks use them: 318.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration for people: 0.03 s, 12 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"
-
-
-def share_text(part: int, whole: int) -> str:
-    """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
-    tenths = 1000 * part // whole if whole else 1000
-    return f"{tenths // 10}.{tenths % 10} %"
-
-
-def speed_text(tokens_per_s: float) -> str:
-    """Tokens a second for people, three digits where they are few."""
-    digits = 2 if tokens_per_s >= 1 else 3
-    return f"{tokens_per_s:.{digits}f} tokens/s"

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed, TorrentInvalid
-from grokfetch.folder.storage import storage_failed
-from grokfetch.manifest.schema import STATE_FOLDER, ManifestFile, unsafe_name
+from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.events import Hashed
 from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
 from grokfetch.torrent.layout import (
@@ -28,9 +27,10 @@ from grokfetch.torrent.layout import (
     power_of_two_above,
 )
 from grokfetch.torrent.metainfo import TorrentFile, parse_info, torrent_file
+from grokfetch.torrent.names import STATE_FOLDER, unsafe_name
 from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
 
-__all__ = ["Hashed", "Made", "list_files", "make", "suitable_piece_length"]
+__all__ = ["Made", "MadeFile", "list_files", "make", "suitable_piece_length"]
 
 MOST_PIECES = 20_000
 """So many hashes make a torrent of about a megabyte."""
@@ -40,10 +40,12 @@ LARGEST_CHOSEN = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hashed:
-    """Bytes read and hashed so far; the whole is twice the size of the files."""
+class MadeFile:
+    """A file of the torrent: its path, which begins with the torrent's name, bytes, and sha256."""
 
-    done: int
+    path: PurePosixPath
+    size: int
+    sha256: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Made:
     """The torrent, and its files with their sha256; their paths begin with the torrent's name."""
 
     torrent: TorrentFile
-    files: tuple[ManifestFile, ...]
+    files: tuple[MadeFile, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def make(
     torrent = torrent_file(info, layers, trackers=trackers, web_seeds=web_seeds)
     parse_info(torrent.info, torrent.piece_layers)
     entries = (
-        ManifestFile(PurePosixPath(folder.name, path), size, digest.sha256)
+        MadeFile(PurePosixPath(folder.name, path), size, digest.sha256)
         for (path, size), digest in zip(files, whole, strict=True)
     )
     yield Made(torrent, tuple(entries))

@@ -13,10 +13,10 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from grokfetch.errors import TorrentInvalid
-from grokfetch.manifest.schema import unsafe_name
 from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
 from grokfetch.torrent.layout import BLOCK, Layout, LayoutFile, merkle_root, power_of_two_above
+from grokfetch.torrent.names import unsafe_name
 
 __all__ = [
     "PieceLayerInvalid",

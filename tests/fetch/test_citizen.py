@@ -23,7 +23,8 @@ from grokfetch import errors
 from grokfetch.cli import main
 from grokfetch.commands.seed import Goal, _Look
 from grokfetch.commands.swarm_options import Rate, proxy_of
-from grokfetch.fetch import Limits, Outcome, fetch
+from grokfetch.events import Outcome
+from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Proxy, Swarm, SwarmSettings, seed
 from grokfetch.fetch.swarm.session import _session_settings
 from grokfetch.folder.store import Store

@@ -16,13 +16,14 @@ from support.small_disk import small_disk
 from support.torrents import content, lay_down, torrent_of, v1_torrent
 
 from grokfetch.errors import StateLocked, StorageFailed
-from grokfetch.fetch import Limits, Outcome, Status, fetch, preflight
+from grokfetch.events import Finding, Outcome, Status, Summary
+from grokfetch.fetch import Limits, fetch, preflight
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder import ledger as proofs
 from grokfetch.folder.history import read as read_history
 from grokfetch.folder.history import recorded
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import parse_torrent
 
 PIECE = 32768

@@ -9,10 +9,11 @@ from support.fetched import FILES, PIECE, SIZE, V1, V2, A, B, C, content_of, out
 from support.torrents import content, lay_down, manifest_of, v1_torrent, watch_fsync
 
 from grokfetch.errors import Contradiction, Stalled, StorageFailed, TorrentInvalid
-from grokfetch.fetch import Limits, Outcome, Status, fetch, preflight
+from grokfetch.events import Finding, Outcome, Status
+from grokfetch.fetch import Limits, fetch, preflight
 from grokfetch.folder import ledger as proofs
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import ManifestFile
 from grokfetch.torrent import read_back as hashing
 

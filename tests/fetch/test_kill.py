@@ -10,9 +10,10 @@ import time
 import pytest
 from support.torrents import content, lay_down, torrent_of
 
+from grokfetch.events import Summary
 from grokfetch.fetch.swarm import SwarmSettings, seed, session
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import parse_info, parse_torrent
 from grokfetch.torrent.read_back import CHUNK, check_pieces
 

@@ -16,14 +16,14 @@ from support.web_server import SocksProxy, WebServer
 
 from grokfetch.cli import main
 from grokfetch.errors import OutOfReach, Stalled, StorageFailed
-from grokfetch.fetch import Limits, Outcome, Status, fetch
+from grokfetch.events import Arrived, Finding, Notice, Origin, Outcome, Status, Summary
+from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, together
 from grokfetch.fetch.mirror.addresses import label, places, unusable
 from grokfetch.fetch.mirror.http import Faulty, redirected
-from grokfetch.fetch.source import Arrived, Notice, Origin
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import TokenizerSource, encode
 from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 

@@ -16,12 +16,13 @@ from support.damage import spoil
 from support.torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, TorrentInvalid
-from grokfetch.fetch import Limits, Outcome, Status, fetch
-from grokfetch.fetch.source import Notice, Order, Origin
+from grokfetch.events import Finding, Notice, Origin, Outcome, Status, Summary
+from grokfetch.fetch import Limits, fetch
+from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, seed
 from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.torrent.metainfo import parse_info, parse_torrent
 

@@ -25,7 +25,8 @@ from grokfetch.commands.mirroring import Mirrors
 from grokfetch.commands.streaming import Meanwhile, load_as_it_comes
 from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
-from grokfetch.fetch import Limits, Outcome, fetch
+from grokfetch.events import Outcome
+from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch import waiting_store as arriving
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving

@@ -14,12 +14,12 @@ from support.torrents import content, lay_down, manifest_of, v1_torrent, v2_torr
 
 from grokfetch.cli import main
 from grokfetch.errors import ManifestInvalid, StorageFailed
-from grokfetch.fetch import Outcome, fetch
-from grokfetch.fetch.source import Notice
+from grokfetch.events import Finding, Notice, Outcome, Summary
+from grokfetch.fetch import fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
-from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest import relocation as placing
 from grokfetch.manifest.relocation import beside, guesses
 from grokfetch.manifest.selection import Request

@@ -11,10 +11,11 @@ from support.torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch.cli import main
 from grokfetch.errors import NotProven, Stalled
+from grokfetch.events import Finding, Summary
 from grokfetch.fetch import fetch
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.torrent import read_back as hashing
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery")

@@ -24,18 +24,18 @@ from support.torrents import content, lay_down, manifest_of, v1_torrent
 from grokfetch import errors
 from grokfetch.cli import main
 from grokfetch.commands import status
-from grokfetch.fetch import Status, fetch
-from grokfetch.fetch.source import Origin
+from grokfetch.events import Origin, Status
+from grokfetch.fetch import fetch
 from grokfetch.folder import history
 from grokfetch.folder.history import Sample, rates, recorded, thinned
+from grokfetch.folder.lock import read_owner
 from grokfetch.folder.overview import overview
 from grokfetch.folder.record import FileProof, Record
-from grokfetch.folder.storage import read_owner
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Group, piece_map, survey
 from grokfetch.manifest.schema import Manifest, ManifestTensor
-from grokfetch.output.progress import share_text
 from grokfetch.output.terminal import ASCII_SHADES, SHADES, Screen, screen
+from grokfetch.units import share_text
 
 PIECE = 32768
 FILES = {"a": content(3 * PIECE - 100), "b": content(1000), "c": content(5 * PIECE)}

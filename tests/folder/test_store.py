@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch.errors import NotProven, StateLocked, StateMissing, StorageFailed
+from grokfetch.folder import lock
 from grokfetch.folder import record as records
-from grokfetch.folder import storage
+from grokfetch.folder.atomic import replacing
 from grokfetch.folder.record import FileProof, Record, Stamp
-from grokfetch.folder.storage import replacing
 from grokfetch.folder.store import Store
 
 PIECE = 32768
@@ -215,10 +215,10 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_trace(tmp_path):
 
 def test_a_state_file_is_on_the_disk_before_it_takes_its_place(store, monkeypatch):
     events = []
-    real_sync, real_replace = os.fsync, storage.Path.replace
+    real_sync, real_replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or real_sync(fd))
     monkeypatch.setattr(
-        storage.Path, "replace", lambda *args: events.append("rename") or real_replace(*args)
+        Path, "replace", lambda *args: events.append("rename") or real_replace(*args)
     )
     with store.lock():
         store.save_record(Record())
@@ -303,18 +303,18 @@ def test_a_lock_that_a_full_disk_does_not_take_is_told(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with Full(tmp_path / "lock", "w+") as file, pytest.raises(StorageFailed, match="disk is full"):
-        storage._acquire(file, tmp_path, exclusive=True)
+        lock._acquire(file, tmp_path, exclusive=True)
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):
-    real = storage.Path.open
+    real = Path.open
 
     def read_only(path, mode="r", *args, **kwargs):
         if mode != "rb":
             raise OSError(30, "Read-only file system")
         return real(path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(storage.Path, "open", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     (store.state / "lock").unlink()
     reader = again(store)
     with reader.lock(exclusive=False):

@@ -8,9 +8,9 @@ from support.damage import spoil
 from support.torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent, watch_fsync
 
 from grokfetch.errors import NotProven, StateMissing
-from grokfetch.folder import storage
+from grokfetch.events import Finding, Progress, Summary
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Progress, Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import ManifestFile
 from grokfetch.torrent import read_back as hashing
 from grokfetch.torrent.metainfo import parse_torrent
@@ -239,14 +239,14 @@ def test_nothing_is_recorded_before_the_data_is_flushed(store, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_verified_but_not_recorded(store, monkeypatch):
-    real = storage.Path.open
+    real = Path.open
 
     def read_only(path, mode="r", *args, **kwargs):
         if mode != "rb":
             raise OSError(30, "Read-only file system")
         return real(path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(storage.Path, "open", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     findings, summary = check(store)
     assert findings == []
     assert summary.complete

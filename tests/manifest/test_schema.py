@@ -21,8 +21,8 @@ from grokfetch.manifest.schema import (
     encode,
     parse,
     plain,
-    unsafe_name,
 )
+from grokfetch.torrent.names import unsafe_name
 
 SMALL = Manifest(
     name="small",

@@ -14,12 +14,13 @@ from support.torrents import content, lay_down, v1_torrent, v2_torrent
 from support.web_server import WebServer
 
 from grokfetch.errors import ManifestInvalid, NotProven, SelectionInvalid
-from grokfetch.fetch import Outcome, fetch
+from grokfetch.events import Outcome, Summary
+from grokfetch.fetch import fetch
 from grokfetch.fetch.mirror import MirrorSettings, Together
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
-from grokfetch.folder.verify import Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest import selection as selections
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import (

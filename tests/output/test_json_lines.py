@@ -18,11 +18,23 @@ from support.torrents import content, v1_torrent
 
 from grokfetch import __version__, errors
 from grokfetch.cli import main
-from grokfetch.fetch import Metadata, Outcome, Status, fetch, swarm
-from grokfetch.fetch.source import Notice
+from grokfetch.events import (
+    Ended,
+    Finding,
+    Loaded,
+    Metadata,
+    Notice,
+    Outcome,
+    PiecesProven,
+    Progress,
+    Started,
+    Status,
+    Summary,
+    Token,
+)
+from grokfetch.fetch import fetch, swarm
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Finding, Progress, Proven, Summary
-from grokfetch.output.json_lines import Ended, Loaded, Started, Token, as_fields, error_fields
+from grokfetch.output.json_lines import as_fields, error_fields
 from grokfetch.output.progress import Lines
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +168,7 @@ def test_progress_is_told_sparsely_and_everything_else_always():
     for second in range(40):
         now[0] = second / 10
         lines.take(Status("downloading", second, 100))
-        lines.take(Proven((second,)))
+        lines.take(PiecesProven((second,)))
     lines.take(Status("downloading", 100, 100))
     lines.take(Status("hashing", 0, 100))
     lines.take(Status("hashing", 1, 100))
@@ -171,7 +183,7 @@ ALL = [
     Metadata("n", "ab", 1, 2, 3),
     Status("checking"),
     Progress(1, 2),
-    Proven((1,)),
+    PiecesProven((1,)),
     Finding("corrupt", PurePosixPath("a/b")),
     Notice("text"),
     Loaded(1, 2, "CPU", "mapped", 0.1),

@@ -7,7 +7,8 @@ import io
 import pytest
 
 from grokfetch.output import progress
-from grokfetch.output.progress import Bar, bytes_text, seconds_text
+from grokfetch.output.progress import Bar
+from grokfetch.units import bytes_text, seconds_text
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grokfetch.errors import StorageFailed
-from grokfetch.fetch.source import Arrived, Notice, Order, Origin, Traffic
+from grokfetch.events import Arrived, Notice, Origin, Traffic
+from grokfetch.fetch.source import Order
 from grokfetch.torrent.metainfo import TorrentFile
 
 PEER = Origin("peer", "192.0.2.1")

@@ -2,9 +2,10 @@
 
 from pathlib import PurePosixPath
 
-from grokfetch.fetch import Outcome, fetch
+from grokfetch.events import Outcome, Summary
+from grokfetch.fetch import fetch
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import parse_torrent
 from support.torrents import content, v1_torrent, v2_torrent
 

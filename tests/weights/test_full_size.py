@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from grokfetch.errors import StorageFailed
+from grokfetch.events import Summary
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import Summary, verify
+from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import Manifest
 from loader.weights.checkpoint import open_checkpoint
 from loader.weights.inventory import expected

@@ -7,13 +7,13 @@ import hashlib
 import os
 from pathlib import Path
 
-from grokfetch.errors import StorageFailed
+from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, unusable
 from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Refused, Span
 from grokfetch.fetch.mirror.state import MirrorSettings
-from grokfetch.fetch.source import Notice
+from grokfetch.folder.atomic import replacing
 from grokfetch.folder.payload import refuse_linked_folders
-from grokfetch.folder.storage import replacing, storage_failed
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import TokenizerSource
 from grokfetch.torrent.read_back import sha256_of

@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from grokfetch.events import Arrived, Notice
 from grokfetch.fetch.mirror.addresses import label
 from grokfetch.fetch.mirror.http import Failed, Faulty, Http
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer
-from grokfetch.fetch.source import Arrived, Notice
 from grokfetch.torrent.layout import Layout
 
 __all__ = ["Pool"]

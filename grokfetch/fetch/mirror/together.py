@@ -21,10 +21,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 from grokfetch.errors import OutOfReach
+from grokfetch.events import Arrived, Notice, Origin, Traffic
 from grokfetch.fetch.mirror.addresses import label, unusable
 from grokfetch.fetch.mirror.pool import Pool
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
-from grokfetch.fetch.source import Arrived, Notice, Order, Origin, PieceSource, Traffic
+from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile
 

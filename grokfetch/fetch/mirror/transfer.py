@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from grokfetch.errors import storage_failed
 from grokfetch.fetch.mirror.addresses import places
 from grokfetch.fetch.mirror.http import Failed, Http, Refused, Span
 from grokfetch.fetch.mirror.state import Mirror
-from grokfetch.folder.storage import storage_failed
 from grokfetch.torrent.layout import LayoutFile, Segment
 
 __all__ = ["Lacking", "Reader", "Writer"]

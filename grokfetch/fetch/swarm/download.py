@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid
-from grokfetch.fetch.source import Arrived, Notice, Order, Traffic
+from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.events import Arrived, Notice, Traffic
+from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
 from grokfetch.fetch.swarm.tally import Tally
-from grokfetch.folder.storage import storage_failed
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file

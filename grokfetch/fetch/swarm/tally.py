@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from grokfetch.fetch.source import Origin
+from grokfetch.events import Origin
 
 __all__ = ["Tally"]
 

@@ -13,12 +13,12 @@ from itertools import islice
 from typing import Any
 
 from grokfetch import __version__
-from grokfetch.fetch.source import Origin
+from grokfetch.events import Origin
 from grokfetch.folder.history import History, rates
 from grokfetch.folder.journal import Run
 from grokfetch.folder.overview import Overview, missing_runs
-from grokfetch.output.progress import bytes_text, seconds_text, share_text, speed_text
 from grokfetch.output.report import charts
+from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
 
 __all__ = ["render"]
 

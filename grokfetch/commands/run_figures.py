@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from grokfetch.output.progress import bytes_text, seconds_text, share_text, speed_text
 from grokfetch.output.terminal import LABEL
+from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
 from loader.devices.meter import Meter
 
 if TYPE_CHECKING:

@@ -1,10 +1,9 @@
-"""How our own files reach the disk whole, who may write them, and what the disk's errors mean."""
+"""Who may write a checkpoint directory, and who does."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -13,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from grokfetch.errors import GrokfetchError, StateLocked, StorageFailed
+from grokfetch.errors import StateLocked, StorageFailed, storage_failed
 
-__all__ = ["Owner", "folder_lock", "gone", "read_owner", "replacing", "storage_failed"]
+__all__ = ["Owner", "folder_lock", "read_owner"]
 
 
 @contextlib.contextmanager
@@ -127,58 +126,3 @@ def _alive(owner: Owner) -> bool:
     except PermissionError:
         return True
     return True
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well, and leaves no trace if not.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
-    """The error of ours that tells a person what an error of the file system means."""
-    where = path or error.filename
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFailed(
-            "the disk is full", path=where, hint="make room and run the same command again"
-        )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return StorageFailed(
-            f"cannot be written ({error.strerror})",
-            path=where,
-            hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
-        )
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return StorageFailed(
-            "a file lies where a folder must be", path=where, hint="choose another folder"
-        )
-    if error.errno == errno.ENOENT and where is not None:
-        return gone(Path(where))
-    return StorageFailed(error.strerror or str(error), path=where)
-
-
-def gone(path: Path) -> StorageFailed:
-    """The error that says that something of ours is not there any more."""
-    return StorageFailed(
-        "it has vanished: somebody has removed or unmounted it",
-        path=path,
-        hint="bring it back, or run the same command again: what is still there is found",
-    )
