@@ -1,7 +1,7 @@
 import dataclasses
 import os
 import shutil
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from support.damage import spoil
