@@ -240,6 +240,7 @@ def test_a_full_disk_is_told_with_a_hint_and_keeps_the_old_record(store, monkeyp
 
 HOLD = """
 import sys
+from pathlib import Path
 from grokfetch.folder.store import Store
 with Store(Path(sys.argv[1])).lock(exclusive=sys.argv[2] == "alone"):
     print("held", flush=True)
