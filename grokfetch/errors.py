@@ -1,7 +1,7 @@
 """Everything that can go wrong, one class a cause, each with its own exit code.
 
-The README prints this table; a test compares the two. Codes 0, 1 and 2 are success, an unforeseen
-failure and click's own usage error; 130 is Ctrl-C.
+docs/reference/exit-codes.md prints this table; a test compares the two. Codes 0, 1 and 2 are
+success, an unforeseen failure and click's own usage error; 130 is Ctrl-C.
 """
 
 from __future__ import annotations

@@ -53,7 +53,11 @@ def test_every_error_has_its_own_exit_code_and_the_readme_lists_it():
     codes = {kind.exit_code: kind for kind in kinds if issubclass(kind, errors.GrokfetchError)}
     assert len(codes) == len([kind for kind in kinds if issubclass(kind, errors.GrokfetchError)])
     table = dict(
-        re.findall(r"^\| (\d+) \| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+        re.findall(
+            r"^\| (\d+) \| `(\w+)`",
+            (ROOT / "docs/reference/exit-codes.md").read_text(),
+            re.MULTILINE,
+        )
     )
     del codes[1]
     assert {int(code): name for code, name in table.items()} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,14 @@ def test_name_that_is_gone_is_found(name):
     assert len(list(unknown(f"see `loader/inference/model.py::embed` and `{name}`"))) == 1
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(str(it.relative_to(ROOT)) for it in ROOT.glob("docs/**/*.md")),
+    ],
+)
 def test_links_between_documents_lead_somewhere(document):
     path = ROOT / document
     targets = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", path.read_text())
@@ -57,19 +65,26 @@ def test_links_between_documents_lead_somewhere(document):
 
 def messages():
     """Every text in the program, with dots for what is filled in."""
-    for path in [*ROOT.glob("grokfetch/**/*.py"), *ROOT.glob("loader/*.py")]:
+    for path in [*ROOT.glob("grokfetch/**/*.py"), *ROOT.glob("loader/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             yield "".join(str(it.value) if isinstance(it, ast.Constant) else "..." for it in parts)
 
 
-def test_the_messages_that_the_readme_explains_are_the_programs():
+def test_the_messages_that_the_documents_explain_are_the_programs():
     told = "\n".join(messages())
-    section = (
-        ROOT.joinpath("README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
-    )
-    cells = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    page = ROOT.joinpath("docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
     quoted = [text for cell in cells for text in re.findall("`(.*?)`", cell)]
     assert len(quoted) >= 10
     for text in quoted:
         assert re.search(".*".join(map(re.escape, text.split("..."))), told), text
+
+
+def test_the_page_of_commands_is_what_the_program_prints():
+    script = runpy.run_path(str(ROOT / "docs/reference/generate.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run: python docs/reference/generate.py"
+
+
+def test_the_readme_is_a_front_door():
+    assert len(ROOT.joinpath("README.md").read_text().splitlines()) <= 150
