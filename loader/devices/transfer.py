@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -25,7 +25,13 @@ from loader.weights.pages import Pages
 from loader.weights.partition import expanded_rows
 from loader.weights.schema import ParamSpec
 
-__all__ = ["IN_FLIGHT", "Stored", "division", "to_devices", "transfer"]
+__all__ = ["IN_FLIGHT", "OnDevices", "Stored", "Target", "division", "to_devices", "transfer"]
+
+OnDevices: TypeAlias = Array | Quantized
+"""A tensor on its devices: float32, or int8 with its scales."""
+
+Target: TypeAlias = Sharding | jax.Device
+"""Where a tensor goes: on one device, or divided as a sharding says."""
 
 IN_FLIGHT = 2**29
 """Bytes of host memory in use at a time, beyond the arrays of CPU devices."""
@@ -59,7 +65,7 @@ def transfer(
     in_flight: int = IN_FLIGHT,
     on_bytes: Callable[[int], None] | None = None,
     drop: bool = False,
-) -> Iterator[Array | Quantized]:
+) -> Iterator[OnDevices]:
     """Tensors on their devices, in the order in which they are given.
 
     Weights stay int8 and scales bfloat16. Of several processes each reads what its own devices
@@ -87,10 +93,11 @@ def transfer(
             yield _together(legs)
 
 
-def to_devices(tensor: Stored, sharding: Sharding | None = None) -> Array | Quantized:
-    """One tensor where it is wanted, or on jax's first device; see `transfer`."""
-    where = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
-    return next(transfer([(tensor, where)]))
+def to_devices(tensor: Stored, target: Target | None = None) -> OnDevices:
+    """One tensor on `target`, or on jax's first device; see `transfer`."""
+    wanted = jax.devices()[0] if target is None else target
+    sharding = wanted if isinstance(wanted, Sharding) else SingleDeviceSharding(wanted)
+    return next(transfer([(tensor, sharding)]))
 
 
 def division(in_flight: int, cores: int) -> tuple[int, int]:
@@ -102,7 +109,7 @@ def division(in_flight: int, cores: int) -> tuple[int, int]:
     return size, max(1, min(cores, in_flight // (2 * size)))
 
 
-def _together(legs: tuple[_Leg, ...]) -> Array | Quantized:
+def _together(legs: tuple[_Leg, ...]) -> OnDevices:
     weight, *scales = (leg.array() for leg in legs)
     return Quantized(weight, scales[0]) if scales else weight
 

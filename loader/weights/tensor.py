@@ -24,10 +24,7 @@ from loader.weights.schema import ParamSpec
 from loader.weights.shard_values import ArraySpan
 
 if TYPE_CHECKING:
-    from jax import Array
-    from jax.sharding import Sharding
-
-    from loader.devices.products import Quantized
+    from loader.devices.transfer import OnDevices, Target
 
 __all__ = ["Index", "Tensor"]
 
@@ -133,12 +130,12 @@ class Tensor:
             )
         return found.reshape(result_shape)
 
-    def to_jax(self, sharding: Sharding | None = None) -> Array | Quantized:
-        """The tensor on devices; this, and nothing else here, imports jax.
+    def to_jax(self, target: Target | None = None) -> OnDevices:
+        """The tensor on devices; a thin call of `loader.devices.transfer.to_devices`.
 
         Args:
-            sharding: where each part is to go; None for all of it on jax's first device. Of several
-                processes each reads what its own devices hold.
+            target: a device, or a sharding that says where each part goes; None for all of it on
+                jax's first device. Of several processes each reads what its own devices hold.
 
         Returns:
             float32, or int8 with its scales as `loader.devices.products.Quantized`. Scale rows are
@@ -146,7 +143,7 @@ class Tensor:
         """
         from loader.devices.transfer import to_devices
 
-        return to_devices(self, sharding)
+        return to_devices(self, target)
 
     @property
     def file(self) -> npt.NDArray[np.uint8]:
