@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from support.program import HEAVY, imported_by
+from support.program import HEAVY, grokfetch, imported_by, invoke
 
 from grokfetch import cli, errors
 
@@ -45,7 +44,7 @@ def test_python_m_grokfetch_is_the_same_program():
 
 
 def test_an_unknown_command_is_a_usage_error():
-    assert CliRunner().invoke(cli.main, ["fly"]).exit_code == 2
+    grokfetch("fly", code=2)
 
 
 def test_every_error_has_its_own_exit_code_and_the_readme_lists_it():
@@ -103,13 +102,11 @@ def test_a_file_in_the_place_of_a_folder_is_told_with_what_to_do(tmp_path):
     (tmp_path / "file").touch()
     torrent = ROOT / "demo/published/grok-demo.torrent"
     arguments = ["fetch", torrent, "--to", tmp_path / "file/below", "--no-discovery"]
-    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
-    assert result.exit_code == errors.StorageFailed.exit_code
+    result = invoke(*arguments, code=errors.StorageFailed.exit_code)
     assert "a file lies where a folder must be" in result.stderr
     assert "choose another folder" in result.stderr
 
 
 def test_an_empty_source_is_not_the_folder_at_hand():
-    result = CliRunner().invoke(cli.main, ["fetch", ""])
-    assert result.exit_code == errors.SourceInvalid.exit_code
+    result = invoke("fetch", "", code=errors.SourceInvalid.exit_code)
     assert "SOURCE is empty" in result.stderr

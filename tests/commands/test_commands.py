@@ -14,19 +14,16 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 import pytest
-from click.testing import CliRunner
 from support import golden
-from support.program import grokfetch
-from support.torrents import torrent_of
+from support.program import grokfetch, invoke
+from support.release import publish
 
 from grokfetch import errors
-from grokfetch.cli import main
 from grokfetch.commands import fitting
 from grokfetch.fetch.swarm import SwarmSettings, seed
-from grokfetch.manifest.schema import Manifest, TokenizerSource, encode, parse
+from grokfetch.manifest.schema import TokenizerSource, parse
 from grokfetch.torrent.metainfo import parse_torrent
 from loader.weights.capacity import Memory
-from loader.weights.inventory import expected
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
 ALONE = ("--dtype", "float32", "--mesh", "model=1")
@@ -39,24 +36,8 @@ TOKENIZER = TokenizerSource(
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The golden checkpoint as a stranger publishes it: folder, torrent, manifest, magnet link."""
     root = tmp_path_factory.mktemp("published")
-    shutil.copytree(golden.TINY / "ckpt-0", root / "release" / "ckpt-0")
-    root.joinpath("release/NOTES").write_text("an extra file")
-    torrent = torrent_of(root / "release", 32 * 1024)
-    root.joinpath("tiny.torrent").write_bytes(torrent)
-    files, tensors = expected(golden.CONFIG, PurePosixPath("ckpt-0"))
-    info_hash = parse_torrent(torrent).info_hash
-    made = Manifest(
-        "tiny",
-        files,
-        info_hash=info_hash,
-        magnet=f"magnet:?xt=urn:btih:{info_hash}",
-        tensors=tensors,
-        model=golden.CONFIG.to_mapping(),
-        tokenizer=TOKENIZER,
-    )
-    root.joinpath("tiny.json").write_bytes(encode(made))
+    publish(root, 32 * 1024, "an extra file", TOKENIZER)
     return root
 
 
@@ -133,8 +114,8 @@ def test_the_state_can_be_kept_elsewhere_and_every_command_finds_it(published, p
 
 
 def test_files_that_only_the_torrent_has_are_listed(published, peer, tmp_path):
-    command = ["fetch", published / "tiny.json", "--to", tmp_path / "out", "--peer", peer]
-    result = CliRunner().invoke(main, [str(word) for word in (*command, *LOOPBACK)])
+    command = ("fetch", published / "tiny.json", "--to", tmp_path / "out", "--peer", peer)
+    result = invoke(*command, *LOOPBACK)
     assert "also in the torrent: release/NOTES, 13 B" in result.stderr
 
 

@@ -10,10 +10,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from support.program import grokfetch
 
 from grokfetch import errors
-from grokfetch.cli import main
 from grokfetch.manifest.shipped import demo_folder
 from loader.devices.paging import Paging
 from loader.devices.placement import load, make_mesh, share
@@ -190,6 +189,7 @@ def miswired():
     return Engine(CONFIG, params, mesh, "float32"), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG_WEIGHTS)
 def test_weights_in_wrong_places_say_noise(miswired, fault):
     engine, params = miswired
@@ -262,12 +262,6 @@ def test_it_has_two_megabytes_at_most():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert len(files) == len(MANIFEST["files"]) + 2
     assert sum(path.stat().st_size for path in files) <= 2_000_000
-
-
-def grokfetch(*args, code=0):
-    result = CliRunner().invoke(main, [*map(str, args)])
-    assert result.exit_code == code, result.output
-    return result.stdout
 
 
 def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):

@@ -13,13 +13,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
+from support.program import grokfetch
 from support.release import PIECE, publish
 
-from grokfetch.cli import main
 from grokfetch.errors import MeshInvalid, NotProven, OutOfReach, SelectionInvalid
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.folder.store import Store
@@ -168,12 +167,6 @@ def fetched(published, tmp_path_factory):
     return folders
 
 
-def grokfetch(*arguments):
-    result = CliRunner().invoke(main, list(map(str, arguments)))
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def host_spans(number, gap=1):
     """For each shard by name, the bytes that a host needs."""
     share = share_of_host(MESH, number, 2)
@@ -238,7 +231,7 @@ def test_extract_of_another_checkpoint_is_refused(published, place):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options):
-    assert CliRunner().invoke(main, [*options]).exit_code == 2
+    grokfetch(*options, code=2)
 
 
 # --- two processes -------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ from pathlib import PurePosixPath
 
 import libtorrent
 import pytest
-from click.testing import CliRunner
 from support import golden
+from support.program import grokfetch
 from support.torrents import content, lay_down
 
 from grokfetch import errors
-from grokfetch.cli import main
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.manifest.schema import parse
 from grokfetch.torrent import create as making
@@ -43,9 +42,7 @@ def made(folder, piece_length=PIECE, **kwargs):
 
 def publish(*arguments, code=0):
     """The program's stdout, or both streams where it is to fail."""
-    result = CliRunner().invoke(main, ["publish", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result.output if code else result.stdout.strip()
+    return grokfetch("publish", *arguments, code=code).strip()
 
 
 @pytest.fixture
@@ -175,13 +172,13 @@ def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
     shutil.move(ours / "tiny.json", tmp_path / "their.json")
     with seed(torrent, ours, SwarmSettings.loopback()) as seeder:
         for topic in (magnet, magnet.replace(f"xt=urn:btih:{link.info_hash}&", "")):
-            run("fetch", f"{topic}&x.pe=127.0.0.1:{seeder.port}", "--to", theirs, *LOOPBACK)
-            run("verify", theirs)
+            grokfetch("fetch", f"{topic}&x.pe=127.0.0.1:{seeder.port}", "--to", theirs, *LOOPBACK)
+            grokfetch("verify", theirs)
             shutil.rmtree(theirs)
         source = (f"{magnet}&x.pe=127.0.0.1:{seeder.port}", "--manifest", tmp_path / "their.json")
-        run("fetch", *source, "--to", theirs, *LOOPBACK)
-    assert f"by the piece hashes of {link.info_hash}" in run("verify", theirs)
-    text = run(
+        grokfetch("fetch", *source, "--to", theirs, *LOOPBACK)
+    assert f"by the piece hashes of {link.info_hash}" in grokfetch("verify", theirs)
+    text = grokfetch(
         "run",
         theirs,
         "--tokens",
@@ -194,12 +191,6 @@ def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
         "model=1",
     )
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
-
-
-def run(*arguments):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_any_folder_is_published_with_a_plain_manifest_and_left_as_it_was(top, tmp_path):
@@ -244,7 +235,7 @@ def test_a_fetch_that_is_not_complete_is_not_published(top, tmp_path):
     lay_down(tmp_path / "other", FILES)
     (tmp_path / "x.torrent").write_bytes(encode_torrent(made(top).torrent))
     folder = tmp_path / "other"
-    run("fetch", tmp_path / "x.torrent", "--to", folder, *LOOPBACK)
+    grokfetch("fetch", tmp_path / "x.torrent", "--to", folder, *LOOPBACK)
     publish(folder)
     folder.joinpath("top/a").write_bytes(b"half")
     publish(folder, code=errors.NotProven.exit_code)

@@ -8,19 +8,17 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import libtorrent
 import pytest
-from click.testing import CliRunner
 from support.damage import spoil
-from support.torrents import content, lay_down, torrent_of
+from support.program import grokfetch, invoke, started
+from support.release import publish_files
+from support.torrents import content, torrent_of
 
 from grokfetch import errors
-from grokfetch.cli import main
 from grokfetch.commands.seed import Goal, _Look
 from grokfetch.commands.swarm_options import Rate, proxy_of
 from grokfetch.events import Outcome
@@ -42,15 +40,13 @@ LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery")
 def published(request, tmp_path_factory):
     """(folder, torrent) in each version of BitTorrent."""
     folder = tmp_path_factory.mktemp(request.param)
-    lay_down(folder, FILES)
-    return folder, torrent_of(folder / "top", PIECE, version=request.param)
+    return folder, publish_files(folder, FILES, PIECE, request.param)
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hybrid")
-    lay_down(folder, FILES)
-    return folder, torrent_of(folder / "top", PIECE)
+    return folder, publish_files(folder, FILES, PIECE)
 
 
 def get(root, torrent, port, limits=LIMITS, **settings):
@@ -60,20 +56,11 @@ def get(root, torrent, port, limits=LIMITS, **settings):
 
 
 @contextlib.contextmanager
-def program(*arguments):
-    """The program in a process of its own; yields it and its port once it seeds."""
-    command = [sys.executable, "-m", "grokfetch", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        try:
-            line = next(line for line in child.stderr if "sharing" in line)
-            yield child, int(re.search(r"port (\d+)", line)[1])
-            child.wait(20)
-        finally:
-            child.kill()
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+def seeding(*arguments):
+    """The program in a process of its own and its port, once it seeds; it is to end by itself."""
+    with started(*arguments, *LOOPBACK, until="sharing") as (child, lines):
+        yield child, int(re.search(r"port (\d+)", lines[-1])[1])
+        child.wait(20)
 
 
 @pytest.fixture
@@ -90,7 +77,7 @@ def whole(tmp_path, published):
 
 def test_a_fetched_folder_is_shared_until_the_ratio_is_reached(tmp_path, whole):
     folder, torrent = whole
-    with program("seed", folder, "--ratio", "1", *LOOPBACK) as (child, port):
+    with seeding("seed", folder, "--ratio", "1") as (child, port):
         pieces = Store(folder).layout().piece_count
         assert get(tmp_path / "new", torrent, port) == Outcome(SIZE, pieces, 0)
     assert child.returncode == 0
@@ -101,7 +88,7 @@ def test_only_what_is_proven_is_shared(tmp_path, whole):
     spoil(folder / "top/a", 5)
     layout = Store(folder).layout()
     doubted = set(layout.pieces_over(layout.payload[0]))
-    with program("seed", folder, *LOOPBACK) as (child, port):
+    with seeding("seed", folder) as (child, port):
         with pytest.raises(errors.Stalled):
             get(tmp_path / "new", torrent, port, Limits(stall_s=1, save_s=0))
         child.send_signal(signal.SIGINT)
@@ -109,7 +96,7 @@ def test_only_what_is_proven_is_shared(tmp_path, whole):
 
 
 def test_ctrl_c_ends_seeding_well_and_says_what_was_shared(whole):
-    with program("seed", whole[0], *LOOPBACK) as (child, _):
+    with seeding("seed", whole[0]) as (child, _):
         child.send_signal(signal.SIGINT)
         assert re.search(r"0 B shared in .*, ratio 0\.00\n$", child.stderr.read())
     assert child.returncode == 0
@@ -117,11 +104,10 @@ def test_ctrl_c_ends_seeding_well_and_says_what_was_shared(whole):
 
 def test_fetch_goes_on_seeding_if_it_is_told_to(tmp_path, hybrid):
     folder, torrent = hybrid
-    tmp_path.joinpath("x.torrent").write_bytes(torrent)
     with seed(torrent, folder, HERE) as seeder:
-        arguments = ("fetch", tmp_path / "x.torrent", "--to", tmp_path / "one", "--seed")
+        arguments = ("fetch", folder / "top.torrent", "--to", tmp_path / "one", "--seed")
         peer = ("--peer", f"127.0.0.1:{seeder.port}")
-        with program(*arguments, "--ratio", "1", *peer, *LOOPBACK) as (child, port):
+        with seeding(*arguments, "--ratio", "1", *peer) as (child, port):
             before = seeder.uploaded()
             get(tmp_path / "two", torrent, port)
             assert seeder.uploaded() == before
@@ -130,26 +116,25 @@ def test_fetch_goes_on_seeding_if_it_is_told_to(tmp_path, hybrid):
 
 
 def test_seeding_ends_when_its_time_is_over(whole):
-    result = call("seed", whole[0], "--for", "0.1s", *LOOPBACK)
-    assert result.exit_code == 0
+    result = invoke("seed", whole[0], "--for", "0.1s", *LOOPBACK)
     assert "ratio 0.00" in result.stderr
 
 
 def test_a_machine_reads_how_seeding_goes(whole):
-    result = call("seed", whole[0], "--for", "0.1s", "--json", *LOOPBACK)
-    started, seeding, finished = map(json.loads, result.stdout.splitlines())
-    assert (started["event"], started["command"], started["schema"]) == ("started", "seed", 1)
-    assert seeding["event"] == "seeding"
-    assert 0 < seeding["port"] < 65536
-    assert seeding["pieces"] == len(Store(whole[0]).record().pieces)
-    assert (seeding["uploaded"], seeding["peers"]) == (0, 0)
+    text = grokfetch("seed", whole[0], "--for", "0.1s", "--json", *LOOPBACK)
+    first, sharing, finished = map(json.loads, text.splitlines())
+    assert (first["event"], first["command"], first["schema"]) == ("started", "seed", 1)
+    assert sharing["event"] == "seeding"
+    assert 0 < sharing["port"] < 65536
+    assert sharing["pieces"] == len(Store(whole[0]).record().pieces)
+    assert (sharing["uploaded"], sharing["peers"]) == (0, 0)
     assert finished["event"] == "finished"
     assert (finished["uploaded"], finished["ratio"]) == (0, 0)
 
 
 def test_while_it_is_shared_a_folder_is_read_and_not_written(whole):
     folder, _ = whole
-    with program("seed", folder, *LOOPBACK) as (child, _):
+    with seeding("seed", folder) as (child, _):
         with pytest.raises(errors.StateLocked), Store(folder).lock():
             pass
         with Store(folder).lock(exclusive=False):
@@ -170,10 +155,9 @@ def test_a_folder_without_anything_proven_is_not_shared(tmp_path, whole):
     folder, _ = whole
     for name in FILES:
         spoil(folder / "top" / name, 5)
-    assert call("seed", folder, *LOOPBACK).exit_code == errors.NotProven.exit_code
+    grokfetch("seed", folder, *LOOPBACK, code=errors.NotProven.exit_code)
     tmp_path.joinpath("empty").mkdir()
-    result = call("seed", tmp_path / "empty", *LOOPBACK)
-    assert result.exit_code == errors.StateMissing.exit_code
+    grokfetch("seed", tmp_path / "empty", *LOOPBACK, code=errors.StateMissing.exit_code)
 
 
 def test_the_goal_is_whichever_comes_first():
@@ -185,11 +169,11 @@ def test_the_goal_is_whichever_comes_first():
 
 @pytest.mark.parametrize("arguments", [("--for", "soon"), ("--ratio", "0"), ("--up", "fast")])
 def test_goals_and_rates_that_are_none_are_wrong_calls(tmp_path, arguments):
-    assert call("seed", tmp_path, *arguments).exit_code == 2
+    grokfetch("seed", tmp_path, *arguments, code=2)
 
 
 def test_a_goal_without_seeding_is_a_wrong_call(tmp_path):
-    assert call("fetch", "--to", tmp_path, "--ratio", "1").exit_code == 2
+    grokfetch("fetch", "--to", tmp_path, "--ratio", "1", code=2)
 
 
 # --- taking part ---------------------------------------------------------------------------------
@@ -210,7 +194,7 @@ def test_proxies_are_read():
 
 @pytest.mark.parametrize("text", ["h:1", "http://h:1", "socks5://h", "socks5://h:x", "socks5://:1"])
 def test_what_is_no_proxy_is_a_wrong_call(tmp_path, text):
-    assert call("seed", tmp_path, "--proxy", text).exit_code == 2
+    grokfetch("seed", tmp_path, "--proxy", text, code=2)
 
 
 def test_each_way_to_find_peers_can_be_left_out():

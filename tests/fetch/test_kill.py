@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from support.torrents import content, lay_down, torrent_of
+from support.release import publish_files
+from support.torrents import content
 
 from grokfetch.events import Summary
 from grokfetch.fetch.swarm import SwarmSettings, seed, session
@@ -79,17 +80,14 @@ class Watch:
 
 @pytest.fixture(params=["v1", "v2", "hybrid"])
 def published(request, tmp_path):
-    lay_down(tmp_path / "ours", FILES)
-    data = torrent_of(tmp_path / "ours/top", PIECE, version=request.param)
-    tmp_path.joinpath("x.torrent").write_bytes(data)
-    return tmp_path, data
+    return tmp_path, publish_files(tmp_path / "ours", FILES, PIECE, request.param)
 
 
 def run(folder, seeder, target):
     """Run a fetch until the seed has sent so many bytes in all, then kill it; None: to the end."""
     log = folder / "log"
     log.write_bytes(b"")
-    arguments = (folder / "theirs", folder / "x.torrent", f"127.0.0.1:{seeder.port}", log)
+    arguments = (folder / "theirs", folder / "ours/top.torrent", f"127.0.0.1:{seeder.port}", log)
     with subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)]) as child:
         if target is None:
             assert child.wait(60) == 0

@@ -9,12 +9,11 @@ from pathlib import PurePosixPath
 
 import httpx
 import pytest
-from click.testing import CliRunner
 from support.fake_swarm import FakeSwarm, NoPeers
+from support.program import grokfetch, invoke
 from support.torrents import content, lay_down, manifest_of, torrent_of, v1_torrent, v2_torrent
 from support.web_server import SocksProxy, WebServer
 
-from grokfetch.cli import main
 from grokfetch.errors import OutOfReach, Stalled, StorageFailed
 from grokfetch.events import Arrived, Finding, Notice, Origin, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch
@@ -541,12 +540,6 @@ def test_a_tokenizer_is_not_written_over_the_payload_or_through_a_link(with_toke
 # --- the command ----------------------------------------------------------------------------------
 
 
-def grokfetch(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
-
-
 HERE = ("--listen", "127.0.0.1:0", "--no-discovery", "--timeout", "20")
 
 
@@ -567,7 +560,7 @@ def test_the_command_fetches_from_the_manifests_mirror_and_the_tokenizer_too(tmp
         tmp_path.joinpath("t.torrent").write_bytes(encode_torrent(torrent_v1))
         out = tmp_path / "out"
         arguments = ("fetch", tmp_path / "t.torrent", "--manifest", tmp_path / "m.json")
-        text = grokfetch(*arguments, "--to", out, *HERE)
+        text = invoke(*arguments, "--to", out, *HERE).output
         assert "tokenizer fetched" in text
         assert "proven in" in text
         assert whole(out)

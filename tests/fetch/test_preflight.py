@@ -10,13 +10,11 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from support.fake_swarm import FakeSwarm
-from support.program import HEAVY, imported_by
+from support.program import HEAVY, grokfetch, imported_by, invoke
 from support.small_disk import small_disk
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.cli import main
 from grokfetch.commands.plan import Machine, mapped, shares, verdict
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch import fetch, preflight
@@ -129,12 +127,9 @@ def test_a_read_only_disk_is_refused_by_plan_and_fetch_and_still_shows_its_statu
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(StorageFailed, match="Read-only"):
             list(fetch(Store(disk), FakeSwarm(TORRENT, dict(FILES))))
-        for command in (["plan", "--to", str(disk)], ["fetch", str(disk)]):
-            result = CliRunner().invoke(main, command)
-            assert result.exit_code == StorageFailed.exit_code
-            assert "Read-only" in result.output
-        result = CliRunner().invoke(main, ["status", str(disk)])
-        assert "1 absent" in result.output
+        for command in (["plan", "--to", disk], ["fetch", disk]):
+            assert "Read-only" in grokfetch(*command, code=StorageFailed.exit_code)
+        assert "1 absent" in grokfetch("status", disk)
 
 
 def test_a_file_that_may_not_be_written_is_named(tmp_path, monkeypatch):
@@ -228,9 +223,7 @@ def test_the_shares_of_grok_1_are_what_the_loader_places():
 
 
 def planned(folder, *arguments, code=0):
-    result = CliRunner().invoke(main, ["plan", *map(str, arguments), "--to", str(folder)])
-    assert result.exit_code == code, result.output
-    return result.stdout
+    return invoke("plan", *arguments, "--to", folder, code=code).stdout
 
 
 def test_plan_prints_tables_that_fit_80_columns(tmp_path, monkeypatch):

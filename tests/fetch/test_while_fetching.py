@@ -13,13 +13,12 @@ from pathlib import PurePosixPath
 
 import jax
 import pytest
-from click.testing import CliRunner
 from support import golden
 from support.fake_swarm import FakeSwarm
+from support.program import grokfetch
 from support.release import publish
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.cli import main
 from grokfetch.commands.loading import Arrangement, Loading
 from grokfetch.commands.mirroring import Mirrors
 from grokfetch.commands.streaming import Meanwhile, load_as_it_comes
@@ -247,9 +246,8 @@ def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp
             *("--peer", f"127.0.0.1:{peer.port}", "--listen", "127.0.0.1:0", "--no-discovery"),
             *("--dtype", "float32", "--mesh", "model=1", "--placement", "sharded"),
         )
-        result = CliRunner().invoke(main, list(map(str, arguments)))
-    assert result.exit_code == 0, result.output
-    events = [json.loads(line) for line in result.stdout.splitlines()]
+        text = grokfetch(*arguments)
+    events = [json.loads(line) for line in text.splitlines()]
     kinds = [event.get("phase", event["event"]) for event in events]
     last = max(index for index, kind in enumerate(kinds) if kind == "piece")
     assert "loading" in kinds[:last]
@@ -271,4 +269,4 @@ def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
 
 @pytest.mark.parametrize("options", [["--source", "x"], ["--while-fetching", "--unproven"]])
 def test_options_that_go_together_or_not(options):
-    assert CliRunner().invoke(main, ["run", "x", "--tokens", "1", *options]).exit_code == 2
+    grokfetch("run", "x", "--tokens", "1", *options, code=2)

@@ -6,13 +6,12 @@ import shutil
 from pathlib import PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_swarm import FakeSwarm, Killed, write_at
+from support.program import grokfetch
 from support.torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent
 
-from grokfetch.cli import main
 from grokfetch.errors import ManifestInvalid, StorageFailed
 from grokfetch.events import Finding, Notice, Outcome, Summary
 from grokfetch.fetch import fetch
@@ -236,11 +235,6 @@ def test_the_commands_know_where_adopted_files_lie(tmp_path):
     lay_down(tmp_path / "seed", FILES)
     torrent = tmp_path / "x.torrent"
     torrent.write_bytes(encode_torrent(V1))
-
-    def grokfetch(*arguments):
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert result.exit_code == 0, result.output
-        return result.output
 
     here = ("--no-discovery", "--listen", "127.0.0.1:0", "--peer")
     with seed(torrent.read_bytes(), tmp_path / "seed", SwarmSettings.loopback()) as seeder:

@@ -4,12 +4,12 @@ import os
 from pathlib import Path, PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from support.fake_swarm import FakeSwarm, write_at
 from support.fetched import FILES, PIECE, SIZE, V1, V2, A, C, content_of, outcome, run
-from support.torrents import content, lay_down, manifest_of, torrent_of
+from support.program import grokfetch, invoke
+from support.release import publish_files
+from support.torrents import content, manifest_of
 
-from grokfetch.cli import main
 from grokfetch.errors import NotProven, Stalled
 from grokfetch.events import Finding, Summary
 from grokfetch.fetch import fetch
@@ -103,38 +103,29 @@ def test_a_digest_does_not_vouch_for_a_file_that_an_interrupted_repair_found_bad
 def published(tmp_path_factory):
     """(folder, torrent) of one larger file."""
     folder = tmp_path_factory.mktemp("published")
-    lay_down(folder, {"weights": content(8 << 20)})
-    return folder, torrent_of(folder / "top", 1 << 18)
+    return folder, publish_files(folder, {"weights": content(8 << 20)}, 1 << 18)
 
 
 @pytest.mark.parametrize("command", ["fetch", "verify"])
 def test_a_corrupted_byte_costs_one_piece_on_the_wire(tmp_path, published, command):
     folder, torrent = published
-    tmp_path.joinpath("x.torrent").write_bytes(torrent)
     target = tmp_path / "out"
     with seed(torrent, folder, SwarmSettings.loopback()) as seeder:
         peer = ("--peer", f"127.0.0.1:{seeder.port}", *LOOPBACK)
-        grokfetch("fetch", tmp_path / "x.torrent", "--to", target, *peer)
+        grokfetch("fetch", folder / "top.torrent", "--to", target, *peer)
         before = seeder.uploaded()
         rot(target / "top/weights", 1_000_000)
-        text = grokfetch(command, target, "--repair", *peer)
-        assert "corrupt piece 3 top/weights" in text
+        result = invoke(command, target, "--repair", *peer)
+        assert "corrupt piece 3 top/weights" in result.output
         assert 0 < seeder.uploaded() - before <= 1 << 18
     assert grokfetch("verify", target).startswith("8,388,608 of 8,388,608 bytes proven")
     source = folder / "top/weights"
     assert Path(target, PurePosixPath("top/weights")).read_bytes() == source.read_bytes()
 
 
-def grokfetch(*arguments):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_a_repair_gives_up_after_the_time_it_is_given(tmp_path):
     run(tmp_path, FakeSwarm(V1, dict(FILES)))
     write_at(tmp_path / C, 5, b"spoiled")
-    arguments = ["verify", str(tmp_path), "--repair", "--timeout", "0.2", *LOOPBACK]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == Stalled.exit_code
+    arguments = ("verify", tmp_path, "--repair", "--timeout", "0.2", *LOOPBACK)
+    result = invoke(*arguments, code=Stalled.exit_code)
     assert "no data for 0 s" in result.stderr

@@ -15,14 +15,12 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from support.damage import forget
 from support.fake_swarm import FakeSwarm, Killed
-from support.program import HEAVY, imported_by
+from support.program import HEAVY, imported_by, invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch import errors
-from grokfetch.cli import main
 from grokfetch.commands import status
 from grokfetch.events import Origin, Status
 from grokfetch.fetch import fetch
@@ -51,9 +49,7 @@ def fetched(tmp_path):
 
 
 def shown(root, *arguments, code=0):
-    result = CliRunner().invoke(main, ["status", str(root), *arguments])
-    assert result.exit_code == code, result.output
-    return result.output
+    return invoke("status", root, *arguments, code=code).output
 
 
 def machine(root):
@@ -240,9 +236,7 @@ def test_plain_text_has_no_picture_and_says_one_thing_a_line(fetched):
     assert text.isascii()
     assert "pieces missing: 2 to 3, 7\n" in text
     assert all(": " in line for line in text.splitlines())
-    asked = CliRunner().invoke(
-        main, ["status", str(fetched)], env={"GROKFETCH_PLAIN": "1", "COLUMNS": "30"}
-    )
+    asked = invoke("status", fetched, env={"GROKFETCH_PLAIN": "1", "COLUMNS": "30"})
     assert re.sub(r"[\d.]+ s ago", "", asked.output) == re.sub(r"[\d.]+ s ago", "", text)
 
 

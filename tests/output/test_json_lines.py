@@ -11,13 +11,12 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from support import golden
 from support.fake_swarm import FakeSwarm
+from support.program import grokfetch, invoke
 from support.torrents import content, v1_torrent
 
 from grokfetch import __version__, errors
-from grokfetch.cli import main
 from grokfetch.events import (
     Ended,
     Finding,
@@ -58,8 +57,7 @@ def begun(tmp_path):
 
 def events(*arguments, code=0):
     """The events that the program prints, after a look at what holds for every stream."""
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
-    assert result.exit_code == code, result.output
+    result = invoke(*arguments, "--json", code=code)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert found[0]["event"] == "started"
     assert found[0]["schema"] == 1
@@ -137,15 +135,14 @@ def test_ctrl_c_and_the_unforeseen_are_errors_too(begun, monkeypatch):
 
 
 def test_without_json_nothing_of_it_is_printed(begun):
-    result = CliRunner().invoke(main, ["verify", str(begun)])
+    result = invoke("verify", begun, code=errors.Damaged.exit_code)
     assert result.stdout.startswith("corrupt piece 4 top/c")
     assert "{" not in result.output
 
 
 def test_a_run_tells_loading_tokens_and_times(tmp_path):
     folder = shutil.copytree(golden.TINY, tmp_path / "tiny")
-    arguments = ["manifest", str(folder), "--config", str(folder / "config.json")]
-    assert CliRunner().invoke(main, arguments).exit_code == 0
+    grokfetch("manifest", folder, "--config", folder / "config.json")
     arguments = ["--tokens", "181", "--max-tokens", 3, "--dtype", "float32"]
     found = events("run", folder, *arguments, "--placement", "sharded", "--mesh", "model=1")
     tokens = [event["id"] for event in of(found, "token")]
@@ -240,5 +237,5 @@ def test_completion_prints_a_script_for_the_shell(shell):
 def test_nothing_is_coloured_on_a_terminal_or_off_it(begun, monkeypatch):
     for value in ("", "1"):
         monkeypatch.setenv("NO_COLOR", value)
-        result = CliRunner().invoke(main, ["verify", str(begun)], color=True)
+        result = invoke("verify", begun, code=errors.Damaged.exit_code, color=True)
         assert "\x1b" not in result.output

@@ -13,15 +13,13 @@ from html.parser import HTMLParser
 from pathlib import PurePosixPath
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.damage import forget
 from support.fake_swarm import FakeSwarm
-from support.program import HEAVY, imported_by
+from support.program import HEAVY, grokfetch, imported_by
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.cli import main
 from grokfetch.fetch import fetch
 from grokfetch.folder import journal
 from grokfetch.folder.history import Sample, recorded
@@ -147,14 +145,11 @@ def filled(tmp_path_factory):
 
 
 def page_of(folder, *arguments):
-    result = CliRunner().invoke(main, ["report", str(folder), "-o", "-", *arguments])
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return grokfetch("report", folder, "-o", "-", *arguments)
 
 
 def told_of(folder):
-    result = CliRunner().invoke(main, ["status", str(folder), "--json"])
-    return json.loads(result.stdout)
+    return json.loads(grokfetch("status", folder, "--json"))
 
 
 def test_the_numbers_on_the_page_are_those_that_status_tells(filled):
@@ -253,11 +248,9 @@ def test_a_file_name_that_is_no_text_is_shown_by_its_bytes(filled):
 
 def test_the_page_is_written_whole_or_not_at_all(filled, tmp_path):
     target = tmp_path / "report.html"
-    result = CliRunner().invoke(main, ["report", str(filled), "-o", str(target)])
-    assert result.stdout.startswith(f"{target}: ")
+    assert grokfetch("report", filled, "-o", target).startswith(f"{target}: ")
     assert target.read_text().endswith("</html>\n")
-    result = CliRunner().invoke(main, ["report", str(filled), "-o", str(tmp_path / "no/where")])
-    assert result.exit_code == 16
+    grokfetch("report", filled, "-o", tmp_path / "no/where", code=16)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 

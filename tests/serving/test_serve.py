@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -18,12 +15,11 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
+from support.program import grokfetch, started
 
-from grokfetch.cli import main
 from grokfetch.commands.serve import _Jobs
 from grokfetch.serving.app import LARGEST_BODY, application
 from grokfetch.serving.model import Served
@@ -439,56 +435,32 @@ def folder(tmp_path):
     """The golden checkpoint as a folder that can be served."""
     folder = tmp_path / "golden"
     shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
-    made = CliRunner().invoke(
-        main, ["manifest", str(folder), "--config", str(golden.TINY / "config.json")]
-    )
-    assert made.exit_code == 0, made.output
+    grokfetch("manifest", folder, "--config", golden.TINY / "config.json")
     return folder
 
 
 def test_sigterm_under_load_answers_what_is_at_work_and_ends_with_success(folder):
-    program = [
-        sys.executable,
-        "-m",
-        "grokfetch",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        "--slots",
-        "2",
-    ]
-    with subprocess.Popen(
-        [*program, "--dtype", "float32"], stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
-        try:
-            heard = [""]
-            while "http://" not in heard[-1]:
-                heard.append(process.stderr.readline())
-                assert heard[-1], process.wait()
-            assert "compiled for up to 2 texts at once" in heard[-2]
-            url = "http://" + heard[-1].split("http://")[1].split("/")[0]
-            body = {"prompt": P1, "temperature": 0, "max_tokens": 40, "stream": True}
-            with httpx.stream(
-                "POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_S
-            ) as answer:
-                lines = answer.iter_lines()
-                first = next(lines)
-                process.send_signal(signal.SIGTERM)
-                assert "no new requests" in process.stderr.readline()
-                texts = [first, *lines]
-            tokens = "".join(
-                json.loads(line[6:])["choices"][0]["text"]
-                for line in texts
-                if line.startswith("data: {")
-            )
-            assert [int(token) for token in tokens.split()][:32] == [
-                ord(letter) - 0x4E00 for letter in WANTED
-            ]
-            assert len(tokens.split()) == 40
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
-            assert process.wait(DEADLINE_S) == 0
-            assert "Traceback" not in process.stderr.read()
-        finally:
-            process.kill()
+    command = ("serve", folder, "--port", 0, "--slots", 2, "--dtype", "float32")
+    with started(*command, until="http://") as (process, lines):
+        assert "compiled for up to 2 texts at once" in lines[-2]
+        url = "http://" + lines[-1].split("http://")[1].split("/")[0]
+        body = {"prompt": P1, "temperature": 0, "max_tokens": 40, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_S) as answer:
+            streamed = answer.iter_lines()
+            first = next(streamed)
+            process.send_signal(signal.SIGTERM)
+            assert "no new requests" in process.stderr.readline()
+            texts = [first, *streamed]
+        tokens = "".join(
+            json.loads(line[6:])["choices"][0]["text"]
+            for line in texts
+            if line.startswith("data: {")
+        )
+        assert [int(token) for token in tokens.split()][:32] == [
+            ord(letter) - 0x4E00 for letter in WANTED
+        ]
+        assert len(tokens.split()) == 40
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        assert process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in process.stderr.read()

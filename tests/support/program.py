@@ -1,8 +1,10 @@
-"""The program as tests run it: in this process, and what a fresh interpreter imports for it."""
+"""The program as tests run it: in this process, in one of its own, and what it imports."""
 
+import contextlib
 import subprocess
 import sys
 
+import pytest
 from click.testing import CliRunner
 
 from grokfetch.cli import main
@@ -10,13 +12,36 @@ from grokfetch.cli import main
 HEAVY = {"jax", "jaxlib", "numpy", "libtorrent"}
 
 
-def grokfetch(*arguments, code=0):
-    """Run the program in this process; stdout, or both streams where it is to fail."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
+def invoke(*arguments, code=0, **options):
+    """Run the program in this process; `code` 1 is for an exception that nobody foresaw."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
+    foreseen = result.exception is None or isinstance(result.exception, SystemExit)
+    if not foreseen and code != 1:
         raise result.exception
     assert result.exit_code == code, result.output
+    return result
+
+
+def grokfetch(*arguments, code=0):
+    """Run the program in this process; stdout, or both streams where it is to fail."""
+    result = invoke(*arguments, code=code)
     return result.output if code else result.stdout
+
+
+@contextlib.contextmanager
+def started(*arguments, until):
+    """The program in a process of its own, and its lines on stderr up to one that has `until`."""
+    command = [sys.executable, "-m", "grokfetch", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            lines = []
+            while not lines or until not in lines[-1]:
+                lines.append(child.stderr.readline())
+                if not lines[-1]:
+                    pytest.fail(f"ended with {child.wait()}: {''.join(lines)}")
+            yield child, lines
+        finally:
+            child.kill()
 
 
 def imported_by(code: str) -> set[str]:
