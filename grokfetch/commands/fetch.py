@@ -185,14 +185,11 @@ def bring(
     """Fetch with a bar; findings and notices go above it."""
     from grokfetch import fetch as fetching
     from grokfetch.events import Outcome
-    from grokfetch.folder.history import recorded
-    from grokfetch.folder.journal import checked
 
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
-    brought = fetching.fetch(
+    events = fetching.fetch(
         store, source, manifest=manifest, limits=limits, repair=repair, request=request
     )
-    events = checked(store, "fetch", recorded(store, brought))
     with reporter("fetch") as sink, contextlib.closing(events):
         for event in events:
             sink.take(event)

@@ -61,7 +61,6 @@ class Meanwhile:
         from grokfetch.commands.fetch import resolve
         from grokfetch.fetch import Limits, fetch
         from grokfetch.fetch.swarm import Swarm
-        from grokfetch.folder.history import recorded
 
         begun = self.source is None and store.manifest_or_none() is not None
         wanted = resolve(str(store.root) if begun else self.source, None, store.state)
@@ -73,7 +72,7 @@ class Meanwhile:
             limits=Limits(metadata_s=TIMEOUT_S, stall_s=TIMEOUT_S, save_s=SAVE_S),
             request=asked,
         )
-        with store.filled(_shown(recorded(store, events), reporter("fetch"))):
+        with store.filled(_shown(events, reporter("fetch"))):
             store.wait_for_manifest()
             self.mirrors.bring_tokenizer(store)
             _await_tokenizer(store)

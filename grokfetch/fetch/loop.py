@@ -24,16 +24,17 @@ from grokfetch.events import (
     Traffic,
 )
 from grokfetch.fetch import preflight
-from grokfetch.fetch.prepare import Asked, metadata, settle
+from grokfetch.fetch.prepare import Asked, Prepared, prepare
 from grokfetch.fetch.source import Order, PieceSource
+from grokfetch.folder.history import recorded
+from grokfetch.folder.journal import checked
 from grokfetch.folder.ledger import Proofs
-from grokfetch.folder.payload import cut_long_files, make_empty_files, own
+from grokfetch.folder.payload import own
 from grokfetch.folder.repair import read_again
 from grokfetch.folder.saving import Saver
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import TensorIndex, corrupt, hash_files
+from grokfetch.folder.verify import corrupt, hash_files
 from grokfetch.manifest.schema import Manifest, ManifestFile
-from grokfetch.manifest.selection import pieces_of, urgency
 from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.read_back import (
     Hashers,
@@ -72,6 +73,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
 ) -> Generator[FetchEvent, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
 
+    How it goes, and what it finds, is recorded in the folder for `status` and `report` on the way.
     Close the generator (`contextlib.closing`) to end early; what is proven is recorded first.
 
     Args:
@@ -98,50 +100,58 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
         StorageFailed: the disk is full, read-only, gone or failing.
     """
     with store.lock():
-        fetch = _Fetch(store, source, manifest, limits or Limits(), clock)
-        yield from fetch.run(request, repair=repair)
+        patience = limits or Limits()
+        steps = prepare(
+            store,
+            source,
+            manifest=manifest,
+            request=request,
+            metadata_s=patience.metadata_s,
+            clock=clock,
+        )
+        events = _brought(steps, source, patience, clock, repair=repair)
+        yield from checked(store, "fetch", recorded(store, events, clock))
 
 
-class _Fetch:
-    """One fetch, with the lock held."""
+def _brought(
+    steps: Iterator[Status | Notice | Metadata | Finding | Prepared],
+    source: PieceSource,
+    limits: Limits,
+    clock: Callable[[], float],
+    *,
+    repair: bool,
+) -> Generator[FetchEvent, None, None]:
+    for step in steps:
+        if isinstance(step, Prepared):
+            yield from _Bringing(step, source, limits, clock).run(repair=repair)
+        else:
+            yield step
+
+
+class _Bringing:
+    """A prepared fetch under way: what is proven, and what the source has brought so far."""
 
     def __init__(
-        self,
-        store: Store,
-        source: PieceSource,
-        manifest: Manifest | None,
-        limits: Limits,
-        clock: Callable[[], float],
+        self, prepared: Prepared, source: PieceSource, limits: Limits, clock: Callable[[], float]
     ) -> None:
-        self._store = store
+        self._plan = prepared
+        self._store = prepared.store
+        self._layout = prepared.layout
         self._source = source
-        self._wanted = manifest
         self._limits = limits
         self._clock = clock
+        self._proofs = Proofs(prepared.store, prepared.layout, prepared.torrent.info_hash)
+        self._saver = Saver(self._proofs, limits.save_s, clock)
+        self._total = prepared.weight(prepared.asked)
+        self._done = prepared.weight(self._proofs.pieces & prepared.asked)
         self._fetched = 0
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
 
-    def run(self, request: Asked | None, *, repair: bool) -> Iterator[FetchEvent]:
-        store, source = self._store, self._source
-        self._torrent = yield from metadata(store, source, self._limits.metadata_s, self._clock)
-        self._layout = yield from settle(store, self._torrent, source.magnet, self._wanted, request)
-        self._tensors = TensorIndex(self._store.manifest())
-        self._weights = [_payload_size(self._layout, p) for p in range(self._layout.piece_count)]
-        asked = self._store.asked()
-        every = range(self._layout.piece_count)
-        self._asked = frozenset(every) if asked is None else pieces_of(self._layout, asked)
-        self._total = sum(self._weights[piece] for piece in self._asked)
-        self._urgency = urgency(self._store.manifest(), self._layout, self._asked)
-        counts = (len(self._layout.payload), sum(self._weights), self._layout.piece_count)
-        yield Metadata(self._layout.name, self._torrent.info_hash, *counts)
-        for file in cut_long_files(self._store, self._layout):
-            yield Finding("long", file.path, detail=f"cut to the {file.size:,} bytes it must have")
-        make_empty_files(self._store, self._layout)
-        self._proofs = Proofs(self._store, self._layout, self._torrent.info_hash)
-        if repair:
-            yield from self._read_again()
-        with Saver(self._proofs, self._limits.save_s, self._clock) as self._saver:
+    def run(self, *, repair: bool) -> Iterator[FetchEvent]:
+        with self._saver:
+            if repair:
+                yield from self._read_again()
             yield from self._bring_all()
         yield from self._check_digests()
         if not self._proofs.settled:
@@ -163,7 +173,7 @@ class _Fetch:
         while True:
             for path in self._proofs.look_again():
                 yield Finding("unproven", path, detail="others changed or removed it meanwhile")
-            self._done = sum(self._weights[piece] for piece in self._proofs.pieces & self._asked)
+            self._done = self._plan.weight(self._proofs.pieces & self._plan.asked)
             yield from self._check_disk()
             missing = self._missing
             if not missing:
@@ -174,54 +184,50 @@ class _Fetch:
                     f"({len(missing)} such pieces): the disk, or memory, is failing",
                     path=self._store.root,
                 )
-            if (yield from self._make_room(missing)):
-                continue
-            before = len(self._proofs.pieces)
-            yield from self._download(missing)
-            in_vain = in_vain + 1 if len(self._proofs.pieces) <= before else 0
+            files = _files_of(self._layout, missing)
+            preflight.check(self._store.root, self._room(files))
+            copied = []
+            for file in own(self._store, files):
+                copied.append(file)
+                text = f"{file.path} was a link, and is a copy now, for bytes of it are missing"
+                yield Notice(text)
+            self._proofs.renew(copied)
+            if not copied:
+                before = len(self._proofs.pieces)
+                yield from self._download(missing, files)
+                in_vain = in_vain + 1 if len(self._proofs.pieces) <= before else 0
 
     @property
     def _missing(self) -> list[int]:
-        return [piece for piece in self._proofs.missing if piece in self._asked]
+        return [piece for piece in self._proofs.missing if piece in self._plan.asked]
 
     def _check_disk(self) -> Iterator[FetchEvent]:
         """Read back what is not proven and may be on the disk already."""
         root, layout = self._store.root, self._layout
         pieces = list(may_be_on_disk(root, layout, self._missing))
-        total = sum(self._weights[piece] for piece in pieces)
+        total = self._plan.weight(pieces)
         read = 0
         with Hashers[list[PieceResult]]() as hashers:
             batches = in_batches(layout, pieces)
             for results in hashers.run(partial(check_pieces, root, layout, b) for b in batches):
                 for result in results:
                     self._rehashed += 1
-                    read += self._weights[result.piece]
+                    read += self._plan.weights[result.piece]
                     self._count(result)
                 yield PiecesProven(tuple(r.piece for r in results if r.verdict == "good"))
                 self._saver.turn()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
 
-    def _make_room(self, missing: list[int]) -> Generator[FetchEvent, None, bool]:
-        """Make sure that these pieces can be written; whether files had to be copied for that."""
-        files = _files_of(self._layout, missing)
-        preflight.check(self._store.root, self._room(files))
-        copied = []
-        for file in own(self._store, files):
-            copied.append(file)
-            yield Notice(f"{file.path} was a link, and is a copy now, for bytes of it are missing")
-        self._proofs.renew(copied)
-        return bool(copied)
-
-    def _download(self, missing: list[int]) -> Iterator[FetchEvent]:
+    def _download(self, missing: list[int], files: list[LayoutFile]) -> Iterator[FetchEvent]:
         self._saver.settle()
-        self._proofs.mark_writing(file.path for file in _files_of(self._layout, missing))
+        self._proofs.mark_writing(file.path for file in files)
         order = Order(
-            self._torrent,
+            self._plan.torrent,
             self._layout,
             self._store.root,
             frozenset(self._proofs.pieces),
             frozenset(missing),
-            self._urgency,
+            self._plan.urgency,
         )
         stream = self._source.download(order)
         with Hashers[list[PieceResult]]() as hashers:
@@ -240,7 +246,7 @@ class _Fetch:
     def _room(self, files: list[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
         """The files with the bytes that are asked for of each."""
         room = dict.fromkeys((file.path for file in files), 0)
-        for piece in self._asked:
+        for piece in self._plan.asked:
             for part in self._layout.segments(piece):
                 if part.file.path in room and not part.file.pad:
                     room[part.file.path] += part.length
@@ -286,7 +292,7 @@ class _Fetch:
             if result.verdict == "good":
                 yield PiecesProven((result.piece,))
             else:
-                yield from corrupt(self._layout, result, self._tensors)
+                yield from corrupt(self._layout, result, self._plan.tensors)
         self._saver.turn()
         yield dataclasses.replace(
             self._status("downloading"), rate=traffic.rate, peers=traffic.peers
@@ -294,7 +300,7 @@ class _Fetch:
 
     def _count(self, result: PieceResult) -> None:
         if result.verdict == "good":
-            self._done += self._weights[result.piece] if result.piece in self._asked else 0
+            self._done += self._plan.weight({result.piece} & self._plan.asked)
             self._proofs.add(result.piece)
 
     # --- digests ------------------------------------------------------------------------------
@@ -332,15 +338,11 @@ class _Fetch:
             phase,
             self._done,
             self._total,
-            pieces_done=len(self._proofs.pieces & self._asked),
-            pieces_total=len(self._asked),
+            pieces_done=len(self._proofs.pieces & self._plan.asked),
+            pieces_total=len(self._plan.asked),
             proven=self._done,
             sent=self._sent,
         )
-
-
-def _payload_size(layout: Layout, piece: int) -> int:
-    return sum(part.length for part in layout.segments(piece) if not part.file.pad)
 
 
 def _files_of(layout: Layout, pieces: list[int]) -> list[LayoutFile]:

@@ -1,46 +1,125 @@
-"""What is settled before the first piece: metadata, manifest, what is asked for, which places."""
+"""What is settled before the first piece: metadata, manifest, request, where files lie."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from grokfetch.errors import Contradiction, Stalled
-from grokfetch.events import Notice, Status
+from grokfetch.events import Finding, Metadata, Notice, Status
 from grokfetch.fetch.source import PieceSource
 from grokfetch.folder.adopt import adopt
-from grokfetch.folder.payload import name_asked_files
+from grokfetch.folder.payload import cut_long_files, make_empty_files, name_asked_files
 from grokfetch.folder.store import Store
+from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
 from grokfetch.manifest.relocation import relocated
 from grokfetch.manifest.schema import Manifest
-from grokfetch.manifest.selection import Request, Selection, spans
+from grokfetch.manifest.selection import Request, Selection, pieces_of, spans, urgency
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
 
-__all__ = ["Asked", "metadata", "settle"]
+__all__ = ["Asked", "Prepared", "prepare"]
 
 Asked = Request | Callable[[Manifest, int], Request]
 """A request, or what makes one of the manifest in force and the length of a piece in bytes."""
 
 
-def metadata(
-    store: Store, source: PieceSource, within_s: float, clock: Callable[[], float]
-) -> Generator[Status | Notice, None, TorrentFile]:
-    """The torrent's metadata: that which the folder was begun with, or what the source gives.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """A fetch into a locked folder, with everything known that it needs to bring pieces.
+
+    Attributes:
+        store: the folder.
+        torrent: its metadata.
+        layout: its files, where they lie in this folder.
+        tensors: which tensors lie where in them.
+        weights: payload bytes of each piece.
+        asked: the pieces that are asked for, those of earlier fetches included.
+        urgency: which of them are wanted earlier or later, as in `Order`.
+    """
+
+    store: Store
+    torrent: TorrentFile
+    layout: Layout
+    tensors: TensorIndex
+    weights: tuple[int, ...]
+    asked: frozenset[int]
+    urgency: Mapping[int, int]
+
+    def weight(self, pieces: Iterable[int]) -> int:
+        """The payload bytes of these pieces."""
+        return sum(self.weights[piece] for piece in pieces)
+
+
+def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose
+    store: Store,
+    source: PieceSource,
+    *,
+    manifest: Manifest | None,
+    request: Asked | None,
+    metadata_s: float,
+    clock: Callable[[], float],
+) -> Iterator[Status | Notice | Metadata | Finding | Prepared]:
+    """Settle what is to be fetched into a folder; `Prepared` is the last value.
 
     Args:
         store: the folder, locked.
         source: where from.
-        within_s: patience, in seconds.
+        manifest: what a person says it must be.
+        request: what is asked for beside what was before; None for nothing more.
+        metadata_s: patience without metadata, in seconds.
         clock: monotonic seconds.
 
     Raises:
-        TorrentInvalid: it is not what the info hash asks for.
-        Contradiction: the folder was begun with another torrent.
-        Stalled: the source gave none in that time.
+        TorrentInvalid: the metadata is not the one asked for, or unsafe.
+        Contradiction: the torrent is not what the manifest says, or not the one begun here.
+        SelectionInvalid: the request names what the checkpoint does not have.
+        Stalled: the source gave no metadata in time.
+        StorageFailed: the folder cannot be written.
     """
+    for event in _metadata(store, source, metadata_s, clock):
+        if isinstance(event, TorrentFile):
+            torrent = event
+        else:
+            yield event
+    yield from _settle(store, torrent, source.magnet, manifest, request)
+    prepared = _prepared(store, torrent)
+    layout, weights = prepared.layout, prepared.weights
+    counts = (len(layout.payload), sum(weights), layout.piece_count)
+    yield Metadata(layout.name, torrent.info_hash, *counts)
+    for file in cut_long_files(store, layout):
+        yield Finding("long", file.path, detail=f"truncated to its {file.size:,} bytes")
+    make_empty_files(store, layout)
+    yield prepared
+
+
+def _prepared(store: Store, torrent: TorrentFile) -> Prepared:
+    """What follows from the manifest and the selection that are in force now."""
+    layout = store.layout()
+    assert layout is not None
+    every = range(layout.piece_count)
+    spans_asked = store.asked()
+    asked = frozenset(every) if spans_asked is None else pieces_of(layout, spans_asked)
+    return Prepared(
+        store,
+        torrent,
+        layout,
+        TensorIndex(store.manifest()),
+        tuple(
+            sum(part.length for part in layout.segments(piece) if not part.file.pad)
+            for piece in every
+        ),
+        asked,
+        urgency(store.manifest(), layout, asked),
+    )
+
+
+def _metadata(
+    store: Store, source: PieceSource, within_s: float, clock: Callable[[], float]
+) -> Iterator[Status | Notice | TorrentFile]:
+    """The torrent that the folder was begun with or the source gives; it is the last value."""
     known = store.torrent()
     asked = source.info_hash
     if known is not None:
@@ -50,13 +129,15 @@ def metadata(
                 path=store.root,
                 hint="choose another folder: --to DIR",
             )
-        return known
+        yield known
+        return
     deadline = clock() + within_s
     with contextlib.closing(source.metadata()) as stream:
         for event in stream:
             if isinstance(event, TorrentFile):
                 check_info_hash(event, asked)
-                return event
+                yield event
+                return
             yield event if isinstance(event, Notice) else Status("metadata", peers=event.peers)
             if clock() > deadline:
                 break
@@ -66,35 +147,24 @@ def metadata(
     )
 
 
-def settle(
+def _settle(
     store: Store,
     torrent: TorrentFile,
     magnet: str | None,
     wanted: Manifest | None,
     request: Asked | None,
-) -> Generator[Status, None, Layout]:
-    """Put the manifest in force, and only then keep the torrent: a contradiction keeps none.
-
-    Args:
-        store: the folder, locked.
-        torrent: what is fetched.
-        magnet: its link where there is one, for a manifest that has to be made.
-        wanted: the manifest that a person named.
-        request: what is asked for beside what was before; None for nothing more.
-
-    Raises:
-        TorrentInvalid: it has no sound layout.
-        Contradiction: the torrent is not what the manifest says.
-        SelectionInvalid: the request names what the checkpoint does not have.
-        StorageFailed: the folder cannot be written.
-    """
+) -> Iterator[Status]:
+    """Put the manifest in force, and only then keep the torrent: a contradiction keeps neither."""
     begun = store.layout()
     layout = begun or parse_info(torrent.info, torrent.piece_layers)
     earlier = store.manifest_or_none()
     manifest = None
     if wanted is not None or earlier is None or begun is None:
         manifest = in_force(wanted or earlier, torrent, layout, magnet)
-    yield from _adopt(store, layout)
+    # What was asked for before names files by where they lie, which must then stay.
+    if store.selection() is None:
+        for progress in adopt(store, layout):
+            yield Status("checking", progress.done, progress.total)
     if manifest is not None:
         manifest = relocated(manifest, store.places())
         if manifest != store.manifest_or_none():
@@ -106,27 +176,7 @@ def settle(
         store.save_torrent(torrent)
     if selection != store.selection():
         store.save_selection(selection)
-    settled = store.layout()
-    assert settled is not None
-    _rename(store, settled)
-    return settled
-
-
-def _adopt(store: Store, layout: Layout) -> Iterator[Status]:
-    """Find files that lie in another layout than the torrent's, and remember where.
-
-    What was asked for before names files by their places, which must then stay.
-    """
-    if store.selection() is not None:
-        return
-    search = adopt(store, layout)
-    try:
-        while True:
-            progress = next(search)
-            yield Status("checking", progress.done, progress.total)
-    except StopIteration as end:
-        if end.value:
-            store.save_places({**store.places(), **end.value})
+    _rename(store)
 
 
 def _selection(store: Store, request: Request | None, *, everything: bool) -> Selection | None:
@@ -148,8 +198,10 @@ def _selection(store: Store, request: Request | None, *, everything: bool) -> Se
     return None if earlier is None and everything else selection
 
 
-def _rename(store: Store, layout: Layout) -> None:
+def _rename(store: Store) -> None:
     """Give files that are asked for now their names, and their proofs with them."""
+    layout = store.layout()
+    assert layout is not None
     renamed = name_asked_files(store, layout)
     if renamed:
         record = store.record()

@@ -9,7 +9,7 @@ speaks for it, so that no stranger of the same name and size is ever written ove
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -28,27 +28,25 @@ DEEPEST = 8
 """Folders below the checkpoint folder that are looked into."""
 
 
-def adopt(
-    store: Store, layout: Layout
-) -> Generator[Progress, None, dict[PurePosixPath, PurePosixPath]]:
-    """Look for files that do not lie where the layout has them, with the exclusive lock held.
+def adopt(store: Store, layout: Layout) -> Iterator[Progress]:
+    """Find files that do not lie where the layout has them, and keep in the store where they lie.
+
+    Files that are nowhere get places beside those that were found.
 
     Args:
-        store: the checkpoint folder.
+        store: the checkpoint folder, locked exclusively.
         layout: where they should lie.
 
     Yields:
         Progress in bytes of the files that are looked at.
 
-    Returns:
-        The places of files that were found, and of those that are nowhere and belong beside them.
-
     Raises:
-        StorageFailed: a file that another client has not completed cannot be given its name.
+        StorageFailed: a file that another client has not completed cannot be given its name, or the
+            state folder cannot be written.
     """
     absent = [it for it in layout.payload if it.size and store.stamp(it.path) is None]
     if not absent:
-        return {}
+        return
     ours = {file.path for file in layout.payload}
     there = _files(store, absent)
     found: dict[PurePosixPath, PurePosixPath] = {}
@@ -56,12 +54,16 @@ def adopt(
         taken = {*found, *found.values()}
         left = {n: place for n, place in guess.items() if n not in taken and place not in taken}
         trial = layout.moved({**found, **left})
-        for name in (yield from _proven(store.root, trial, left)):
-            found[name] = left[name]
+        for file, right, progress in _examined(store.root, trial, left):
+            if right:
+                found[file.name] = left[file.name]
+            yield progress
     found = _named(store.root, found)
     nowhere = [file.name for file in absent if file.name not in found]
     found.update(_free(store.root, beside(found, nowhere), ours))
-    return {name: place for name, place in found.items() if name != place}
+    moved = {name: place for name, place in found.items() if name != place}
+    if moved:
+        store.save_places({**store.places(), **moved})
 
 
 def _files(store: Store, absent: Iterable[LayoutFile]) -> dict[PurePosixPath, int]:
@@ -94,21 +96,17 @@ def _add(store: Store, found: dict[PurePosixPath, int], paths: Iterable[PurePosi
             found[path] = 0 if stamp is None else stamp.size
 
 
-def _proven(
+def _examined(
     root: Path, layout: Layout, names: Collection[PurePosixPath]
-) -> Generator[Progress, None, list[PurePosixPath]]:
-    """The files, of those with these names, for which bytes speak where the layout has them."""
+) -> Iterator[tuple[LayoutFile, bool, Progress]]:
+    """The files with these names, and whether bytes speak for each where the layout has it."""
     files = [file for file in layout.payload if file.name in names]
     total = sum(file.size for file in files)
-    good: list[PurePosixPath] = []
     done = 0
     with Hashers[tuple[LayoutFile, bool]]() as hashers:
         for file, right in hashers.run(partial(_speak, root, layout, file) for file in files):
             done += file.size
-            if right:
-                good.append(file.name)
-            yield Progress(done, total)
-    return good
+            yield file, right, Progress(done, total)
 
 
 def _speak(

@@ -61,9 +61,7 @@ class History:
 def recorded(
     store: Store,
     events: Generator[FetchEvent, None, None],
-    *,
     clock: Callable[[], float] = time.monotonic,
-    now: Callable[[], float] = time.time,
 ) -> Generator[FetchEvent, None, None]:
     """The events of a fetch, unchanged; a sample is written every few seconds on the way.
 
@@ -71,7 +69,6 @@ def recorded(
         store: of the fetch, which holds its lock between the first event and the last.
         events: of `fetch`.
         clock: monotonic seconds, which say when a sample is due.
-        now: seconds since 1970, which are only shown.
     """
     start = due = clock()
     before: History | None = None
@@ -84,7 +81,7 @@ def recorded(
             if isinstance(event, Status) and (event.phase == "done" or clock() >= due):
                 at = clock()
                 due = at + INTERVAL_S
-                samples = thinned((*samples, _sample(event, before, now(), at - start)))
+                samples = thinned((*samples, _sample(event, before, time.time(), at - start)))
                 _write(store, History(samples, _most(Counter(before.sent) + Counter(event.sent))))
             yield event
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,9 +20,9 @@ from grokfetch.errors import StateLocked, StorageFailed
 from grokfetch.events import Finding, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch, preflight
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
+from grokfetch.folder import history
 from grokfetch.folder import ledger as proofs
 from grokfetch.folder.history import read as read_history
-from grokfetch.folder.history import recorded
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import parse_torrent
@@ -231,11 +232,12 @@ class Clock:
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
-def test_a_wall_clock_that_jumps_changes_nothing_but_what_is_shown(tmp_path, jump):
+def test_a_wall_clock_that_jumps_changes_nothing_but_what_is_shown(tmp_path, jump, monkeypatch):
     store = Store(tmp_path)
-    events = fetch(store, FakeSwarm(TORRENT, dict(FILES)), limits=EAGER)
-    turns = Clock(*[5.0] * 1000)
-    *_, last = recorded(store, events, clock=turns, now=Clock(0, 1, jump, 1))
+    monkeypatch.setattr(history.time, "time", Clock(0, 1, jump, 1))
+    limits = dataclasses.replace(EAGER, stall_s=1e6)
+    swarm = FakeSwarm(TORRENT, dict(FILES))
+    *_, last = fetch(store, swarm, limits=limits, clock=Clock(*[5.0] * 1000))
     assert isinstance(last, Outcome)
     assert len(read_history(store).samples) > 4
     text = subprocess.run(

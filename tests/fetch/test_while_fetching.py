@@ -29,6 +29,8 @@ from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch import waiting_store as arriving
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.folder import history
+from grokfetch.folder.journal import checks
 from grokfetch.folder.store import Store
 from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import demo_folder
@@ -89,6 +91,16 @@ def test_reader_goes_on_as_soon_as_its_bytes_are_proven(swarm, tmp_path):
             swarm.gate.set()
             last.result(PATIENCE_S)
     assert (tmp_path / "top/c").read_bytes() == FILES["c"]
+
+
+def test_how_the_fetch_went_and_what_it_found_is_recorded(swarm, tmp_path):
+    swarm.gate.set()
+    swarm.corrupt = {2: 1}
+    store = Arriving(tmp_path)
+    with following(store, swarm):
+        store.require(path("c"))
+    assert history.read(store).samples[-1].proven == sum(map(len, FILES.values()))
+    assert {found.piece for found in checks(store)["fetch"].findings} == {2}
 
 
 def test_fetch_that_finds_no_metadata_is_told_to_who_waits_for_it(swarm, tmp_path):

@@ -23,9 +23,9 @@ from support.torrents import content, lay_down, manifest_of, v1_torrent
 from grokfetch import errors
 from grokfetch.commands import status
 from grokfetch.events import Origin, Status
-from grokfetch.fetch import fetch
+from grokfetch.fetch import Limits, fetch
 from grokfetch.folder import history
-from grokfetch.folder.history import Sample, rates, recorded, thinned
+from grokfetch.folder.history import Sample, rates, thinned
 from grokfetch.folder.lock import read_owner
 from grokfetch.folder.overview import overview
 from grokfetch.folder.record import FileProof, Record
@@ -40,6 +40,7 @@ FILES = {"a": content(3 * PIECE - 100), "b": content(1000), "c": content(5 * PIE
 TORRENT = v1_torrent(FILES, PIECE)
 SIZE = sum(map(len, FILES.values()))
 PIECES = -(-SIZE // PIECE)
+PATIENT = Limits(metadata_s=1e9, stall_s=1e9)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_status_hashes_nothing_writes_nothing_and_takes_no_lock(fetched, monkeyp
 
 def test_beside_a_running_fetch_status_tells_who_is_at_work_and_how_fast(tmp_path):
     store, seen = Store(tmp_path), 0
-    events = recorded(store, fetch(store, FakeSwarm(TORRENT, dict(FILES))), clock=Turns())
+    events = fetch(store, FakeSwarm(TORRENT, dict(FILES)), limits=PATIENT, clock=Turns())
     for event in events:
         if isinstance(event, Status) and event.phase == "downloading" and event.peers:
             found = machine(tmp_path)
@@ -342,11 +343,11 @@ def test_a_history_of_days_stays_small_even_and_keeps_its_ends():
 def test_a_second_fetch_goes_on_with_the_history_of_the_first(tmp_path):
     swarm, store = FakeSwarm(TORRENT, dict(FILES), die_after=4), Store(tmp_path)
     with pytest.raises(Killed):
-        list(recorded(store, fetch(store, swarm), clock=Turns()))
+        list(fetch(store, swarm, limits=PATIENT, clock=Turns()))
     first = history.read(store)
     assert first.samples[-1].received == first.sent[Origin("peer", "192.0.2.1")] == 4 * PIECE
     store = Store(tmp_path)
-    list(recorded(store, fetch(store, FakeSwarm(TORRENT, dict(FILES))), clock=Turns()))
+    list(fetch(store, FakeSwarm(TORRENT, dict(FILES)), limits=PATIENT, clock=Turns()))
     told = machine(tmp_path)
     assert told["history"][: len(first.samples)] == [
         dataclasses.asdict(sample) for sample in first.samples

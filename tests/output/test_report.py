@@ -22,7 +22,7 @@ from support.torrents import content, manifest_of, v1_torrent
 
 from grokfetch.fetch import fetch
 from grokfetch.folder import journal
-from grokfetch.folder.history import Sample, recorded
+from grokfetch.folder.history import Sample
 from grokfetch.folder.journal import Found, Run, add_run, checked, note_more
 from grokfetch.folder.overview import overview
 from grokfetch.folder.store import Store
@@ -133,8 +133,7 @@ def filled(tmp_path_factory):
         for name, path in zip(names, files, strict=False)
     )
     made = dataclasses.replace(made, tensors=tensors)
-    events = fetch(store, FakeSwarm(TORRENT, dict(FILES)), manifest=made)
-    list(checked(store, "fetch", recorded(store, events)))
+    list(fetch(store, FakeSwarm(TORRENT, dict(FILES)), manifest=made))
     with (root / files[0]).open("r+b") as file:
         file.write(b"x")
     list(checked(Store(root), "verify", verify(Store(root))))
@@ -228,6 +227,8 @@ def opened(page, profile):
 
 def test_a_folder_about_which_little_is_known_has_a_page_that_says_so(tmp_path):
     list(fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES))))
+    for name in ("progress.json", "findings.json"):
+        (tmp_path / ".grokfetch" / name).unlink()
     text = Page(page_of(tmp_path)).text
     for words in (
         "No fetch into",
