@@ -13,6 +13,7 @@ import click
 from grokfetch.errors import MeshInvalid
 from grokfetch.output.terminal import Screen, plain_option, screen
 from grokfetch.units import bytes_text, seconds_text
+from loader.weights.limits import WORK
 
 if TYPE_CHECKING:
     from grokfetch.fetch.preflight import Check, Need, Place
@@ -23,9 +24,6 @@ SCHEMA = 1
 DEVICE_COUNTS = (1, 2, 4, 8, 16)
 RATES = (10, 100, 1000)
 """Megabytes a second; the same figures in megabits take eight times as long."""
-
-WORK = 2**30
-"""Bytes of a run besides weights and cache: the program, jax, compiled code, activations."""
 
 LIMITLESS = 2**62
 """From here on a limit is none."""

@@ -23,18 +23,10 @@ from loader.inference.model import KeyValues, Window
 from loader.inference.routing_counts import Choices
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.inference.steps import steps_for
+from loader.weights.limits import LONGEST_STEP, SMALLEST_STEP, cache_length, rounded
 from loader.weights.schema import GrokConfig
 
 __all__ = ["Engine", "Part", "Sampling", "State", "check_prompts"]
-
-SMALLEST_STEP = 16
-"""Tokens that a prompt is padded to at least."""
-
-SMALLEST_CACHE = 256
-"""Places that a cache starts with, where the model's context is not shorter still."""
-
-CHUNK = 2048
-"""Most tokens of a prompt that are read in one step; bounds the memory of activations."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,16 +212,16 @@ class Engine:
 
         Args:
             prompts: as `check_prompts` wants them.
-            chunk: most tokens of a prompt in a step, a power of two; None for `CHUNK`.
+            chunk: most tokens of a prompt in a step, a power of two; None for `LONGEST_STEP`.
         """
-        chunk = CHUNK if chunk is None else chunk
+        chunk = LONGEST_STEP if chunk is None else chunk
         batch = self.rows(len(prompts))
         counts = np.zeros(batch, np.int32)
         counts[: len(prompts)] = [len(prompt) for prompt in prompts]
         longest = int(counts.max())
         state = self._empty(batch, self.places(longest))
         for start in range(0, longest, chunk):
-            width = self._rounded(min(longest - start, chunk), SMALLEST_STEP)
+            width = rounded(self.config, min(longest - start, chunk), SMALLEST_STEP)
             tokens = np.full((batch, width), self.config.pad_token, np.int32)
             for row, prompt in enumerate(prompts):
                 part = prompt[start : start + chunk]
@@ -257,7 +249,7 @@ class Engine:
 
     def places(self, tokens: int) -> int:
         """Places of a cache in which so many tokens of a row have room."""
-        return self._rounded(tokens, SMALLEST_CACHE)
+        return cache_length(self.config, tokens)
 
     def rows(self, count: int) -> int:
         """Rows of a batch in which so many texts have room: alike on each copy of the weights."""
@@ -316,10 +308,6 @@ class Engine:
             cache=jax.tree.map(pad, state.cache),
             visible=jnp.pad(state.visible, ((0, 0), (0, more))),
         )
-
-    def _rounded(self, tokens: int, smallest: int) -> int:
-        power = 1 << (tokens - 1).bit_length()
-        return min(max(power, smallest), self.config.sequence_len)
 
 
 class Part(NamedTuple):

@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from loader.devices.placement import Layer
 from loader.devices.products import Table, Weights, dots, lookup, product, select, table_rows
+from loader.weights.limits import QUERY_BLOCK
 from loader.weights.schema import GrokConfig
 
 __all__ = [
@@ -53,8 +54,6 @@ NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
-QUERY_BLOCK = 128
-"""Tokens whose attention scores are in memory at once: `[B, heads, 128, S]` float32."""
 
 LARGEST_BLOCK = 128
 """Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""

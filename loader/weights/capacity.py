@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 
+from loader.weights.limits import LONGEST_STEP, QUERY_BLOCK, cache_bytes_per_token, cache_length
 from loader.weights.partition import (
     Block,
     MeshShape,
@@ -21,16 +22,7 @@ from loader.weights.partition import (
 )
 from loader.weights.schema import GrokConfig, parameters
 
-__all__ = ["Memory", "Need", "Shortage", "Use", "need", "places", "shortage"]
-
-SMALLEST_CACHE = 256
-"""Places that a cache has at least; from there it doubles up to the model's context."""
-
-STEP = 2048
-"""Most tokens of a prompt that one step reads."""
-
-QUERY_BLOCK = 128
-"""Tokens whose attention scores are in memory at once."""
+__all__ = ["Memory", "Need", "Shortage", "Use", "need", "shortage"]
 
 STREAMS = 6
 """Arrays of the size of the residual stream that a layer has at a time, about."""
@@ -99,18 +91,12 @@ class Shortage:
     mapped: bool
 
 
-def places(config: GrokConfig, tokens: int) -> int:
-    """Places of a cache for so many tokens: a power of two, or the model's whole context."""
-    return min(max(1 << (max(tokens, 1) - 1).bit_length(), SMALLEST_CACHE), config.sequence_len)
-
-
 def need(use: Use) -> Need:
     """What one device holds."""
     config, ways = use.config, use.shape.model
-    held = places(config, use.tokens)
-    heads = config.num_kv_heads // ways
-    cache = 2 * config.num_layers * held * heads * config.key_size * use.itemsize
-    stream = STREAMS * min(held, STEP) * config.emb_size * 4
+    held = cache_length(config, use.tokens)
+    cache = cache_bytes_per_token(config, use.itemsize) * held // ways
+    stream = STREAMS * min(held, LONGEST_STEP) * config.emb_size * 4
     scores = 2 * min(held, QUERY_BLOCK) * held * (config.num_q_heads // ways) * 4
     if use.mapped:
         return Need(0, cache, stream + scores)
@@ -123,7 +109,7 @@ def shortage(use: Use, memory: Memory) -> Shortage | None:
     """What is short, and what would help; None if the model fits."""
     if _fits(use, memory):
         return None
-    powers = range(places(use.config, use.tokens).bit_length() - 1, 7, -1)
+    powers = range(cache_length(use.config, use.tokens).bit_length() - 1, 7, -1)
     fewer = (2**power for power in powers if 2**power < use.tokens)
     in_files = dataclasses.replace(use, mapped=True)
     return Shortage(

@@ -65,7 +65,7 @@ def test_the_experts_counted_are_those_that_the_reference_chose(placed):
 
 def test_prompt_read_in_chunks_gives_the_same_logits(monkeypatch):
     tokens = golden.prompt(LONGEST_PROMPT)
-    monkeypatch.setattr(generate, "CHUNK", 16)
+    monkeypatch.setattr(generate, "LONGEST_STEP", 16)
     assert len(tokens) > 16
     logits, state = engine().prefill([tokens, tokens[:5]])
     wanted = golden.arrays()[f"f32/{LONGEST_PROMPT}_full_logits"]

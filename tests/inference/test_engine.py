@@ -12,9 +12,9 @@ import pytest
 from support import golden
 
 from grokfetch.errors import PromptInvalid
-from loader.inference import engine as generate
 from loader.inference.engine import Engine
 from loader.inference.sampling import Choice, Sampling, draw
+from loader.weights import limits
 from loader.weights.partition import MeshShape
 
 
@@ -81,7 +81,7 @@ def test_batch_of_nothing_is_refused(short):
 
 
 def test_cache_grows_without_changing_the_tokens(monkeypatch):
-    monkeypatch.setattr(generate, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(limits, "SMALLEST_CACHE", 16)
     mesh, params = golden.placed(golden.ONE)
     engine = Engine(golden.CONFIG, params, mesh, "float32")
     logits, state = engine.prefill([golden.prompt("p1")])

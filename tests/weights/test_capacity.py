@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
 
-from loader.inference import engine as generate
-from loader.inference.engine import CHUNK
-from loader.inference.model import QUERY_BLOCK
-from loader.weights import capacity as fit
-from loader.weights.capacity import Memory, Use, need, places, shortage
+from loader.weights.capacity import Memory, Use, need, shortage
+from loader.weights.limits import cache_length
 from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig, parameters
 
@@ -50,14 +47,9 @@ def test_the_cache_that_is_counted_is_the_engines():
     assert held == need(Use(golden.CONFIG, golden.ONE, 10, itemsize=4)).cache
 
 
-def test_steps_are_those_of_the_model_and_the_engine():
-    assert (fit.STEP, fit.SMALLEST_CACHE) == (CHUNK, generate.SMALLEST_CACHE)
-    assert fit.QUERY_BLOCK == QUERY_BLOCK
-
-
 @given(st.integers(1, 10_000))
-def test_places_are_enough_and_less_than_twice_too_many(tokens):
-    found = places(OFFICIAL, tokens)
+def test_cache_is_long_enough_and_less_than_twice_too_long(tokens):
+    found = cache_length(OFFICIAL, tokens)
     assert found >= min(tokens, 8192)
     assert found <= max(256, 2 * tokens - 1)
 

@@ -1,0 +1,50 @@
+"""Sizes that more than one room must agree on: of the cache, of a step, of the work beside them."""
+
+from __future__ import annotations
+
+from loader.weights.schema import GrokConfig
+
+__all__ = [
+    "LONGEST_STEP",
+    "QUERY_BLOCK",
+    "SMALLEST_CACHE",
+    "SMALLEST_STEP",
+    "WORK",
+    "cache_bytes_per_token",
+    "cache_length",
+    "rounded",
+]
+
+SMALLEST_CACHE = 256
+"""Tokens that a cache has room for at least, where the model's context is not shorter still."""
+
+SMALLEST_STEP = 16
+"""Tokens that a prompt is padded to at least."""
+
+LONGEST_STEP = 2048
+"""Most tokens of a prompt that are read in one step; bounds the memory of activations."""
+
+QUERY_BLOCK = 128
+"""Tokens whose attention scores are in memory at once: `[B, heads, 128, S]` float32."""
+
+WORK = 1 << 30
+"""Bytes for activations, compiled programs and the interpreter; 0.5 GB were seen at full size."""
+
+
+def cache_length(config: GrokConfig, tokens: int) -> int:
+    """Tokens that a cache has room for where it must hold so many; see `rounded`."""
+    return rounded(config, tokens, SMALLEST_CACHE)
+
+
+def rounded(config: GrokConfig, tokens: int, smallest: int) -> int:
+    """A size for so many tokens: a power of two from `smallest` on, at most the whole context.
+
+    There are few such sizes, and so there are few compiled programs.
+    """
+    power = 1 << (max(tokens, 1) - 1).bit_length()
+    return min(max(power, smallest), config.sequence_len)
+
+
+def cache_bytes_per_token(config: GrokConfig, itemsize: int) -> int:
+    """Bytes of keys and values of one token in all layers, elements of `itemsize` bytes."""
+    return 2 * config.num_layers * config.num_kv_heads * config.key_size * itemsize
