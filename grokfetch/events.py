@@ -21,6 +21,7 @@ __all__ = [
     "Finding",
     "Hashed",
     "Kind",
+    "LoadEvent",
     "Loaded",
     "Metadata",
     "Notice",
@@ -52,7 +53,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Notice:
-    """Something about the source that a person may want to know: a peer banned for bad data."""
+    """Something that a person may want to know and that ends nothing: a peer banned, say."""
 
     text: str
 
@@ -274,3 +275,6 @@ FetchEvent = Status | Metadata | PiecesProven | Finding | Notice | Outcome
 
 VerifyEvent = Finding | Progress | PiecesProven | Summary
 """What a verification yields."""
+
+LoadEvent = Progress | Notice | Loaded
+"""What the loading of a model reports."""

@@ -9,9 +9,20 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loader.inference.loading import load_model
     from loader.weights.checkpoint import Checkpoint
 
-__all__ = ["open_checkpoint"]
+__all__ = ["load_model", "open_checkpoint"]
+
+
+def __getattr__(name: str) -> object:
+    """`load_model`, imported with jax when it is first asked for."""
+    if name != "load_model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loader.inference.loading import load_model
+
+    globals()[name] = load_model
+    return load_model
 
 
 def open_checkpoint(

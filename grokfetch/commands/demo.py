@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.fetch import bring
-from grokfetch.commands.loading import Loading, load
+from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed
@@ -58,6 +58,7 @@ def demo(keep: Path | None) -> None:
 
 def _walk(folder: Path) -> None:
     from grokfetch.folder.store import Store
+    from loader.inference.loading import load_model
     from loader.weights.checkpoint import open_checkpoint
 
     steps = _Steps()
@@ -80,7 +81,8 @@ def _walk(folder: Path) -> None:
         raise Damaged("the fetched checkpoint did not verify", path=store.root)
     steps.done(f"verified {bytes_text(summary.proven)} by its piece hashes, and every tensor")
     with store.lock(exclusive=False):
-        engine = load(open_checkpoint(store), Loading("float32"))
+        with loading_shown() as report:
+            engine = load_model(open_checkpoint(store), dtype="float32", report=report)
         steps.done(f"loaded {len(manifest.tensors)} tensors, int8 kept int8")
         text, count = _recite(store, engine)
     steps.done(f"compiled the model and generated {count} tokens, word for word what it has learnt")

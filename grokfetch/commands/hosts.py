@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.loading import Loading, arrange, mesh_shape
+from grokfetch.commands.loading import Loading, mesh_shape
 
 if TYPE_CHECKING:
     from grokfetch.fetch import Asked
@@ -67,6 +67,7 @@ class Hosts:
         from grokfetch.manifest.selection import Request
 
         def share(manifest: Manifest, piece_length: int) -> Request:
+            from loader.devices.arrangement import arrange
             from loader.devices.cluster import local_share
 
             there = arrange(_config(manifest), loading)

@@ -1,68 +1,22 @@
-"""The options by which a person says how to hold a model, and the model held so; no command."""
+"""The options by which a person says how to hold a model, and how its loading is shown."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import re
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
-from grokfetch.commands.fitting import check_fit
-from grokfetch.commands.reporting import lines, notice, reporter
-from grokfetch.errors import OutOfReach
-from grokfetch.events import Loaded
-from grokfetch.folder.atomic import replacing
+from grokfetch.commands.reporting import lines, reporter
+from grokfetch.events import Loaded, LoadEvent
 from grokfetch.units import bytes_text, parse_bytes, seconds_text
-from loader.devices.cache_folder import cache_folder
+from loader.devices.arrangement import Dtype, Loading, Placement
+from loader.weights.partition import MeshShape
 
-if TYPE_CHECKING:
-    from loader.devices.kernels import Tuning
-    from loader.devices.paging import Managed
-    from loader.devices.placement import Mesh, Params
-    from loader.inference.engine import Engine
-    from loader.weights.checkpoint import Checkpoint
-    from loader.weights.partition import MeshShape
-    from loader.weights.schema import GrokConfig
-
-__all__ = [
-    "Arrangement",
-    "Loading",
-    "arrange",
-    "load",
-    "load_onto",
-    "loading_options",
-    "mesh_shape",
-    "place",
-]
-
-Dtype = Literal["bfloat16", "float32"]
-Placement = Literal["mapped", "sharded"]
-
-WORK = 1 << 30
-"""Bytes for activations, compiled programs and the interpreter; 0.5 GB were seen at full size."""
-
-WORTH_TUNING = 1 << 30
-"""Bytes of weights from which some seconds of measuring are soon won back."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Loading:
-    """How a model is to be held.
-
-    dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
-    None for all devices. memory: bytes that mapped weights, cache and work may take together, None
-    for what is free.
-    """
-
-    dtype: Dtype = "bfloat16"
-    placement: Placement | None = None
-    mesh: MeshShape | None = None
-    memory: int | None = None
+__all__ = ["Loading", "loading_options", "loading_shown", "mesh_shape"]
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -132,8 +86,6 @@ def mesh_shape(text: str) -> MeshShape:
     Raises:
         click.BadParameter: it names none.
     """
-    from loader.weights.partition import MeshShape
-
     counts = {"data": 1, "expert": 1, "model": 1}
     found = [re.fullmatch(r"(data|expert|model)=(\d+)", part) for part in text.split(",")]
     given = [(part[1], int(part[2])) for part in found if part is not None]
@@ -143,173 +95,24 @@ def mesh_shape(text: str) -> MeshShape:
     return MeshShape(**counts)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrangement:
-    """Where a model goes: its devices, how they have the weights, and what else was wished."""
-
-    mesh: Mesh
-    placement: Placement
-    loading: Loading
-
-    @property
-    def platform(self) -> str:
-        """The kinds of the devices."""
-        return "/".join(sorted({it.platform for it in self.mesh.devices.flat})).upper()
-
-    def tuned(self, checkpoint: Checkpoint) -> Tuning | None:
-        """What suits the processor, where it is one; see `_tuning`."""
-        return _tuning(checkpoint) if self.platform == "CPU" else None
-
-
-def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangement:
-    """Find the devices for a model, and whether they can hold it.
-
-    Args:
-        config: the hyperparameters.
-        loading: how it is to be held.
-        tokens: the longest context that will be generated, for which there must be memory.
-
-    Raises:
-        MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: weights, cache and work take more memory than the devices have, or mapped
-            weights are to be used by devices that are no CPUs.
-    """
-    from loader.devices import xla_setup as machine
-    from loader.devices.placement import check_shared, make_mesh
-    from loader.weights.partition import MeshShape
-
-    machine.keep_programs(cache_folder())
-    placement, shape = loading.placement, loading.mesh
-    if placement == "mapped" or (placement is None and (shape is None or shape.only_model)):
-        machine.use_cores(config)
-    mesh = make_mesh(config, shape)
-    only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
-    if placement is None:
-        placement = "mapped" if MeshShape(**mesh.shape).only_model and only_cpus else "sharded"
-    found = Arrangement(mesh, placement, loading)
-    if placement == "mapped" and not only_cpus:
-        raise OutOfReach(
-            f"mapped weights are for CPUs, and the devices are {found.platform}",
-            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
-        )
-    if placement == "mapped":
-        check_shared(MeshShape(**mesh.shape))
-    check_fit(config, mesh, tokens, loading.dtype, mapped=placement == "mapped")
-    return found
-
-
-def load(checkpoint: Checkpoint, loading: Loading, tokens: int = 1) -> Engine:
-    """The weights where the devices have them, ready to generate; says how long it took.
-
-    Args:
-        checkpoint: the tensors in their files.
-        loading: how they are to be held.
-        tokens: as of `arrange`.
-
-    Raises:
-        MeshInvalid, OutOfReach: as `arrange`.
-    """
-    return load_onto(arrange(checkpoint.config, loading, tokens), checkpoint)
-
-
-def load_onto(there: Arrangement, checkpoint: Checkpoint) -> Engine:
-    """The same onto devices that are found already."""
-    from loader.inference.engine import Engine
-
-    params, paging = place(there, checkpoint)
-    return Engine(checkpoint.config, params, there.mesh, there.loading.dtype, paging)
-
-
-def place(there: Arrangement, checkpoint: Checkpoint) -> tuple[Params, Managed | None]:
-    """The weights where the devices have them, and who brings their pages; says the time."""
-    from loader.devices import placement as placing
-
-    start = time.perf_counter()
-    mesh, copied, total = there.mesh, there.placement == "sharded", checkpoint.nbytes
-    paging = None
-    if copied:
-        params = _copy(checkpoint, mesh, there.tuned(checkpoint))
-    else:
-        params = placing.share(checkpoint, mesh, there.tuned(checkpoint))
-        paging = _paging(checkpoint, there.loading)
-    seconds = time.perf_counter() - start
-    told = lines()
-    if told is None:
-        click.echo(
-            f"{'loaded' if copied else 'mapped'} {bytes_text(total)} "
-            f"{'onto' if copied else 'for'} {mesh.size} {there.platform} "
-            f"{'device' if mesh.size == 1 else 'devices'} in {seconds_text(seconds)}",
-            err=True,
-        )
-    else:
-        told.take(Loaded(total, mesh.size, there.platform, there.placement, round(seconds, 3)))
-    return params, paging
-
-
-def _copy(checkpoint: Checkpoint, mesh: Mesh, suited: Tuning | None) -> Params:
-    """Every tensor on the devices, with a bar."""
-    from grokfetch.events import Progress
-    from loader.devices import placement
-
-    total = checkpoint.nbytes
-    done = 0
+@contextlib.contextmanager
+def loading_shown() -> Iterator[Callable[[LoadEvent], None]]:
+    """Show how a model is being loaded: a bar while it is copied, notices, and the time it took."""
     with reporter("load") as sink:
 
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            sink.take(Progress(done, total, "loading"))
+        def take(event: LoadEvent) -> None:
+            if isinstance(event, Loaded) and lines() is None:
+                sink.say(_loaded_text(event))
+            else:
+                sink.take(event)
 
-        return placement.load(checkpoint, mesh, tuning=suited, on_bytes=count)
-
-
-def _paging(checkpoint: Checkpoint, loading: Loading) -> Managed:
-    """What keeps the pages of mapped weights within the memory that there is; says what stays."""
-    from loader.devices.memory import available
-    from loader.devices.paging import Managed
-
-    memory = available() if loading.memory is None else loading.memory
-    paging = Managed(checkpoint, memory - _beside_weights(checkpoint, loading))
-    division = paging.division
-    if not division.everything:
-        kept = "attention, embedding and" if division.base else "no more than"
-        experts = checkpoint.config.num_layers * checkpoint.config.num_experts
-        notice(
-            f"the weights do not fit into {bytes_text(memory)} of memory: {kept} {division.experts}"
-            f" of {experts} experts stay there, the others are read for each token"
-        )
-    if paging.unlocked:
-        notice(
-            f"what every token needs cannot be locked in memory ({paging.unlocked}), so that the "
-            "system may drop it; more may be locked after: ulimit -l unlimited"
-        )
-    return paging
+        yield take
 
 
-def _beside_weights(checkpoint: Checkpoint, loading: Loading) -> int:
-    """Bytes that the longest cache and the work of a step take."""
-    config = checkpoint.config
-    each = 2 if loading.dtype == "bfloat16" else 4
-    row = 2 * config.num_layers * config.num_kv_heads * config.key_size * each
-    return row * config.sequence_len + WORK
-
-
-def _tuning(checkpoint: Checkpoint) -> Tuning | None:
-    """What suits this processor: as measured once and kept, for models that are worth it."""
-    from loader.devices import native
-    from loader.devices.tuning import decode, encode, measure
-    from loader.devices.xla_setup import processor
-
-    if checkpoint.nbytes < WORTH_TUNING:
-        return None
-    path = cache_folder() / "tuning.json"
-    name = processor()
-    with contextlib.suppress(OSError):
-        kept = decode(path.read_bytes(), name)
-        if kept is not None and (not kept.native or native.built(cache_folder() / name)):
-            return kept
-    notice("measuring once what suits this processor")
-    found = measure(cache_folder() / name)
-    with contextlib.suppress(OSError), replacing(path) as file:
-        file.write(encode(found, name))
-    return found
+def _loaded_text(event: Loaded) -> str:
+    copied = event.placement == "sharded"
+    return (
+        f"{'loaded' if copied else 'mapped'} {bytes_text(event.bytes)} "
+        f"{'onto' if copied else 'for'} {event.devices} {event.platform} "
+        f"{'device' if event.devices == 1 else 'devices'} in {seconds_text(event.seconds)}"
+    )

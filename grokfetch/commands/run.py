@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.hosts import Hosts, hosts_options
-from grokfetch.commands.loading import Loading, arrange, load_onto, loading_options
+from grokfetch.commands.loading import Loading, loading_options, loading_shown
 from grokfetch.commands.reporting import json_option, lines
 from grokfetch.commands.state_option import state_option
-from grokfetch.commands.streaming import Meanwhile, load_as_it_comes, meanwhile_options
+from grokfetch.commands.streaming import Meanwhile, meanwhile_options
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.output.terminal import plain_option, screen
 from grokfetch.units import seconds_text, speed_text
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from grokfetch.folder.store import Store
     from grokfetch.output.progress import Lines
     from loader.inference.tokenizer import Tokenizer
+
+BAR_S = 1.0
+"""How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
 
 
 @click.command()
@@ -87,10 +90,12 @@ def run(
     ids = None if tokens is None else _ids(tokens)
     from grokfetch.commands.run_figures import Measured
     from grokfetch.fetch.waiting_store import Arriving
+    from loader.devices.arrangement import arrange
     from loader.devices.cluster import is_first, local_share, meet
     from loader.devices.meter import Meter
     from loader.inference.engine import Sampling, check_prompts
-    from loader.weights.checkpoint import model_of, open_checkpoint
+    from loader.inference.loading import load_as_it_comes, load_onto
+    from loader.weights.checkpoint import expect_checkpoint, model_of, open_checkpoint
     from loader.weights.schema import weight_bytes
 
     with (
@@ -107,10 +112,14 @@ def run(
         check_prompts(config, [ids])
         there = arrange(config, loading, len(ids) + max_tokens)
         share, start = local_share(there.mesh), time.perf_counter()
-        if isinstance(store, Arriving):
-            engine = load_as_it_comes(there, store, share, ids, sampling)
-        else:
-            engine = load_onto(there, open_checkpoint(store, proven=not unproven, share=share))
+        with loading_shown() as report:
+            if isinstance(store, Arriving):
+                checkpoint = expect_checkpoint(store, share)
+                engine = load_as_it_comes(there, checkpoint, ids, sampling, report)
+                store.wait_for_end(BAR_S)
+            else:
+                checkpoint = open_checkpoint(store, proven=not unproven, share=share)
+                engine = load_onto(there, checkpoint, report)
         loaded_s = time.perf_counter() - start
         meet("loaded")
         taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)

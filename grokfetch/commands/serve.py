@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.loading import Loading, load, loading_options
+from grokfetch.commands.loading import Loading, loading_options, loading_shown
 from grokfetch.commands.state_option import state_option
 from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
 from grokfetch.errors import StorageFailed, TokenizerMissing
@@ -89,6 +89,7 @@ def serve(
     from grokfetch.serving.server import bound, listen
     from grokfetch.serving.worker import Worker
     from loader.inference.batching import Batch
+    from loader.inference.loading import load_model
     from loader.inference.sampling import MOST_RANKED
     from loader.weights.checkpoint import open_checkpoint
 
@@ -99,7 +100,16 @@ def serve(
         click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
     with store.lock(exclusive=False), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
-        batch = Batch(load(checkpoint, loading), slots)
+        with loading_shown() as report:
+            engine = load_model(
+                checkpoint,
+                placement=loading.placement,
+                mesh=loading.mesh,
+                memory=loading.memory,
+                dtype=loading.dtype,
+                report=report,
+            )
+        batch = Batch(engine, slots)
         _warm_up(batch)
         config = checkpoint.config
         served = Served(

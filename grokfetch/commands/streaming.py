@@ -1,17 +1,16 @@
-"""`run --while-fetching`: its options, and a model that is loaded as its tensors arrive."""
+"""`run --while-fetching`: its options, and the fetch that runs beside the model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.loading import Arrangement, place
 from grokfetch.commands.mirroring import Mirrors, mirror_options
 from grokfetch.commands.reporting import reporter
 from grokfetch.commands.swarm_options import swarm_options
@@ -22,16 +21,11 @@ if TYPE_CHECKING:
     from grokfetch.fetch.swarm import SwarmSettings
     from grokfetch.fetch.waiting_store import Arriving
     from grokfetch.output.progress import Sink
-    from loader.inference.engine import Engine, Sampling
-    from loader.weights.host_share import Share
 
-__all__ = ["Meanwhile", "load_as_it_comes", "meanwhile_options"]
+__all__ = ["Meanwhile", "meanwhile_options"]
 
 TIMEOUT_S = 600.0
 """How long the fetch waits without a byte."""
-
-BAR_S = 1.0
-"""How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
 
 SAVE_S = 1.0
 """Seconds between two writings of the record, which readers wait for."""
@@ -142,46 +136,3 @@ def _await_tokenizer(store: Arriving) -> None:
         path = PurePosixPath(manifest.tokenizer.path)
         if any(file.path == path for file in manifest.files):
             store.require(path)
-
-
-def load_as_it_comes(
-    there: Arrangement, store: Arriving, share: Share, prompt: Sequence[int], sampling: Sampling
-) -> Engine:
-    """The weights as their bytes arrive, and the model compiled before the last of them.
-
-    What lies outside the layers and the first layer come first. With them a model of one layer is
-    compiled, and compiled code serves every layer. Until the rest is there these weights lie on the
-    devices twice.
-
-    Args:
-        there: the devices.
-        store: the folder, which knows its manifest.
-        share: what these devices need.
-        prompt: what will be asked, for the size of the steps.
-        sampling: how tokens will be chosen.
-    """
-    from loader.devices import placement as placing
-    from loader.devices.cluster import meet
-    from loader.inference.engine import Engine
-    from loader.weights.checkpoint import Checkpoint, expect_checkpoint
-
-    checkpoint = expect_checkpoint(store, share)
-    config = checkpoint.config
-    first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
-    suited = there.tuned(checkpoint)
-    params = (
-        placing.load(first, there.mesh, tuning=suited)
-        if there.placement == "sharded"
-        else placing.share(first, there.mesh, suited)
-    )
-    engine = Engine(config, params, there.mesh, there.loading.dtype)
-    meet("first layer")
-    logits, state = engine.prefill([prompt])
-    token = engine.sample(logits, sampling, 0)
-    # To take it from its row is a program, too.
-    token[0].block_until_ready()
-    if len(prompt) < config.sequence_len:
-        engine.decode(state, token)
-    engine.hold(*place(there, checkpoint))
-    store.wait_for_end(BAR_S)
-    return engine

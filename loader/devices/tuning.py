@@ -7,10 +7,11 @@ C program of `loader.devices.native` must prove itself like any other formulatio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from grokfetch.folder.atomic import replacing
 from loader.devices import native
+from loader.devices.cache_folder import cache_folder
 from loader.devices.kernels import Rows, Tuning, product
+from loader.devices.xla_setup import processor
 
-__all__ = ["decode", "encode", "measure"]
+__all__ = ["decode", "encode", "measure", "suited"]
 
 SCHEMA = 2
 ROWS, COLUMNS = 6144, 16384
@@ -32,8 +36,32 @@ SEVERAL, MANY = (4, 8, 16, 32), 64
 ONE_TOKEN = ((256, 8), (256, 16), (512, 8), (512, 16), (512, 24))
 """Vector width in bits and rows in a step; more rows than registers spill."""
 
+WORTH_TUNING = 1 << 30
+"""Bytes of weights from which some seconds of measuring are soon won back."""
+
 BLOCKS = ((2048, 512, False), (1024, 1024, False), (512, 2048, False), (1024, 1024, True))
 """Rows and columns of a block, and whether it is multiplied in two bfloat16 halves."""
+
+
+def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
+    """What suits this processor, as measured once and kept; None for models not worth it.
+
+    Args:
+        weights: bytes of the model's weights.
+        notice: is told when it takes time.
+    """
+    if weights < WORTH_TUNING:
+        return None
+    path, name = cache_folder() / "tuning.json", processor()
+    with contextlib.suppress(OSError):
+        kept = decode(path.read_bytes(), name)
+        if kept is not None and (not kept.native or native.built(cache_folder() / name)):
+            return kept
+    notice("measuring once what suits this processor")
+    measured = measure(cache_folder() / name)
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write(encode(measured, name))
+    return measured
 
 
 def measure(folder: Path | None = None) -> Tuning:

@@ -19,10 +19,10 @@ from support.program import grokfetch, invoke
 from support.release import publish
 
 from grokfetch import errors
-from grokfetch.commands import fitting
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.manifest.schema import TokenizerSource, parse
 from grokfetch.torrent.metainfo import parse_torrent
+from loader.devices import arrangement
 from loader.weights.capacity import Memory
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
@@ -380,7 +380,7 @@ def test_copies_of_mapped_weights_are_refused(fetched_once):
 def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(
     fetched_once, monkeypatch
 ):
-    monkeypatch.setattr(fitting, "_free_memory", lambda _: Memory(3_000_000))
+    monkeypatch.setattr(arrangement, "_free_memory", lambda _: Memory(3_000_000))
     text = grokfetch(
         *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
         code=errors.OutOfReach.exit_code,

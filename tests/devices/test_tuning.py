@@ -1,16 +1,14 @@
 """What suits a processor is measured once, kept, and believed only by whom it was measured for."""
 
 import json
-import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grokfetch.commands import loading
 from loader.devices import tuning
 from loader.devices.kernels import Tuning
-from loader.devices.tuning import decode, encode, measure
+from loader.devices.tuning import WORTH_TUNING, decode, encode, measure, suited
 
 KNOWN = Tuning(256, 8, 16, 4, 1024, 1024, halves=True)
 
@@ -77,13 +75,12 @@ def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many
 
 
 def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):
-    checkpoint = types.SimpleNamespace(nbytes=loading.WORTH_TUNING)
     for found in (Tuning(native=True), Tuning(wide_rows=8)):
         monkeypatch.setattr(tuning, "measure", lambda _folder, found=found: found)
-        assert loading._tuning(checkpoint) == found
+        assert suited(WORTH_TUNING, print) == found
         monkeypatch.setattr(tuning.native, "built", lambda _folder: False)
     monkeypatch.setattr(tuning, "measure", None)
-    assert loading._tuning(checkpoint) == found
+    assert suited(WORTH_TUNING, print) == found
 
 
 def test_products_are_really_timed(monkeypatch):

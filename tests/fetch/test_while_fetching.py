@@ -19,9 +19,8 @@ from support.program import grokfetch
 from support.release import publish
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.commands.loading import Arrangement, Loading
 from grokfetch.commands.mirroring import Mirrors
-from grokfetch.commands.streaming import Meanwhile, load_as_it_comes
+from grokfetch.commands.streaming import Meanwhile
 from grokfetch.commands.tokenizer_option import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.events import Outcome
@@ -35,8 +34,11 @@ from grokfetch.folder.store import Store
 from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from loader.devices.arrangement import Arrangement, Loading
 from loader.devices.placement import make_mesh
-from loader.inference.engine import Sampling
+from loader.inference.loading import load_as_it_comes
+from loader.inference.sampling import Sampling
+from loader.weights.checkpoint import expect_checkpoint
 from loader.weights.host_share import share_of_host
 from loader.weights.schema import parameters
 
@@ -190,8 +192,8 @@ def published(tmp_path_factory):
     return root, *publish(root)
 
 
-SLOW = 300_000
-"""Bytes a second, at which the checkpoint takes ten seconds and more."""
+SLOW = 100_000
+"""Bytes a second, at which the checkpoint takes half a minute and more."""
 
 SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
 EVERYTHING = share_of_host(golden.ONE, 0, 1)
@@ -231,7 +233,8 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     prompt, wanted = golden.prompt("p1"), golden.arrays()["f32/p1_tokens"].tolist()
     there = Arrangement(mesh, placement, Loading("float32"))
     with following(store, swarm, manifest=manifest), jax.log_compiles():
-        engine = load_as_it_comes(there, store, EVERYTHING, prompt, Sampling())
+        checkpoint = expect_checkpoint(store, EVERYTHING)
+        engine = load_as_it_comes(there, checkpoint, prompt, Sampling())
         assert list(engine.generate(prompt, 6)) == wanted[:6]
     late = [it.getMessage() for it in caplog.records if it.created > store.opened_at > 0]
     late = [text for text in late if text.startswith("Finished XLA compilation")]

@@ -1,0 +1,149 @@
+"""Which devices hold a model and how, decided before anything is loaded, and whether they can.
+
+Importing this module does not import jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from grokfetch.errors import OutOfReach
+from grokfetch.units import bytes_text
+from loader.devices.cache_folder import cache_folder
+from loader.devices.memory import available
+from loader.weights.capacity import Memory, Shortage, Use, shortage
+from loader.weights.partition import MeshShape
+from loader.weights.schema import GrokConfig
+
+if TYPE_CHECKING:
+    from loader.devices.placement import Mesh
+
+__all__ = ["Arrangement", "Dtype", "Loading", "Placement", "arrange"]
+
+Dtype = Literal["bfloat16", "float32"]
+Placement = Literal["mapped", "sharded"]
+
+ITEM_SIZES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is to be held.
+
+    dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
+    None for all devices. memory: bytes that mapped weights, cache and work may take together, None
+    for what is free.
+    """
+
+    dtype: Dtype = "bfloat16"
+    placement: Placement | None = None
+    mesh: MeshShape | None = None
+    memory: int | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the cache."""
+        return ITEM_SIZES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Where a model goes: its devices, how they have the weights, and what else was wished."""
+
+    mesh: Mesh
+    placement: Placement
+    loading: Loading
+
+    @property
+    def platform(self) -> str:
+        """The kinds of the devices."""
+        return "/".join(sorted({device.platform for device in self.mesh.devices.flat})).upper()
+
+
+def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangement:
+    """Set up the devices for a model, and make sure that they can hold it.
+
+    Call it in the main thread: it may be the first use of jax in this process.
+
+    Args:
+        config: the hyperparameters.
+        loading: how it is to be held.
+        tokens: the longest context that will be generated, for which there must be memory.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: weights, cache and work take more memory than the devices have, or mapped
+            weights are to be used by devices that are no CPUs.
+    """
+    from loader.devices import xla_setup
+    from loader.devices.placement import check_shared, make_mesh
+
+    xla_setup.keep_programs(cache_folder())
+    placement, shape = loading.placement, loading.mesh
+    if placement == "mapped" or (placement is None and (shape is None or shape.only_model)):
+        xla_setup.use_cores(config)
+    mesh = make_mesh(config, shape)
+    only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    if placement is None:
+        placement = "mapped" if MeshShape(**mesh.shape).only_model and only_cpus else "sharded"
+    arrangement = Arrangement(mesh, placement, loading)
+    if placement == "mapped" and not only_cpus:
+        raise OutOfReach(
+            f"mapped weights are for CPUs, and the devices are {arrangement.platform}",
+            hint="use --placement sharded, or set JAX_PLATFORMS=cpu",
+        )
+    if placement == "mapped":
+        check_shared(MeshShape(**mesh.shape))
+    _check_fit(config, arrangement, tokens)
+    return arrangement
+
+
+def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> None:
+    """Refuse what cannot fit; the kernel would end it without a word once the memory is full.
+
+    Raises:
+        OutOfReach: what is needed and what is free, and the smallest change that would do.
+    """
+    memory = _free_memory(arrangement.mesh)
+    if memory is None:
+        return
+    use = Use(
+        config,
+        MeshShape(**arrangement.mesh.shape),
+        min(tokens, config.sequence_len),
+        arrangement.loading.itemsize,
+        mapped=arrangement.placement == "mapped",
+    )
+    short = shortage(use, memory)
+    if short is not None:
+        each = "" if memory.sharers else " of each device"
+        raise OutOfReach(
+            f"the model takes {bytes_text(short.needed)} of memory{each},"
+            f" {bytes_text(memory.free)} are free",
+            hint=_help(short, memory),
+        )
+
+
+def _free_memory(mesh: Mesh) -> Memory | None:
+    """What the devices of a mesh have free on this host; None where they do not tell."""
+    devices = mesh.local_devices
+    if all(device.platform == "cpu" for device in devices):
+        return Memory(available(), len(devices))
+    told = [device.memory_stats() for device in devices]
+    if not all(stats and "bytes_limit" in stats for stats in told):
+        return None
+    return Memory(min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told))
+
+
+def _help(short: Shortage, memory: Memory) -> str:
+    """The smallest change that makes a model fit, in words."""
+    if short.tokens is not None:
+        return f"a context of {short.tokens:,} tokens would fit: prompt and --max-tokens together"
+    if short.mapped:
+        return "leave the weights in their files: --placement mapped"
+    if short.mesh is not None:
+        return f"{short.mesh.devices} such devices would do: --mesh {short.mesh}"
+    if memory.sharers:
+        return "fewer tokens or devices would not do; make memory free, or use another machine"
+    return "leave the weights in their files, on the CPU: JAX_PLATFORMS=cpu"

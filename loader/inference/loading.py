@@ -1,0 +1,188 @@
+"""One way to a model that is ready: devices, placement, tuning, memory and read-ahead, in order.
+
+`load_model` is the whole way; the commands go it in two steps, because they must know the devices
+before they know which bytes to fetch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from grokfetch.events import Loaded, LoadEvent, Notice, Progress
+from grokfetch.units import bytes_text
+from loader.devices import placement as placing
+from loader.devices.arrangement import Arrangement, Dtype, Loading, Placement, arrange
+from loader.devices.cluster import meet
+from loader.devices.kernels import Tuning
+from loader.devices.memory import available
+from loader.devices.paging import Managed
+from loader.devices.placement import Params
+from loader.devices.tuning import suited
+from loader.inference.engine import Engine
+from loader.inference.sampling import Sampling
+from loader.weights.checkpoint import Checkpoint
+from loader.weights.limits import WORK, cache_bytes_per_token
+from loader.weights.partition import MeshShape
+
+__all__ = ["Report", "load_as_it_comes", "load_model", "load_onto"]
+
+Report = Callable[[LoadEvent], object]
+"""Is called with what happens while a model is loaded."""
+
+
+def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
+    checkpoint: Checkpoint,
+    *,
+    placement: Placement | None = None,
+    mesh: MeshShape | None = None,
+    memory: int | None = None,
+    dtype: Dtype = "bfloat16",
+    tokens: int = 1,
+    report: Report | None = None,
+) -> Engine:
+    """The model of a checkpoint on this machine's devices, ready to generate.
+
+    What the devices are, how they have the weights, which products suit the processor and what is
+    read ahead is decided here, as the command `run` does. Call it in the main thread.
+
+    Args:
+        checkpoint: the tensors in their files; it must stay open while the model is in use.
+        placement: "mapped" leaves the weights in their files, for CPUs; "sharded" copies them to
+            the devices; None for what suits the devices.
+        mesh: how many devices stand along each axis; None for all devices.
+        memory: bytes that mapped weights, cache and work may take together; None for what is free.
+        dtype: of the KV cache and of the products; weights stay int8.
+        tokens: the longest context that will be generated, for which there must be memory.
+        report: is called with `Progress` while weights are copied, with `Notice` of what is worth
+            knowing, and at the end with `Loaded`.
+
+    Raises:
+        MeshInvalid: the devices cannot be arranged so.
+        OutOfReach: weights, cache and work take more memory than there is, or mapped weights are
+            to be used by devices that are no CPUs.
+        StorageFailed: a file cannot be mapped or read.
+    """
+    arrangement = arrange(checkpoint.config, Loading(dtype, placement, mesh, memory), tokens)
+    return load_onto(arrangement, checkpoint, report)
+
+
+def load_onto(
+    arrangement: Arrangement, checkpoint: Checkpoint, report: Report | None = None
+) -> Engine:
+    """The same onto devices that are set up already."""
+    params, paging = _place(arrangement, checkpoint, report or _silent)
+    mesh, dtype = arrangement.mesh, arrangement.loading.dtype
+    return Engine(checkpoint.config, params, mesh, dtype, paging)
+
+
+def load_as_it_comes(
+    arrangement: Arrangement,
+    checkpoint: Checkpoint,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    report: Report | None = None,
+) -> Engine:
+    """The weights as their bytes arrive, and the model compiled before the last of them.
+
+    What lies outside the layers and the first layer come first. With them a model of one layer is
+    compiled, and compiled code serves every layer. Until the rest is there these weights lie on the
+    devices twice.
+
+    Args:
+        arrangement: the devices.
+        checkpoint: from `expect_checkpoint`, of a folder that waits for bytes that are required.
+        prompt: what will be asked, for the size of the steps.
+        sampling: how tokens will be chosen.
+        report: as of `load_model`.
+    """
+    report = report or _silent
+    config = checkpoint.config
+    first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
+    mesh, tuning = arrangement.mesh, _tuning(arrangement, checkpoint, report)
+    params = (
+        placing.load(first, mesh, tuning=tuning)
+        if arrangement.placement == "sharded"
+        else placing.share(first, mesh, tuning)
+    )
+    engine = Engine(config, params, mesh, arrangement.loading.dtype)
+    meet("first layer")
+    logits, state = engine.prefill([prompt])
+    token = engine.sample(logits, sampling, 0)
+    # To take it from its row is a program, too.
+    token[0].block_until_ready()
+    if len(prompt) < config.sequence_len:
+        engine.decode(state, token)
+    engine.hold(*_place(arrangement, checkpoint, report))
+    return engine
+
+
+def _place(
+    arrangement: Arrangement, checkpoint: Checkpoint, report: Report
+) -> tuple[Params, Managed | None]:
+    """The weights where the devices have them, and who brings their pages."""
+    start = time.perf_counter()
+    mesh, total = arrangement.mesh, checkpoint.nbytes
+    tuning = _tuning(arrangement, checkpoint, report)
+    paging = None
+    if arrangement.placement == "sharded":
+        params = _copy(checkpoint, arrangement, tuning, report)
+    else:
+        params = placing.share(checkpoint, mesh, tuning)
+        paging = _paging(checkpoint, arrangement.loading, report)
+    seconds = round(time.perf_counter() - start, 3)
+    report(Loaded(total, mesh.size, arrangement.platform, arrangement.placement, seconds))
+    return params, paging
+
+
+def _copy(
+    checkpoint: Checkpoint, arrangement: Arrangement, tuning: Tuning | None, report: Report
+) -> Params:
+    """Every tensor on the devices."""
+    done, total = 0, checkpoint.nbytes
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(Progress(done, total, "loading"))
+
+    return placing.load(checkpoint, arrangement.mesh, tuning=tuning, on_bytes=count)
+
+
+def _paging(checkpoint: Checkpoint, loading: Loading, report: Report) -> Managed:
+    """What keeps the pages of mapped weights within the memory that there is; says what stays."""
+    config = checkpoint.config
+    memory = available() if loading.memory is None else loading.memory
+    cache = cache_bytes_per_token(config, loading.itemsize) * config.sequence_len
+    paging = Managed(checkpoint, memory - cache - WORK)
+    division = paging.division
+    if not division.everything:
+        kept = "attention, embedding and" if division.base else "no more than"
+        experts = config.num_layers * config.num_experts
+        report(
+            Notice(
+                f"the weights do not fit into {bytes_text(memory)} of memory: {kept} "
+                f"{division.experts} of {experts} experts stay there, the others are read for "
+                "each token"
+            )
+        )
+    if paging.unlocked:
+        report(
+            Notice(
+                f"what every token needs cannot be locked in memory ({paging.unlocked}), so that "
+                "the system may drop it; more may be locked after: ulimit -l unlimited"
+            )
+        )
+    return paging
+
+
+def _tuning(arrangement: Arrangement, checkpoint: Checkpoint, report: Report) -> Tuning | None:
+    """What suits the processor, where the devices are CPUs."""
+    if arrangement.platform != "CPU":
+        return None
+    return suited(checkpoint.nbytes, lambda text: report(Notice(text)))
+
+
+def _silent(_event: LoadEvent) -> None:
+    """Report to nobody."""
