@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StorageFailed, gone, storage_failed
@@ -118,12 +119,17 @@ class Proofs:
             StorageFailed: either failed.
         """
         try:
-            flush(self.begin_flush())
+            flush(self.begin_flush(), self._store.root)
         except StorageFailed:
             self.end_flush(well=False)
             raise
         self.end_flush(well=True)
         self.write()
+
+    @property
+    def root(self) -> Path:
+        """The checkpoint folder."""
+        return self._store.root
 
     def begin_flush(self) -> list[Path]:
         """The files to be flushed, before the record can claim what has been proven by now."""
@@ -266,15 +272,18 @@ class Proofs:
         return Record(self._info_hash, frozenset(pieces), self._files.copy())
 
 
-def flush(paths: Iterable[Path]) -> None:
-    """Force files, and the folders that name them, to the disk. What is gone is passed over.
+def flush(paths: Iterable[Path], root: Path) -> None:
+    """Force files below `root`, and the folders that name them, to the disk.
+
+    What is gone is passed over. Every folder on the way is flushed, for whoever made it need not
+    have done so, and a file whose folder loses its name after a power cut is lost with it.
 
     Raises:
         StorageFailed: the disk refuses.
     """
-    folders = set()
+    folders: set[Path] = set()
     for path in paths:
-        folders.add(path.parent)
+        folders.update(takewhile(lambda folder: folder != root.parent, path.parents))
         _flush(path)
     for folder in folders:
         _flush(folder)

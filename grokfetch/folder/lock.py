@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from grokfetch.errors import StateLocked, StorageFailed, storage_failed
+from grokfetch.folder.atomic import make_folder
 
 __all__ = ["Owner", "folder_lock", "read_owner"]
 
@@ -43,7 +44,7 @@ def folder_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
 
 def _open(path: Path, *, exclusive: bool) -> IO[bytes] | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return path.open("ab+", buffering=0)
     except OSError as error:
         if exclusive:

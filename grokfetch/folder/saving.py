@@ -56,7 +56,7 @@ class Saver:
         age = self._clock() - self._written_at
         due = age >= self._save_s or (self._proofs.whole_file and age >= AFTER_FILE_S)
         if self._flush is None and (due or self._proofs.unflushed_bytes >= FLUSH_BYTES):
-            self._flush = self._pool.submit(flush, self._proofs.begin_flush())
+            self._flush = self._pool.submit(flush, self._proofs.begin_flush(), self._proofs.root)
         if self._flush is not None and (self._flush.done() or age >= 2 * self._save_s):
             self.settle()
             if due:

@@ -264,7 +264,7 @@ class _Verification:
             for piece in self._good:
                 segments = self._layout.segments(piece)
                 paths.update(part.file.path for part in segments if not part.file.pad)
-        flush(map(self._store.payload, paths))
+        flush(map(self._store.payload, paths), self._store.root)
         self._store.save_record(self._record())
 
     def _record(self) -> Record:

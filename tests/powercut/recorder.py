@@ -1,0 +1,209 @@
+"""A file system in user space that passes everything on and records, in order, what changes.
+
+`mount` ends when the file system is unmounted; its log is then a sequence of pickled `Operation`s.
+Reads are not recorded.
+"""
+
+import dataclasses
+import errno
+import os
+import pickle
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """One change, or one flush.
+
+    kind: create, mkdir, write, truncate, rename, link, unlink, rmdir, symlink, times, fsync or
+    fsyncdir. path: relative to the mount, where a name changes or a folder is flushed; `other` is
+    the new name of a rename or link, the target of a symbolic link. inode: a number of our own for
+    the file whose bytes change or are flushed. mtime_ns: of that file after the operation.
+    """
+
+    kind: str
+    path: str = ""
+    other: str = ""
+    inode: int = 0
+    offset: int = 0
+    data: bytes = b""
+    size: int = 0
+    mtime_ns: int = 0
+
+
+def recordings(log: Path) -> list[Operation]:
+    """The operations of a log."""
+    found = []
+    with log.open("rb") as file:
+        while True:
+            try:
+                found.append(pickle.load(file))
+            except EOFError:
+                return found
+
+
+def mount(place: str, backing: str, log: str) -> None:
+    """Serve the file system until it is unmounted."""
+    import mfusepy
+
+    class Recorder(mfusepy.Operations):
+        use_ns = True
+
+        def __init__(self) -> None:
+            self.log = Path(log).open("wb", buffering=0)  # noqa: SIM115 - as long as the process
+            self.made = 0
+            self.numbers: dict[int, int] = {}
+
+        def note(self, kind, path="", **fields) -> None:
+            made = Operation(kind, path.lstrip("/"), **fields)
+            self.log.write(pickle.dumps(made))
+
+        def at(self, path: str) -> str:
+            return backing + path
+
+        def file(self, kind: str, fh: int, **fields) -> None:
+            # The disk below gives a removed file's inode number to the next one; ours are unique.
+            status = os.fstat(fh)
+            if kind == "create" or status.st_ino not in self.numbers:
+                self.made += 1
+                self.numbers[status.st_ino] = self.made
+            inode = self.numbers[status.st_ino]
+            self.note(kind, inode=inode, mtime_ns=status.st_mtime_ns, **fields)
+
+        def getattr(self, path, fh=None):
+            status = os.lstat(self.at(path))
+            names = ("mode", "nlink", "uid", "gid", "size", "ino", "blocks")
+            times = {f"st_{it}time": getattr(status, f"st_{it}time_ns") for it in "acm"}
+            return {f"st_{name}": getattr(status, f"st_{name}") for name in names} | times
+
+        def access(self, path, amode):
+            if not os.access(self.at(path), amode):
+                raise mfusepy.FuseOSError(errno.EACCES)
+            return 0
+
+        def readdir(self, path, fh):
+            return [".", "..", *os.listdir(self.at(path))]
+
+        def statfs(self, path):
+            status = os.statvfs(self.at(path))
+            names = [
+                "bsize",
+                "frsize",
+                "blocks",
+                "bfree",
+                "bavail",
+                "files",
+                "ffree",
+                "favail",
+                "flag",
+                "namemax",
+            ]
+            return {f"f_{name}": getattr(status, f"f_{name}") for name in names}
+
+        def readlink(self, path):
+            return os.readlink(self.at(path))
+
+        def open(self, path, flags):
+            handle = os.open(self.at(path), flags & ~os.O_APPEND)
+            if flags & os.O_TRUNC:
+                self.file("truncate", handle, size=0)
+            return handle
+
+        def create(self, path, mode, fi=None):
+            handle = os.open(self.at(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+            self.file("create", handle, path=path.lstrip("/"))
+            return handle
+
+        def file_of(self, path, fh, act):
+            handle = os.open(self.at(path), os.O_RDWR) if fh is None else fh
+            try:
+                act(handle)
+            finally:
+                if fh is None:
+                    os.close(handle)
+
+        def read(self, path, size, offset, fh):
+            return os.pread(fh, size, offset)
+
+        def write(self, path, data, offset, fh):
+            count = os.pwrite(fh, data, offset)
+            self.file("write", fh, offset=offset, data=data[:count])
+            return count
+
+        def truncate(self, path, length, fh=None):
+            def act(handle):
+                os.ftruncate(handle, length)
+                self.file("truncate", handle, size=length)
+
+            self.file_of(path, fh, act)
+            return 0
+
+        def fallocate(self, path, mode, offset, length, fh):
+            raise mfusepy.FuseOSError(errno.EOPNOTSUPP)
+
+        def utimens(self, path, times=None):
+            os.utime(self.at(path), ns=times)
+            self.file_of(path, None, lambda handle: self.file("times", handle))
+            return 0
+
+        def chmod(self, path, mode):
+            os.chmod(self.at(path), mode)
+            return 0
+
+        def chown(self, path, uid, gid):
+            return 0
+
+        def flush(self, path, fh):
+            return 0
+
+        def release(self, path, fh):
+            os.close(fh)
+            return 0
+
+        def fsync(self, path, datasync, fh):
+            self.file("fsync", fh)
+            return 0
+
+        def fsyncdir(self, path, datasync, fh):
+            self.note("fsyncdir", path)
+            return 0
+
+        def mkdir(self, path, mode):
+            os.mkdir(self.at(path), mode)
+            self.note("mkdir", path)
+            return 0
+
+        def rmdir(self, path):
+            os.rmdir(self.at(path))
+            self.note("rmdir", path)
+            return 0
+
+        def unlink(self, path):
+            os.unlink(self.at(path))
+            self.note("unlink", path)
+            return 0
+
+        def rename(self, old, new):
+            os.rename(self.at(old), self.at(new))
+            self.note("rename", old, other=new.lstrip("/"))
+            return 0
+
+        def link(self, target, source):
+            os.link(self.at(source), self.at(target), follow_symlinks=False)
+            self.note("link", source, other=target.lstrip("/"))
+            return 0
+
+        def symlink(self, target, source):
+            os.symlink(source, self.at(target))
+            self.note("symlink", target, other=source)
+            return 0
+
+    mfusepy.FUSE(
+        Recorder(),
+        place,
+        foreground=True,
+        nothreads=True,
+        attr_timeout=0,
+        entry_timeout=0,
+        fsname="grokfetch-recorder",
+    )

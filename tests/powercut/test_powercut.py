@@ -1,0 +1,81 @@
+"""After a power cut nothing wrong is trusted, nothing safe fetched again; the fetch ends well.
+
+Real commands are recorded on a file system of ours; states that a cut may leave are tried. The
+campaign over many thousands is benchmarks/faults.py.
+"""
+
+import random
+
+import pytest
+from powercut.promises import safe_pieces, tried
+from powercut.scenarios import NAMES, available, planted, record
+from powercut.states import Cut, Disk, Operation
+
+CUTS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _recorder():
+    reason = available()
+    if reason is not None:
+        pytest.skip(f"no file system can be recorded here: {reason}")
+
+
+def broken(recorded, cuts, seed=0):
+    """The promises that do not hold on states after so many cuts, at even distances."""
+    chance = random.Random(seed)
+    count = len(recorded.operations)
+    for number in range(cuts):
+        cut = Cut(recorded.operations, count * (number + 1) // cuts)
+        safe = safe_pieces(recorded, cut.past)
+        for disk in (cut.worst(), cut.some(chance)):
+            yield from tried(recorded, disk, safe).broken
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, tmp_path):
+    recorded = record(name, tmp_path / name)
+    assert not list(broken(recorded, CUTS))
+
+
+def test_a_record_written_before_its_data_is_found(tmp_path):
+    fault = "import grokfetch.folder.ledger as it; it._flush = lambda path: None"
+    with planted(fault):
+        recorded = record("swarm", tmp_path / "swarm")
+    assert any("count as proven and are wrong" in promise for promise in broken(recorded, 30))
+
+
+def test_a_folder_that_is_not_flushed_is_found(tmp_path):
+    fault = """
+import grokfetch.folder.ledger as it
+real = it._flush
+it._flush = lambda path: None if path.is_dir() else real(path)
+"""
+    with planted(fault):
+        recorded = record("swarm", tmp_path / "swarm")
+    assert any("are fetched again" in promise for promise in broken(recorded, CUTS))
+
+
+def test_what_was_flushed_is_safe_and_nothing_else():
+    written = [
+        Operation("create", "a", inode=1),
+        Operation("write", inode=1, data=b"old", mtime_ns=1),
+        Operation("fsync", inode=1, mtime_ns=1),
+        Operation("fsyncdir", ""),
+        Operation("write", inode=1, data=b"new", mtime_ns=2),
+        Operation("rename", "a", other="b"),
+    ]
+    worst, best = Cut(written, 6).worst(), Cut(written, 6).best()
+    assert (worst.content("a"), worst.content("b")) == (b"old", None)
+    assert (best.content("a"), best.content("b")) == (None, b"new")
+    assert Cut(written, 2).worst().names == {"": None}
+
+
+def test_a_state_is_laid_down_with_its_times(tmp_path):
+    disk = Disk()
+    disk.apply(Operation("mkdir", "d"))
+    disk.apply(Operation("create", "d/f", inode=1))
+    disk.apply(Operation("write", inode=1, offset=2, data=b"x", mtime_ns=5_000_000_000))
+    disk.lay_down(tmp_path)
+    assert (tmp_path / "d/f").read_bytes() == b"\0\0x"
+    assert (tmp_path / "d/f").stat().st_mtime_ns == 5_000_000_000
