@@ -138,10 +138,8 @@ def _fetched(store: Store) -> Manifest | None:
     """
     if store.torrent() is None:
         return None
-    fetched = store.manifest()
-    for file in fetched.files:
-        store.require(file.path)
-    return fetched
+    store.require_all()
+    return store.manifest()
 
 
 def _with_known_digests(files: Sequence[ManifestFile], base: Manifest) -> list[ManifestFile]:

@@ -148,9 +148,8 @@ def _settled(folder: Path) -> Iterator[None]:
         return
     store = Store(folder)
     with store.lock(exclusive=False):
-        known = store.manifest_or_none()
-        for file in () if known is None else known.files:
-            store.require(file.path)
+        if store.manifest_or_none() is not None:
+            store.require_all()
         yield
 
 

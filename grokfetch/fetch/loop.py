@@ -28,10 +28,9 @@ from grokfetch.fetch.prepare import Asked, Prepared, prepare
 from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.folder.history import recorded
 from grokfetch.folder.journal import checked
-from grokfetch.folder.ledger import Proofs
+from grokfetch.folder.ledger import Proofs, Saver
 from grokfetch.folder.payload import own
 from grokfetch.folder.repair import read_again
-from grokfetch.folder.saving import Saver
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import corrupt, hash_files
 from grokfetch.manifest.schema import Manifest, ManifestFile

@@ -2,6 +2,9 @@
 
 Proofs come from reading back only. Data is flushed to the disk before the record claims it, so that
 a power cut cannot leave a claim without its bytes.
+
+Flushing a second's worth of a fast download takes most of a second. In a thread of its own it keeps
+the disk busy from the first bytes on, and nothing waits for it but the record.
 """
 
 from __future__ import annotations
@@ -9,16 +12,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from grokfetch.errors import StorageFailed, gone, storage_failed
+from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.torrent.layout import Layout, LayoutFile
 
-__all__ = ["Proofs", "flush"]
+__all__ = ["Proofs", "Saver", "flush"]
+
+FLUSH_BYTES = 256 << 20
+"""So many proven bytes are worth a flush of their own."""
+
+AFTER_FILE_S = 0.5
+"""How soon after another record one is written because a file has become whole."""
 
 
 class Proofs:
@@ -49,18 +61,28 @@ class Proofs:
         self._left: dict[PurePosixPath, int] = {}
         self._inodes: dict[PurePosixPath, tuple[int, int] | None] = {}
         self._spoilt: list[PurePosixPath] = []
-        for file in layout.payload:
-            self._distrust_if_changed(file)
+        self._doubt_changed()
 
-    def _distrust_if_changed(self, file: LayoutFile) -> None:
-        proof = self._files.get(file.path)
-        now = self._store.stamp(file.path)
-        if proof is not None and proof.holds(now):
-            return
-        self._files.pop(file.path, None)
+    def _doubt_changed(self) -> list[PurePosixPath]:
+        """Take their proofs from files that have changed; the paths of those that had any."""
+        now = {file.path: self._store.stamp(file.path) for file in self._layout.payload}
+        record = Record(self._info_hash, frozenset(self.pieces), self._files)
+        proven = Proven(record, now, self._layout)
+        doubtful = record.pieces - proven.pieces
+        spoilt = []
+        for file in self._layout.payload:
+            if not proven.unchanged(file.path):
+                if not doubtful.isdisjoint(self._layout.pieces_over(file)):
+                    spoilt.append(file.path)
+                self._look(file.path, now[file.path])
+        self.remove(doubtful)
+        return spoilt
+
+    def _look(self, path: PurePosixPath, now: Stamp | None) -> None:
+        """Let the proofs of a file rest on how it looks now, and on no sha256."""
+        self._files.pop(path, None)
         if now is not None:
-            self._files[file.path] = FileProof(now)
-        self.remove(self._layout.pieces_over(file))
+            self._files[path] = FileProof(now)
 
     @property
     def missing(self) -> list[int]:
@@ -220,18 +242,14 @@ class Proofs:
 
     def look_again(self) -> list[PurePosixPath]:
         """Doubt the files that others have changed since; the paths of those, each told once."""
-        for file in self._layout.payload:
-            before = len(self.pieces)
-            self._distrust_if_changed(file)
-            if len(self.pieces) < before:
-                self._spoilt.append(file.path)
-        told, self._spoilt = list(dict.fromkeys(self._spoilt)), []
-        return told
+        told = dict.fromkeys((*self._spoilt, *self._doubt_changed()))
+        self._spoilt = []
+        return list(told)
 
     def renew(self, files: Iterable[LayoutFile]) -> None:
         """Doubt files that we have replaced ourselves; nobody need be told."""
-        for file in files:
-            self._distrust_if_changed(file)
+        ours = {file.path for file in files}
+        self._spoilt += [path for path in self._doubt_changed() if path not in ours]
 
     def end_writing(self) -> None:
         """Save, and tie the proofs to the files as they look now that nobody writes them.
@@ -243,10 +261,7 @@ class Proofs:
         self.save()
         for path, proof in list(self._files.items()):
             if proof.writing:
-                now = self._store.stamp(path)
-                del self._files[path]
-                if now is not None:
-                    self._files[path] = FileProof(now)
+                self._look(path, self._store.stamp(path))
         self._inodes.clear()
         self.write()
 
@@ -270,6 +285,65 @@ class Proofs:
         """The record of all this, but for what is not flushed."""
         pieces = self.pieces - self._unflushed - self._flushing
         return Record(self._info_hash, frozenset(pieces), self._files.copy())
+
+
+class Saver:
+    """Saves proofs while more come.
+
+    The record is at most `save_s` behind what is proven, or as far as the disk is slow. A record
+    that is twice as old as it should be is waited for.
+
+    Args:
+        proofs: what to save.
+        save_s: seconds between two writings of the record.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, proofs: Proofs, save_s: float, clock: Callable[[], float]) -> None:
+        self._proofs = proofs
+        self._save_s = save_s
+        self._clock = clock
+        self._written_at = clock()
+        self._pool = ThreadPoolExecutor(1, "flush")
+        self._flush: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def turn(self) -> None:
+        """Do what is due; called after every event.
+
+        Raises:
+            StorageFailed: data cannot be flushed, or the record not be written.
+        """
+        age = self._clock() - self._written_at
+        due = age >= self._save_s or (self._proofs.whole_file and age >= AFTER_FILE_S)
+        if self._flush is None and (due or self._proofs.unflushed_bytes >= FLUSH_BYTES):
+            self._flush = self._pool.submit(flush, self._proofs.begin_flush(), self._proofs.root)
+        if self._flush is not None and (self._flush.done() or age >= 2 * self._save_s):
+            self.settle()
+            if due:
+                self._proofs.write()
+                self._written_at = self._clock()
+
+    def settle(self) -> None:
+        """Wait for the flush under way.
+
+        Raises:
+            StorageFailed: the disk refuses; what it was about is doubted.
+        """
+        if self._flush is None:
+            return
+        running, self._flush = self._flush, None
+        try:
+            running.result()
+        except StorageFailed:
+            self._proofs.end_flush(well=False)
+            raise
+        self._proofs.end_flush(well=True)
 
 
 def flush(paths: Iterable[Path], root: Path) -> None:

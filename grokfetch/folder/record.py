@@ -1,9 +1,7 @@
 """What is proven, by what, and how each file looked then. Pure: no I/O here.
 
-A proof belongs to a stamp, the (size, mtime_ns) of its file at that time. A file whose stamp has
-changed since has nothing proven, with one exception: a file that we ourselves had open for writing
-bears the `writing` mark. Our writing changes its stamp, so after our own crash its proven pieces
-stay proven unless it has shrunk.
+A proof belongs to a stamp, the (size, mtime_ns) of its file at that time. What a record proves of
+the files as they look now is decided in `proven` alone.
 """
 
 from __future__ import annotations
@@ -44,14 +42,6 @@ class FileProof:
     stamp: Stamp
     sha256: str | None = None
     writing: bool = False
-
-    def holds(self, now: Stamp | None) -> bool:
-        """Whether the proofs made under `stamp` still speak for a file that looks like `now`."""
-        if now is None:
-            return False
-        if self.writing:
-            return now.size >= self.stamp.size
-        return now == self.stamp
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import NotProven, SelectionInvalid, StateMissing
 from grokfetch.folder import record as records
+from grokfetch.folder.proven import Proven, of_torrent, piece_hashes_decide
 from grokfetch.folder.record import Record, Stamp
 from grokfetch.folder.state_files import StateFiles
 from grokfetch.manifest import relocation as placing
@@ -46,7 +47,7 @@ from grokfetch.manifest import selection as selections
 from grokfetch.manifest.relocation import Places, relocated
 from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import Selection, Spans
-from grokfetch.torrent.layout import Layout, LayoutFile
+from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
 from grokfetch.torrent.names import STATE_FOLDER
 
@@ -218,18 +219,13 @@ class Store:
         Pieces of another torrent than the one in `metadata.torrent` do not count.
         """
         if self._record is None:
-            record = self._files.read("record.json", records.decode)
-            self._record = self._of_this_torrent(record or Record())
+            torrent, layout = self.torrent(), self.layout()
+            info_hash = None if torrent is None else torrent.info_hash
+            record = self._files.read("record.json", records.decode) or Record(info_hash)
+            self._record = of_torrent(record, info_hash, layout)
+            if record.info_hash == info_hash and record.pieces and not self._record.pieces:
+                self.warnings.append(f"{self.state / 'record.json'}: it names pieces there are not")
         return self._record
-
-    def _of_this_torrent(self, record: Record) -> Record:
-        torrent, layout = self.torrent(), self.layout()
-        if torrent is None or layout is None or record.info_hash != torrent.info_hash:
-            return Record(None if torrent is None else torrent.info_hash, files=record.files)
-        if any(piece >= layout.piece_count for piece in record.pieces):
-            self.warnings.append(f"{self.state / 'record.json'}: it names pieces there are not")
-            return Record(torrent.info_hash)
-        return record
 
     # --- writing, under the exclusive lock ----------------------------------------------------
 
@@ -289,19 +285,28 @@ class Store:
     # --- what is proven -----------------------------------------------------------------------
 
     def pieces_speak_for(self, path: PurePosixPath) -> bool:
-        """Whether the torrent's piece hashes prove this file of the manifest in force.
-
-        They do if the manifest names that torrent, or knows no sha256 of the file. Where it knows
-        one and does not name the torrent, only the sha256 tells whether the file is the right one.
+        """Whether piece hashes prove this file of the manifest in force: `piece_hashes_decide`.
 
         Raises:
             StateMissing: there is no manifest.
         """
+        named = self._named()
+        return self.torrent() is not None and piece_hashes_decide(
+            self._entries.get(path), named=named
+        )
+
+    def _named(self) -> bool:
+        """Whether the manifest in force names the torrent."""
         torrent, manifest = self.torrent(), self.manifest()
-        if torrent is None:
-            return False
-        entry = self._entries.get(path)
-        return torrent.known_as(manifest.info_hash) or entry is None or entry.sha256 is None
+        return torrent is not None and torrent.known_as(manifest.info_hash)
+
+    def proven(self) -> Proven:
+        """What is proven now. Each file is looked at once, when it is first asked about.
+
+        Raises:
+            StateMissing: there is no manifest.
+        """
+        return Proven(self.record(), _Stamps(self), self.layout(), named=self._named())
 
     def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
         """Return if a span of a payload file, all of it by default, is proven.
@@ -315,8 +320,26 @@ class Store:
             NotProven: a byte of it is not, or the file has changed since.
             StateMissing: there is no manifest.
         """
-        self.manifest()
-        reason = self._doubt(path, start, length)
+        self._refuse(self.proven(), path, start, length)
+
+    def require_all(self) -> None:
+        """Return if every file that the manifest names is proven.
+
+        Raises:
+            NotProven: one is not.
+            StateMissing: there is no manifest.
+        """
+        proven = self.proven()
+        for file in self.manifest().files:
+            self._refuse(proven, file.path, 0, None)
+
+    def _refuse(self, proven: Proven, path: PurePosixPath, start: int, length: int | None) -> None:
+        entry = self._entries.get(path)
+        if entry is None:
+            reason: str | None = "the manifest in force does not name it"
+        else:
+            stop = entry.size if length is None else start + length
+            reason = proven.doubt(entry, start, stop)
         if reason is not None:
             selection = self.selection()
             rest = f"grokfetch fetch {self.root}"
@@ -329,37 +352,17 @@ class Store:
                 f"and where it finds something missing or bad: {rest}",
             )
 
-    def _doubt(self, path: PurePosixPath, start: int, length: int | None) -> str | None:
-        """Why a span is not proven, None if it is."""
-        entry = self._entries.get(path)
-        if entry is None:
-            return "the manifest in force does not name it"
-        stop = entry.size if length is None else start + length
-        now = self.stamp(path)
-        if now is None:
-            return "it is not there"
-        if now.size > entry.size or stop > now.size or start < 0:
-            return f"it has {now.size:,} bytes, {entry.size:,} would be right"
-        proof = self.record().files.get(path)
-        if proof is None or not proof.holds(now):
-            return "it has changed since it was verified" if proof else "it has never been verified"
-        if entry.sha256 is not None and proof.sha256 == entry.sha256 and not proof.writing:
-            return None
-        return self._piece_doubt(path, start, stop)
 
-    def _piece_doubt(self, path: PurePosixPath, start: int, stop: int) -> str | None:
-        layout, file = self.layout(), self._layout_file(path)
-        if layout is None or file is None or not self.pieces_speak_for(path):
-            return "its sha256 is not verified"
-        proven = self.record().pieces
-        for piece in layout.pieces_over(file, start, stop - start):
-            if piece not in proven:
-                return f"piece {piece} is not verified"
-        return None
+class _Stamps(dict[PurePosixPath, Stamp | None]):
+    """How files look, each at the time when it is first asked about."""
 
-    def _layout_file(self, path: PurePosixPath) -> LayoutFile | None:
-        layout = self.layout()
-        return None if layout is None else layout.file(path)
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def __missing__(self, path: PurePosixPath) -> Stamp | None:
+        self[path] = stamp = self._store.stamp(path)
+        return stamp
 
 
 def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:

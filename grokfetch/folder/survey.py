@@ -14,11 +14,10 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Literal
 
-from grokfetch.folder.record import Record, Stamp
+from grokfetch.folder.proven import Proven
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
-from grokfetch.torrent.layout import Layout, LayoutFile
 
 __all__ = ["FileState", "Group", "Survey", "piece_map", "survey"]
 
@@ -85,126 +84,60 @@ def survey(store: Store) -> Survey:
     Raises:
         StateMissing: there is no manifest.
     """
-    manifest, record, layout = store.manifest(), store.record(), store.layout()
-    known = {file.path for file in manifest.files}
-    others = () if layout is None else (file.path for file in layout.payload)
-    stamps = {path: store.stamp(path) for path in known.union(others)}
-    spans = _Spans(store, record, stamps, layout)
-    proven = {file.path: spans.proven(file, 0, file.size) for file in manifest.files}
-    ways = {file.path: spans.by_pieces(file) for file in manifest.files}
+    manifest, layout, proven = store.manifest(), store.layout(), store.proven()
+    counts = [proven.count(file, 0, file.size) for file in manifest.files]
+    pieces = range(0 if layout is None else layout.piece_count)
     return Survey(
         manifest.name,
         manifest.size,
-        sum(proven[path] for path in known if ways[path]),
-        sum(proven[path] for path in known if not ways[path]),
-        record.info_hash,
+        sum(by_pieces for by_pieces, _ in counts),
+        sum(by_sha256 for _, by_sha256 in counts),
+        store.record().info_hash,
         manifest.measured,
-        spans.pieces,
-        {file.path: _state(store, file, proven, stamps) for file in manifest.files},
-        _groups(manifest.tensors, {file.path: file for file in manifest.files}, spans),
-        _asked(store, spans),
+        tuple(piece in proven.pieces for piece in pieces),
+        {file.path: _state(store, file, proven) for file in manifest.files},
+        _groups(manifest.tensors, {file.path: file for file in manifest.files}, proven),
+        _asked(store, proven),
     )
 
 
-def _asked(store: Store, spans: _Spans) -> Asked | None:
+def _asked(store: Store, proven: Proven) -> Asked | None:
     selection, asked, layout = store.selection(), store.asked(), store.layout()
     if selection is None or asked is None:
         return None
-    total = proven = 0
+    total = done = 0
     by_pieces = set()
     if layout is not None:
         named = {file.path for file in store.manifest().files}
-        pieces = pieces_of(layout, asked)
-        for piece in pieces:
+        for piece in pieces_of(layout, asked):
             size = sum(part.length for part in layout.segments(piece) if part.file.path in named)
             total += size
-            proven += size if spans.pieces[piece] else 0
+            done += size if piece in proven.pieces else 0
         by_pieces = {path for path in asked if store.pieces_speak_for(path)}
     for file in store.manifest().files:
         if file.path in asked and file.path not in by_pieces:
             total += file.size
-            proven += spans.proven(file, 0, file.size)
-    return Asked(str(selection), total, proven)
+            done += sum(proven.count(file, 0, file.size))
+    return Asked(str(selection), total, done)
 
 
-class _Spans:
-    """How many bytes of a span of a file are proven."""
-
-    def __init__(
-        self,
-        store: Store,
-        record: Record,
-        stamps: dict[PurePosixPath, Stamp | None],
-        layout: Layout | None,
-    ) -> None:
-        self._store = store
-        self._record = record
-        self._layout = layout
-        self._held = {
-            path
-            for path, stamp in stamps.items()
-            if path in record.files and record.files[path].holds(stamp)
-        }
-        self.pieces = () if layout is None else self._proven_pieces(layout)
-
-    def _proven_pieces(self, layout: Layout) -> tuple[bool, ...]:
-        """As the next fetch will see it: all pieces of a file that has changed are in doubt."""
-        pieces = [piece in self._record.pieces for piece in range(layout.piece_count)]
-        for file in layout.payload:
-            if file.path not in self._held:
-                for piece in layout.pieces_over(file):
-                    pieces[piece] = False
-        return tuple(pieces)
-
-    def by_pieces(self, entry: ManifestFile) -> bool:
-        return self._in_torrent(entry) is not None
-
-    def _in_torrent(self, entry: ManifestFile) -> LayoutFile | None:
-        file = None if self._layout is None else self._layout.file(entry.path)
-        if file is None or not self._store.pieces_speak_for(entry.path):
-            return None
-        return file
-
-    def proven(self, entry: ManifestFile, start: int, length: int) -> int:
-        """Proven bytes of `length` bytes of a file from `start` on."""
-        file, layout = self._in_torrent(entry), self._layout
-        if file is None or layout is None:
-            proof = self._record.files.get(entry.path)
-            right = entry.sha256 is not None and proof is not None and proof.sha256 == entry.sha256
-            whole = right and proof is not None and not proof.writing and entry.path in self._held
-            return length if whole else 0
-        first, stop = file.start + start, file.start + start + length
-        width = layout.piece_length
-        return sum(
-            min(stop, (piece + 1) * width) - max(first, piece * width)
-            for piece in layout.pieces_over(file, start, length)
-            if self.pieces[piece]
-        )
-
-
-def _state(
-    store: Store,
-    file: ManifestFile,
-    proven: dict[PurePosixPath, int],
-    stamps: dict[PurePosixPath, Stamp | None],
-) -> FileState:
-    stamp, proof = stamps[file.path], store.record().files.get(file.path)
+def _state(store: Store, file: ManifestFile, proven: Proven) -> FileState:
     asked = store.asked()
-    if stamp is None:
+    if store.stamp(file.path) is None:
         return "absent" if asked is None or file.path in asked else "not asked for"
-    if proof is not None and not proof.holds(stamp):
+    if file.path in store.record().files and not proven.unchanged(file.path):
         return "changed"
-    return "proven" if proven[file.path] == file.size == stamp.size else "begun"
+    return "proven" if proven.whole(file) else "begun"
 
 
 def _groups(
-    tensors: Sequence[ManifestTensor], files: dict[PurePosixPath, ManifestFile], spans: _Spans
+    tensors: Sequence[ManifestTensor], files: dict[PurePosixPath, ManifestFile], proven: Proven
 ) -> tuple[Group, ...]:
     sums: defaultdict[tuple[int, int, str], list[int]] = defaultdict(lambda: [0, 0])
     for tensor in tensors:
         both = sums[_group(tensor.name)]
         for start, length in tensor.spans():
-            both[0] += spans.proven(files[tensor.file], start, length)
+            both[0] += sum(proven.count(files[tensor.file], start, start + length))
             both[1] += length
     return tuple(Group(key[2], *both) for key, both in sorted(sums.items()))
 

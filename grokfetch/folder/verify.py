@@ -2,12 +2,13 @@
 
 Findings are values: the scan goes on after each, and whoever called decides what they mean. Each
 byte is read once, by the hash that speaks for it: the torrent's piece hashes, or the manifest's
-sha256 where the manifest does not name that torrent. `Store.pieces_speak_for` is that rule.
+sha256 where the manifest does not name that torrent. What counts as proven `Proven` decides.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections import defaultdict
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from grokfetch.errors import StorageFailed
 from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, VerifyEvent
 from grokfetch.folder.ledger import flush
+from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
@@ -124,9 +126,9 @@ class _Verification:
         self._tensors = TensorIndex(self._manifest)
         self._asked = asked = store.asked()
         self._files = [f for f in self._manifest.files if asked is None or f.path in asked]
-        elsewhere = () if self._layout is None else self._layout.payload
-        paths = [file.path for file in self._files]
-        paths += [file.path for file in elsewhere if file.known_as]
+        # A piece may be shared with a file that is not asked for, or that the manifest omits.
+        shared = () if self._layout is None else self._layout.payload
+        paths = [file.path for file in self._files] + [file.path for file in shared]
         self._before = {path: store.stamp(path) for path in paths}
         self._by_pieces = [file for file in self._files if self._is_by_pieces(file)]
         self._by_sha256 = self._files_by_sha256()
@@ -252,9 +254,6 @@ class _Verification:
             if self._store.stamp(path) == before:
                 continue
             self._digests.pop(path, None)
-            file = None if self._layout is None else self._layout.file(path)
-            if self._layout is not None and file is not None:
-                self._good.difference_update(self._layout.pieces_over(file))
             self._before[path] = None
             yield Finding("unproven", path, None, None, "it changed while it was being read")
 
@@ -268,32 +267,17 @@ class _Verification:
         self._store.save_record(self._record())
 
     def _record(self) -> Record:
-        kept = self._store.record().pieces.difference(self._pieces)
+        """What is proven by what was read, and by earlier proofs of what was not read now."""
+        layout, before = self._layout, self._before
+        info_hash = None if self._torrent is None else self._torrent.info_hash
+        kept = Proven(self._store.record(), before, layout).pieces.difference(self._pieces)
         files = {
             path: FileProof(stamp, self._digests.get(path))
-            for path, stamp in self._before.items()
+            for path, stamp in before.items()
             if stamp is not None
         }
-        info_hash = None if self._torrent is None else self._torrent.info_hash
-        return Record(info_hash, frozenset(self._still_right(kept, files) | self._good), files)
-
-    def _still_right(
-        self, pieces: Iterable[int], files: dict[PurePosixPath, FileProof]
-    ) -> set[int]:
-        """Of pieces proven earlier and not read now, those whose files have not changed since."""
-        layout, earlier = self._layout, self._store.record().files
-        if layout is None:
-            return set()
-
-        def held(path: PurePosixPath) -> bool:
-            now: Stamp | None = files[path].stamp if path in files else None
-            return path in earlier and earlier[path].holds(now)
-
-        return {
-            piece
-            for piece in pieces
-            if all(part.file.pad or held(part.file.path) for part in layout.segments(piece))
-        }
+        record = Record(info_hash, kept | self._good, files)
+        return dataclasses.replace(record, pieces=Proven(record, before, layout).pieces)
 
     def _extras(self) -> Iterator[Finding]:
         known = {file.path for file in self._manifest.files}
@@ -315,7 +299,7 @@ class _Verification:
         others = sum(file.size for file in self._files if file.path not in by_pieces)
         return Summary(
             total=self._bytes_of(self._asked_pieces(self._by_pieces)) + others,
-            by_pieces=self._bytes_of(self._good),
+            by_pieces=self._bytes_of(self._good & self._record().pieces),
             by_sha256=sum(f.size for f in self._by_sha256 if f.path in self._digests),
             info_hash=None if self._torrent is None else self._torrent.info_hash,
             failures=sum(finding.kind != "extra" for finding in self._findings),

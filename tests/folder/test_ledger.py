@@ -12,8 +12,7 @@ from support.torrents import content, lay_down, v1_torrent
 
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch import Limits
-from grokfetch.folder.ledger import Proofs
-from grokfetch.folder.saving import Saver
+from grokfetch.folder.ledger import Proofs, Saver
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_info
 
