@@ -16,25 +16,28 @@ from typing import Any, TextIO
 import click
 
 from grokfetch import __version__
-from grokfetch.commands.reporting import failed
 from grokfetch.errors import GrokfetchError, storage_failed
+from grokfetch.output.reporting import failed
 
 __all__ = ["main"]
 
-COMMANDS = (
-    "plan",
-    "fetch",
-    "status",
-    "report",
-    "verify",
-    "inspect",
-    "manifest",
-    "publish",
-    "seed",
-    "run",
-    "serve",
-    "demo",
-)
+COMMANDS = {
+    "plan": "Whether a fetch can work, and what can run the model.",
+    "fetch": "Bring a checkpoint to a folder and prove every byte.",
+    "status": "What of a folder is proven and what is missing.",
+    "report": "The same as a page for a browser.",
+    "verify": "Read everything back; fetch again what is wrong.",
+    "inspect": "List the tensors of a shard or a checkpoint.",
+    "manifest": "Describe a checkpoint that came another way.",
+    "publish": "Make torrent, magnet link and manifest of a folder.",
+    "seed": "Share what is proven with others.",
+    "run": "Continue a text.",
+    "serve": "Answer OpenAI's completions API over HTTP.",
+    "demo": "All of it on this machine, with a small model.",
+}
+"""Each command and what its line in `grokfetch --help` says, in the order of the road. The line
+stands here so that this help need not import them all."""
+
 INTERRUPTED = 130
 
 
@@ -44,6 +47,11 @@ class Program(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
         """The commands in the order of the road, for `--help`."""
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The list of `--help`."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """The command of that name, None if there is none."""

@@ -1,6 +1,5 @@
-"""One module a command: its options, the wiring, and what is printed.
+"""One module a command: its wiring, and what is printed. `options` holds what commands share.
 
-Only these modules import `loader`, and only inside functions, so that `grokfetch --help` and
-`grokfetch fetch` never pay for jax. Each but `swarm_options` holds a click
-command named like the module.
+Each module with a command holds it under the module's own name. jax and numpy are imported only
+inside functions, so that `--help` and `grokfetch fetch` never pay for them.
 """

@@ -17,14 +17,17 @@ import click
 
 from grokfetch.commands.fetch import bring
 from grokfetch.commands.loading import loading_shown
-from grokfetch.commands.tokenizer_option import find_tokenizer
+from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
-from grokfetch.errors import Damaged, StorageFailed
+from grokfetch.errors import Damaged, StorageFailed, storage_failed
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest, parse
+from grokfetch.manifest.shipped import demo_folder
+from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from grokfetch.folder.store import Store
-    from grokfetch.manifest.schema import Manifest
     from loader.inference.engine import Engine
 
 NAME = "grok-demo"
@@ -57,7 +60,6 @@ def demo(keep: Path | None) -> None:
 
 
 def _walk(folder: Path) -> None:
-    from grokfetch.folder.store import Store
     from loader.inference.loading import load_model
     from loader.weights.checkpoint import open_checkpoint
 
@@ -118,10 +120,6 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 def _publish(folder: Path) -> Manifest:
     """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
-    from grokfetch.errors import storage_failed
-    from grokfetch.manifest.schema import parse
-    from grokfetch.manifest.shipped import demo_folder
-
     try:
         # Contents only: an installation may be read-only, its copy must not be.
         shutil.copytree(demo_folder(), folder, copy_function=shutil.copyfile)
@@ -167,7 +165,6 @@ def _seeding(folder: Path) -> Iterator[int]:
 
 
 def _seed(folder: Path, pipe: Connection) -> None:
-    from grokfetch.fetch.swarm import SwarmSettings, seed
 
     torrent = folder.joinpath(f"{NAME}.torrent").read_bytes()
     with seed(torrent, folder, SwarmSettings.loopback()) as seeder:
@@ -179,8 +176,5 @@ def _seed(folder: Path, pipe: Connection) -> None:
 
 def _fetch(store: Store, magnet: str, manifest: Manifest) -> int:
     """Fetch by the magnet link alone; the number of pieces that came over the wire."""
-    from grokfetch.fetch.swarm import Swarm, SwarmSettings
-    from grokfetch.torrent.magnet import parse_magnet
-
     swarm = Swarm(parse_magnet(magnet), SwarmSettings.loopback())
     return bring(store, swarm, manifest, timeout_s=TIMEOUT_S).fetched

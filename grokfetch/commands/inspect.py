@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.state_option import state_option
+from grokfetch.commands.options import plain_option, state_option
 from grokfetch.errors import CheckpointInvalid, GrokfetchError
-from grokfetch.output.terminal import plain_option, screen
-
-if TYPE_CHECKING:
-    from loader.weights.shard_reader import Shard
+from grokfetch.folder.store import Store
+from grokfetch.output.terminal import screen
+from loader.weights.schema import GrokConfig, parameters
+from loader.weights.shard_reader import Shard, read_shard
 
 SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 
@@ -50,8 +49,6 @@ def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
 
 def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]]:
     """(name, shard) of every tensor; a name only where a manifest says it."""
-    from grokfetch.folder.store import Store
-
     if not path.is_dir():
         yield None, path
         return
@@ -67,7 +64,6 @@ def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]
 
 
 def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
-    from loader.weights.shard_reader import read_shard
 
     shard = read_shard(file)
     return {
@@ -83,8 +79,6 @@ def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
 
 def _official_name(file: Path, shard: Shard) -> str | None:
     """The name that the official model gives a tensor of this number, if the shapes are its."""
-    from loader.weights.schema import GrokConfig, parameters
-
     for spec in parameters(GrokConfig()):
         scales = None if shard.scales is None else shard.scales.shape
         if (spec.file, spec.shape, spec.scale_shape) == (file.name, shard.array.shape, scales):

@@ -12,18 +12,27 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.state_option import state_option
-from grokfetch.errors import CheckpointInvalid, Damaged, ManifestInvalid, StorageFailed
+from grokfetch.commands.options import plain_option, state_option
+from grokfetch.errors import (
+    CheckpointInvalid,
+    Damaged,
+    ManifestInvalid,
+    StorageFailed,
+    storage_failed,
+)
+from grokfetch.folder.atomic import replacing
+from grokfetch.folder.record import FileProof
+from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.manifest.shipped import grok_1
 from grokfetch.output.progress import Bar
-from grokfetch.output.terminal import plain, plain_option
+from grokfetch.output.terminal import plain
+from grokfetch.torrent.read_back import CHUNK, FileResult, Hashers, sha256_of
 from grokfetch.units import bytes_text
+from loader.weights.schema import GrokConfig
 
 if TYPE_CHECKING:
-    from grokfetch.folder.record import FileProof
-    from grokfetch.folder.store import Store
     from loader.weights.checkpoint import Checkpoint
-    from loader.weights.schema import GrokConfig
 
 FIRST_SHARD = "tensor00000_000"
 TOKENIZER = PurePosixPath("tokenizer.model")
@@ -47,8 +56,6 @@ def manifest(folder: Path, config: Path | None, output: Path | None, state: Path
     For files that came another way than by `grokfetch fetch`: they can be verified and run from
     then on. The digests prove only that a file is unchanged since.
     """
-    from grokfetch.folder.store import Store
-
     store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
     with store.lock():
@@ -69,8 +76,6 @@ def read_config(path: Path | None) -> GrokConfig:
     Raises:
         ManifestInvalid: they are malformed.
     """
-    from loader.weights.schema import GrokConfig
-
     if path is None:
         return GrokConfig()
     try:
@@ -109,7 +114,6 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
 
 def _describe(store: Store, checkpoint: Checkpoint) -> Manifest:
     """The manifest of the checkpoint, without digests that only reading the files can tell."""
-    from grokfetch.manifest.shipped import grok_1
     from loader.weights.inventory import found
 
     official = grok_1()
@@ -151,7 +155,6 @@ def _tokenizer(root: Path) -> TokenizerSource | None:
     path = root / TOKENIZER
     if not path.is_file():
         return None
-    from grokfetch.torrent.read_back import CHUNK, sha256_of
 
     digest = sha256_of(path, memoryview(bytearray(CHUNK)))
     if digest.sha256 is None:
@@ -168,8 +171,6 @@ def _measure(
         Damaged: a file has another sha256 than the one that is published.
         StorageFailed: a file cannot be read, or changed meanwhile.
     """
-    from grokfetch.folder.record import FileProof
-    from grokfetch.torrent.read_back import FileResult, Hashers, sha256_of
 
     def hashed(file: ManifestFile, buffer: memoryview) -> tuple[ManifestFile, FileProof]:
         path = store.payload(file.path)
@@ -206,9 +207,6 @@ def write_file(path: Path, text: bytes) -> None:
     Raises:
         StorageFailed: it cannot be written.
     """
-    from grokfetch.errors import storage_failed
-    from grokfetch.folder.atomic import replacing
-
     try:
         with replacing(path) as file:
             file.write(text)

@@ -6,19 +6,26 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import psutil
 
+from grokfetch.commands.options import plain_option
 from grokfetch.errors import MeshInvalid
-from grokfetch.output.terminal import Screen, plain_option, screen
+from grokfetch.fetch.preflight import Check, Need, Place, checks, need, probe, refuse
+from grokfetch.fetch.wanted import read_manifest
+from grokfetch.folder.store import Store
+from grokfetch.folder.survey import survey
+from grokfetch.manifest.schema import Manifest, bind
+from grokfetch.manifest.shipped import grok_1
+from grokfetch.output.terminal import Screen, screen
 from grokfetch.units import bytes_text, seconds_text
+from loader.devices.present import Device, devices
+from loader.weights import capacity
 from loader.weights.limits import WORK
-
-if TYPE_CHECKING:
-    from grokfetch.fetch.preflight import Check, Need, Place
-    from grokfetch.manifest.schema import Manifest
-    from loader.devices.present import Device
+from loader.weights.partition import choose_mesh
+from loader.weights.schema import GrokConfig
 
 SCHEMA = 1
 DEVICE_COUNTS = (1, 2, 4, 8, 16)
@@ -89,8 +96,6 @@ def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
     Without a MANIFEST it is the one in force in DIR, or Grok-1's. What lies in DIR already counts.
     The exit code is 0 if the fetch can work here.
     """
-    from grokfetch.fetch.preflight import refuse
-
     made = make(manifest_file, folder)
     if as_json:
         click.echo(json.dumps(as_fields(made)))
@@ -107,16 +112,6 @@ def make(manifest_file: Path | None, folder: Path) -> Plan:
         ManifestInvalid, SourceInvalid: the manifest is none, or cannot be read.
         Contradiction: DIR holds something else than the manifest.
     """
-    import psutil
-
-    from grokfetch.commands.fetch import read_manifest
-    from grokfetch.fetch.preflight import checks, need, probe
-    from grokfetch.folder.store import Store
-    from grokfetch.folder.survey import survey
-    from grokfetch.manifest.schema import bind
-    from grokfetch.manifest.shipped import grok_1
-    from loader.devices.present import devices
-
     store = Store(folder)
     begun = store.manifest_or_none()
     manifest = begun or grok_1()
@@ -146,10 +141,6 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
     Raises:
         ManifestInvalid: the manifest's model is none.
     """
-    from loader.weights.capacity import Use, need
-    from loader.weights.partition import choose_mesh
-    from loader.weights.schema import GrokConfig
-
     if manifest.model is None:
         return
     config = GrokConfig.from_mapping(manifest.model)
@@ -159,7 +150,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
         except MeshInvalid as error:
             yield Share(count, "", 0, 0, 0, fits=False, why=error.what)
             continue
-        each = need(Use(config, mesh, config.sequence_len))
+        each = capacity.need(capacity.Use(config, mesh, config.sequence_len))
         fits, why = verdict(count, each.total, machine)
         yield Share(count, str(mesh), each.weights, each.cache, each.work, fits, why)
 

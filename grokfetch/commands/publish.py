@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 import click
@@ -19,15 +18,18 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
+from grokfetch.commands.options import plain_option
+from grokfetch.errors import storage_failed
+from grokfetch.events import Hashed
+from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.output.progress import Bar
-from grokfetch.output.terminal import plain, plain_option
+from grokfetch.output.terminal import plain
+from grokfetch.torrent import create as making
+from grokfetch.torrent.create import Made
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.torrent.names import STATE_FOLDER
 from grokfetch.units import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    from grokfetch.torrent.create import Made
-    from grokfetch.torrent.metainfo import TorrentFile
 
 LARGEST_PIECE = 1 << 30
 
@@ -141,8 +143,6 @@ def _settled(folder: Path) -> Iterator[None]:
         StateLocked: a fetch is writing it.
         NotProven: a fetch of it is not complete.
     """
-    from grokfetch.folder.store import Store
-
     if not folder.joinpath(STATE_FOLDER).is_dir():
         yield
         return
@@ -167,8 +167,6 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 def _make(
     folder: Path, piece_length: int | None, trackers: Sequence[str], web_seeds: Sequence[str]
 ) -> Made:
-    from grokfetch.events import Hashed
-    from grokfetch.torrent import create as making
 
     files = making.list_files(folder)
     sizes = [size for _, size in files]
@@ -211,8 +209,6 @@ def _tokenizer(path: PurePosixPath, files: Sequence[ManifestFile]) -> TokenizerS
 
 
 def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: Path) -> None:
-    from grokfetch.errors import storage_failed
-    from grokfetch.torrent.metainfo import encode_torrent
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import click
 
-from grokfetch.commands.state_option import state_option
+from grokfetch.commands.options import state_option
+from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.folder.atomic import replacing
+from grokfetch.folder.overview import overview
+from grokfetch.folder.store import Store
 from grokfetch.units import bytes_text
 
 
@@ -31,10 +35,6 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
     One file that loads nothing from elsewhere. It shows what `status --json` tells and, like it,
     hashes nothing and takes no lock. It names the peers and mirrors that sent something.
     """
-    from grokfetch.errors import StorageFailed, storage_failed
-    from grokfetch.folder.atomic import replacing
-    from grokfetch.folder.overview import overview
-    from grokfetch.folder.store import Store
     from grokfetch.output.report.page import render
 
     store = Store(folder, state)

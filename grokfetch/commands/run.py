@@ -8,25 +8,37 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.hosts import Hosts, hosts_options
-from grokfetch.commands.loading import Loading, loading_options, loading_shown
-from grokfetch.commands.reporting import json_option, lines
-from grokfetch.commands.state_option import state_option
-from grokfetch.commands.streaming import Meanwhile, meanwhile_options
-from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
-from grokfetch.output.terminal import plain_option, screen
+from grokfetch.commands.hosts import asked, joined
+from grokfetch.commands.loading import loading_shown
+from grokfetch.commands.options import (
+    Hosts,
+    Meanwhile,
+    hosts_options,
+    json_option,
+    loading_options,
+    meanwhile_options,
+    plain_option,
+    state_option,
+    tokenizer_option,
+)
+from grokfetch.commands.run_figures import Measured
+from grokfetch.commands.streaming import fetching
+from grokfetch.commands.tokenizer import find_tokenizer
+from grokfetch.events import Ended, Token
+from grokfetch.fetch import Asked
+from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.folder.store import Store
+from grokfetch.output.progress import Lines
+from grokfetch.output.reporting import lines
+from grokfetch.output.terminal import screen
 from grokfetch.units import seconds_text, speed_text
-
-if TYPE_CHECKING:
-    from grokfetch.commands.run_figures import Measured
-    from grokfetch.fetch import Asked
-    from grokfetch.folder.store import Store
-    from grokfetch.output.progress import Lines
-    from loader.inference.tokenizer import Tokenizer
+from loader.devices.arrangement import Loading, arrange
+from loader.devices.meter import Meter
+from loader.inference.tokenizer import Tokenizer
+from loader.weights.schema import weight_bytes
 
 BAR_S = 1.0
 """How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
@@ -88,19 +100,14 @@ def run(
     if unproven and meanwhile is not None:
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
-    from grokfetch.commands.run_figures import Measured
-    from grokfetch.fetch.waiting_store import Arriving
-    from loader.devices.arrangement import arrange
     from loader.devices.cluster import is_first, local_share, meet
-    from loader.devices.meter import Meter
     from loader.inference.engine import Sampling, check_prompts
     from loader.inference.loading import load_as_it_comes, load_onto
     from loader.weights.checkpoint import expect_checkpoint, model_of, open_checkpoint
-    from loader.weights.schema import weight_bytes
 
     with (
-        hosts.joined(),
-        _reading(folder, state, meanwhile, hosts.asked(loading)) as store,
+        joined(hosts),
+        _reading(folder, state, meanwhile, asked(hosts, loading)) as store,
         Meter() as meter,
     ):
         words = None if prompt is None else find_tokenizer(store, tokenizer)
@@ -135,21 +142,18 @@ def run(
 
 @contextlib.contextmanager
 def _reading(
-    folder: Path, state: Path | None, meanwhile: Meanwhile | None, asked: Asked
+    folder: Path, state: Path | None, meanwhile: Meanwhile | None, wanted: Asked
 ) -> Iterator[Store]:
     """The folder, while nobody else writes it."""
     if meanwhile is None:
-        from grokfetch.folder.store import Store
-
         store = Store(folder, state)
         with store.lock(exclusive=False):
             yield store
     else:
-        from grokfetch.fetch.waiting_store import Arriving
         from loader.devices.cluster import check
 
         arriving = Arriving(folder, state, watch=check)
-        with meanwhile.fetching(arriving, asked):
+        with fetching(meanwhile, arriving, wanted):
             yield arriving
 
 
@@ -168,8 +172,6 @@ def _events(
     machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
 ) -> None:
     """Tell a machine each token as it comes, and at the end the text and what it took."""
-    from grokfetch.events import Ended, Token
-
     start = time.perf_counter()
     stream = None if words is None else words.stream()
     parts: list[str] = []

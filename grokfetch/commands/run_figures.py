@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from grokfetch.output.terminal import LABEL
+from grokfetch.folder.journal import Run, add_run
+from grokfetch.folder.store import Store
+from grokfetch.output.terminal import LABEL, Screen
 from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
 from loader.devices.meter import Meter
 
 if TYPE_CHECKING:
-    from grokfetch.folder.journal import Run
-    from grokfetch.folder.store import Store
-    from grokfetch.output.terminal import Screen
     from loader.inference.engine import Engine
 
 __all__ = ["Measured", "expert_lines"]
@@ -73,8 +72,6 @@ class Measured:
     @contextlib.contextmanager
     def kept(self, store: Store) -> Iterator[None]:
         """Keep the run in the journal when the block ends, by Ctrl-C too, if a token came."""
-        from grokfetch.folder.journal import add_run
-
         try:
             yield
         finally:
@@ -83,8 +80,6 @@ class Measured:
 
     def run(self) -> Run:
         """The run so far, as the journal keeps it."""
-        from grokfetch.folder.journal import Run
-
         devices = list(self._engine.mesh.devices.flat)
         counts = None if self._choices is None else self._choices.counts().tolist()
         return Run(

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokfetch.commands.reporting import json_option, lines
-from grokfetch.commands.state_option import state_option
-from grokfetch.commands.swarm_options import swarm_options
+from grokfetch.commands.options import (
+    Goal,
+    goal_options,
+    json_option,
+    state_option,
+    swarm_options,
+)
 from grokfetch.errors import NotProven, StateMissing
 from grokfetch.events import Ended, Seeding
-from grokfetch.fetch.swarm import Shared
+from grokfetch.fetch.swarm import Seeder, Shared, SwarmSettings
+from grokfetch.fetch.swarm import seed as seeding
 from grokfetch.folder.ledger import Proofs
+from grokfetch.folder.store import Store
 from grokfetch.output.progress import Lines
+from grokfetch.output.reporting import lines
+from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.units import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    from grokfetch.fetch.swarm import Seeder, SwarmSettings
-    from grokfetch.folder.store import Store
-    from grokfetch.torrent.layout import Layout
-    from grokfetch.torrent.metainfo import TorrentFile
 
 LOOK_INTERVAL_S = 5.0
 """How often the files are looked at; what somebody else has written is not shared."""
@@ -37,52 +36,6 @@ LINE_INTERVAL_S = 60.0
 
 EVENT_INTERVAL_S = 1.0
 """How often an event does."""
-
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Goal:
-    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
-
-    ratio: float | None = None
-    seconds: float | None = None
-
-    def reached(self, ratio: float, seconds: float) -> bool:
-        """Whether one of the two is."""
-        return (self.ratio is not None and ratio >= self.ratio) or (
-            self.seconds is not None and seconds >= self.seconds
-        )
-
-
-def _duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text or "")
-    if text is None:
-        return None
-    if found is None:
-        raise click.BadParameter(f"{text!r:.40} is no duration such as 90s, 30m, 12h or 7d")
-    return float(found[1]) * SECONDS[found[2]]
-
-
-def goal_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `--ratio` and `--for`; it receives them as one `Goal` named `goal`."""
-
-    @functools.wraps(command)
-    def wired(*args: Any, ratio: float | None, seconds: float | None, **kwargs: Any) -> None:
-        command(*args, goal=Goal(ratio, seconds), **kwargs)
-
-    wired = click.option(
-        "--for",
-        "seconds",
-        metavar="DURATION",
-        callback=_duration,
-        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
-    )(wired)
-    return click.option(
-        "--ratio",
-        type=click.FloatRange(min=0, min_open=True),
-        help="Stop seeding when so many times the size has been uploaded.",
-    )(wired)
 
 
 @click.command()
@@ -98,8 +51,6 @@ def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) 
 
     A file that changes meanwhile ends it. Others can read DIR at the same time, none can write.
     """
-    from grokfetch.folder.store import Store
-
     share(Store(folder, state), swarm, goal, lines())
 
 
@@ -117,9 +68,6 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
         NotProven: nothing is proven, or a file has changed meanwhile.
         StateLocked: another process is writing the folder.
     """
-    from grokfetch.fetch.swarm import seed as seeding
-    from grokfetch.torrent.metainfo import encode_torrent
-
     with store.lock(exclusive=False):
         torrent, layout = store.torrent(), store.layout()
         if torrent is None or layout is None:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.loading import Loading, loading_options, loading_shown
-from grokfetch.commands.state_option import state_option
-from grokfetch.commands.tokenizer_option import find_tokenizer, tokenizer_option
+from grokfetch.commands.loading import loading_shown
+from grokfetch.commands.options import loading_options, state_option, tokenizer_option
+from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.errors import StorageFailed, TokenizerMissing
+from grokfetch.folder.store import Store
+from grokfetch.serving.model import Generation, Served
+from grokfetch.serving.worker import Worker
 from grokfetch.units import seconds_text
+from loader.devices.arrangement import Loading
+from loader.inference.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from grokfetch.folder.store import Store
-    from grokfetch.serving.model import Generation
     from loader.inference.batching import Batch, Emission
-    from loader.inference.tokenizer import Tokenizer
 
 KEY_VARIABLE = "GROKFETCH_API_KEY"
 WARM_UP_S = 20.0
@@ -83,11 +84,8 @@ def serve(
     Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
     have been answered.
     """
-    from grokfetch.folder.store import Store
     from grokfetch.serving.app import application
-    from grokfetch.serving.model import Served
     from grokfetch.serving.server import bound, listen
-    from grokfetch.serving.worker import Worker
     from loader.inference.batching import Batch
     from loader.inference.loading import load_model
     from loader.inference.sampling import MOST_RANKED

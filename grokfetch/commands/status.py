@@ -7,19 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.state_option import state_option
-from grokfetch.output.terminal import LABEL, Screen, plain_option, screen
+from grokfetch.commands.options import plain_option, state_option
+from grokfetch.folder.history import History, rates
+from grokfetch.folder.journal import Check, Run
+from grokfetch.folder.overview import Overview, as_fields, missing_runs, overview
+from grokfetch.folder.store import Store
+from grokfetch.folder.survey import Group, Survey, piece_map
+from grokfetch.output.terminal import LABEL, Screen, screen
 from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
-
-if TYPE_CHECKING:
-    from grokfetch.folder.history import History
-    from grokfetch.folder.journal import Check, Run
-    from grokfetch.folder.overview import Overview
-    from grokfetch.folder.survey import Group, Survey
 
 MAP_ROWS = 6
 GROUP_WIDTH = 25
@@ -42,9 +40,6 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
     Reads the record and the files' sizes and times, hashes nothing and takes no lock: it may run
     beside a fetch.
     """
-    from grokfetch.folder.overview import as_fields, overview
-    from grokfetch.folder.store import Store
-
     store = Store(folder, state)
     seen = overview(store)
     for warning in store.warnings:
@@ -166,8 +161,6 @@ def _run(run: Run, now: float) -> str:
 
 def _rates(history: History, view: Screen) -> Iterator[str]:
     """Bytes a second over the time at work, each cell an equal part of it."""
-    from grokfetch.folder.history import rates
-
     found = rates(history.samples, max(10, view.columns - LABEL))
     if not found or not max(found):
         return
@@ -177,8 +170,6 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
-    from grokfetch.folder.overview import missing_runs
-    from grokfetch.folder.survey import piece_map
 
     if view.plain:
         runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(pieces)]

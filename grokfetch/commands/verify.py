@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.mirroring import Mirrors, mirror_options
-from grokfetch.commands.reporting import ended, json_option, lines, reporter
-from grokfetch.commands.state_option import state_option
-from grokfetch.commands.swarm_options import swarm_options
-from grokfetch.errors import Damaged
-from grokfetch.output.terminal import plain_option
+from grokfetch.commands.fetch import bring
+from grokfetch.commands.options import json_option, network_options, plain_option, state_option
+from grokfetch.errors import Damaged, GrokfetchError
+from grokfetch.events import Summary
+from grokfetch.fetch.wanted import Network, begun_in
+from grokfetch.folder import verify as verification
+from grokfetch.folder.journal import Command, Found, checked, note_more
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest
+from grokfetch.output.reporting import ended, lines, reporter
 from grokfetch.units import seconds_text
-
-if TYPE_CHECKING:
-    from grokfetch.errors import GrokfetchError
-    from grokfetch.events import Summary
-    from grokfetch.fetch.swarm import SwarmSettings
-    from grokfetch.folder.journal import Command
-    from grokfetch.folder.store import Store
-    from grokfetch.manifest.schema import Manifest
 
 
 @click.command()
@@ -39,8 +34,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Give up a repair after so long without a byte.",
 )
-@swarm_options
-@mirror_options
+@network_options
 @plain_option
 @state_option
 @json_option
@@ -49,8 +43,7 @@ def verify(
     *,
     repair: bool,
     timeout: float,
-    swarm: SwarmSettings,
-    mirrors: Mirrors,
+    network: Network,
     state: Path | None,
 ) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
@@ -58,12 +51,10 @@ def verify(
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
     is what the manifest says; files that the manifest does not name are listed and do no harm.
     """
-    from grokfetch.folder.store import Store
-
     store = Store(folder, state)
     start = time.perf_counter()
     if repair:
-        _repair(store, swarm, mirrors, start, timeout)
+        _repair(store, network, start, timeout)
         return
     summary = check_bytes(store)
     faults = check_tensors(store) if summary.proven else 0
@@ -88,16 +79,12 @@ def verify(
         )
 
 
-def _repair(
-    store: Store, swarm: SwarmSettings, mirrors: Mirrors, start: float, timeout_s: float
-) -> None:
+def _repair(store: Store, network: Network, start: float, timeout_s: float) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
-    from grokfetch.commands.fetch import begun_in, bring
-    from grokfetch.fetch.swarm import Swarm
-
     wanted = begun_in(store)
-    pieces = mirrors.beside(Swarm(wanted.origin, swarm), wanted.origin, store, wanted.manifest)
-    outcome = bring(store, pieces, wanted.manifest, timeout_s=timeout_s, repair=True)
+    outcome = bring(
+        store, wanted.pieces(store, network), wanted.manifest, timeout_s=timeout_s, repair=True
+    )
     faults = check_tensors(store, "fetch")
     again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start
@@ -120,10 +107,6 @@ def _of(store: Store) -> str:
 
 def check_bytes(store: Store) -> Summary:
     """Read back a checkpoint with a bar, print the findings, return the summary."""
-    from grokfetch.events import Summary
-    from grokfetch.folder import verify as verification
-    from grokfetch.folder.journal import checked
-
     with reporter("verify", findings_to_stdout=True) as sink:
         for event in checked(store, "verify", verification.verify(store)):
             sink.take(event)
@@ -141,7 +124,6 @@ def check_tensors(store: Store, command: Command = "verify") -> int:
         store: the checkpoint folder.
         command: whose findings these complete.
     """
-    from grokfetch.folder.journal import Found, note_more
     from loader.weights.checkpoint import faults
 
     found = []

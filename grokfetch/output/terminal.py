@@ -11,14 +11,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, TextIO, TypeVar
+from typing import TextIO
 from unicodedata import combining, east_asian_width
 
 import click
 
-__all__ = ["LABEL", "Screen", "plain", "plain_option", "screen"]
+__all__ = ["LABEL", "Screen", "be_plain", "plain", "screen"]
 
 KEY = "grokfetch.plain"
 """Under which a run of the program keeps whether `--plain` was given."""
@@ -35,20 +35,10 @@ LABEL = 9
 
 NARROWEST = 20
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def plain_option(function: Function) -> Function:
-    """Add `--plain` to a command; whoever prints asks `plain`."""
-    return click.option(
-        "--plain",
-        is_flag=True,
-        envvar="GROKFETCH_PLAIN",
-        show_envvar=True,
-        expose_value=False,
-        callback=lambda context, _parameter, value: context.meta.__setitem__(KEY, value),
-        help="Words and numbers only, one statement a line, as for a screen reader.",
-    )(function)
+def be_plain(context: click.Context) -> None:
+    """Let this run of the program write plain text."""
+    context.meta[KEY] = True
 
 
 def plain() -> bool:

@@ -21,8 +21,10 @@ def help_of(*arguments: str) -> str:
     return f"from grokfetch.cli import main\ntry: {call}\nexcept SystemExit: pass"
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_nothing_heavy_and_no_command():
     assert not imported_by(help_of()) & HEAVY
+    probe = "assert not [name for name in sys.modules if name.startswith('grokfetch.commands.')]"
+    subprocess.run([sys.executable, "-c", f"import sys\n{help_of()}\n{probe}"], check=True)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -19,15 +19,16 @@ from support.program import grokfetch
 from support.release import publish
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.commands.mirroring import Mirrors
-from grokfetch.commands.streaming import Meanwhile
-from grokfetch.commands.tokenizer_option import find_tokenizer
+from grokfetch.commands.options import Meanwhile
+from grokfetch.commands.streaming import fetching
+from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.events import Outcome
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch import waiting_store as arriving
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.fetch.wanted import Network
 from grokfetch.folder import history
 from grokfetch.folder.journal import checks
 from grokfetch.folder.store import Store
@@ -275,9 +276,9 @@ def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
     with seed(shipped.joinpath("grok-demo.torrent").read_bytes(), shipped) as peer:
         settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
         source = str(shipped / "grok-demo.json")
-        meanwhile = Meanwhile(source, settings, Mirrors(settings, wanted=False))
+        meanwhile = Meanwhile(source, Network(settings, mirrors=False))
         store = Arriving(tmp_path / "grok")
-        with meanwhile.fetching(store, Request()):
+        with fetching(meanwhile, store, Request()):
             words = find_tokenizer(store, None)
             assert words.size == store.manifest().model["vocab_size"]
 

@@ -13,12 +13,14 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from types import TracebackType
-from typing import Self
-
-import httpx
+from typing import TYPE_CHECKING, Self
 
 from grokfetch import __version__
 from grokfetch.fetch.mirror.addresses import inward
+
+if TYPE_CHECKING:
+    # A tenth of a second to import, which only those pay who ask a mirror.
+    import httpx
 
 __all__ = ["Failed", "Faulty", "Http", "Refused", "Span", "redirected"]
 
@@ -71,6 +73,8 @@ class Http:
         patience_s: float,
         proxy: tuple[str, int, str, str] | None = None,
     ) -> None:
+        import httpx
+
         self._client = httpx.AsyncClient(
             proxy=None if proxy is None else _proxy(*proxy),
             trust_env=proxy is None,
@@ -145,6 +149,8 @@ class Http:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
+        import httpx
+
         try:
             yield
         except httpx.TimeoutException:
@@ -156,6 +162,8 @@ class Http:
 
 
 def _proxy(host: str, port: int, user: str, password: str) -> httpx.Proxy:
+    import httpx
+
     # The proxy looks names up, so that not even they are told to anybody else.
     address = f"[{host}]" if ":" in host else host
     return httpx.Proxy(f"socks5://{address}:{port}", auth=(user, password) if user else None)
@@ -167,6 +175,8 @@ def redirected(response: httpx.Response) -> str:
     Raises:
         Faulty: it is no place to follow it to.
     """
+    import httpx
+
     here = response.url
     try:
         there = here.join(response.headers["location"])

@@ -1,35 +1,22 @@
-"""Where a command finds the tokenizer that turns a prompt into token ids; no command of its own."""
+"""Finds the tokenizer that turns a prompt into token ids; no command."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from grokfetch.errors import TokenizerMissing
+from grokfetch.fetch.wanted import Network
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import TokenizerSource
+from grokfetch.output.reporting import notice
+from loader.inference.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from grokfetch.folder.store import Store
-    from grokfetch.manifest.schema import TokenizerSource
-    from loader.inference.tokenizer import Tokenizer
-
-__all__ = ["find_tokenizer", "tokenizer_option"]
+__all__ = ["bring_tokenizer", "find_tokenizer"]
 
 TOKENIZER = "tokenizer.model"
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def tokenizer_option(function: Function) -> Function:
-    """Add `--tokenizer` to a command, as its argument `tokenizer`: a path, or None."""
-    return click.option(
-        "--tokenizer",
-        type=click.Path(path_type=Path),
-        help="SentencePiece model; the one beside the weights if not given.",
-    )(function)
 
 
 def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
@@ -38,8 +25,6 @@ def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
     Raises:
         TokenizerMissing: there is none, or another one than the manifest names.
     """
-    from loader.inference.tokenizer import Tokenizer
-
     source = store.manifest().tokenizer
     if chosen is not None:
         if source is not None and _sha256(chosen) != source.sha256:
@@ -57,6 +42,13 @@ def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
             "the tokenizer is not there", path=beside, hint=_where(source, store.root)
         )
     return Tokenizer.load(beside)
+
+
+def bring_tokenizer(store: Store, network: Network) -> None:
+    """Fetch the tokenizer that the manifest names, if the right one is not there; say so."""
+    brought = network.bring_tokenizer(store)
+    if brought is not None:
+        notice(brought.text)
 
 
 def _where(source: TokenizerSource | None, folder: Path) -> str:

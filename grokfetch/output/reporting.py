@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
 from grokfetch import __version__
+from grokfetch.events import Ended, Notice, Started
+from grokfetch.output.json_lines import error_fields
 from grokfetch.output.progress import Bar, Lines, Sink
 from grokfetch.output.terminal import plain
 
-__all__ = ["ended", "failed", "json_option", "lines", "notice", "reporter"]
+__all__ = ["begin_lines", "ended", "failed", "lines", "notice", "reporter"]
 
 KEY = "grokfetch.lines"
 """Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def json_option(function: Function) -> Function:
-    """Add `--json` to a command; the first event is written as soon as it is read."""
-    return click.option(
-        "--json",
-        is_flag=True,
-        # Before the others, so that a machine is also told what is wrong with those.
-        is_eager=True,
-        expose_value=False,
-        callback=_begin,
-        help="Events as JSON lines on stdout, see docs/events.md.",
-    )(function)
-
-
-def _begin(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001
-    from grokfetch.events import Started
-
-    if value:
-        made = context.meta[KEY] = Lines(click.echo)
-        made.take(Started(context.info_name or "", __version__))
+def begin_lines(context: click.Context) -> None:
+    """Write events as JSON lines from now on; the first says that the command has started."""
+    made = context.meta[KEY] = Lines(click.echo)
+    made.take(Started(context.info_name or "", __version__))
 
 
 def lines(context: click.Context | None = None) -> Lines | None:
@@ -56,8 +39,6 @@ def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
 
 def notice(text: str) -> None:
     """Say something that is worth knowing and ends nothing."""
-    from grokfetch.events import Notice
-
     machine = lines()
     if machine is None:
         click.echo(text, err=True)
@@ -67,8 +48,6 @@ def notice(text: str) -> None:
 
 def ended(text: str, seconds: float, **results: object) -> None:
     """Say how the command ended: the text for people, the rest for machines."""
-    from grokfetch.events import Ended
-
     machine = lines()
     if machine is None:
         click.echo(text)
@@ -78,8 +57,6 @@ def ended(text: str, seconds: float, **results: object) -> None:
 
 def failed(context: click.Context, error: BaseException) -> None:
     """Tell a machine what ended the command."""
-    from grokfetch.output.json_lines import error_fields
-
     machine = lines(context)
     if machine is not None:
         machine.put(error_fields(error))

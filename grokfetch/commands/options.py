@@ -1,0 +1,502 @@
+"""The options that several commands share, and the settings that they stand for.
+
+A bundle of options reaches its command as one frozen value, made by a function whose parameters
+are the names of the options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import click
+
+from grokfetch.fetch.mirror.addresses import unusable
+from grokfetch.fetch.swarm import Proxy, SwarmSettings
+from grokfetch.fetch.wanted import Network
+from grokfetch.output.reporting import begin_lines
+from grokfetch.output.terminal import be_plain
+from grokfetch.units import parse_bytes
+from loader.devices.arrangement import Dtype, Loading, Placement
+from loader.weights.host_share import Share, share_of_host
+from loader.weights.partition import MeshShape
+
+__all__ = [
+    "Goal",
+    "Hosts",
+    "Meanwhile",
+    "Rate",
+    "Size",
+    "bundle",
+    "goal_options",
+    "hosts_options",
+    "json_option",
+    "loading_options",
+    "meanwhile_options",
+    "network_options",
+    "plain_option",
+    "proxy_of",
+    "share_options",
+    "state_option",
+    "swarm_options",
+    "tokenizer_option",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def bundle(
+    name: str, make: Callable[..., object], *options: Decorator[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command several options, which it receives as one argument.
+
+    Args:
+        name: of that argument.
+        make: what to make of the values; its parameters are the names of the options.
+        options: what `click.option` returns, in the order of the help.
+    """
+    keys = tuple(inspect.signature(make).parameters)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def bundled(*args: Any, **kwargs: Any) -> None:
+            made = make(**{key: kwargs.pop(key) for key in keys})
+            command(*args, **{name: made}, **kwargs)
+
+        for option in reversed(options):
+            bundled = option(bundled)
+        return bundled
+
+    return decorate
+
+
+# --- kinds of values -----------------------------------------------------------------------------
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg]
+    """Bytes a second, with k, M or G for powers of 1000; an int."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, at least 1."""
+        if isinstance(value, int):
+            return value
+        rate = parse_bytes(str(value)) or 0
+        # libtorrent holds rates in 31 bits.
+        if not 0 < rate < 1 << 31:
+            self.fail(
+                f"{value!r:.40} is not a rate in bytes a second, such as 500k or 2.5M", param, ctx
+            )
+        return rate
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, with k, M, G or T for powers of 1000; an int."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, at least 1."""
+        size = parse_bytes(str(value)) or 0
+        if size < 1:
+            self.fail(f"{value!r:.40} is not a number of bytes, such as 800M or 16G", param, ctx)
+        return size
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds, minutes, hours or days; a float, in seconds."""
+
+    name = "DURATION"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number of seconds."""
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(value))
+        if found is None:
+            self.fail(f"{value!r:.40} is not a duration such as 90s, 30m, 12h or 7d", param, ctx)
+        return float(found[1]) * SECONDS[found[2]]
+
+
+class Mesh(click.ParamType):  # type: ignore[type-arg]
+    """How many devices along each axis; a `MeshShape`."""
+
+    name = "expert=N,model=M"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> MeshShape:
+        """The mesh, 1 along an axis that is not named."""
+        parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
+        given = [(part[1], int(part[2])) for part in parts if part is not None]
+        if len(dict(given)) != len(parts):
+            self.fail(f"not expert=N,model=M: {value!r:.80}", param, ctx)
+        return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(given)})
+
+
+# --- single options ------------------------------------------------------------------------------
+
+state_option = click.option(
+    "--state",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where grokfetch keeps its own files; DIR/.grokfetch by default.",
+)
+
+tokenizer_option = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="SentencePiece model; the one beside the weights if not given.",
+)
+
+json_option = click.option(
+    "--json",
+    is_flag=True,
+    # Before the others, so that a machine is also told what is wrong with those.
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _parameter, value: begin_lines(context) if value else None,
+    help="Events as JSON lines on stdout, see docs/events.md.",
+)
+
+plain_option = click.option(
+    "--plain",
+    is_flag=True,
+    envvar="GROKFETCH_PLAIN",
+    show_envvar=True,
+    expose_value=False,
+    callback=lambda context, _parameter, value: be_plain(context) if value else None,
+    help="Words and numbers only, one statement a line, as for a screen reader.",
+)
+
+# --- whom to fetch from, and share with ----------------------------------------------------------
+
+
+def proxy_of(text: str) -> Proxy:
+    """The proxy that an address names.
+
+    Raises:
+        click.BadParameter: it names none.
+    """
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or not port or url.scheme != "socks5" or url.path.strip("/"):
+        raise click.BadParameter("a proxy is written socks5://HOST:PORT", param_hint="--proxy")
+    return Proxy(host, port, unquote(url.username or ""), unquote(url.password or ""))
+
+
+def _swarm(
+    *,
+    peers: tuple[str, ...],
+    listen: str,
+    discovery: bool,
+    no_dht: bool,
+    no_lsd: bool,
+    no_trackers: bool,
+    up: int | None,
+    down: int | None,
+    proxy: str | None,
+    encryption: Any,
+) -> SwarmSettings:
+    return SwarmSettings(
+        listen,
+        discovery=discovery,
+        peers=peers,
+        dht=not no_dht,
+        lsd=not no_lsd,
+        trackers=not no_trackers,
+        up=up,
+        down=down,
+        proxy=None if proxy is None else proxy_of(proxy),
+        encryption=encryption,
+    )
+
+
+swarm_options = bundle(
+    "swarm",
+    _swarm,
+    click.option(
+        "--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well."
+    ),
+    click.option(
+        "--listen",
+        metavar="ADDRESS:PORT",
+        default="0.0.0.0:6881,[::]:6881",
+        show_default=True,
+        help="Where to listen for peers; several separated by commas.",
+    ),
+    click.option(
+        "--discovery/--no-discovery",
+        default=True,
+        show_default=True,
+        help="Look for peers by DHT and on the local network, and ask the router for a way in.",
+    ),
+    click.option("--no-dht", is_flag=True, help="Do not look for peers by DHT."),
+    click.option("--no-lsd", is_flag=True, help="Do not look for peers on the local network."),
+    click.option("--no-trackers", is_flag=True, help="Do not ask trackers."),
+    click.option("--up", type=Rate(), help="Upload at most so many bytes a second: 500k, 2M."),
+    click.option("--down", type=Rate(), help="Download at most so many bytes a second."),
+    click.option(
+        "--proxy",
+        metavar="socks5://HOST:PORT",
+        help="Reach peers and trackers through it; socks5://USER:PASSWORD@HOST:PORT to log in.",
+    ),
+    click.option(
+        "--encryption",
+        type=click.Choice(["required", "preferred", "off"]),
+        default="preferred",
+        show_default=True,
+        help="Of connections with peers.",
+    ),
+)
+
+
+def _usable(
+    _context: click.Context, _parameter: click.Parameter, addresses: tuple[str, ...]
+) -> tuple[str, ...]:
+    for address in addresses:
+        why = unusable(address, stranger=False)
+        if why is not None:
+            raise click.BadParameter(f"{address:.200}: {why}")
+    return addresses
+
+
+def _network(swarm: SwarmSettings, mirrors: bool, web_seeds: tuple[str, ...]) -> Network:  # noqa: FBT001
+    return Network(swarm, mirrors, web_seeds)
+
+
+def network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of swarm and mirrors; it gets them as a `Network`, `network`."""
+    return swarm_options(_with_mirrors(command))
+
+
+_with_mirrors = bundle(
+    "network",
+    _network,
+    click.option(
+        "--web-seed",
+        "web_seeds",
+        metavar="URL",
+        multiple=True,
+        callback=_usable,
+        help="A mirror to use as well: the folder above the torrent's, or an address with {path}.",
+    ),
+    click.option(
+        "--mirrors/--no-mirrors",
+        default=True,
+        show_default=True,
+        help="Use HTTP too: the mirrors of manifest, link and torrent, the tokenizer's address.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Goal:
+    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
+
+    ratio: float | None = None
+    seconds: float | None = None
+
+    def reached(self, ratio: float, seconds: float) -> bool:
+        """Whether one of the two is."""
+        return (self.ratio is not None and ratio >= self.ratio) or (
+            self.seconds is not None and seconds >= self.seconds
+        )
+
+
+goal_options = bundle(
+    "goal",
+    Goal,
+    click.option(
+        "--ratio",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Stop seeding when so many times the size has been uploaded.",
+    ),
+    click.option(
+        "--for",
+        "seconds",
+        type=Duration(),
+        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Meanwhile:
+    """A fetch that is to run beside the model.
+
+    `source` is None for what the folder was begun with, or else Grok-1.
+    """
+
+    source: str | None
+    network: Network
+
+
+def _meanwhile(
+    while_fetching: bool,  # noqa: FBT001
+    source: str | None,
+    network: Network,
+) -> Meanwhile | None:
+    if source is not None and not while_fetching:
+        raise click.UsageError("--source goes with --while-fetching")
+    return Meanwhile(source, network) if while_fetching else None
+
+
+meanwhile_options = bundle(
+    "meanwhile",
+    _meanwhile,
+    click.option(
+        "--while-fetching",
+        is_flag=True,
+        help="Fetch DIR at the same time; --source, and --peer and what follows it, say how.",
+    ),
+    click.option(
+        "--source",
+        metavar="SOURCE",
+        help="Where from, as for fetch; by default what DIR was begun with, or else Grok-1.",
+    ),
+    network_options,
+)
+
+# --- how a model is held -------------------------------------------------------------------------
+
+
+def _loading(
+    dtype: Dtype, placement: Placement | None, mesh: MeshShape | None, memory: int | None
+) -> Loading:
+    return Loading(dtype, placement, mesh, memory)
+
+
+loading_options = bundle(
+    "loading",
+    _loading,
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+        help="Of activations and the KV cache; weights stay int8.",
+    ),
+    click.option(
+        "--placement",
+        type=click.Choice(["mapped", "sharded"]),
+        help="mapped leaves the weights in their files, for CPUs and the default there; sharded "
+        "copies them to the devices.",
+    ),
+    click.option(
+        "--mesh",
+        type=Mesh(),
+        metavar="expert=N,model=M",
+        help="Devices to use; all of them by default. data=N too makes copies of the weights, each "
+        "for some of the texts of a batch.",
+    ),
+    click.option(
+        "--memory",
+        type=Size(),
+        help="Bytes that mapped weights and all else may take, 16G say; what is free by default.",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hosts:
+    """The processes that run a model together, one a host.
+
+    `coordinator`, `count` and `number` are given by hand, or found by jax where `detect` says so.
+    """
+
+    detect: bool = False
+    coordinator: str | None = None
+    count: int | None = None
+    number: int | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other processes than this one."""
+        return self.detect or self.coordinator is not None
+
+
+def _hosts(
+    cluster: bool,  # noqa: FBT001
+    coordinator: str | None,
+    num_hosts: int | None,
+    host_id: int | None,
+) -> Hosts:
+    by_hand = [coordinator, num_hosts, host_id]
+    if None in by_hand and by_hand != [None] * 3:
+        raise click.UsageError("--coordinator, --num-hosts and --host-id go together")
+    if cluster and coordinator is not None:
+        raise click.UsageError("--cluster finds out what --coordinator says")
+    return Hosts(cluster, coordinator, num_hosts, host_id)
+
+
+def _host_and_port(
+    _context: click.Context, _parameter: click.Parameter, address: str | None
+) -> str | None:
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+        raise click.BadParameter(f"not HOST:PORT: {address!r:.80}")
+    return address
+
+
+_count = click.option(
+    "--num-hosts",
+    type=click.IntRange(min=1),
+    help="How many hosts share the model, one process each.",
+)
+_number = click.option(
+    "--host-id", type=click.IntRange(min=0), help="Which of the hosts this is, from 0 on."
+)
+
+hosts_options = bundle(
+    "hosts",
+    _hosts,
+    click.option(
+        "--cluster",
+        is_flag=True,
+        help="Run with the other processes of this job, started by Slurm, MPI, GKE or TPU.",
+    ),
+    click.option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        callback=_host_and_port,
+        help="The same by hand: where host 0 waits for the others. Nothing there is encrypted.",
+    ),
+    _count,
+    _number,
+)
+
+
+def _share(num_hosts: int | None, host_id: int | None, mesh: MeshShape | None) -> Share | None:
+    if num_hosts is not None and host_id is not None and mesh is not None:
+        return share_of_host(mesh, host_id, num_hosts)
+    if (num_hosts, host_id, mesh) != (None, None, None):
+        raise click.UsageError("--num-hosts, --host-id and --mesh go together")
+    return None
+
+
+share_options = bundle(
+    "of_host",
+    _share,
+    _count,
+    _number,
+    click.option(
+        "--mesh",
+        type=Mesh(),
+        metavar="expert=N,model=M",
+        help="Only what the devices of one host need of a model on this mesh of all hosts' "
+        "devices: of split experts its own, else nearly everything.",
+    ),
+)
