@@ -24,18 +24,20 @@ What `grokfetch COMMAND --help` prints. This page is generated: `python docs/ref
 
 def page() -> str:
     """The whole page."""
-    sections = [INTRODUCTION, _section("grokfetch", cli.main)]
-    context = click.Context(cli.main, info_name="grokfetch")
-    for name in cli.main.list_commands(context):
-        command = cli.main.get_command(context, name)
+    program = cli.main.make_context("grokfetch", [], resilient_parsing=True)
+    sections = [INTRODUCTION, _section(program)]
+    for name in cli.main.list_commands(program):
+        command = cli.main.get_command(program, name)
         if command is not None:
-            sections.append(_section(f"grokfetch {name}", command))
+            sections.append(
+                _section(command.make_context(name, [], program, resilient_parsing=True))
+            )
     return "\n".join(sections)
 
 
-def _section(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
-    return f"## {name}\n\n```\n{command.get_help(context)}\n```\n"
+def _section(context: click.Context) -> str:
+    context.terminal_width = context.max_content_width = WIDTH
+    return f"## {context.command_path}\n\n```\n{context.get_help()}\n```\n"
 
 
 if __name__ == "__main__":
