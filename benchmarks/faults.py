@@ -1,10 +1,14 @@
-"""Power cuts by the thousand: what the next commands make of every state that one may leave.
+"""Power cuts by the thousand, and a disk that fails, or SIGKILL, at every single operation.
 
-Run: python benchmarks/faults.py [--states N] [SCENARIO ...]. Needs the test extra, libfuse and
-/dev/fuse. Each scenario is a real command, recorded on a file system that notes every write, rename
-and flush (`tests/powercut`); after each operation, states are tried in which any part of what was
-not flushed is lost. It prints, for each scenario: states, broken promises, and bytes that the next
-fetch brought at most.
+Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [SCENARIO ...]. Needs the test
+extra, libfuse and /dev/fuse. Each scenario is a real command on a file system that notes every
+write, rename and flush (`tests/powercut`).
+
+cuts: after each operation, states are tried in which any part of what was not flushed is lost.
+strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
+moment of a SIGKILL; reads fail as well. After each, the next commands run to the end. A row says
+how many were tried, how many promises were broken (there should be none), and how many bytes the
+next fetch brought at most.
 """
 
 from __future__ import annotations
@@ -14,32 +18,56 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from powercut.promises import safe_pieces, tried
-from powercut.scenarios import NAMES, available, record
+from powercut.promises import Tried, outlived, safe_pieces, tried
+from powercut.recorder import Fault
+from powercut.scenarios import NAMES, available, record, strike
 from powercut.states import Cut
 
+FAULTS = (("changes", "EIO"), ("changes", "ENOSPC"), ("changes", "kill"), ("reads", "EIO"))
 
-def campaign(name: str, states: int, seed: int) -> int:
-    """Try so many states of one scenario and print a row; the number of broken promises."""
+
+def cuts(name: str, states: int, seed: int) -> Iterator[Tried]:
+    """So many states that a power cut may leave in the middle of a scenario."""
     with tempfile.TemporaryDirectory(prefix="grokfetch-faults-") as work:
         recorded = record(name, Path(work) / name)
-    chance, start = random.Random(seed), time.perf_counter()
-    broken: list[str] = []
-    most = 0
+    chance = random.Random(seed)
     count = len(recorded.operations)
     for number in range(states):
         cut = Cut(recorded.operations, number % count + 1)
         disk = (cut.worst, cut.best)[number % 2]() if number < 2 * count else cut.some(chance)
-        result = tried(recorded, disk, safe_pieces(recorded, cut.past))
+        yield tried(recorded, disk, safe_pieces(recorded, cut.past))
+
+
+def strikes(name: str, among: str, action: str) -> Iterator[Tried]:
+    """A scenario as often as it has operations, each time with another one that fails."""
+    at = 0
+    struck = True
+    while struck:
+        at += 1
+        with tempfile.TemporaryDirectory(prefix="grokfetch-faults-") as work:
+            result = strike(name, Path(work) / name, Fault(among, at, action))
+            struck = result.reached
+            if struck:
+                yield outlived(result)
+
+
+def row(title: str, results: Iterator[Tried]) -> int:
+    """Try all and print a row; the number of broken promises."""
+    start = time.perf_counter()
+    broken: list[str] = []
+    most = count = 0
+    for result in results:
+        count += 1
         broken += result.broken
         most = max(most, result.fetched)
     print(
-        f"{name:10} {count:5} operations {states:7,} states {len(broken):4} broken promises, "
-        f"{most:9,} bytes fetched again at most, {time.perf_counter() - start:.0f} s",
+        f"{title:26} {count:7,} tried {len(broken):4} broken promises {most:9,} bytes fetched "
+        f"again at most, {time.perf_counter() - start:.0f} s",
         flush=True,
     )
     for promise in list(dict.fromkeys(broken))[:5]:
@@ -50,14 +78,21 @@ def campaign(name: str, states: int, seed: int) -> int:
 def main() -> None:
     """All scenarios, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--states", type=int, default=4000, help="of each scenario")
+    parser.add_argument("--states", type=int, default=4000, help="after cuts, of each scenario")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["cuts", "strikes"])
     parser.add_argument("scenarios", nargs="*", default=NAMES)
     chosen = parser.parse_args()
     reason = available()
     if reason is not None:
         sys.exit(f"nothing can be recorded here: {reason}")
-    broken = sum(campaign(name, chosen.states, chosen.seed) for name in chosen.scenarios)
+    broken = 0
+    for name in chosen.scenarios:
+        if chosen.only != "strikes":
+            broken += row(f"{name}, power cut", cuts(name, chosen.states, chosen.seed))
+        if chosen.only != "cuts":
+            for among, action in FAULTS:
+                broken += row(f"{name}, {action} in {among}", strikes(name, among, action))
     sys.exit(broken > 0)
 
 

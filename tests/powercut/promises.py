@@ -1,13 +1,14 @@
 """What must hold of every state that a power cut can leave, tried by the next commands."""
 
 import dataclasses
+import signal
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from powercut.recorder import Operation
-from powercut.scenarios import FILES, Recorded
+from powercut.scenarios import FILES, Recorded, Struck
 from powercut.states import Cut, Disk
 from support.fake_swarm import FakeSwarm
 
@@ -20,6 +21,8 @@ from grokfetch.folder.survey import survey
 from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import parse_info, parse_torrent
 
+STORAGE_FAILED = 16
+DAMAGED = 20
 RECORD = "to/.grokfetch/record.json"
 
 
@@ -72,6 +75,18 @@ def tried(recorded: Recorded, disk: Disk, safe: frozenset[int]) -> Tried:
             return _try(recorded, folder, safe)
         except Exception:  # noqa: BLE001 - whatever it is, it is a broken promise
             return Tried((f"a traceback: {traceback.format_exc()}",), 0)
+
+
+def outlived(struck: Struck) -> Tried:
+    """What is left of a program that a failing disk, or SIGKILL, has met, tried in its place."""
+    broken = []
+    ended = struck.ended
+    if ended is not None and ended.code not in (STORAGE_FAILED, DAMAGED, -signal.SIGKILL):
+        broken.append(f"exit code {ended.code}: {ended.said[-300:]}")
+    if ended is not None and "Traceback" in ended.said:
+        broken.append(f"a traceback: {ended.said[-600:]}")
+    result = _try(struck.recorded, struck.disk / "to", frozenset())
+    return Tried((*broken, *result.broken), result.fetched)
 
 
 def _try(recorded: Recorded, folder: Path, safe: frozenset[int]) -> Tried:

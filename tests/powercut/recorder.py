@@ -6,8 +6,10 @@ Reads are not recorded.
 
 import dataclasses
 import errno
+import functools
 import os
 import pickle
+import signal
 from pathlib import Path
 
 
@@ -15,10 +17,11 @@ from pathlib import Path
 class Operation:
     """One change, or one flush.
 
-    kind: create, mkdir, write, truncate, rename, link, unlink, rmdir, symlink, times, fsync or
-    fsyncdir. path: relative to the mount, where a name changes or a folder is flushed; `other` is
-    the new name of a rename or link, the target of a symbolic link. inode: a number of our own for
-    the file whose bytes change or are flushed. mtime_ns: of that file after the operation.
+    kind: create, mkdir, write, truncate, rename, link, unlink, rmdir, symlink, times, fsync,
+    fsyncdir, or struck, where the `Fault` is. path: relative to the mount, where a name changes or
+    a folder is flushed; `other` is the new name of a rename or link, the target of a symbolic link.
+    inode: a number of our own for the file whose bytes change or are flushed. mtime_ns: of that
+    file after the operation.
     """
 
     kind: str
@@ -42,17 +45,56 @@ def recordings(log: Path) -> list[Operation]:
                 return found
 
 
-def mount(place: str, backing: str, log: str) -> None:
+CHANGES = frozenset(
+    (
+        *("create", "mkdir", "write", "truncate", "rename", "link", "unlink", "rmdir", "symlink"),
+        *("utimens", "fsync", "fsyncdir"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong, once: at the operation number `at`, from 1 on.
+
+    among: "changes", every operation of `CHANGES`, or "reads". action: the name of an errno, or
+    "kill", which ends the process that asked with SIGKILL before the operation is done.
+    """
+
+    among: str
+    at: int
+    action: str
+
+
+def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> None:
     """Serve the file system until it is unmounted."""
     import mfusepy
+
+    counted = {"changes": CHANGES, "reads": {"read"}}[fault.among] if fault else frozenset()
 
     class Recorder(mfusepy.Operations):
         use_ns = True
 
         def __init__(self) -> None:
             self.log = Path(log).open("wb", buffering=0)  # noqa: SIM115 - as long as the process
+            self.count = 0
+            for name in counted:
+                setattr(self, name, functools.partial(self.struck, getattr(self, name)))
             self.made = 0
             self.numbers: dict[int, int] = {}
+
+        def struck(self, act, *args):
+            self.count += 1
+            if self.count == fault.at:
+                self.note("struck")
+                self.strike(fault.action)
+            return act(*args)
+
+        def strike(self, action: str) -> None:
+            if action == "kill":
+                os.kill(mfusepy.fuse_get_context()[2], signal.SIGKILL)
+                raise mfusepy.FuseOSError(errno.EIO)
+            raise mfusepy.FuseOSError(getattr(errno, action))
 
         def note(self, kind, path="", **fields) -> None:
             made = Operation(kind, path.lstrip("/"), **fields)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from powercut.recorder import Operation, recordings
+from powercut.recorder import Fault, Operation, recordings
 from support.torrents import content, lay_down, torrent_of
 from support.web_server import WebServer
 
@@ -47,12 +47,15 @@ def available() -> str | None:
 
 
 @contextlib.contextmanager
-def recorded_disk(work: Path) -> Iterator[tuple[Path, Callable[[], list[Operation]]]]:
+def recorded_disk(
+    work: Path, fault: Fault | None = None
+) -> Iterator[tuple[Path, Callable[[], list[Operation]]]]:
     """A mounted disk, and what gives its operations once the block has ended."""
     place, backing, log = (work / name for name in ("disk", "backing", "log"))
     place.mkdir(parents=True)
     backing.mkdir()
-    code = "import sys; from powercut.recorder import mount; mount(*sys.argv[1:])"
+    code = "import sys; from powercut.recorder import Fault, mount; "
+    code += f"mount(*sys.argv[1:], fault={fault!r})"
     tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
     command = [sys.executable, "-c", code, place, backing, log]
     process = subprocess.Popen(command, env=os.environ | tests)
@@ -76,13 +79,22 @@ def select_for(seconds: float) -> None:
     select.select([], [], [], seconds)
 
 
+class Ended(Exception):
+    """A program ended badly: its exit code, and what it said on stderr."""
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(f"exit code {code}\n{said}")
+        self.code = code
+        self.said = said
+
+
 def program(*arguments: object) -> None:
     """Run grokfetch in a process of its own, with the fault that is planted."""
     call = f"{_planted}\nfrom grokfetch.cli import main\nmain({[*map(str, arguments)]!r})"
     command = [sys.executable, "-c", call]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        raise RuntimeError(f"{arguments}: exit code {done.returncode}\n{done.stderr}")
+        raise Ended(done.returncode, done.stderr)
 
 
 SWARM = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "30")
@@ -113,6 +125,38 @@ def record(name: str, work: Path) -> Recorded:
     with recorded_disk(work / "recorded") as (disk, operations):
         _SCENARIOS[name](disk, origin, file)
     return Recorded(name, operations(), torrent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Struck:
+    """A scenario in which the disk failed: how the program ended, and the disk afterwards.
+
+    `reached` is False where the scenario had fewer operations than the fault's number.
+    """
+
+    recorded: Recorded
+    ended: Ended | None
+    disk: Path
+    reached: bool
+
+
+def strike(name: str, work: Path, fault: Fault) -> Struck:
+    """Run a scenario on a disk that fails once."""
+    work.mkdir()
+    origin = work / "origin"
+    lay_down(origin, FILES)
+    torrent = torrent_of(origin / "top", PIECE, "v1")
+    file = work / "top.torrent"
+    file.write_bytes(torrent)
+    ended = None
+    with recorded_disk(work / "recorded", fault) as (disk, operations):
+        try:
+            _SCENARIOS[name](disk, origin, file)
+        except Ended as error:
+            ended = error
+    made = Recorded(name, operations(), torrent)
+    reached = any(it.kind == "struck" for it in made.operations)
+    return Struck(made, ended, work / "recorded" / "backing", reached)
 
 
 def _swarm(disk: Path, origin: Path, torrent: Path) -> None:

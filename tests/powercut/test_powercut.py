@@ -4,12 +4,18 @@ Real commands are recorded on a file system of ours; states that a cut may leave
 campaign over many thousands is benchmarks/faults.py.
 """
 
+import contextlib
 import random
 
 import pytest
-from powercut.promises import safe_pieces, tried
-from powercut.scenarios import NAMES, available, planted, record
+from powercut.promises import outlived, safe_pieces, tried
+from powercut.recorder import Fault
+from powercut.scenarios import FILES, NAMES, available, planted, record, strike
 from powercut.states import Cut, Disk, Operation
+
+from grokfetch.errors import GrokfetchError
+from grokfetch.folder.store import Store
+from grokfetch.folder.verify import verify
 
 CUTS = 10
 
@@ -54,6 +60,30 @@ it._flush = lambda path: None if path.is_dir() else real(path)
     with planted(fault):
         recorded = record("swarm", tmp_path / "swarm")
     assert any("are fetched again" in promise for promise in broken(recorded, CUTS))
+
+
+@pytest.mark.parametrize("action", ["EIO", "ENOSPC", "kill"])
+@pytest.mark.parametrize("at", [1, 20, 45, 70])
+def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(action, at, tmp_path):
+    struck = strike("swarm", tmp_path / "swarm", Fault("changes", at, action))
+    assert struck.reached
+    assert not outlived(struck).broken
+
+
+def test_what_a_lying_flush_has_lost_is_found_by_verification(tmp_path):
+    told = record("swarm", tmp_path / "swarm")
+    kept = [it for it in told.operations if it.kind != "fsync"]
+    chance, found = random.Random(0), 0
+    for number in range(12):
+        disk = Cut(kept, len(kept)).some(chance)
+        (tmp_path / str(number)).mkdir()
+        disk.lay_down(tmp_path / str(number))
+        right = [disk.content(f"to/top/{path}") == data for path, data in FILES.items()]
+        with contextlib.suppress(GrokfetchError):
+            *_, summary = verify(Store(tmp_path / str(number) / "to"))
+            assert summary.complete == all(right)
+            found += not all(right)
+    assert found
 
 
 def test_what_was_flushed_is_safe_and_nothing_else():
