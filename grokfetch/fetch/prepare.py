@@ -14,7 +14,6 @@ from grokfetch.folder.payload import cut_long_files, make_empty_files, name_aske
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
-from grokfetch.manifest.relocation import relocated
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Request, Selection, pieces_of, spans, urgency
 from grokfetch.torrent.layout import Layout
@@ -166,7 +165,7 @@ def _settle(
         for progress in adopt(store, layout):
             yield Status("checking", progress.done, progress.total)
     if manifest is not None:
-        manifest = relocated(manifest, store.places())
+        manifest = manifest.moved(store.places())
         if manifest != store.manifest_or_none():
             store.save_manifest(manifest)
     if callable(request):

@@ -44,7 +44,7 @@ from grokfetch.folder.state_files import StateFiles
 from grokfetch.manifest import relocation as placing
 from grokfetch.manifest import schema as manifests
 from grokfetch.manifest import selection as selections
-from grokfetch.manifest.relocation import Places, relocated
+from grokfetch.manifest.relocation import Places
 from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.layout import Layout
@@ -144,7 +144,7 @@ class Store:
             name = "manifest.json"
             known = self._files.read(name, lambda it: manifests.parse(it, str(self.state / name)))
             if known is not None:
-                self._keep(relocated(known, self.places()))
+                self._keep(known.moved(self.places()))
         return self._manifest
 
     def _keep(self, manifest: Manifest) -> None:
@@ -236,7 +236,7 @@ class Store:
             StorageFailed: the state folder cannot be written.
         """
         names = {place: name for name, place in self.places().items()}
-        self._files.write("manifest.json", manifests.encode(relocated(manifest, names)))
+        self._files.write("manifest.json", manifests.encode(manifest.moved(names)))
         self._forget()
         self._keep(manifest)
 

@@ -6,7 +6,6 @@ checkpoint folder. Names and sizes only suggest that a file is the torrent's: by
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from pathlib import PurePosixPath
 
 from grokfetch.errors import ManifestInvalid
 from grokfetch.manifest.fields import Field
-from grokfetch.manifest.schema import Manifest, common_tail
+from grokfetch.manifest.schema import common_tail
 from grokfetch.torrent.layout import LayoutFile
 from grokfetch.torrent.names import unsafe_name
 
@@ -26,7 +25,6 @@ __all__ = [
     "encode",
     "finished_name",
     "guesses",
-    "relocated",
 ]
 
 SCHEMA = 1
@@ -113,23 +111,6 @@ def _heads(name: PurePosixPath, place: PurePosixPath) -> tuple[PurePosixPath, Pu
     """What is left of both without the end they share."""
     tail = common_tail(name, place)
     return PurePosixPath(*name.parts[:-tail]), PurePosixPath(*place.parts[:-tail])
-
-
-def relocated(manifest: Manifest, places: Places) -> Manifest:
-    """The manifest with paths replaced."""
-    if not places:
-        return manifest
-    return dataclasses.replace(
-        manifest,
-        files=tuple(
-            dataclasses.replace(file, path=places.get(file.path, file.path))
-            for file in manifest.files
-        ),
-        tensors=tuple(
-            dataclasses.replace(tensor, file=places.get(tensor.file, tensor.file))
-            for tensor in manifest.tensors
-        ),
-    )
 
 
 # --- JSON --------------------------------------------------------------------------------------

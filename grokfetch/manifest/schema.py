@@ -115,6 +115,29 @@ class Manifest:
         """The entry of `path`, None if the manifest does not name it."""
         return next((file for file in self.files if file.path == path), None)
 
+    def moved(self, places: Mapping[PurePosixPath, PurePosixPath]) -> Manifest:
+        """The same for files that lie elsewhere: whatever it names by path is found there.
+
+        Args:
+            places: from the paths here to the others; a path that is not in it stays.
+        """
+        if not places:
+            return self
+        source = self.tokenizer
+        return dataclasses.replace(
+            self,
+            files=tuple(
+                dataclasses.replace(file, path=places.get(file.path, file.path))
+                for file in self.files
+            ),
+            tensors=tuple(
+                dataclasses.replace(tensor, file=places.get(tensor.file, tensor.file))
+                for tensor in self.tensors
+            ),
+            tokenizer=source
+            and dataclasses.replace(source, path=places.get(source.path, source.path)),
+        )
+
 
 def plain(name: str, info_hash: str, magnet: str | None, files: Iterable[ManifestFile]) -> Manifest:
     """The manifest of a torrent about which nothing is known but its files."""
@@ -144,16 +167,8 @@ def bind(manifest: Manifest, files: Iterable[tuple[PurePosixPath, int]]) -> Mani
     place = {file.path: _place(file, by_name[file.path.name]) for file in manifest.files}
     taken = set(place.values())
     extra = [ManifestFile(path, size) for path, size in there if path not in taken]
-    return dataclasses.replace(
-        manifest,
-        files=(
-            *(dataclasses.replace(file, path=place[file.path]) for file in manifest.files),
-            *extra,
-        ),
-        tensors=tuple(
-            dataclasses.replace(tensor, file=place[tensor.file]) for tensor in manifest.tensors
-        ),
-    )
+    bound = manifest.moved(place)
+    return dataclasses.replace(bound, files=(*bound.files, *extra))
 
 
 def _place(file: ManifestFile, candidates: list[tuple[PurePosixPath, int]]) -> PurePosixPath:

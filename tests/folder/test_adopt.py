@@ -22,6 +22,7 @@ from grokfetch.folder.verify import verify
 from grokfetch.manifest import relocation as placing
 from grokfetch.manifest.relocation import beside, guesses
 from grokfetch.manifest.selection import Request
+from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent.layout import LayoutFile
 from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 
@@ -249,6 +250,25 @@ def test_the_commands_know_where_adopted_files_lie(tmp_path):
         run(tmp_path / "copy", Swarm(V1, peers))
     for name, data in FILES.items():
         assert (tmp_path / "copy/top" / name).read_bytes() == data
+
+
+def test_an_adopted_checkpoint_is_verified_and_run_with_the_tokenizer_that_lies_there(tmp_path):
+    """The tutorial's way: what a manifest names by path is found where it was adopted."""
+    published, root = demo_folder(), tmp_path / "hf"
+    shutil.copytree(published / "grok-demo", root)
+    torrent, manifest = published / "grok-demo.torrent", published / "grok-demo.json"
+    here = ("--no-discovery", "--listen", "127.0.0.1:0", "--no-mirrors")
+    grokfetch("fetch", torrent, "--manifest", manifest, "--to", root, *here)
+    assert "extra" not in grokfetch("verify", root)
+    known = Store(root).manifest()
+    assert str(known.tokenizer.path) == "tokenizer.model"
+    assert known.file(known.tokenizer.path).sha256 == known.tokenizer.sha256
+    kept = json.loads((root / ".grokfetch/manifest.json").read_text())
+    assert kept["tokenizer"]["path"] == "grok-demo/tokenizer.model"
+    said = grokfetch(
+        "run", root, "Every piece is read back", "--max-tokens", 6, "--mesh", "model=1"
+    )
+    assert "from the disk and" in said
 
 
 # --- guesses, which are pure ---------------------------------------------------------------------
