@@ -78,7 +78,7 @@ def formulations(tokens: int, plain: Tuning) -> Iterator[tuple[str, Tuning]]:
                 Tuning(plain.vector_width, 16, 32, NEVER - 1, rows, columns, halves),
             )
     yield "plain, as tuned", plain
-    if native.built(cache_folder() / processor()):
+    if native.built(cache_folder() / processor(), print):
         yield "product.c", dataclasses.replace(plain, native=True)
 
 

@@ -10,9 +10,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-# Programs and measurements of a test are its own, not the user's.
-_caches = tempfile.TemporaryDirectory(prefix="grokfetch-tests-")
-os.environ["XDG_CACHE_HOME"] = _caches.name
+# Programs and measurements are those of this run of the tests, not the user's, and one worker
+# uses what another has compiled: most of the time goes into compiling.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _caches = tempfile.TemporaryDirectory(prefix="grokfetch-tests-")
+    os.environ["XDG_CACHE_HOME"] = _caches.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_caches.name}/compiled"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Time limits for single examples measure the machine, which may be busy, and not the code.
 settings.register_profile("grokfetch", deadline=None)

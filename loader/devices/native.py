@@ -3,7 +3,8 @@
 XLA splits a loop over a matrix anew at each of its steps and waits for the slowest core each time;
 the program in `product.c` hands out pieces of the matrix to whichever core is free. It is compiled
 for the processor at hand where it is first used, kept in a folder of the user, and told to XLA as a
-foreign function. Without a compiler everything works as before, only slower.
+foreign function. Without a compiler everything works as before, only slower; where there is one
+and the program does not build, the caller is told why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,21 +38,25 @@ NAME = f"grokfetch_product_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]}
 _libraries: list[ctypes.CDLL] = []
 
 
-def built(folder: Path) -> bool:
+def built(folder: Path, report: Callable[[str], object]) -> bool:
     """Whether the C program can be used from now on; compiled if `folder` does not hold it yet.
 
     Args:
         folder: of the user, who alone may write it, and of this processor and version of jaxlib.
+        report: is told in one line if a compiler is there and the program cannot be used.
     """
     if _libraries:
         return True
-    file = _kept(folder) or _compiled(folder)
-    if file is None:
-        return False
+    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     try:
+        file = _kept(folder) or (_compiled(folder, compiler) if compiler else None)
+        if file is None:
+            return False
         library = ctypes.CDLL(str(file))
         function = jax.ffi.pycapsule(library.grokfetch_product)  # type: ignore[no-untyped-call]
-    except (OSError, AttributeError):  # A home that moved to another system.
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        # AttributeError: a home that moved to another system.
+        report(f"{SOURCE.name} cannot be built or used, hence slower products: {error}")
         return False
     jax.ffi.register_ffi_target(NAME, function, platform="cpu")
     _libraries.append(library)
@@ -88,23 +94,31 @@ def _name(content: bytes) -> str:
     return f"{NAME}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
-def _compiled(folder: Path) -> Path | None:
-    """What the compiler makes of the source, in the folder."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        return None
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / "made.so"
-            for processor in (*PROCESSOR, ""):
-                command = [*compiler.split(), *OPTIONS, processor, f"-I{jax.ffi.include_dir()}"]
-                told = [*filter(None, command), str(SOURCE), "-o", str(made)]
-                ran = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
-                    told, capture_output=True, timeout=PATIENCE_S, check=False
-                )
-                if ran.returncode == 0:
-                    return made.replace(folder / _name(made.read_bytes()))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return None
+def _compiled(folder: Path, compiler: str) -> Path:
+    """What the compiler makes of the source, in the folder.
+
+    Raises:
+        OSError: it refuses the source, does not exist, or the folder cannot be written.
+        subprocess.SubprocessError: it takes too long.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / "made.so"
+        for processor in (*PROCESSOR, ""):
+            command = [*compiler.split(), *OPTIONS, processor, f"-I{jax.ffi.include_dir()}"]
+            ran = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
+                [*filter(None, command), str(SOURCE), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+            if ran.returncode == 0:
+                return made.replace(folder / _name(made.read_bytes()))
+    raise OSError(f"{compiler}: {_first_error(ran.stderr) or f'exit code {ran.returncode}'}")
+
+
+def _first_error(text: str) -> str:
+    """The first line in which a compiler names an error, or else its last one."""
+    lines = text.strip().splitlines() or [""]
+    return next((line for line in lines if "error:" in line), lines[-1]).strip()

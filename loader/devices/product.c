@@ -297,7 +297,8 @@ static XLA_FFI_Error *complaint(const XLA_FFI_Api *api, XLA_FFI_Error_Code code,
    first row begins, the first column, columns of a whole row; scales float32 [groups, width].
    Result: float32 [tokens, width]. */
 XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
-    XLA_FFI_Extension_Base *extension = frame->extension_start;
+    /* Its type has two names: XLA_FFI_Extension_Base, and XLA_FFI_InternalExtension since API 0.5. */
+    __typeof__(frame->extension_start) extension = frame->extension_start;
     if (extension && extension->type == XLA_FFI_Extension_Metadata) {
         XLA_FFI_Metadata *told = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
         told->api_version.major_version = XLA_FFI_API_MAJOR;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -48,27 +49,31 @@ def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
 
     Args:
         weights: bytes of the model's weights.
-        notice: is told when it takes time.
+        notice: is told when it takes time, and why the C program could not be built.
     """
     if weights < WORTH_TUNING:
         return None
     path, name = cache_folder() / "tuning.json", processor()
+    report = functools.cache(notice)  # Both attempts to build may fail, for one reason.
     with contextlib.suppress(OSError):
         kept = decode(path.read_bytes(), name)
-        if kept is not None and (not kept.native or native.built(cache_folder() / name)):
+        if kept is not None and (not kept.native or native.built(cache_folder() / name, report)):
             return kept
     notice("measuring once what suits this processor")
-    measured = measure(cache_folder() / name)
+    measured = measure(cache_folder() / name, report)
     with contextlib.suppress(OSError), replacing(path) as file:
         file.write(encode(measured, name))
     return measured
 
 
-def measure(folder: Path | None = None) -> Tuning:
+def measure(
+    folder: Path | None = None, report: Callable[[str], object] = lambda _reason: None
+) -> Tuning:
     """The fastest formulations, each in its turn, on the first device of this process.
 
     Args:
         folder: where `loader.devices.native` keeps what it compiles; None leaves it out.
+        report: is told in one line why it could not be compiled.
     """
     device = jax.local_devices()[0]
     flat = jax.device_put(np.arange(ROWS * COLUMNS, dtype=np.int8), device)
@@ -90,7 +95,7 @@ def measure(folder: Path | None = None) -> Tuning:
     best = fastest(1, COLUMNS, ROWS, narrow)
     # A part of the matrix is enough where products take longer than reading.
     part = ROWS // 3
-    if folder is not None and native.built(folder):
+    if folder is not None and native.built(folder, report):
         plain, ours = best, dataclasses.replace(best, native=True)
         sizes = ((1, ROWS), (MANY, part))
         if all(fastest(*size, COLUMNS, (plain, ours)) is ours for size in sizes):

@@ -97,9 +97,9 @@ def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
     [
         ((1, 2), "float32"),
         ((2, 2), "bfloat16"),
-        ((1, 4), "float32"),
-        ((1, 8), "float32"),
         ((8, 1), "float32"),
+        pytest.param((1, 4), "float32", marks=pytest.mark.slow),
+        pytest.param((1, 8), "float32", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -107,7 +107,10 @@ def test_copied_weights_recite_on_any_mesh(shape, dtype):
     check_recitation(engine(load, MeshShape(*shape), dtype), [3, 12], 24)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices",
+    [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
+)
 def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 

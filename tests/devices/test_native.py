@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def multiply(tmp_path_factory):
     """The product, built as a user's first run builds it."""
-    assert native.built(tmp_path_factory.mktemp("native"))
+    assert native.built(tmp_path_factory.mktemp("native"), pytest.fail)
     return jax.jit(native.product)
 
 
@@ -76,7 +76,7 @@ def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
     monkeypatch.setattr(native, "PROCESSOR", (processor,))
     monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
-    assert native.built(tmp_path)
+    assert native.built(tmp_path, pytest.fail)
     for tokens in (1, 6, 20):
         check(native.product, (tokens, 96, 130, 4), 3, 140, tokens)
 
@@ -111,31 +111,60 @@ def test_matrix_that_reaches_beyond_its_file_is_refused(multiply, place):
 
 @needs_compiler
 def test_what_was_built_is_used_again_and_half_a_file_is_not(tmp_path, unbuilt, monkeypatch):
-    assert native.built(tmp_path)
+    assert native.built(tmp_path, pytest.fail)
     (file,) = tmp_path.iterdir()
     monkeypatch.setenv("CC", "/nowhere/cc")
     native._libraries.clear()
-    assert native.built(tmp_path)
+    assert native.built(tmp_path, pytest.fail)
     native._libraries.clear()
     # A copy is cut, since the file itself is mapped.
     half = tmp_path / "half"
     half.mkdir()
     (half / file.name).write_bytes(file.read_bytes()[:1000])
-    assert not native.built(half)
+    assert not native.built(half, [].append)
     monkeypatch.delenv("CC")
-    assert native.built(half)
+    assert native.built(half, pytest.fail)
     assert (half / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
-def test_without_a_compiler_nothing_is_built_and_nothing_left(
-    tmp_path, unbuilt, monkeypatch, compiler
+REFUSES = """#!/bin/sh
+echo product.c: In function >&2
+echo "product.c:300:5: error: unknown type" >&2
+echo compilation terminated >&2
+exit 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nowhere/cc", "No such file or directory: '/nowhere/cc'"),
+        ("false", "false: exit code 1"),
+        ("refuses", "refuses: product.c:300:5: error: unknown type"),
+    ],
+)
+def test_program_that_does_not_build_is_reported_and_leaves_nothing(
+    tmp_path, unbuilt, monkeypatch, compiler, reason
 ):
-    monkeypatch.setenv("CC", compiler)
-    assert not native.built(tmp_path / "folder")
+    tmp_path.joinpath("refuses").write_text(REFUSES)
+    tmp_path.joinpath("refuses").chmod(0o700)
+    monkeypatch.setenv("CC", str(tmp_path / compiler) if compiler == "refuses" else compiler)
+    reasons = []
+    assert not native.built(tmp_path / "folder", reasons.append)
+    (reported,) = reasons
+    assert reported.startswith("product.c cannot be built or used, hence slower products: ")
+    assert reported.endswith(reason)
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path, unbuilt):
+def test_without_a_compiler_nothing_is_built_and_nothing_said(tmp_path, unbuilt, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not native.built(tmp_path / "folder", pytest.fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path, unbuilt, monkeypatch):
     (tmp_path / "file").touch()
-    assert not native.built(tmp_path / "file" / "folder")
+    monkeypatch.setenv("CC", "cc")
+    assert not native.built(tmp_path / "file" / "folder", [].append)

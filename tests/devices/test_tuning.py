@@ -69,16 +69,16 @@ def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many
         return 1 if tried.native == (tokens != slower) else 2
 
     monkeypatch.setattr(tuning, "_seconds", seconds)
-    monkeypatch.setattr(tuning.native, "built", lambda folder: built and folder == tmp_path)
+    monkeypatch.setattr(tuning.native, "built", lambda folder, _: built and folder == tmp_path)
     assert measure(tmp_path).native == chosen
     assert not measure().native
 
 
 def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):
     for found in (Tuning(native=True), Tuning(wide_rows=8)):
-        monkeypatch.setattr(tuning, "measure", lambda _folder, found=found: found)
+        monkeypatch.setattr(tuning, "measure", lambda _folder, _report, found=found: found)
         assert suited(WORTH_TUNING, print) == found
-        monkeypatch.setattr(tuning.native, "built", lambda _folder: False)
+        monkeypatch.setattr(tuning.native, "built", lambda _folder, _report: False)
     monkeypatch.setattr(tuning, "measure", None)
     assert suited(WORTH_TUNING, print) == found
 
