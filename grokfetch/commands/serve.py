@@ -60,6 +60,17 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
     type=click.Path(path_type=Path),
     help=f"File with the key that clients must send; or set {KEY_VARIABLE}.",
 )
+@click.option(
+    "--name", metavar="NAME", help="What clients call the model; its manifest's name by default."
+)
+@click.option(
+    "--cors-origin",
+    "origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Let scripts of web pages from there ask, https://example.org say; * for all. Repeatable.",
+)
+@click.option("--log-requests", is_flag=True, help="Write a line to stderr for each request.")
 @tokenizer_option
 @loading_options
 @click.option(
@@ -75,6 +86,9 @@ def serve(
     slots: int,
     queue_length: int,
     api_key_file: Path | None,
+    name: str | None,
+    origins: tuple[str, ...],
+    log_requests: bool,
     loading: Loading,
     unproven: bool,
     state: Path | None,
@@ -84,7 +98,7 @@ def serve(
     Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
     have been answered.
     """
-    from grokfetch.serving.app import application
+    from grokfetch.serving.app import Access, application
     from grokfetch.serving.server import bound, listen
     from loader.inference.batching import Batch
     from loader.inference.loading import load_model
@@ -111,7 +125,7 @@ def serve(
         _warm_up(batch)
         config = checkpoint.config
         served = Served(
-            store.manifest().name,
+            name or store.manifest().name,
             config.sequence_len,
             config.vocab_size,
             config.eos_token,
@@ -119,8 +133,12 @@ def serve(
             MOST_RANKED,
         )
         worker = Worker(_Jobs(batch), batch.slots, queue_length)
-        app = application(worker, served, words, key)
-        listen(app, at, lambda text: click.echo(text, err=True), served.name)
+        access = Access(key, origins, _say if log_requests else None)
+        listen(application(worker, served, words, access), at, _say, served.name)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 class _Jobs:

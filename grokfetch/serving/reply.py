@@ -34,6 +34,7 @@ class Reply:
             "created": int(time.time()),
             "model": served.name,
         }
+        self._wanted = wanted
         self._prompt_tokens = prompt_tokens
         self._answers = [
             Answer(
@@ -82,7 +83,10 @@ class Reply:
             "logprobs": piece.logprobs,
             "finish_reason": piece.finish_reason,
         }
-        return {**self._head, "choices": [choice]}
+        body = {**self._head, "choices": [choice]}
+        if self._wanted.include_usage:
+            body["usage"] = self._usage() if self._wanted.every_usage else None
+        return body
 
     def last_chunk(self) -> dict[str, Any]:
         """The usage, after all parts."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from grokfetch.errors import OutOfReach
 
-__all__ = ["bound", "listen"]
+__all__ = ["HEADERS_S", "KEEP_ALIVE_S", "Server", "bound", "listen"]
+
+KEEP_ALIVE_S = 75
+"""Seconds that a connection is kept between two requests: more than proxies and clients keep theirs
+(60 s), lest one sends a request into a connection that is just being closed."""
+
+HEADERS_S = 60.0
+"""Seconds in which a request's headers have to come."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -54,20 +64,66 @@ def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name
         say: is told where it listens, and when it stops.
         name: of what is served.
     """
-    config = uvicorn.Config(
-        app, lifespan="on", log_level="warning", access_log=False, server_header=False
-    )
     with at, _signals_end_nothing():
-        _Server(config, say, name).run([at])
+        Server(app, say, name).run([at])
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, say: Callable[[str], object], name: str) -> None:
-        super().__init__(config)
+class _Patient(H11Protocol):
+    """A connection that is ended where a request's headers do not come; its body is the gate's."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._forget()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Server(uvicorn.Server):
+    """Uvicorn over an application, with bounds for how long clients may take.
+
+    Args:
+        app: the application.
+        say: is told where it listens, and when it stops.
+        name: of what is served.
+    """
+
+    def __init__(self, app: Starlette, say: Callable[[str], object], name: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Patient,
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
         self._say = say
         self._name = name
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
         await super().startup(sockets)
         assert sockets
         host, port = sockets[0].getsockname()[:2]
@@ -75,6 +131,7 @@ class _Server(uvicorn.Server):
         self._say(f"serving {self._name} on http://{shown}:{port}/v1; Ctrl-C ends it")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more requests; a second signal ends those at work."""
         if not self.should_exit:
             self._say(
                 "no new requests; those at work are answered first, a second Ctrl-C ends them"

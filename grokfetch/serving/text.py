@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from grokfetch.serving.fields import Refused
 from grokfetch.serving.model import Emission, Scored, Words
-from grokfetch.serving.requests import Refused
 
 __all__ = ["Answer", "Numbers", "Piece", "Stops"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
 import signal
@@ -14,69 +13,18 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
 from support.program import grokfetch, started
+from support.serving import DEADLINE_S, EOS, P1, SERVED, WANTED, Held, error, letters, post, serving
 
 from grokfetch.commands.serve import _Jobs
-from grokfetch.serving.app import LARGEST_BODY, application
-from grokfetch.serving.model import Served
-from grokfetch.serving.requests import Completion, Refused, read_completion
-from grokfetch.serving.server import _Server, bound
+from grokfetch.serving.fields import Refused
+from grokfetch.serving.gate import LARGEST_BODY
+from grokfetch.serving.requests import Completion, read_completion
 from grokfetch.serving.text import Stops
-from grokfetch.serving.worker import Worker
 from loader.inference.batching import Batch
-
-DEADLINE_S = 60
-SERVED = Served("golden", 128, 512, 2, 4, 5)
-EOS = 2
-
-
-class Letters:
-    """A tokenizer of one letter a token."""
-
-    def encode(self, text):
-        return [ord(letter) - 0x4E00 for letter in text]
-
-    def piece(self, token):
-        return chr(token + 0x4E00)
-
-    def stream(self):
-        return self
-
-    push = piece
-
-    def finish(self):
-        return ""
-
-
-def letters(tokens):
-    return "".join(map(Letters().piece, tokens))
-
-
-P1 = golden.prompt("p1")
-WANTED = letters(golden.arrays()["f32/p1_tokens"].tolist())
-
-
-@contextlib.contextmanager
-def serving(model, *, words=None, key=None, queue=2, slots=4):
-    """A server over a model, in a thread; yields its address and its worker."""
-    worker = Worker(model, slots, queue)
-    started = threading.Event()
-    app = application(worker, SERVED, words or Letters(), key)
-    config = uvicorn.Config(app, lifespan="on", log_level="critical")
-    server = _Server(config, lambda _: started.set(), "golden")
-    with bound("127.0.0.1", 0) as at:
-        thread = threading.Thread(target=server.run, args=([at],))
-        thread.start()
-        assert started.wait(DEADLINE_S)
-        try:
-            yield f"http://127.0.0.1:{at.getsockname()[1]}", worker
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +37,6 @@ def server():
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def post(url, **fields):
-    body = {"prompt": P1, "temperature": 0} | fields
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S)
-
-
-def error(answer):
-    return answer.json()["error"]
 
 
 def test_openais_client_gets_the_references_text_and_the_counts(client):
@@ -199,48 +138,6 @@ def test_sixteen_clients_at_once_of_which_half_leave_disturb_nobody(server):
     assert not server.worker._texts
 
 
-class Held:
-    """A model that gives each text a token for each step that it is allowed."""
-
-    def __init__(self):
-        self.numbers = []
-        self.added = threading.Semaphore(0)
-        self.steps = threading.Semaphore(0)
-        self.dropped = threading.Event()
-        self.fails = False
-
-    @property
-    def busy(self):
-        return bool(self.numbers)
-
-    @property
-    def working(self):
-        return len(self.numbers)
-
-    def add(self, number, _generation):
-        self.numbers.append(number)
-        self.added.release()
-
-    def drop(self, number):
-        self.numbers.remove(number)
-        self.dropped.set()
-
-    def reset(self):
-        self.numbers.clear()
-
-    def step(self):
-        if not self.numbers or not self.steps.acquire(timeout=0.01):
-            return []
-        if self.fails:
-            raise RuntimeError("a secret of the machine room")
-        token = SimpleNamespace(token=7, logprob=None, best=())
-        done, self.numbers = self.numbers, []
-        return [
-            SimpleNamespace(number=number, prompt=(), token=token, finished="length")
-            for number in done
-        ]
-
-
 def test_a_full_queue_says_when_to_come_back_and_forgets_nobody_in_it():
     model = Held()
     with serving(model, queue=1, slots=1) as (url, _):
@@ -297,18 +194,6 @@ def test_a_model_that_fails_is_an_error_without_its_inner_life_and_the_next_requ
     assert "a secret of the machine room" in caplog.text
 
 
-def test_only_clients_with_the_key_are_served():
-    model = Held()
-    with serving(model, key="s\u00e9same") as (url, _):
-        for given_key in (None, "Bearer wrong", "Basic s\u00e9same", "Bearer"):
-            headers = {} if given_key is None else {"Authorization": given_key.encode()}
-            answer = httpx.get(f"{url}/v1/models", headers=headers)
-            assert (answer.status_code, error(answer)["code"]) == (401, "invalid_api_key")
-        right = {"Authorization": "Bearer s\u00e9same".encode()}
-        assert httpx.get(f"{url}/v1/models", headers=right).status_code == 200
-        assert httpx.get(f"{url}/health").status_code == 200
-
-
 @pytest.mark.parametrize(
     ("fields", "param", "status"),
     [
@@ -325,7 +210,7 @@ def test_only_clients_with_the_key_are_served():
         ({"temperature": "hot"}, "temperature", 400),
         ({"temperature": 10**400}, "temperature", 400),
         ({"top_p": 1.1}, "top_p", 400),
-        ({"stop": [""]}, "stop", 400),
+        ({"stop": ["x", 5]}, "stop", 400),
         ({"stop": ["x"] * 17}, "stop", 400),
         ({"n": 0}, "n", 400),
         ({"n": 128, "prompt": [[5], [6]]}, "n", 400),
@@ -334,6 +219,16 @@ def test_only_clients_with_the_key_are_served():
         ({"stream_options": {"include_usage": True}}, "stream_options", 400),
         ({"logit_bias": {"5": 1}}, "logit_bias", 400),
         ({"min_p": 0.1}, "min_p", 400),
+        ({"typical_p": 0.9}, "typical_p", 400),
+        ({"use_beam_search": True}, "use_beam_search", 400),
+        ({"mirostat": True}, "mirostat", 400),
+        ({"best_of": 2}, "best_of", 400),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "include_obfuscation",
+            400,
+        ),
+        ({"stream": True, "stream_options": {"x": 1}}, "x", 400),
         ({"model": "gpt-4"}, "model", 404),
     ],
 )
@@ -355,6 +250,7 @@ def test_a_malformed_request_is_refused_with_the_name_of_the_field(server, field
         ("/v1/completions", b"\xff", 400),
         ("/v1/completions", b"[]", 400),
         ("/v1/completions", b" " * (LARGEST_BODY + 1), 413),
+        ("/tokenize", b'{"prompt": "\\ud800"}', 400),
         ("/v1/chat/completions", b"{}", 400),
         ("/v1/nothing", b"{}", 404),
         ("/v1/models", b"{}", 405),
@@ -364,6 +260,50 @@ def test_what_is_no_request_is_an_error_in_the_same_form(server, path, content, 
     answer = httpx.post(f"{server.url}{path}", content=content)
     assert answer.status_code == status
     assert error(answer)["message"]
+
+
+def test_values_that_change_nothing_pass_under_any_name(server):
+    plain = post(server.url, max_tokens=2).json()["choices"]
+    same = {
+        "best_of": 1,
+        "repetition_penalty": 1.0,
+        "repeat_penalty": 1,
+        "repeat_last_n": 64,
+        "min_p": 0,
+        "typical_p": 1,
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "use_beam_search": False,
+        "stop_token_ids": [],
+        "cache_prompt": True,
+        "mirostat": 0,
+        "mirostat_tau": 5.0,
+        "stop": [""],
+        "max_tokens": 2.0,
+        "seed": None,
+        "whatever": None,
+    }
+    assert post(server.url, **same).json()["choices"] == plain
+    assert len(post(server.url, n=2, best_of=2.0, max_tokens=1).json()["choices"]) == 2
+    assert (
+        post(server.url, prompt=[float(token) for token in P1], max_tokens=2).json()["choices"]
+        == plain
+    )
+
+
+def test_each_chunk_tells_the_usage_where_it_is_asked_for(server):
+    def usages(**options):
+        answer = post(server.url, max_tokens=3, stream=True, stream_options=options)
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        return [json.loads(line).get("usage", "none") for line in lines]
+
+    assert usages(include_usage=False) == ["none"] * 3
+    *before, last = usages(include_usage=True, include_obfuscation=False)
+    assert before == [None] * 3
+    assert last["completion_tokens"] == 3
+    told = usages(include_usage=True, continuous_usage_stats=True)
+    assert [one["completion_tokens"] for one in told] == [1, 2, 3, 3]
 
 
 def test_chat_is_refused_because_it_is_a_base_model(client):
