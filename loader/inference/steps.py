@@ -8,7 +8,7 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,11 @@ class Steps:
             (self._rows, self._heads, self._rows),
             donate=(1,),
         )
+
+    @property
+    def programs(self) -> Mapping[str, Any]:
+        """The jitted parts by name, as `loader.inference.ahead` compiles them."""
+        return {"embed": self._embed, "layer": self._layer, "logits": self._logits}
 
     def hold(self, params: Params, _paging: Paging | None) -> None:
         """Use other weights of the same shapes from now on."""

@@ -20,9 +20,9 @@ from loader.weights.partition import (
     scale_shape,
     weight_block,
 )
-from loader.weights.schema import GrokConfig, parameters
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
-__all__ = ["Memory", "Need", "Shortage", "Use", "need", "shortage"]
+__all__ = ["Memory", "Need", "Reads", "Shortage", "Use", "need", "reads", "shortage"]
 
 STREAMS = 6
 """Arrays of the size of the residual stream that a layer has at a time, about."""
@@ -105,6 +105,39 @@ def need(use: Use) -> Need:
     return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reads:
+    """Bytes that a device must read for one token of each row: of one layer, and of the table."""
+
+    layer: int
+    logits: int
+
+    def total(self, layers: int) -> int:
+        """Of a model of so many layers."""
+        return layers * self.layer + self.logits
+
+
+def reads(use: Use, rows: int = 1) -> Reads:
+    """The least that decoding reads: each weight that is needed once, and the cache as it is held.
+
+    Of the experts that a device holds, those count that the tokens of all rows may have chosen: the
+    device with the most work decides how long a step takes.
+    """
+    config, shape = use.config, use.shape
+    held = config.num_experts // shape.expert
+    chosen = min(held, rows * config.num_selected_experts)
+    layer = table = 0
+    for spec in parameters(config):
+        size = _stored(spec, shape)
+        if spec.layer == 0:
+            layer += size * chosen // held if spec.axes[0] == "expert" else size
+        elif spec.axes[0] == "vocab":
+            table = size
+    cache = rows * cache_length(config, use.tokens) * cache_bytes_per_token(config, use.itemsize)
+    cache //= config.num_layers * shape.model
+    return Reads(layer + cache, table)
+
+
 def shortage(use: Use, memory: Memory) -> Shortage | None:
     """What is short, and what would help; None if the model fits."""
     if _fits(use, memory):
@@ -145,12 +178,16 @@ def _roomier(use: Use, memory: Memory) -> MeshShape | None:
 @functools.cache
 def _bytes_each(config: GrokConfig, shape: MeshShape) -> int:
     """Bytes of one device's block of every tensor, its scales included."""
-    first, total = Position(0, 0), 0
-    for spec in parameters(config):
-        total += _volume(weight_block(spec, shape, first)) * ITEM_SIZES[spec.dtype]
-        if spec.scale_groups is not None:
-            total += _volume(scale_block(spec, shape, first)) * SCALE_SIZE
-    return total
+    return sum(_stored(spec, shape) for spec in parameters(config))
+
+
+def _stored(spec: ParamSpec, shape: MeshShape) -> int:
+    """Bytes of one device's block of a tensor, its scales included."""
+    first = Position(0, 0)
+    size = _volume(weight_block(spec, shape, first)) * ITEM_SIZES[spec.dtype]
+    if spec.scale_groups is not None:
+        size += _volume(scale_block(spec, shape, first)) * SCALE_SIZE
+    return size
 
 
 @functools.cache

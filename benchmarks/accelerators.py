@@ -1,0 +1,137 @@
+"""What the steps of Grok-1 compile to for GPUs and TPUs that need not be here.
+
+Run: python benchmarks/accelerators.py --on v5p h100, with `pip install '.[tpu]'` or `'.[cuda]'`
+for the compilers (Linux on x86-64); the two may live in environments of their own. Nothing is run,
+so no figure says how fast a device is: the table says what a device must hold, read, wait for and
+exchange, as counted in the compiled program.
+
+One row is one step of one layer on one device (L), or the logits of its tokens (V). temp: bytes
+held beside arguments and results. read: bytes from main memory, each operand of each operation
+counted once. of it: over the bytes that are needed. loops: those of unknown length, for each trip
+of which the host of a GPU waits. ms: of all layers and the logits at the rate of the memory. fits:
+weights, cache and the work of this step in the memory of a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+from loader.devices.absent import absent, prepare
+from loader.devices.placement import make_mesh
+from loader.devices.program_text import cost
+from loader.inference.ahead import Load, compiled
+from loader.weights.accelerators import ACCELERATORS, Accelerator
+from loader.weights.capacity import Use, need, reads
+from loader.weights.partition import MeshShape, choose_mesh
+from loader.weights.schema import GrokConfig
+
+CONFIG = GrokConfig()
+STEPS = {
+    "decode 1": Load(1, 1, 1024),
+    "decode 1 of 8192": Load(1, 1, 8192),
+    "decode 16": Load(16, 1, 1024),
+    "decode 16 of 8192": Load(16, 1, 8192),
+    "prefill 512": Load(1, 512, 1024),
+    "prefill 2048": Load(1, 2048, 8192),
+}
+MOST_DECODE, MOST_PREFILL, MOST_READ = 4e6, 256e6, 1.05
+HEAD = (
+    f"{'device':<7}{'mesh':<19}{'step':<20}{'args MB':>9}{'temp MB':>9}{'read MB':>9}{'of it':>7}"
+    f"{'loops':>6}{'exchanged kB':>14}{'ms':>8}  fits"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; bytes on one device."""
+
+    arguments: int
+    temporaries: int
+    read: int
+    needed: int | None
+    loops: int
+    exchanges: int
+    exchanged: int
+
+
+def main() -> None:
+    """Compile and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--on", nargs="+", default=["v5p"], choices=sorted(ACCELERATORS))
+    options.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    options.add_argument("--mesh", nargs="+", default=[], help="E,M instead of --devices")
+    options.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    chosen = options.parse_args()
+    kinds = [ACCELERATORS[name] for name in chosen.on]
+    prepare(kinds)
+    shapes = [MeshShape(*map(int, pair.split(","))) for pair in chosen.mesh]
+    print(HEAD)
+    missed = 0
+    for kind in kinds:
+        for shape in shapes or [choose_mesh(CONFIG, count) for count in chosen.devices]:
+            for step in chosen.steps:
+                missed += show(kind, shape, step)
+    print(f"{missed} rows miss a target")
+    sys.exit(missed > 0)
+
+
+def show(kind: Accelerator, shape: MeshShape, step: str) -> int:
+    """Print the rows of one step; how many miss a target."""
+    load, missed = STEPS[step], 0
+    use = Use(CONFIG, shape, load.places)
+    rows = dict(measured(kind, shape, load))
+    read = CONFIG.num_layers * rows["layer"].read + rows["logits"].read
+    held = need(use)
+    work = max(row.temporaries for row in rows.values())
+    fits = held.weights + load.rows * held.cache + work <= kind.memory
+    for part, row in rows.items():
+        ratio = None if row.needed is None else row.read / row.needed
+        most = MOST_PREFILL if load.fresh else MOST_DECODE
+        good = row.temporaries < most and not row.loops and (ratio is None or ratio <= MOST_READ)
+        missed += not good
+        last = part == "logits"
+        print(
+            f"{kind.name:<7}{shape!s:<19}{step + (' V' if last else ' L'):<20}"
+            f"{row.arguments / 1e6:9.1f}{row.temporaries / 1e6:9.2f}{row.read / 1e6:9.1f}"
+            f"{'' if ratio is None else format(ratio, '.3f'):>7}{row.loops:6}"
+            f"{row.exchanged / 1e3:9.0f} in {row.exchanges:<2}"
+            + (f"{read / kind.rate * 1e3:7.2f}  {'yes' if fits else 'NO'}" if last else "")
+            + ("" if good else "  misses"),
+            flush=True,
+        )
+    return missed
+
+
+def measured(kind: Accelerator, shape: MeshShape, load: Load) -> Iterator[tuple[str, Row]]:
+    """The layer and the logits of a step."""
+    devices = list(absent(kind, shape.devices))[: shape.devices]
+    mesh = make_mesh(CONFIG, shape, devices)
+    least = reads(Use(CONFIG, shape, load.places), load.rows)
+    needed = {"layer": least.layer, "logits": least.logits}
+    # A loop of unknown length is taken to run once for each expert that may have to be read.
+    held = CONFIG.num_experts // shape.expert
+    trips = min(load.rows * load.tokens * CONFIG.num_selected_experts, held)
+    for program in compiled(CONFIG, mesh, load):
+        if program.name not in needed:
+            continue
+        counted = cost(program.text, trips)
+        wanted = None if load.fresh and program.name == "layer" else needed[program.name]
+        yield (
+            program.name,
+            Row(
+                program.arguments,
+                program.temporaries,
+                counted.read,
+                wanted,
+                counted.unknown_loops,
+                sum(one.times for one in counted.collectives),
+                counted.exchanged,
+            ),
+        )
+
+
+if __name__ == "__main__":
+    main()

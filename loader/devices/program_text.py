@@ -1,0 +1,330 @@
+"""What a compiled program reads, waits for and exchanges, counted from its text. Pure.
+
+XLA prints the program that it has made as HLO text: one computation after another, the entry last.
+Bytes are counted where an operand is read from the device's main memory: of a fusion each operand
+once, and of an operand that is only sliced or gathered inside the fusion only what is taken.
+Operands that the compiler keeps in the fast memory of a TPU core (memory space 1 in their layout)
+have been counted when they were copied there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+__all__ = ["Collective", "Cost", "cost", "written"]
+
+_BITS: Mapping[str, int] = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
+_HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
+_LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
+_OPERATION = re.compile(r"\s*([a-z][\w\-]*)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "broadcast",
+        "copy-done",
+        "async-done",
+        "async-update",
+        "add-dependency",
+        "domain",
+        "all-reduce-done",
+        "all-gather-done",
+        "collective-permute-done",
+        "send-done",
+        "recv-done",
+    ]
+)
+_COLLECTIVES = frozenset(
+    [
+        "all-reduce",
+        "all-reduce-start",
+        "all-gather",
+        "all-gather-start",
+        "reduce-scatter",
+        "all-to-all",
+        "collective-permute",
+        "collective-permute-start",
+        "ragged-all-to-all",
+    ]
+)
+_TAKING = frozenset(["slice", "dynamic-slice", "gather"])
+_PASSING = frozenset(["bitcast", "reshape", "convert", "copy", "negate", "abs", "transpose"])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collective:
+    """An exchange between devices: what XLA calls it, bytes of its result, how often it runs."""
+
+    name: str
+    nbytes: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run of a program costs a device.
+
+    read: bytes from main memory; a loop of unknown length counts with the trips that were assumed.
+    unknown_loops: loops whose number of trips is known only at run time. branches: conditionals.
+    collectives: the exchanges.
+    """
+
+    read: int
+    unknown_loops: int = 0
+    branches: int = 0
+    collectives: tuple[Collective, ...] = ()
+
+    def times(self, count: int) -> Cost:
+        """The cost of so many runs, one after another."""
+        repeated = (dataclasses.replace(one, times=one.times * count) for one in self.collectives)
+        return dataclasses.replace(self, read=self.read * count, collectives=tuple(repeated))
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.read + other.read,
+            self.unknown_loops + other.unknown_loops,
+            self.branches + other.branches,
+            self.collectives + other.collectives,
+        )
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes of the results of all exchanges."""
+        return sum(one.nbytes * one.times for one in self.collectives)
+
+
+def cost(text: str, assumed_trips: int = 1) -> Cost:
+    """Count a compiled program.
+
+    Args:
+        text: HLO, from `compiled.as_text()`.
+        assumed_trips: of a loop whose length is known only at run time.
+    """
+    computations, entry = _parsed(text)
+
+    @functools.cache
+    def of(name: str) -> Cost:
+        total = Cost(0)
+        for one in computations[name].values():
+            total += _cost_of(one, computations[name], computations, of, assumed_trips)
+        return total
+
+    return of(entry)
+
+
+def written(text: str, at_least: int) -> Iterator[tuple[str, str, int]]:
+    """Large arrays that a program makes in main memory beside its arguments.
+
+    Args:
+        text: HLO, from `compiled.as_text()`.
+        at_least: bytes from which an array is large.
+
+    Yields:
+        The operation, its type and its bytes; results that are written in place of an argument,
+        like a cache, are among them.
+    """
+    computations, entry = _parsed(text)
+    for name in _run(entry, computations):
+        for one in computations[name].values():
+            size = _nbytes(one.type)
+            if one.operation not in _FREE | {"while", "conditional", "call"} and size >= at_least:
+                yield one.operation, one.type, size
+
+
+# --- reading the text ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Instruction:
+    name: str
+    type: str
+    operation: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+
+_Computation = dict[str, _Instruction]
+_Computations = dict[str, _Computation]
+
+
+def _parsed(text: str) -> tuple[_Computations, str]:
+    """All computations by name, and the name of the entry."""
+    computations: _Computations = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            head = _HEAD.match(line)
+            if head:
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _instruction(line):
+            current[found.name] = found
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction | None:
+    match = _LINE.match(line)
+    if match is None:
+        return None
+    rest = match[3]
+    end = _closed(rest, 0) if rest.startswith("(") else _end_of_type(rest)
+    operation = _OPERATION.match(rest, end)
+    if operation is None:
+        return None
+    close = _closed(rest, operation.end() - 1)
+    inside, attributes = rest[operation.end() : close - 1], rest[close:]
+    operands = (inside,) if operation[1] == "parameter" else tuple(_NAME.findall(inside))
+    return _Instruction(match[2], rest[:end], operation[1], operands, attributes, bool(match[1]))
+
+
+def _end_of_type(text: str) -> int:
+    match = _ARRAY.match(text)
+    return match.end() if match else 0
+
+
+def _closed(text: str, start: int) -> int:
+    """The index after the bracket that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index + 1
+    return len(text)
+
+
+def _arrays(kind: str) -> Iterator[tuple[int, bool]]:
+    """Bytes of each array of a type, and whether it lies in main memory."""
+    for dtype, sizes, layout in _ARRAY.findall(kind):
+        digits = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
+        elements = math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        yield (elements * bits + 7) // 8, not re.search(r"S\([1-9]\d*\)", layout)
+
+
+def _nbytes(kind: str) -> int:
+    return sum(size for size, main in _arrays(kind) if main)
+
+
+def _elements(kind: str) -> int:
+    return sum(
+        math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        for _, sizes, _ in _ARRAY.findall(kind)
+    )
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def _called(one: _Instruction) -> list[str]:
+    names = _CALLED.findall(one.attributes)
+    for several, single in _BRANCHES.findall(one.attributes):
+        names += _NAME.findall(several) if several else [single]
+    return names
+
+
+def _run(name: str, computations: _Computations) -> Iterator[str]:
+    """The computations whose results reach memory: not those inside of fusions."""
+    yield name
+    for one in computations[name].values():
+        if one.operation in {"while", "conditional", "call", "async-start"}:
+            for called in _called(one):
+                yield from _run(called, computations)
+
+
+def _cost_of(
+    one: _Instruction,
+    computation: _Computation,
+    computations: _Computations,
+    of: functools._lru_cache_wrapper[Cost],
+    assumed_trips: int,
+) -> Cost:
+    """One instruction of a computation that runs."""
+    if one.operation in _FREE:
+        return Cost(0)
+    if one.operation == "while":
+        known = _TRIPS.search(one.attributes)
+        body = of(_called(one)[0])
+        once = body.times(int(known[1]) if known else assumed_trips)
+        return once if known else once + Cost(0, unknown_loops=1)
+    if one.operation == "conditional":
+        branches = [of(name) for name in _called(one)]
+        return max(branches, key=lambda branch: branch.read) + Cost(0, branches=1)
+    if one.operation in {"call", "async-start"}:
+        return sum((of(name) for name in _called(one)), Cost(0))
+    if one.operation in _COLLECTIVES:
+        # The result of a start holds the operand too.
+        sizes = [size for size, _ in _arrays(one.type)]
+        nbytes = sizes[-1] if one.operation.endswith("start") and sizes else sum(sizes)
+        return Cost(0, collectives=(Collective(one.operation, nbytes, 1),))
+    inner = computations[_called(one)[0]] if one.operation == "fusion" else None
+    read = 0.0
+    for number, name in enumerate(one.operands):
+        operand = computation.get(name)
+        if operand is None or operand.operation == "constant":
+            continue
+        if inner is None:
+            part = _taken(one, number, _elements(operand.type))
+        else:
+            part = _part_of_parameter(inner, number, computations)
+        read += _nbytes(operand.type) * part
+    return Cost(round(read))
+
+
+def _part_of_parameter(
+    computation: _Computation, number: int, computations: _Computations, of_result: float = 1.0
+) -> float:
+    """The part of a fusion's operand that the fusion reads; `of_result` is needed of its result."""
+    for one in computation.values():
+        if one.operation == "parameter" and one.operands[0] == str(number):
+            return _part(one, computation, computations, of_result)
+    return 1.0
+
+
+def _part(
+    one: _Instruction, computation: _Computation, computations: _Computations, of_result: float
+) -> float:
+    """The part of a value inside a fusion that its users need, between 0 and 1."""
+    total = of_result if one.root else 0.0
+    for user in computation.values():
+        for place, name in enumerate(user.operands if user.operation != "parameter" else ()):
+            if name != one.name:
+                continue
+            if user.operation in _PASSING:
+                total += _part(user, computation, computations, of_result)
+            elif user.operation == "fusion":
+                inner = computations[_called(user)[0]]
+                wanted = _part(user, computation, computations, of_result)
+                total += _part_of_parameter(inner, place, computations, wanted)
+            else:
+                total += _taken(user, place, _elements(one.type))
+    return min(1.0, total)
+
+
+def _taken(user: _Instruction, place: int, elements: int) -> float:
+    """The part of an operand of so many elements that an operation reads."""
+    if place == 0 and user.operation in _TAKING:
+        return min(1.0, _elements(user.type) / max(1, elements))
+    if place == 0 and user.operation in {"dynamic-update-slice", "scatter"}:
+        return 0.0
+    return 1.0

@@ -1,0 +1,113 @@
+"""The steps of a model compiled for devices that need not be here, and what the compiler says.
+
+Nothing is run and no weight is read: arrays are described by shape, dtype and sharding alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from loader.devices.placement import OUTER_NAMES, Layer, Params, layer_names, sharding
+from loader.devices.products import Quantized
+from loader.inference.model import KeyValues, Window
+from loader.inference.steps import Steps
+from loader.weights.partition import MeshShape, scale_shape
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
+
+__all__ = ["Load", "Program", "compiled", "described"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """One step: rows of a batch, tokens of each, places of the cache."""
+
+    rows: int
+    tokens: int
+    places: int
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is the first step of a prompt, as all with several tokens are here."""
+        return self.tokens > 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """One compiled part of a step: `embed`, `layer` or `logits`; bytes on each device.
+
+    arguments: what it is given. temporaries: what it holds beside arguments and results. text: HLO.
+    """
+
+    name: str
+    arguments: int
+    temporaries: int
+    text: str
+
+
+def described(config: GrokConfig, mesh: Mesh, layers: int = 1) -> Params:
+    """The weights of a model as shapes, dtypes and shardings."""
+    specs = {spec.name: spec for spec in parameters(config)}
+    outer = {field: _described(specs[name], mesh) for field, name in OUTER_NAMES.items()}
+    names = layer_names(0)
+    layer = Layer(**{field: _described(specs[name], mesh) for field, name in names.items()})
+    return Params(**outer, layers=(layer,) * layers)
+
+
+def _described(spec: ParamSpec, mesh: Mesh) -> Any:
+    where = sharding(spec, mesh)
+    weight = _array(spec.shape, jnp.dtype(spec.dtype), where)
+    if spec.scale_groups is None:
+        return weight
+    rows = scale_shape(spec, MeshShape(**mesh.shape))
+    return Quantized(weight, _array(rows, jnp.dtype(jnp.bfloat16), where))
+
+
+def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # type: ignore[no-untyped-call]
+
+
+def compiled(
+    config: GrokConfig, mesh: Mesh, load: Load, dtype: jnp.dtype | None = None
+) -> Iterator[Program]:
+    """The parts of a step, each compiled: embedding, one layer, logits of one token a row.
+
+    Args:
+        config: the model.
+        mesh: the devices, which may be those of `loader.devices.absent`.
+        load: of the step.
+        dtype: of cache and products; bfloat16 if None.
+    """
+    dtype = jnp.dtype(jnp.bfloat16) if dtype is None else dtype
+    params = described(config, mesh)
+    steps = Steps(config, params, mesh, dtype)
+
+    rows, tokens, places = load.rows, load.tokens, load.places
+    held = _array((rows, places, config.num_kv_heads, config.key_size), dtype, steps.heads)
+    window = Window(
+        _array((rows, tokens), jnp.int32, steps.rows),
+        _array((rows, tokens), jnp.bool_, steps.rows),
+        _array((rows, places), jnp.bool_, steps.rows),
+        load.fresh,
+    )
+    stream = _array((rows, tokens, config.emb_size), jnp.float32, steps.rows)
+    last = _array((rows, 1, config.emb_size), jnp.float32, steps.rows)
+    given: dict[str, tuple[Any, ...]] = {
+        "embed": (params.embedding, _array((rows, tokens), jnp.int32, steps.rows)),
+        "layer": (params.layers[0], KeyValues(held, held), stream, window),
+        "logits": (params.embedding, params.norm, last),
+    }
+    for name, arguments in given.items():
+        made = steps.programs[name].lower(*arguments).compile()
+        memory = made.memory_analysis()
+        yield Program(
+            name,
+            memory.argument_size_in_bytes,
+            memory.temp_size_in_bytes,
+            made.as_text(),
+        )

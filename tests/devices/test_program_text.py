@@ -1,0 +1,119 @@
+"""Bytes, loops and exchanges are those of the program, as its text says them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loader.devices.program_text import cost, written
+
+SLICED = """HloModule sliced
+
+%inner (p.0: s8[8,64,32], p.1: s32[]) -> s8[64,32] {
+  %p.0 = s8[8,64,32]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %taken = s8[1,64,32]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero)
+  ROOT %flat = s8[64,32]{1,0} bitcast(%taken)
+}
+
+%product (q.0: f32[64], q.1: s8[8,64,32], q.2: s32[]) -> f32[32] {
+  %q.0 = f32[64]{0} parameter(0)
+  %q.1 = s8[8,64,32]{2,1,0} parameter(1)
+  %q.2 = s32[] parameter(2)
+  %one = s8[64,32]{1,0} fusion(%q.1, %q.2), kind=kLoop, calls=%inner
+  %wide = f32[64,32]{1,0} convert(%one)
+  ROOT %sum = f32[32]{0} dot(%q.0, %wide), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+
+%body (s: (s32[], f32[64], s8[8,64,32], f32[32])) -> (s32[], f32[64], s8[8,64,32], f32[32]) {
+  %s = (s32[], f32[64]{0}, s8[8,64,32]{2,1,0}, f32[32]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[64]{0} get-tuple-element(%s), index=1
+  %w = s8[8,64,32]{2,1,0} get-tuple-element(%s), index=2
+  %y = f32[32]{0} fusion(%x, %w, %i), kind=kOutput, calls=%product
+  ROOT %next = (s32[], f32[64]{0}, s8[8,64,32]{2,1,0}, f32[32]{0}) tuple(%i, %x, %w, %y)
+}
+
+%again (s.1: (s32[], f32[64], s8[8,64,32], f32[32])) -> pred[] {
+  %s.1 = (s32[], f32[64]{0}, s8[8,64,32]{2,1,0}, f32[32]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (a: (s32[], f32[64], s8[8,64,32], f32[32])) -> f32[32] {
+  %a = (s32[], f32[64]{0}, s8[8,64,32]{2,1,0}, f32[32]{0}) parameter(0)
+  %loop = (s32[], f32[64]{0}, s8[8,64,32], f32[32]{0}) while(%a), condition=%again, body=%body TRIPS
+  %out = f32[32]{0} get-tuple-element(%loop), index=3
+  ROOT %all = f32[32]{0} all-reduce(%out), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+
+ONE_TRIP = 64 * 32 + 4 * 64 + 4
+"""An expert, the activations, and the expert's number."""
+
+
+def test_of_a_stack_only_the_matrix_that_is_taken_counts_and_a_loop_as_often_as_it_runs():
+    known = cost(SLICED.replace("TRIPS", ', backend_config={"known_trip_count":{"n":"3"}}'))
+    assert known.read == 3 * ONE_TRIP
+    assert known.unknown_loops == 0
+
+
+def test_a_loop_of_unknown_length_is_told_and_counts_as_assumed():
+    unknown = cost(SLICED.replace("TRIPS", ""), assumed_trips=2)
+    assert unknown.read == 2 * ONE_TRIP
+    assert unknown.unknown_loops == 1
+
+
+def test_exchanges_are_told_with_their_bytes():
+    found = cost(SLICED.replace("TRIPS", ""))
+    assert [(one.name, one.nbytes, one.times) for one in found.collectives] == [
+        ("all-reduce", 128, 1)
+    ]
+    assert found.exchanged == 128
+
+
+def test_an_operand_in_the_fast_memory_of_a_core_is_not_read_again():
+    text = """
+ENTRY %main (a: f32[1000], b: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0:T(1024)} parameter(0)
+  %b = f32[1000]{0:T(1024)S(1)} parameter(1)
+  ROOT %sum = f32[1000]{0:T(1024)} add(%a, %b)
+}
+"""
+    assert cost(text).read == 4000
+
+
+def test_a_copied_expert_is_read_twice_and_among_what_is_written():
+    copied = """
+%slice (p.0: s8[8,64,32], p.1: s32[]) -> s8[1,64,32] {
+  %p.0 = s8[8,64,32]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %taken = s8[1,64,32]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero)
+}
+
+ENTRY %main (w: s8[8,64,32], i: s32[], x: f32[64]) -> f32[32] {
+  %w = s8[8,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[64]{0} parameter(2)
+  %copied = s8[1,64,32]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
+  ROOT %y = f32[32]{0} custom-call(%x, %copied), custom_call_target="gemm"
+}
+"""
+    assert cost(copied).read == 2 * 64 * 32 + 4 + 4 * 64
+    assert list(written(copied, 1000)) == [("fusion", "s8[1,64,32]{2,1,0}", 2048)]
+
+
+def test_text_of_this_version_of_jax_is_understood():
+    def step(x, w):
+        return lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ w), x)
+
+    x, w = jnp.ones((4, 256)), jnp.ones((256, 256))
+    text = jax.jit(step).lower(x, w).compile().as_text()
+    found = cost(text)
+    assert found.unknown_loops == 0
+    # Each trip reads the matrix, and little else.
+    assert 5 * w.nbytes <= found.read < 5.5 * w.nbytes
+    unknown = jax.jit(lambda n, x: lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x))
+    assert cost(unknown.lower(3, x).compile().as_text()).unknown_loops == 1
