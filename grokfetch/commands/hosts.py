@@ -41,7 +41,10 @@ def joined(hosts: Hosts) -> Iterator[None]:
 
 
 def asked(hosts: Hosts, loading: Loading) -> Asked:
-    """What to fetch of a checkpoint for this host: all of it if there is no other host."""
+    """What to fetch of a checkpoint for this host: all of it if there is no other host.
+
+    Where there are others, whoever calls the result sets up the devices: the main thread.
+    """
 
     def share(manifest: Manifest, piece_length: int) -> Request:
         from loader.devices.cluster import local_share

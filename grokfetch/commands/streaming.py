@@ -45,7 +45,6 @@ def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[No
         request=asked,
     )
     with store.filled(_shown(events, reporter("fetch"))):
-        store.wait_for_manifest()
         bring_tokenizer(store, meanwhile.network)
         _await_tokenizer(store)
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -42,7 +43,6 @@ class Arriving(Store):
         super().__init__(root, state)
         self._watch = watch
         self._news = threading.Condition()
-        self._known = False
         self._saves = 0
         self._over = False
         self._error: BaseException | None = None
@@ -51,28 +51,43 @@ class Arriving(Store):
     def filled(self, events: Generator[FetchEvent, None, None]) -> Iterator[None]:
         """Follow a fetch into this folder in a thread, and hold its lock, while the block runs.
 
-        A block that ends well waits for the end of the fetch. One that does not ends the fetch, and
-        what is proven is recorded first.
+        Until it is known what the folder is to hold the fetch runs in the thread of the caller:
+        what is asked for may depend on devices, which the main thread alone sets up. A block that
+        ends well waits for the end of the fetch. One that does not ends the fetch, and what is
+        proven is recorded first.
 
         Args:
-            events: of `fetch`, for this store; they are taken in that thread.
+            events: of `fetch`, for this store.
 
         Raises:
             GrokfetchError: the fetch has failed, and with what.
         """
+        with contextlib.closing(events):
+            self._follow_to_metadata(events)
+            with self._followed(events):
+                yield
+
+    def _follow_to_metadata(self, events: Iterator[FetchEvent]) -> None:
+        due = time.monotonic() + WATCH_S
+        for event in events:
+            if isinstance(event, Metadata):
+                return
+            if time.monotonic() >= due:
+                self._watch()
+                due = time.monotonic() + WATCH_S
+
+    @contextlib.contextmanager
+    def _followed(self, events: Iterator[FetchEvent]) -> Iterator[None]:
         left, early = threading.Event(), threading.Event()
 
         def follow() -> None:
-            with contextlib.closing(events):
-                for event in events:
-                    if isinstance(event, Metadata):
-                        self._tell(known=True)
-                    if isinstance(event, Outcome):
-                        self._tell(over=True)
-                        # The lock goes with the last event.
-                        left.wait()
-                    if early.is_set():
-                        return
+            for event in events:
+                if isinstance(event, Outcome):
+                    self._tell(over=True)
+                    # The lock goes with the last event.
+                    left.wait()
+                if early.is_set():
+                    return
 
         with ThreadPoolExecutor(1, "fetch") as pool:
             running = pool.submit(follow)
@@ -90,16 +105,6 @@ class Arriving(Store):
     def _end(self, running: Future[None]) -> None:
         self._error = running.exception()
         self._tell(over=True)
-
-    def wait_for_manifest(self) -> None:
-        """Return once it is known what the folder is to hold.
-
-        Raises:
-            GrokfetchError: the fetch has failed before, and with what.
-        """
-        self._wait_until(lambda: self._known or self._over)
-        if self._error is not None:
-            raise self._error
 
     def wait_for_end(self, timeout_s: float) -> None:
         """Return once the fetch has ended, or after so many seconds."""
@@ -146,10 +151,9 @@ class Arriving(Store):
         super().save_record(record)
         self._tell()
 
-    def _tell(self, *, known: bool = False, over: bool = False) -> None:
+    def _tell(self, *, over: bool = False) -> None:
         with self._news:
             self._saves += 1
-            self._known |= known
             self._over |= over
             self._news.notify_all()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -71,12 +70,9 @@ def swarm():
 
 
 def following(store, swarm, **options):
-    """A block that runs beside a fetch, from the moment on when it is known what is to come."""
+    """A block that runs beside a fetch, once it is known what is to come."""
     options = {"manifest": manifest_of(FILES, None), "limits": AT_ONCE} | options
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(store.filled(fetch(store, swarm, **options)))
-        store.wait_for_manifest()
-        return stack.pop_all()
+    return store.filled(fetch(store, swarm, **options))
 
 
 def read(store, swarm, name, **options):
@@ -110,6 +106,18 @@ def test_fetch_that_finds_no_metadata_is_told_to_who_waits_for_it(swarm, tmp_pat
     swarm.no_metadata = True
     with pytest.raises(Stalled):
         read(Arriving(tmp_path), swarm, "a", limits=Limits(metadata_s=0))
+
+
+def test_what_is_asked_for_is_found_out_in_the_thread_that_sets_up_devices(swarm, tmp_path):
+    asked_in = []
+
+    def request(_manifest, _piece_length):
+        asked_in.append(threading.current_thread())
+        return Request()
+
+    swarm.gate.set()
+    read(Arriving(tmp_path), swarm, "a", request=request)
+    assert asked_in == [threading.main_thread()]
 
 
 def test_fetch_that_fails_is_told_to_who_waits_for_its_bytes(swarm, tmp_path):
