@@ -30,7 +30,7 @@ from grokfetch.fetch.wanted import Network, read_manifest, resolve
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Request, parse_numbers
-from grokfetch.output.reporting import ended, reporter
+from grokfetch.output.reporting import ended, notice, reporter
 from grokfetch.units import bytes_text, seconds_text
 from loader.weights.host_share import Share
 
@@ -92,22 +92,25 @@ def fetch(
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
 
-    SOURCE is a magnet link, a .torrent file, a manifest, or the DIR of a fetch begun before;
-    without one it is Grok-1, 318 GB. Ctrl-C or a crash loses nothing: the same command goes on.
+    SOURCE is a magnet link or an info hash, a .torrent file or a manifest or the https address of
+    one, or the DIR of a fetch begun before; without one it is Grok-1, 318 GB. Ctrl-C or a crash
+    loses nothing: the same command goes on.
 
     --layers, --experts and --only narrow each other and ask for a part; each later run with them
     asks for more, and DIR remembers what was asked for. So do --num-hosts, --host-id and --mesh.
     """
     known = None if manifest_file is None else read_manifest(manifest_file)
-    wanted = resolve(source, known, state)
+    wanted = resolve(source, known, state, network)
     target = folder or wanted.begun
     if target is None:
         raise click.UsageError("say where to: --to DIR")
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
-    request = _request(layers, experts, only, of_host, everything=everything)
+    request = _request(layers, experts, only, of_host, everything=everything) or wanted.request
     store = Store(target, state)
     start = time.perf_counter()
+    for warning in wanted.warnings:
+        notice(f"warning: {warning}")
     pieces = wanted.pieces(store, network)
     outcome = bring(
         store, pieces, wanted.manifest, timeout_s=timeout, repair=repair, request=request

@@ -12,6 +12,7 @@ from grokfetch.errors import NoModel
 from grokfetch.fetch import Asked
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Extract, Request
+from grokfetch.torrent.layout import Layout
 from loader.devices.arrangement import Loading, arrange
 from loader.weights.host_share import Share, file_spans
 from loader.weights.schema import GrokConfig
@@ -46,11 +47,11 @@ def asked(hosts: Hosts, loading: Loading) -> Asked:
     Where there are others, whoever calls the result sets up the devices: the main thread.
     """
 
-    def share(manifest: Manifest, piece_length: int) -> Request:
+    def share(manifest: Manifest, layout: Layout) -> Request:
         from loader.devices.cluster import local_share
 
         there = arrange(_config(manifest), loading)
-        return share_request(local_share(there.mesh), manifest, piece_length)
+        return share_request(local_share(there.mesh), manifest, layout)
 
     return share if hosts.several else Request()
 
@@ -62,14 +63,14 @@ def _keep_stdout() -> None:
     os.dup2(2, 1)
 
 
-def share_request(share: Share, manifest: Manifest, piece_length: int) -> Request:
+def share_request(share: Share, manifest: Manifest, layout: Layout) -> Request:
     """What to fetch of a checkpoint for a share of it.
 
     Raises:
         NoModel: the manifest describes files only.
         MeshInvalid: the mesh does not divide the model.
     """
-    spans = file_spans(manifest, _config(manifest), share, piece_length)
+    spans = file_spans(manifest, _config(manifest), share, layout.piece_length)
     return Request(extract=Extract(str(share), tuple(spans.items())))
 
 

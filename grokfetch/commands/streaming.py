@@ -36,7 +36,9 @@ def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[No
         asked: what to fetch of the checkpoint.
     """
     begun = meanwhile.source is None and store.manifest_or_none() is not None
-    wanted = resolve(str(store.root) if begun else meanwhile.source, None, store.state)
+    wanted = resolve(
+        str(store.root) if begun else meanwhile.source, None, store.state, meanwhile.network
+    )
     events = fetch(
         store,
         wanted.pieces(store, meanwhile.network),

@@ -21,7 +21,7 @@ from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
 
 __all__ = ["Asked", "Prepared", "prepare"]
 
-Asked = Request | Callable[[Manifest, int], Request]
+Asked = Request | Callable[[Manifest, Layout], Request]
 """A request, or what makes one of the manifest in force and the length of a piece in bytes."""
 
 
@@ -169,7 +169,7 @@ def _settle(
         if manifest != store.manifest_or_none():
             store.save_manifest(manifest)
     if callable(request):
-        request = request(store.manifest(), layout.piece_length)
+        request = request(store.manifest(), layout)
     selection = _selection(store, request, everything=begun is not None)
     if begun is None:
         store.save_torrent(torrent)

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import glob
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from grokfetch.errors import SourceInvalid, TorrentInvalid
+from grokfetch.errors import GrokfetchError, SelectionInvalid, SourceInvalid, TorrentInvalid
 from grokfetch.events import Notice
-from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer
+from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, read_document
+from grokfetch.fetch.prepare import Asked
 from grokfetch.fetch.source import PieceSource
 from grokfetch.fetch.swarm import Swarm, SwarmSettings
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, parse
+from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import grok_1, shipped
-from grokfetch.torrent.magnet import Magnet, parse_magnet
+from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.magnet import Magnet, link_of_hash, parse_magnet, unquoted
 from grokfetch.torrent.metainfo import TorrentFile, parse_torrent
 
 __all__ = ["Network", "Wanted", "begun_in", "read_manifest", "resolve"]
+
+HUGGING_FACE = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*?)(?:/tree/[^/]+)?/?(?<!\.torrent)(?<!\.json)",
+    re.ASCII,
+)
+"""A repository's name, OWNER/NAME, alone or as its address."""
+
+KINDS = (
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"pk\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"%pdf", "a PDF document"),
+    (b"\x80", "a pickle, as the shards of a checkpoint are"),
+    (b"[", "a JSON list"),
+    (b"magnet:", "a text with a magnet link, which can be SOURCE itself"),
+)
+"""What files that are given for a torrent by mistake begin with, in lower case."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,12 +74,17 @@ class Network:
 class Wanted:
     """Where the pieces come from, and what they must be if that is known.
 
-    `begun` is the folder of an earlier fetch if SOURCE is one.
+    `begun` is the folder of an earlier fetch if SOURCE is one. `peers` are known beside those of
+    the origin, `request` is what part SOURCE itself asks for, `warnings` say what of it is left
+    out.
     """
 
     origin: Magnet | TorrentFile
     manifest: Manifest | None
     begun: Path | None = None
+    peers: tuple[str, ...] = ()
+    request: Asked | None = None
+    warnings: tuple[str, ...] = ()
 
     def pieces(self, store: Store, network: Network) -> PieceSource:
         """The swarm together with every mirror that somebody names.
@@ -62,7 +93,8 @@ class Wanted:
             store: the folder to fetch into; its manifest may name mirrors if there is no other.
             network: whom to ask.
         """
-        swarm = Swarm(self.origin, network.swarm)
+        peers = (*network.swarm.peers, *self.peers)
+        swarm = Swarm(self.origin, dataclasses.replace(network.swarm, peers=peers))
         if not network.mirrors:
             return swarm
         manifest = self.manifest or store.manifest_or_none()
@@ -71,35 +103,109 @@ class Wanted:
         return Together(swarm, (*network.web_seeds, *listed), linked, network.mirror_settings())
 
 
-def resolve(source: str | None, manifest: Manifest | None, state: Path | None = None) -> Wanted:
+def resolve(
+    source: str | None,
+    manifest: Manifest | None,
+    state: Path | None = None,
+    network: Network | None = None,
+) -> Wanted:
     """What a SOURCE argument means.
 
     Args:
-        source: a magnet link, or the path of a torrent, a manifest or a folder; None for Grok-1.
+        source: a magnet link or a bare info hash; the path or web address of a torrent or a
+            manifest; the path of a folder; a repository on Hugging Face that a shipped manifest
+            names; None for Grok-1.
         manifest: what a person says the payload must be.
         state: where the state of a folder lies, if it is not in the folder.
+        network: how the web is reached.
 
     Raises:
         SourceInvalid: it is none of these.
+        OutOfReach: it is an address from which nothing comes.
         TorrentInvalid, ManifestInvalid: it is one, but malformed.
     """
+    network = network or Network(SwarmSettings())
     if source is None:
         return _from_manifest(manifest or grok_1(), "the manifest")
-    if source.startswith("magnet:"):
-        magnet = parse_magnet(source)
-        return Wanted(magnet, manifest or _shipped(magnet.info_hash))
-    path = Path(source)
-    if not source:
+    text = unquoted(source)
+    if not text:
         raise SourceInvalid("SOURCE is empty", hint="leave it out for Grok-1")
+    path = Path(source)
+    link = text if re.match("magnet:", text, re.IGNORECASE) else link_of_hash(text)
+    if link is not None and not _exists(path):
+        return _from_magnet(parse_magnet(link), manifest, network)
+    repository = HUGGING_FACE.fullmatch(text)
+    if repository is not None and not _exists(path):
+        return _from_repository(repository["name"], manifest, text)
+    if re.match("https?://", text, re.IGNORECASE):
+        return _from_file(read_document(text, network.mirror_settings()), text, manifest)
     if path.is_dir():
         return begun_in(Store(path, state), manifest)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SourceInvalid(
-            f"no magnet link, and cannot be read as a file ({error.strerror})", path=source
+            f"not a magnet link, and not a file or folder that can be read ({error.strerror})",
+            path=source,
+            hint="SOURCE is a magnet link, an info hash, the path or https address of a .torrent "
+            "or a manifest, or the folder of a fetch begun before; leave it out for Grok-1",
         ) from None
     return _from_file(data, source, manifest)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A link is longer than the name of a file may be.
+        return False
+
+
+def _from_magnet(magnet: Magnet, manifest: Manifest | None, network: Network) -> Wanted:
+    """A magnet link, or the torrent itself where an address in the link gives it."""
+    manifest = manifest or _shipped(magnet.info_hash)
+    warnings = list(magnet.unusable)
+    request = functools.partial(_files_request, magnet.files) if magnet.files else None
+    for url in magnet.metadata if network.mirrors else ():
+        try:
+            data = read_document(url, network.mirror_settings(), stranger=True)
+            torrent = parse_torrent(data)
+            if magnet.info_hash not in (torrent.v1, torrent.v2):
+                raise TorrentInvalid("it is another torrent")
+        except GrokfetchError as error:
+            warnings.append(f"no metadata from {url:.100}: {error.what}")
+            continue
+        both = dataclasses.replace(
+            torrent,
+            trackers=tuple(dict.fromkeys((*torrent.trackers, *magnet.trackers))),
+            web_seeds=tuple(dict.fromkeys((*torrent.web_seeds, *magnet.web_seeds))),
+        )
+        return Wanted(both, manifest, None, magnet.peers, request, tuple(warnings))
+    return Wanted(magnet, manifest, None, (), request, tuple(warnings))
+
+
+def _files_request(numbers: Sequence[int], _manifest: Manifest, layout: Layout) -> Request:
+    """The files of these numbers in the torrent, as `so` counts them."""
+    missing = [number for number in numbers if number >= len(layout.files)]
+    if missing:
+        raise SelectionInvalid(f"the torrent has no file of number {missing[0]} (so=)")
+    files = [layout.files[number] for number in numbers]
+    return Request(only=tuple(glob.escape(str(file.path)) for file in files if not file.pad))
+
+
+def _from_repository(name: str, manifest: Manifest | None, source: str) -> Wanted:
+    """What stands for a repository on Hugging Face: the manifest that we ship for it."""
+    part = f"huggingface.co/{name}/".lower()
+    known = (it for it in shipped() if any(part in mirror.lower() for mirror in it.mirrors))
+    found = next(known, None)
+    if found is None:
+        raise SourceInvalid(
+            "not a file or folder here; as a repository on Hugging Face it has no manifest among "
+            "those that come with grokfetch",
+            path=source,
+            hint=f"run: hf download {name} --local-dir DIR, then: grokfetch manifest DIR",
+        )
+    return _from_manifest(manifest or found, source)
 
 
 def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
@@ -108,8 +214,23 @@ def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
     try:
         torrent = parse_torrent(data)
     except TorrentInvalid as error:
-        raise TorrentInvalid(error.what, path=name) from None
+        if data[:1] == b"d":
+            raise TorrentInvalid(error.what, path=name) from None
+        raise TorrentInvalid(
+            f"this is {_kind(data)}, neither a torrent nor a manifest", path=name
+        ) from None
     return Wanted(torrent, manifest or _shipped(torrent.v1) or _shipped(torrent.v2))
+
+
+def _kind(data: bytes) -> str:
+    """What a file is, in words, as far as its first bytes tell."""
+    head = data[:512].lstrip().lower()
+    if not head:
+        return "an empty file"
+    for start, what in KINDS:
+        if head.startswith(start):
+            return what
+    return f"a file that begins with {data[:12]!r}"
 
 
 def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:

@@ -1,4 +1,9 @@
-"""Magnet links, read from text that strangers sent. Pure: no I/O here."""
+"""Magnet links, read from text that strangers sent and others have copied. Pure: no I/O here.
+
+BEP 9 defines the link, BEP 52 `urn:btmh`, BEP 53 `so`. What mail programs, web pages and people do
+to a link is undone: quotes and spaces around it, `&amp;` for `&`, line breaks in it, names in any
+case, and a name with spaces or `#` that was not encoded.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,24 @@ import base64
 import binascii
 import dataclasses
 import re
-from collections.abc import Iterable
-from urllib.parse import parse_qsl, urlsplit
+from collections.abc import Callable, Iterable
+from urllib.parse import quote, unquote_plus, urlsplit
 
 from grokfetch.errors import TorrentInvalid
 
-__all__ = ["Magnet", "parse_magnet"]
+__all__ = ["Magnet", "link_of_hash", "parse_magnet", "unquoted"]
+
+MOST_PARAMETERS = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Magnet:
-    """A magnet link: `info_hash` in hexadecimal (v1 where both are given), peers as HOST:PORT."""
+    """A magnet link: `info_hash` in hexadecimal (v1 where both are given), peers as HOST:PORT.
+
+    `text` is the link written anew, with what of it can be used. `metadata` are addresses of the
+    torrent file, `files` are numbers of the files that are asked for, counted from 0 in the
+    torrent; none means all. `unusable` says in words what of the link was left out.
+    """
 
     text: str
     info_hash: str
@@ -24,6 +36,14 @@ class Magnet:
     trackers: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     web_seeds: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()
+    files: tuple[int, ...] = ()
+    unusable: tuple[str, ...] = ()
+
+
+def unquoted(text: str) -> str:
+    """The text without the spaces, quotes and angle brackets that were copied with it."""
+    return text.strip(" \t\r\n\f\v\"'`<>\u2018\u2019\u201c\u201d\u00a0\u200b")
 
 
 def parse_magnet(text: str) -> Magnet:
@@ -32,36 +52,65 @@ def parse_magnet(text: str) -> Magnet:
     Raises:
         TorrentInvalid: it is none, or names no info hash.
     """
-    try:
-        link = urlsplit(text.strip())
-        pairs = parse_qsl(link.query, max_num_fields=1000)
-    except ValueError as error:
-        raise TorrentInvalid(f"not a magnet link: {error}") from None
-    if link.scheme != "magnet":
+    link = re.sub(r"[\r\n\t]", "", unquoted(text)).replace("&amp;", "&").replace("&#38;", "&")
+    if not re.match(r"magnet:", link, re.IGNORECASE):
         raise TorrentInvalid(f"not a magnet link: {text:.60}")
-    hashes = sorted(filter(None, map(_topic, _all(pairs, "xt"))), key=len)
+    pairs = _pairs(link)
+    hashes = sorted(dict.fromkeys(filter(None, map(_topic, _all(pairs, "xt")))), key=len)
     if not hashes:
-        raise TorrentInvalid("the magnet link names no info hash (xt=urn:btih: or urn:btmh:)")
+        raise TorrentInvalid(
+            "the magnet link names no info hash (xt=urn:btih: or urn:btmh:)",
+            hint="copy it whole, and put it in quotes for the shell",
+        )
+    trackers, bad_trackers = _sorted_out(_all(pairs, "tr"), _is_tracker, "tracker (tr=)")
+    peers, bad_peers = _sorted_out(_all(pairs, "x.pe"), _is_peer, "peer (x.pe=)")
+    metadata = [url for key in ("xs", "as") for url in _all(pairs, key) if _is_web(url)]
+    files, bad_files = _numbers(_all(pairs, "so"))
+    name = next(iter(_all(pairs, "dn")), None)
+    web_seeds = tuple(_all(pairs, "ws"))
     return Magnet(
-        text.strip(),
+        _written(hashes, name, trackers, peers, web_seeds),
         hashes[0],
-        name=next(iter(_all(pairs, "dn")), None),
-        trackers=tuple(_all(pairs, "tr")),
-        peers=tuple(_all(pairs, "x.pe")),
-        web_seeds=tuple(_all(pairs, "ws")),
+        name,
+        trackers,
+        peers,
+        web_seeds,
+        tuple(metadata),
+        files,
+        (*bad_trackers, *bad_peers, *bad_files),
     )
 
 
+def link_of_hash(text: str) -> str | None:
+    """The magnet link of a bare info hash: 40 or 64 hexadecimal digits, or base32; else None."""
+    digits = unquoted(text)
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", digits):
+        return f"magnet:?xt=urn:btmh:1220{digits.lower()}"
+    found = _topic(f"urn:btih:{digits}")
+    return None if found is None else f"magnet:?xt=urn:btih:{found}"
+
+
+def _pairs(link: str) -> list[tuple[str, str]]:
+    """Names, in lower case, and values; a `#` ends nothing here, it belongs to the value."""
+    pairs = []
+    for part in link.partition("?")[2].split("&", MOST_PARAMETERS)[:MOST_PARAMETERS]:
+        name, _, value = part.partition("=")
+        if value:
+            pairs.append((unquote_plus(name).strip().lower(), unquote_plus(value).strip()))
+    return pairs
+
+
 def _all(pairs: Iterable[tuple[str, str]], key: str) -> list[str]:
-    return list(dict.fromkeys(value for name, value in pairs if re.sub(r"\.\d+$", "", name) == key))
+    values = (value for name, value in pairs if re.sub(r"\.\d+$", "", name) == key and value)
+    return list(dict.fromkeys(values))
 
 
 def _topic(topic: str) -> str | None:
     """The info hash of one xt, in hexadecimal; None where it is of another kind."""
-    found = re.fullmatch(r"urn:(btih|btmh):([0-9A-Za-z]+)", topic)
+    found = re.fullmatch(r"urn:(btih|btmh):([0-9A-Za-z]+)", topic, re.IGNORECASE)
     if found is None:
         return None
-    kind, digits = found[1], found[2].lower()
+    kind, digits = found[1].lower(), found[2].lower()
     if kind == "btmh":
         # 12 20 says: a SHA-256 of 32 bytes.
         return digits[4:] if re.fullmatch(r"1220[0-9a-f]{64}", digits) else None
@@ -71,3 +120,71 @@ def _topic(topic: str) -> str | None:
         return base64.b32decode(digits.upper()).hex() if len(digits) == 32 else None
     except binascii.Error:
         return None
+
+
+def _sorted_out(
+    values: Iterable[str], sound: Callable[[str], bool], what: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those that are sound, and a sentence for each of the others."""
+    good, bad = [], []
+    for value in values:
+        if sound(value):
+            good.append(value)
+        else:
+            bad.append(f"the magnet link's {what} {value!r:.100} is not an address; it is left out")
+    return tuple(good), tuple(bad)
+
+
+def _is_web(url: str) -> bool:
+    return _has_scheme(url, ("http", "https"))
+
+
+def _is_tracker(url: str) -> bool:
+    return _has_scheme(url, ("udp", "http", "https", "ws", "wss"))
+
+
+def _has_scheme(url: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in schemes and bool(parts.hostname) and not re.search(r"\s", url)
+
+
+def _is_peer(peer: str) -> bool:
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", peer)
+    return found is not None and 0 < int(found[2]) < 1 << 16
+
+
+def _numbers(values: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The file numbers of `so`, such as 0,2,4-7 (BEP 53), and what was wrong."""
+    numbers: set[int] = set()
+    bad = []
+    for value in values:
+        for part in value.split(","):
+            found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+            if found is None:
+                bad.append(f"the magnet link's selection (so=) {part!r:.40} is left out")
+            else:
+                numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(sorted(numbers)), tuple(bad)
+
+
+def _written(
+    hashes: Iterable[str],
+    name: str | None,
+    trackers: Iterable[str],
+    peers: Iterable[str],
+    web_seeds: Iterable[str],
+) -> str:
+    topics = "&".join(
+        f"xt=urn:btih:{it}" if len(it) == 40 else f"xt=urn:btmh:1220{it}" for it in hashes
+    )
+    pairs = [] if name is None else [("dn", name)]
+    pairs += [("tr", url) for url in trackers]
+    pairs += [("x.pe", peer) for peer in peers]
+    pairs += [("ws", url) for url in web_seeds]
+    return f"magnet:?{topics}" + "".join(
+        f"&{key}={quote(value, safe=':[]' if key == 'x.pe' else '')}" for key, value in pairs
+    )

@@ -1,13 +1,15 @@
 """HTTP mirrors: pieces and the tokenizer from web servers that are trusted in nothing.
 
-`Together` makes one `PieceSource` of a swarm and mirrors. Only this package imports httpx.
+`Together` makes one `PieceSource` of a swarm and mirrors; `read_document` gets a torrent or a
+manifest. Only this package imports httpx.
 """
 
 from __future__ import annotations
 
 from grokfetch.fetch.mirror.addresses import unusable
+from grokfetch.fetch.mirror.document import read_document
 from grokfetch.fetch.mirror.pinned import bring_tokenizer
 from grokfetch.fetch.mirror.state import MirrorSettings
 from grokfetch.fetch.mirror.together import Together
 
-__all__ = ["MirrorSettings", "Together", "bring_tokenizer", "unusable"]
+__all__ = ["MirrorSettings", "Together", "bring_tokenizer", "read_document", "unusable"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     # A tenth of a second to import, which only those pay who ask a mirror.
     import httpx
 
-__all__ = ["Failed", "Faulty", "Http", "Refused", "Span", "redirected"]
+__all__ = ["Failed", "Faulty", "Http", "Refused", "Span", "proxy_of", "redirected"]
 
 MOST_REDIRECTS = 10
 
@@ -76,7 +76,7 @@ class Http:
         import httpx
 
         self._client = httpx.AsyncClient(
-            proxy=None if proxy is None else _proxy(*proxy),
+            proxy=None if proxy is None else proxy_of(*proxy),
             trust_env=proxy is None,
             headers={"User-Agent": f"grokfetch/{__version__}", "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(
@@ -161,7 +161,8 @@ class Http:
             raise Failed(str(error) or type(error).__name__) from None
 
 
-def _proxy(host: str, port: int, user: str, password: str) -> httpx.Proxy:
+def proxy_of(host: str, port: int, user: str, password: str) -> httpx.Proxy:
+    """A SOCKS5 proxy as httpx names it."""
     import httpx
 
     # The proxy looks names up, so that not even they are told to anybody else.
