@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
@@ -28,7 +28,7 @@ from grokfetch.output.terminal import plain
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
-from grokfetch.torrent.names import STATE_FOLDER
+from grokfetch.torrent.names import STATE_FOLDER, look_alikes, with_ending
 from grokfetch.units import bytes_text, seconds_text
 
 LARGEST_PIECE = 1 << 30
@@ -122,7 +122,9 @@ def publish(
         made = _make(folder, piece_length, trackers, web_seeds)
     magnet = magnet_of(made.torrent, folder.name, sum(file.size for file in made.files))
     manifest = _complete(described, made, magnet)
-    torrent_path, manifest_path = (target / f"{folder.name}.{it}" for it in ("torrent", "json"))
+    torrent_path, manifest_path = (
+        target / with_ending(folder.name, ending) for ending in (".torrent", ".json")
+    )
     _write(made.torrent, torrent_path, manifest, manifest_path)
     click.echo(
         f"{torrent_path} and {manifest_path}: {len(manifest.files)} files, "
@@ -169,6 +171,7 @@ def _make(
 ) -> Made:
 
     files = making.list_files(folder)
+    _warn_of_look_alikes(path for path, _ in files)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)
     with Bar("hash", plain=plain()) as bar:
@@ -178,6 +181,15 @@ def _make(
             else:
                 made = event
     return made
+
+
+def _warn_of_look_alikes(paths: Iterable[PurePosixPath]) -> None:
+    for one, other, *_ in look_alikes(paths):
+        click.echo(
+            f"warning: {str(one)!r} and {str(other)!r} are the same name on many file systems, on "
+            "macOS and Windows for example; there nobody can fetch this",
+            err=True,
+        )
 
 
 def magnet_of(torrent: TorrentFile, name: str, size: int) -> str:

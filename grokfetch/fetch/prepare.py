@@ -10,7 +10,12 @@ from grokfetch.errors import Contradiction, Stalled
 from grokfetch.events import Finding, Metadata, Notice, Status
 from grokfetch.fetch.source import PieceSource
 from grokfetch.folder.adopt import adopt
-from grokfetch.folder.payload import cut_long_files, make_empty_files, name_asked_files
+from grokfetch.folder.payload import (
+    cut_long_files,
+    make_empty_files,
+    name_asked_files,
+    refuse_look_alikes,
+)
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
@@ -156,6 +161,8 @@ def _settle(
     """Put the manifest in force, and only then keep the torrent: a contradiction keeps neither."""
     begun = store.layout()
     layout = begun or parse_info(torrent.info, torrent.piece_layers)
+    if begun is None:
+        refuse_look_alikes(store.root, layout)
     earlier = store.manifest_or_none()
     manifest = None
     if wanted is not None or earlier is None or begun is None:

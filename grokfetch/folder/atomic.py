@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from grokfetch.torrent.names import with_ending
+
 __all__ = ["make_folder", "replacing"]
 
 
@@ -18,7 +20,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside = path.with_name(with_ending(f".{path.name}", f".{os.getpid()}.new"))
     try:
         with beside.open("wb") as file:
             yield file

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.store import Store, part_name
 from grokfetch.torrent.layout import Layout, LayoutFile
+from grokfetch.torrent.names import look_alikes
 
 __all__ = [
     "behind_link",
@@ -19,6 +21,7 @@ __all__ = [
     "name_asked_files",
     "own",
     "refuse_linked_folders",
+    "refuse_look_alikes",
 ]
 
 CHUNK = 1 << 20
@@ -45,6 +48,48 @@ def refuse_linked_folders(store: Store, path: Path) -> None:
             hint="replace it by a folder, with copies in it or with links to the files themselves, "
             "and run the same command again",
         )
+
+
+def refuse_look_alikes(root: Path, layout: Layout) -> None:
+    """Refuse a torrent in which two paths are one and the same on this file system.
+
+    They differ only in case, or in how accented characters are composed. Whether the file system
+    tells them apart is tried, in a folder of its own that is removed again.
+
+    Raises:
+        TorrentInvalid: two are the same here.
+        StorageFailed: it cannot be tried.
+    """
+    alike = look_alikes(file.path for file in layout.payload)
+    if not alike:
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".grokfetch-", dir=root) as trial:
+            for number, group in enumerate(alike):
+                _tell_apart(root, Path(trial, str(number)), group)
+    except OSError as error:
+        raise storage_failed(error, root) from error
+
+
+def _tell_apart(root: Path, trial: Path, paths: Iterable[PurePosixPath]) -> None:
+    trial.mkdir()
+    tried: dict[str, PurePosixPath] = {}
+    for path in paths:
+        if path.name in tried:
+            # Only the folders above differ, and they stand in a group of their own.
+            continue
+        try:
+            trial.joinpath(path.name).touch(exist_ok=False)
+        except FileExistsError:
+            other = next(iter(tried.values()))
+            raise TorrentInvalid(
+                f"the torrent has {str(other)!r:.80} and {str(path)!r:.80}, "
+                "which are the same name on this file system",
+                path=root,
+                hint="choose a folder on a file system that tells upper from lower case: --to DIR",
+            ) from None
+        tried[path.name] = path
 
 
 def own(store: Store, files: Iterable[LayoutFile]) -> Iterator[LayoutFile]:

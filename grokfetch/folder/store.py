@@ -3,7 +3,8 @@
     DIR/                     the payload as the torrent lays it down, top folder kept, but for files
                              that lay there in another layout and were adopted
     DIR/.../NAME.part        a file that is not asked for, with the bytes that share a piece with
-                             one that is; it gets its name when it is asked for
+                             one that is; it gets its name when it is asked for. A NAME that is too
+                             long for the ending is truncated (`names.with_ending`)
     DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
         lock                 locked (flock) exclusively while payload or record are written, shared
                              by readers that ask; holds the owner's {"pid", "host"} as JSON. The
@@ -49,14 +50,14 @@ from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
-from grokfetch.torrent.names import STATE_FOLDER
+from grokfetch.torrent.names import STATE_FOLDER, with_ending
 
 __all__ = ["Store", "part_name"]
 
 
 def part_name(path: PurePosixPath) -> PurePosixPath:
     """Where the bytes of a file lie that is not asked for."""
-    return path.with_name(f"{path.name}.part")
+    return path.with_name(with_ending(path.name, ".part"))
 
 
 class Store:

@@ -93,12 +93,20 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
     Our own state is left out. A link to a file stands for that file.
 
     Raises:
-        StorageFailed: it cannot be read, holds no bytes, or something that no torrent can hold.
+        StorageFailed: it cannot be read, holds no bytes, or has a name or something in it that no
+            torrent can hold.
     """
 
     def failed(error: OSError) -> None:
         raise storage_failed(error, Path(error.filename or folder)) from error
 
+    reason = unsafe_name(folder.name)
+    if reason is not None:
+        raise StorageFailed(
+            f"cannot be shared under this name: {reason}",
+            path=repr(str(folder)),
+            hint="rename the folder",
+        )
     found: list[tuple[PurePosixPath, int]] = []
     for place, folders, names in os.walk(folder, onerror=failed):
         here = Path(place)
@@ -120,17 +128,18 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
 
 
 def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:
+    relative = PurePosixPath(path.relative_to(folder))
+    reason = unsafe_name(str(relative))
     try:
         status = path.stat()
-        relative = PurePosixPath(path.relative_to(folder))
-        reason = unsafe_name(str(relative))
-        str(relative).encode()
+    except FileNotFoundError:
+        # It was listed a moment ago.
+        reason = f"it is a link to {str(path.readlink())!r:.100}, which is not there"
     except OSError as error:
         raise storage_failed(error, path) from error
-    except UnicodeEncodeError:
-        reason = "it is not UTF-8"
-    if reason is None and not stat.S_ISREG(status.st_mode):
-        reason = "it is no regular file"
+    else:
+        if reason is None and not stat.S_ISREG(status.st_mode):
+            reason = "it is not a regular file"
     if reason is not None:
         raise StorageFailed(f"cannot be shared: {reason}", path=repr(str(path)))
     return relative, status.st_size
@@ -166,7 +175,7 @@ def make(
 
     Raises:
         StorageFailed: a file cannot be read, or changes meanwhile.
-        TorrentInvalid: two names are one on many file systems, or it is too large.
+        TorrentInvalid: the piece length is none, a name is too long, or it is too large.
     """
     if piece_length < BLOCK or piece_length & (piece_length - 1):
         raise TorrentInvalid(f"the piece length must be a power of two from {BLOCK:,} on")

@@ -16,7 +16,7 @@ from grokfetch.errors import TorrentInvalid
 from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
 from grokfetch.torrent.layout import BLOCK, Layout, LayoutFile, merkle_root, power_of_two_above
-from grokfetch.torrent.names import unsafe_name
+from grokfetch.torrent.names import LONGEST_NAME, unsafe_name
 
 __all__ = [
     "PieceLayerInvalid",
@@ -215,6 +215,7 @@ def _name(value: Mapping[bytes, Value]) -> str:
     reason = "it has more than one part" if "/" in name else unsafe_name(name)
     if reason is not None:
         raise TorrentInvalid(f"name {name!r:.80} is unsafe: {reason}")
+    _check_length(name, [name])
     return name
 
 
@@ -265,7 +266,8 @@ def _v2(
         # A single file's tree holds the torrent's own name and nothing else.
         single = parts == [name] and len(tree) == 1
         path = PurePosixPath(name) if single else _path(name, parts)
-        size, pad = _size(entry, str(path)), _is_pad(entry, str(path))
+        pad = _is_pad(entry, str(path))
+        size = _size(entry, str(path))
         if pad:
             raise TorrentInvalid(f"{path} is a pad file; v2 has none in its file tree")
         files.append(LayoutFile(path, size, start))
@@ -320,7 +322,10 @@ def _layer(
 def _is_pad(entry: Mapping[bytes, Value], path: str) -> bool:
     attributes = _expect(entry.get(b"attr", b""), bytes, f"attr of {path}")
     if b"l" in attributes or b"symlink path" in entry:
-        raise TorrentInvalid(f"{path!r:.80} is a symbolic link; grokfetch lays down none")
+        raise TorrentInvalid(
+            f"{path!r:.80} is a symbolic link in the torrent; grokfetch lays down none, because "
+            "a link may lead out of the folder"
+        )
     return b"p" in attributes
 
 
@@ -337,9 +342,17 @@ def _path(name: str, parts: list[str]) -> PurePosixPath:
     reason = "a part holds a slash" if slash else unsafe_name(path)
     if reason is not None or not parts:
         raise TorrentInvalid(f"path {path!r:.80} is unsafe: {reason or 'it is empty'}")
-    if max(len(part.encode()) for part in parts) > 255:
-        raise TorrentInvalid(f"path {path!r:.80} is unsafe: a part is longer than 255 bytes")
+    _check_length(path, parts)
     return PurePosixPath(path)
+
+
+def _check_length(path: str, parts: Iterable[str]) -> None:
+    longest = max(len(part.encode()) for part in parts)
+    if longest > LONGEST_NAME:
+        raise TorrentInvalid(
+            f"path {path!r:.80} is unsafe: a part has {longest:,} bytes, and file systems take "
+            f"at most {LONGEST_NAME}"
+        )
 
 
 def _check_extent(files: int, size: int, piece_length: int) -> None:
@@ -354,20 +367,18 @@ def _check_extent(files: int, size: int, piece_length: int) -> None:
 def _check_names(layout: Layout) -> None:
     if not layout.files:
         raise TorrentInvalid("it has no files")
-    # Two names that differ only in case are one file on many file systems.
-    files: set[str] = set()
-    folders: set[str] = set()
+    files: set[PurePosixPath] = set()
+    folders: set[PurePosixPath] = set()
     for file in layout.files:
         if file.pad:
             continue
-        key = str(file.path).casefold()
-        if key in files:
+        if file.path in files:
             raise TorrentInvalid(f"{str(file.path)!r:.80} stands there twice")
-        files.add(key)
-        folders.update(str(parent).casefold() for parent in file.path.parents)
+        files.add(file.path)
+        folders.update(file.path.parents)
     both = sorted(files & folders)
     if both:
-        raise TorrentInvalid(f"{both[0]!r:.80} is both a file and a folder")
+        raise TorrentInvalid(f"{str(both[0])!r:.80} is both a file and a folder")
 
 
 def _expect(value: Value | None, kind: type[T], name: str) -> T:
@@ -380,4 +391,4 @@ def _text(value: Value | None, name: str) -> str:
     try:
         return _expect(value, bytes, name).decode()
     except UnicodeDecodeError:
-        raise TorrentInvalid(f"{name} is not UTF-8") from None
+        raise TorrentInvalid(f"{name} is not UTF-8: {value!r:.80}") from None

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 import libtorrent
 import pytest
 from support import golden
-from support.program import grokfetch
+from support.program import grokfetch, invoke
 from support.torrents import content, lay_down
 
 from grokfetch import errors
@@ -146,6 +146,41 @@ def test_names_that_others_cannot_lay_down_are_refused(top, name):
     top.joinpath(name).write_text("x")
     with pytest.raises(errors.StorageFailed, match="cannot be shared"):
         list_files(top)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\\b", "backslash"),
+        ("new\nline", "control character"),
+        (b"\xff".decode(errors="surrogateescape"), "not UTF-8"),
+    ],
+)
+def test_a_folder_whose_own_name_others_cannot_lay_down_is_refused_with_the_reason(
+    tmp_path, name, reason
+):
+    lay_down(tmp_path, {"a": b"1"}, name)
+    text = publish(tmp_path / name, code=errors.StorageFailed.exit_code)
+    assert reason in text
+    assert "rename the folder" in text
+
+
+def test_a_link_that_leads_nowhere_is_refused_as_such(top):
+    top.joinpath("link").symlink_to("gone")
+    with pytest.raises(errors.StorageFailed, match="a link to 'gone', which is not there"):
+        list_files(top)
+
+
+def test_names_that_differ_in_case_only_are_published_with_a_warning(tmp_path):
+    lay_down(tmp_path, {"sub/a": b"1", "sub/A": b"2"})
+    told = invoke("publish", tmp_path / "top").stderr
+    assert "warning: 'sub/A' and 'sub/a' are the same name" in told
+
+
+def test_a_folder_with_the_longest_name_is_published(tmp_path):
+    lay_down(tmp_path, {"a": b"1"}, "n" * 255)
+    publish(tmp_path / ("n" * 255))
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".torrent", ".json"}
 
 
 def test_a_folder_without_bytes_or_like_its_only_file_is_refused(tmp_path):

@@ -104,9 +104,11 @@ def test_any_dictionary_is_a_torrent_or_refused(found):
         (one_file(path=[b""]), "unsafe"),
         (one_file(path=[]), "unsafe"),
         (one_file(path=[b"a\0b"]), "unsafe"),
-        (one_file(path=[b"a\nb"]), "unsafe"),
-        (one_file(path=[b"a\\b"]), "unsafe"),
-        (one_file(path=[b"x" * 300]), "unsafe"),
+        (one_file(path=[b"a\nb"]), r"unsafe: it has a control character \(U\+000A\)"),
+        (one_file(path=[b"a\\b"]), "unsafe: it has a backslash"),
+        (one_file(path=[b"a\xff"]), "UTF-8: b'a"),
+        (one_file(path=[b"x" * 300]), "unsafe: a part has 300 bytes"),
+        (info(name=b"x" * 256), "unsafe: a part has 256 bytes"),
         (one_file(attr=b"l"), "symbolic link"),
         (one_file(symlink_path=[b"etc"]), "symbolic link"),
         (one_file(length=-1), "length"),
@@ -114,7 +116,7 @@ def test_any_dictionary_is_a_torrent_or_refused(found):
         (one_file(length=1 << 59), "pieces"),
         (
             info(
-                files=[{b"length": 1, b"path": [b"a"]}, {b"length": 1, b"path": [b"A"]}],
+                files=[{b"length": 1, b"path": [b"a"]}, {b"length": 1, b"path": [b"a"]}],
                 pieces=bytes(20),
             ),
             "twice",

@@ -18,7 +18,7 @@ from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file
 
-__all__ = ["Swarm", "file_error", "renamed"]
+__all__ = ["Swarm", "file_error", "paths_by_index"]
 
 FLUSH_INTERVAL_S = 0.05
 """How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
@@ -114,7 +114,6 @@ class Swarm:
             params = lt.load_torrent_buffer(encode_torrent(order.torrent))
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
-        _check_layout(params.ti, order.layout)
         pieces = range(order.layout.piece_count)
         params.save_path = str(order.root)
         # Together these say: what is proven is there, nothing else is, and no file is to be read.
@@ -123,7 +122,7 @@ class Swarm:
         params.piece_priorities = [
             order.urgency.get(piece, 4) if piece in order.want else 0 for piece in pieces
         ]
-        params.renamed_files = renamed(params.ti, order.layout)
+        params.renamed_files = paths_by_index(params.ti, order.layout)
         # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
         params.url_seeds = []
         if isinstance(self._origin, Magnet):
@@ -281,32 +280,35 @@ def _callable_peers(lt: Any, handle: Any) -> list[tuple[str, int]]:
     return [peer.ip for peer in handle.get_peer_info() if peer.flags & ours]
 
 
-def _check_layout(theirs: Any, ours: Layout) -> None:
-    """Make sure that libtorrent will write the files that we shall read."""
-    layout = theirs.layout()
-    found = [
-        (layout.file_path(index), layout.file_size(index), layout.file_offset(index))
-        for index in range(layout.num_files())
-        if not layout.file_flags(index) & PAD
-    ]
-    same = len(found) == len(ours.payload) and all(
-        (path, size) == (str(file.name), file.size) and (start == file.start or not size)
-        for (path, size, start), file in zip(found, ours.payload, strict=True)
+def paths_by_index(theirs: Any, ours: Layout) -> dict[int, str]:
+    """Where libtorrent must put each of its files so that they lie where our layout has them.
+
+    Left alone, libtorrent takes formatting characters and control characters out of names,
+    truncates parts of more than 240 bytes, and renames files that are equal but for case, the last
+    of which only becomes visible after the torrent was added. Files are therefore matched by their
+    order, size and start, never by name, and each is given its path.
+
+    Args:
+        theirs: libtorrent's `torrent_info`.
+        ours: the layout of the same torrent.
+
+    Returns:
+        Path by libtorrent's index, without pads.
+
+    Raises:
+        TorrentInvalid: libtorrent sees other files or pieces than we do.
+    """
+    files = theirs.layout()
+    indices = [i for i in range(files.num_files()) if not files.file_flags(i) & PAD]
+    same = len(indices) == len(ours.payload) and all(
+        files.file_size(index) == file.size
+        and (files.file_offset(index) == file.start or not file.size)
+        for index, file in zip(indices, ours.payload, strict=True)
     )
     pieces = (theirs.piece_length(), theirs.num_pieces())
     if not same or pieces != (ours.piece_length, ours.piece_count):
         raise TorrentInvalid("libtorrent would lay its files down otherwise than we read them")
-
-
-def renamed(theirs: Any, ours: Layout) -> dict[int, str]:
-    """The files that lie elsewhere than the torrent says, by libtorrent's index."""
-    names = theirs.layout()
-    elsewhere = {str(file.name): str(file.path) for file in ours.payload if file.known_as}
-    return {
-        index: elsewhere[names.file_path(index)]
-        for index in range(names.num_files())
-        if names.file_path(index) in elsewhere
-    }
+    return {index: str(file.path) for index, file in zip(indices, ours.payload, strict=True)}
 
 
 def file_error(alert: Any) -> GrokfetchError:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from grokfetch.errors import TorrentInvalid
-from grokfetch.fetch.swarm.download import file_error, renamed
+from grokfetch.fetch.swarm.download import file_error, paths_by_index
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import parse_torrent
+from grokfetch.torrent.metainfo import parse_info, parse_torrent
 
 __all__ = ["Seeder", "Shared", "seed"]
 
@@ -79,10 +79,11 @@ def seed(
     Raises:
         OutOfReach: libtorrent is not installed.
         SourceInvalid: a peer of the settings is no HOST:PORT.
-        TorrentInvalid: it is no torrent.
+        TorrentInvalid: it is not a torrent, or not one that can be laid down.
     """
     lt = libtorrent()
-    parse_torrent(torrent)
+    known = parse_torrent(torrent)
+    layout = layout or parse_info(known.info, known.piece_layers)
     settings = settings or SwarmSettings()
     peers = [address(peer) for peer in settings.peers]
     with Session(settings) as session:
@@ -91,8 +92,7 @@ def seed(
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         params.save_path = str(root)
-        if layout is not None:
-            params.renamed_files = renamed(params.ti, layout)
+        params.renamed_files = paths_by_index(params.ti, layout)
         count = params.ti.num_pieces()
         if have is None or len(have) == count:
             params.flags |= lt.torrent_flags.seed_mode
