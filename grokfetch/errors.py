@@ -59,7 +59,7 @@ class GrokfetchError(Exception):
 
 
 class SourceInvalid(GrokfetchError):
-    """The SOURCE argument is no magnet link, torrent, manifest or checkpoint folder."""
+    """The SOURCE argument is not a magnet link, torrent, manifest or checkpoint folder."""
 
     exit_code = 10
 

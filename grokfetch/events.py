@@ -2,7 +2,7 @@
 
 `grokfetch.output.json_lines` says how machines read them, docs/events.md is the specification.
 `SCHEMA` stands in the first event and rises with every change that a reader could stumble over. New
-fields and new events are no such change.
+fields and new events do not raise it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Finding:
     """Something that is not as it should be.
 
     `tensor` names the tensors concerned, separated by ", ". A piece that spans several files makes
-    one finding for each of them. `extra` is no failure.
+    one finding for each of them. `extra` is not a failure.
     """
 
     kind: Kind

@@ -77,5 +77,5 @@ def share_request(share: Share, manifest: Manifest, layout: Layout) -> Request:
 def _config(manifest: Manifest) -> GrokConfig:
 
     if manifest.model is None:
-        raise NoModel(f"{manifest.name} is no model that hosts could share")
+        raise NoModel(f"{manifest.name} is not a model that hosts could share")
     return GrokConfig.from_mapping(manifest.model)

@@ -81,7 +81,7 @@ def read_config(path: Path | None) -> GrokConfig:
     try:
         fields = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"not JSON: {error}", path=path) from None
+        raise ManifestInvalid(f"is not valid JSON: {error}", path=path) from None
     if not isinstance(fields, dict):
         raise ManifestInvalid("must be an object", path=path)
     try:

@@ -38,7 +38,7 @@ Checked = Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str,
 
 
 def _addresses(*schemes: str) -> Checked:
-    """A callback that refuses what is no address of one of these schemes."""
+    """A callback that refuses what is not an address of one of these schemes."""
 
     def check(_: click.Context, __: click.Parameter, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:

@@ -47,7 +47,9 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
         click.echo(page, nl=False)
         return
     if not output.parent.is_dir():
-        raise StorageFailed("is no folder", path=output.parent, hint="make it, or choose: -o FILE")
+        raise StorageFailed(
+            "is not a folder", path=output.parent, hint="make it, or choose: -o FILE"
+        )
     try:
         with replacing(output) as file:
             file.write(page)

@@ -68,7 +68,7 @@ class Place:
 class Check:
     """One thing that is needed: how much of it, how much is there, and what to do if it is short.
 
-    `needed` and `there` are None where they are no numbers.
+    `needed` and `there` are None where they are not numbers.
     """
 
     name: str
@@ -200,7 +200,7 @@ def probe(folder: Path, longest: int) -> Place:
     limit = min(FILE_LIMITS.get(system, UNLIMITED), _soft(resource.RLIMIT_FSIZE))
     refused, sparse = "", True
     if not stat.S_ISDIR(place.stat().st_mode):
-        refused = f"{place} is no folder"
+        refused = f"{place} is not a folder"
     else:
         try:
             sparse, fits = _try_file(place, min(longest, limit))

@@ -225,7 +225,7 @@ class Proofs:
         self._spoilt.append(file.path)
 
     def _doubt_holes(self) -> None:
-        """Doubt pieces over holes: somebody has cut a file, and our writing made it long again.
+        """Doubt pieces over holes: a file was truncated by others, and made long again by us.
 
         Where a file system makes holes of written zeros, their pieces are read once more.
         """

@@ -23,7 +23,7 @@ def folder_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
     """Hold `folder/lock`, alone or with other readers. The folder is made if need be.
 
     The kernel drops the lock of a process that dies. NFS passes it on to the server. A shared lock
-    on a folder that cannot be written is no lock.
+    on a folder that cannot be written is not a lock.
 
     Raises:
         StateLocked: another process holds it; names that process where it is known.

@@ -128,7 +128,7 @@ def cut_long_files(store: Store, layout: Layout) -> Iterator[LayoutFile]:
     """Cut files that are longer than the torrent's, and yield each of them.
 
     Raises:
-        StorageFailed: one cannot be cut.
+        StorageFailed: one cannot be truncated.
     """
     for file in layout.payload:
         now = store.stamp(file.path)

@@ -30,7 +30,7 @@ class Proven:
     - **A shared piece** is proven only while none of its files is changed, though the bytes of the
       others may be untouched. Its hash speaks for all of its bytes together and the record keeps no
       half of a piece, so the next fetch or verification must drop the piece: whoever believed in
-      half of it until then would give two answers about the same bytes. Padding is no file.
+      half of it until then would give two answers about the same bytes. Padding is not a file.
     - **A piece reaches as far as its files do**: it is not proven where one of them ends before it.
     - **Pieces of another torrent**, or with numbers that the torrent does not have, prove nothing
       (`of_torrent`, which `Store.record` applies).

@@ -20,7 +20,7 @@ SCHEMA = 1
 
 
 class RecordDamaged(ValueError):
-    """The bytes are no record that this version of grokfetch wrote."""
+    """The bytes are not a record that this version of grokfetch wrote."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def decode(text: bytes) -> Record:
     try:
         top = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RecordDamaged(f"not JSON: {error}") from None
+        raise RecordDamaged(f"is not valid JSON: {error}") from None
     if not isinstance(top, dict) or "schema" not in top:
         raise RecordDamaged("not a record")
     if top.pop("schema") != SCHEMA:

@@ -111,7 +111,7 @@ class Store:
     def lock(self, *, exclusive: bool = True) -> Iterator[None]:
         """Hold the folder: alone in order to write it, or with other readers.
 
-        A shared lock on a folder that cannot be written is no lock.
+        A shared lock on a folder that cannot be written is not a lock.
 
         Raises:
             StateLocked: another process holds it; names that process where it is known.

@@ -66,9 +66,9 @@ class Field:
         return self.text()
 
     def whole(self, minimum: int = 0) -> int:
-        """A whole number from `minimum` to `LARGEST`."""
+        """An integer from `minimum` to `LARGEST`."""
         if isinstance(self.value, bool) or not isinstance(self.value, int):
-            self.refuse("must be a whole number")
+            self.refuse("must be an integer")
         if not minimum <= self.value <= LARGEST:
             self.refuse(f"must lie between {minimum} and {LARGEST}")
         return int(self.value)

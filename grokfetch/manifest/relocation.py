@@ -134,7 +134,7 @@ def decode(text: bytes) -> dict[PurePosixPath, PurePosixPath]:
     try:
         top = Field(json.loads(text), "places")
     except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"not JSON: {error}") from None
+        raise ManifestInvalid(f"is not valid JSON: {error}") from None
     schema = top.get("schema").whole(minimum=1)
     if schema != SCHEMA:
         raise ManifestInvalid(f"schema is {schema}, this grokfetch reads {SCHEMA}")

@@ -90,7 +90,7 @@ class Manifest:
     `info_hash` is the torrent's (40 hexadecimal digits for BitTorrent v1, 64 for v2) and makes its
     piece hashes speak for this manifest; None where there is no torrent. `mirrors` are URLs in
     which `{path}` stands for a file's path. `model` holds the hyperparameters as
-    `loader.weights.schema.GrokConfig` reads them; None for a torrent that is no checkpoint.
+    `loader.weights.schema.GrokConfig` reads them; None for a torrent that is not a checkpoint.
     `measured` is the date on which the digests were taken from files that lay on somebody's disk:
     they then prove only that a file is unchanged since.
     """
@@ -243,7 +243,7 @@ def parse(text: bytes, origin: str) -> Manifest:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"not JSON: {error}", path=origin) from None
+        raise ManifestInvalid(f"is not valid JSON: {error}", path=origin) from None
     try:
         return _manifest(Field(value, "manifest"))
     except ManifestInvalid as error:

@@ -308,7 +308,7 @@ def decode(text: bytes) -> Selection:
     try:
         top = Field(json.loads(text), "selection")
     except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"not JSON: {error}") from None
+        raise ManifestInvalid(f"is not valid JSON: {error}") from None
     schema = top.get("schema").whole(minimum=1)
     if schema > SCHEMA:
         raise ManifestInvalid(f"schema is {schema}, this grokfetch reads up to {SCHEMA}")

@@ -1,7 +1,7 @@
 """How far a step is, from the same events: a bar for people, JSON lines for machines.
 
-The bar goes to stderr, as sparse lines where that is no terminal, and results go to stdout, so that
-output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
+The bar goes to stderr, as sparse lines where that is not a terminal, and results go to stdout, so
+that output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
 coloured.
 """
 

@@ -41,10 +41,10 @@ def member_spans(data: bytes) -> dict[bytes, tuple[int, int]]:
     """Where the value of each key of a top-level dictionary begins and ends, in bytes.
 
     Raises:
-        TorrentInvalid: `data` is no dictionary.
+        TorrentInvalid: `data` is not a dictionary.
     """
     if data[:1] != b"d":
-        raise TorrentInvalid("not a torrent: it is no bencoded dictionary")
+        raise TorrentInvalid("not a torrent: it is not a bencoded dictionary")
     spans = {}
     for key, _, start, end in _members(data, 1, 0):
         spans[key] = (start, end)

@@ -74,7 +74,7 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
     Raises:
         MeshInvalid: the devices cannot be arranged so.
         OutOfReach: weights, cache and work take more memory than the devices have, or mapped
-            weights are to be used by devices that are no CPUs.
+            weights are to be used by devices that are not CPUs.
     """
     from loader.devices import xla_setup
     from loader.devices.placement import check_shared, make_mesh

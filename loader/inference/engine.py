@@ -226,7 +226,7 @@ class Engine:
             for row, prompt in enumerate(prompts):
                 part = prompt[start : start + chunk]
                 tokens[row, : len(part)] = part
-            # Pad ids in a prompt are no keys; filling tokens are none either, by their count.
+            # Pad ids in a prompt are not keys; padding tokens are not either, by their count.
             shown = tokens != self.config.pad_token
             left = np.clip(counts - start, 0, chunk).astype(np.int32)
             x, state = self._advance(state, tokens, left, shown, int(left.max()))

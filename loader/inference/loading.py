@@ -61,7 +61,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
     Raises:
         MeshInvalid: the devices cannot be arranged so.
         OutOfReach: weights, cache and work take more memory than there is, or mapped weights are
-            to be used by devices that are no CPUs.
+            to be used by devices that are not CPUs.
         StorageFailed: a file cannot be mapped or read.
     """
     arrangement = arrange(checkpoint.config, Loading(dtype, placement, mesh, memory), tokens)

@@ -254,7 +254,7 @@ def _sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
 
 
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
-    # A place outside the cache is dropped, so that filling tokens leave no trace in it.
+    # A place outside the cache is dropped, so that padding tokens leave no trace in it.
     places = jnp.where(window.real, window.positions, cache.keys.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
 
@@ -329,7 +329,7 @@ def experts(
     Args:
         weights: the layer; this device holds some of the experts, and part of each.
         routed: the tokens and their choices.
-        real: bool `[B, T]`; filling tokens get no expert.
+        real: bool `[B, T]`; padding tokens get no expert.
         config: the hyperparameters.
         dtype: of the products.
 

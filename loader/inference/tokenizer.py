@@ -46,7 +46,7 @@ class Tokenizer:
         try:
             return cls(SentencePieceProcessor(model_proto=serialized))
         except (RuntimeError, ValueError) as error:
-            raise TokenizerMissing("the file is no SentencePiece model", path=path) from error
+            raise TokenizerMissing("the file is not a SentencePiece model", path=path) from error
 
     @property
     def size(self) -> int:

@@ -112,7 +112,7 @@ def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = 
         ManifestInvalid: its model section is not a configuration.
         NotProven: bytes that are needed are not proven.
         StorageFailed: a shard is missing or unreadable.
-        ShardInvalid: a file is no shard.
+        ShardInvalid: a file is not a shard.
         CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
     """
     opened = dict(_Opened(store, share, proven=proven))
@@ -271,7 +271,7 @@ def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoin
 
     Raises:
         StorageFailed: a shard is missing or unreadable.
-        ShardInvalid: a file is no shard.
+        ShardInvalid: a file is not a shard.
         CheckpointInvalid: a shard holds something else than the parameter it should.
     """
     specs = parameters(config)

@@ -48,7 +48,7 @@ class Pages:
             yield dataclasses.replace(self, start=at, length=min(size, stop - at))
 
     def check(self) -> None:
-        """Notice that the file has been cut, before a touched page ends the process.
+        """Notice that the file has been truncated, before a touched page ends the process.
 
         Raises:
             CheckpointInvalid: it is shorter than its mapping.
@@ -66,7 +66,7 @@ class Pages:
         """Have them read and mapped.
 
         Raises:
-            StorageFailed: the file has been cut, or its disk fails.
+            StorageFailed: the file has been truncated, or its disk fails.
         """
         failed = self._advise(POPULATE_READ) if LINUX else errno.EINVAL
         if failed == errno.EINVAL:  # Linux before 5.14, and other systems: the reading begins only.

@@ -88,7 +88,7 @@ class GrokConfig:
             )
         for name in ("pad_token", "bos_token", "eos_token"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ManifestInvalid(f"model.{name} is no token id of the vocabulary")
+                raise ManifestInvalid(f"model.{name} is not a token id of the vocabulary")
 
     @property
     def ff_size(self) -> int:
@@ -122,7 +122,7 @@ class GrokConfig:
 def _number(name: str, value: object, *, whole: bool) -> int | float:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        kind = "a whole number" if whole else "a finite number"
+        kind = "an integer" if whole else "a finite number"
         raise ManifestInvalid(f"model.{name} must be {kind}, not {value!r:.80}")
     return value
 

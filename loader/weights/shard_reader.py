@@ -49,8 +49,8 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
     """The spans of the array in the file, checked to lie inside it, complete and disjoint.
 
     Raises:
-        ShardInvalid: it is no pickled array of the official form; nothing of it was executed.
-        StorageFailed: it cannot be opened or mapped, or is no regular file.
+        ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
+        StorageFailed: it cannot be opened or mapped, or is not a regular file.
     """
     path = Path(path)
     try:
@@ -72,7 +72,7 @@ def read_frame(
     """The spans of the array that `buffer`, the whole content of `path`, describes.
 
     Raises:
-        ShardInvalid: it is no pickled array of the official form; nothing of it was executed.
+        ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
     """
     with memoryview(buffer) as view:
         walk = _Walk(view)

@@ -27,7 +27,7 @@ _BLOCK: Final = 4 * 1024 * 1024
 """Elements made at a time; the content of a file depends on it."""
 
 _INT8_SPREAD: Final = math.sqrt((255**2 - 1) / 12)
-"""Standard deviation of whole numbers spread evenly over -127 to 127."""
+"""Standard deviation of integers spread evenly over -127 to 127."""
 
 _LOGIT_SPREAD: Final = 2.5
 _ROUTER_SPREAD: Final = 2.0

@@ -90,7 +90,7 @@ class Tensor:
         return {"int8": "I8", "float32": "F32"}[self.spec.dtype]
 
     def __getitem__(self, index: Index) -> npt.NDArray[np.generic]:
-        """A part of the weight as it is stored, by whole numbers, slices and `...`.
+        """A part of the weight as it is stored, by integers, slices and `...`.
 
         It is a read-only view: nothing is read but the pages that are looked at.
         """
@@ -104,7 +104,7 @@ class Tensor:
         An int8 times its bfloat16 scale is exact in float32, and rounded only to another `dtype`.
 
         Args:
-            index: whole numbers, slices and `...`, as of the tensor itself; `numpy.s_[3, :, :128]`.
+            index: integers, slices and `...`, as of the tensor itself; `numpy.s_[3, :, :128]`.
             dtype: of the result.
 
         Returns:

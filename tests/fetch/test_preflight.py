@@ -100,7 +100,7 @@ def test_the_look_leaves_no_trace_and_makes_no_folder(tmp_path):
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    assert "is no folder" in probe(tmp_path / "file", 1).refused
+    assert "is not a folder" in probe(tmp_path / "file", 1).refused
 
 
 def test_a_small_disk_is_refused_before_the_first_byte(tmp_path):

@@ -27,7 +27,7 @@ def unusable(address: str, *, stranger: bool) -> str | None:
             machine call its own or its neighbours' services by a query, as libtorrent has it too.
     """
     if not re.fullmatch(r"https?://[^\s/?#]\S*", address, re.IGNORECASE):
-        return "it is no http or https address"
+        return "it is not an http or https address"
     try:
         parts = urlsplit(address)
         _ = parts.port

@@ -174,7 +174,7 @@ def redirected(response: httpx.Response) -> str:
     """Where a redirect leads.
 
     Raises:
-        Faulty: it is no place to follow it to.
+        Faulty: its address cannot be followed.
     """
     import httpx
 

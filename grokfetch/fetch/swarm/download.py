@@ -42,7 +42,7 @@ class Swarm:
         settings: how to take part.
 
     Raises:
-        SourceInvalid: a peer of the settings or the link is no HOST:PORT.
+        SourceInvalid: a peer of the settings or the link is not HOST:PORT.
     """
 
     def __init__(self, origin: Magnet | TorrentFile, settings: SwarmSettings | None = None) -> None:

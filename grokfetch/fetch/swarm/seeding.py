@@ -78,7 +78,7 @@ def seed(
 
     Raises:
         OutOfReach: libtorrent is not installed.
-        SourceInvalid: a peer of the settings is no HOST:PORT.
+        SourceInvalid: a peer of the settings is not HOST:PORT.
         TorrentInvalid: it is not a torrent, or not one that can be laid down.
     """
     lt = libtorrent()
