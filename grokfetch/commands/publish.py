@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
@@ -97,6 +98,13 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
 )
+@click.option(
+    "--v1",
+    "v1_only",
+    is_flag=True,
+    help="Make a torrent of BitTorrent v1 alone, for clients that read no hybrids, Transmission 3 "
+    "and aria2 1.36 for example; its info hash is another one.",
+)
 @plain_option
 def publish(
     folder: Path,
@@ -106,6 +114,7 @@ def publish(
     web_seeds: tuple[str, ...],
     piece_length: int | None,
     config: Path | None,
+    v1_only: bool,
 ) -> None:
     """Make a torrent, a magnet link and a manifest of DIR, so that others can fetch it.
 
@@ -119,7 +128,8 @@ def publish(
         raise click.UsageError("--output must not lie in DIR, or it would be published too")
     with _settled(folder):
         described = _describe(folder, config)
-        made = _make(folder, piece_length, trackers, web_seeds)
+        hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
+        made = _make(folder, piece_length, hashing)
     magnet = magnet_of(made.torrent, folder.name, sum(file.size for file in made.files))
     manifest = _complete(described, made, magnet)
     torrent_path, manifest_path = (
@@ -167,15 +177,14 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 
 
 def _make(
-    folder: Path, piece_length: int | None, trackers: Sequence[str], web_seeds: Sequence[str]
+    folder: Path, piece_length: int | None, hashing: Callable[..., Iterator[Hashed | Made]]
 ) -> Made:
-
     files = making.list_files(folder)
     _warn_of_look_alikes(path for path, _ in files)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)
     with Bar("hash", plain=plain()) as bar:
-        for event in making.make(folder, files, length, trackers=trackers, web_seeds=web_seeds):
+        for event in hashing(folder, files, length):
             if isinstance(event, Hashed):
                 bar.show(event.done // 2, sum(sizes))
             else:
@@ -193,11 +202,13 @@ def _warn_of_look_alikes(paths: Iterable[PurePosixPath]) -> None:
 
 
 def magnet_of(torrent: TorrentFile, name: str, size: int) -> str:
-    """The link with both info hashes, name, size in bytes, trackers and web seeds."""
+    """The link with the info hashes there are, name, size in bytes, trackers and web seeds."""
     pairs = [("dn", name), ("xl", str(size))]
     pairs += [("tr", url) for url in torrent.trackers]
     pairs += [("ws", url) for url in torrent.web_seeds]
-    topics = f"xt=urn:btih:{torrent.v1}&xt=urn:btmh:1220{torrent.v2}"
+    topics = f"xt=urn:btih:{torrent.v1}"
+    if torrent.v2 is not None:
+        topics += f"&xt=urn:btmh:1220{torrent.v2}"
     return f"magnet:?{topics}" + "".join(f"&{key}={quote(value, safe='')}" for key, value in pairs)
 
 

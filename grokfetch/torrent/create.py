@@ -1,14 +1,17 @@
-"""A hybrid torrent made of a folder: v1 and v2 piece hashes, and the sha256 of every file.
+"""A torrent made of a folder, hybrid or v1 alone, and the sha256 of every file.
 
 The same files under the same name with the same piece length give the same info hash, wherever and
 whenever it is made: nothing but names and bytes goes into the info dictionary. Files stand in the
-order of their raw names, each begins a new piece, and pads fill the gaps for v1 (BEP 52, BEP 47).
+order of their raw names. In a hybrid each begins a new piece, and pads fill the last piece of each
+for v1, that of the last file too (BEP 52, BEP 47), as in libtorrent. In v1 alone there are no pads:
+a piece may span several files (BEP 3).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +24,9 @@ from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
 from grokfetch.torrent.layout import (
     BLOCK,
+    HASH_SIZES,
+    Layout,
+    LayoutFile,
     PieceHasher,
     merkle_root,
     piece_hasher,
@@ -58,7 +64,10 @@ class Made:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Hashes of consecutive pieces of a file, the first of which is its piece `first`."""
+    """Hashes of consecutive pieces of a file, the first of which is its piece `first`.
+
+    In v1 alone pieces are counted through all files, and belong to the first one.
+    """
 
     file: int
     first: int
@@ -153,13 +162,14 @@ def suitable_piece_length(sizes: Sequence[int]) -> int:
     return length
 
 
-def make(
+def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by name
     folder: Path,
     files: Sequence[tuple[PurePosixPath, int]],
     piece_length: int,
     *,
     trackers: Sequence[str] = (),
     web_seeds: Sequence[str] = (),
+    v1_only: bool = False,
 ) -> Iterator[Hashed | Made]:
     """Hash a folder on all cores and make its torrent.
 
@@ -169,6 +179,7 @@ def make(
         piece_length: bytes, a power of two from 16 KiB on.
         trackers: where peers can be asked for.
         web_seeds: HTTP addresses that hold the top folder (BEP 19).
+        v1_only: make no hybrid, for clients that read none.
 
     Yields:
         How far it is, then the torrent.
@@ -183,8 +194,10 @@ def make(
     whole: list[FileResult] = [FileResult(None)] * len(files)
     pieces: list[list[_Pieces]] = [[] for _ in files]
     done = 0
+    layers: dict[bytes, bytes] = {}
+    jobs = (_v1_jobs if v1_only else _jobs)(folder, files, piece_length)
     with Hashers[_Pieces | _Whole]() as hashers:
-        for result in hashers.run(_jobs(folder, files, piece_length)):
+        for result in hashers.run(jobs):
             if isinstance(result, _Whole):
                 whole[result.file] = result.result
                 done += files[result.file][1]
@@ -192,12 +205,11 @@ def make(
                 pieces[result.file].append(result)
                 done += result.length
             yield Hashed(done)
-    for (path, size), stamp, digest in zip(files, stamps, whole, strict=True):
-        if digest.sha256 is None:
-            raise StorageFailed(f"cannot be read: {digest.detail}", path=folder / path)
-        if stamp[0] != size or _stamp(folder / path) != stamp:
-            raise StorageFailed("it changed while it was read", path=folder / path)
-    info, layers = _info(folder.name, files, piece_length, pieces)
+    _check_unchanged(folder, files, stamps, whole)
+    if v1_only:
+        info = _v1_info(folder.name, files, piece_length, pieces[0])
+    else:
+        info, layers = _info(folder.name, files, piece_length, pieces)
     torrent = torrent_file(info, layers, trackers=trackers, web_seeds=web_seeds)
     parse_info(torrent.info, torrent.piece_layers)
     entries = (
@@ -205,6 +217,19 @@ def make(
         for (path, size), digest in zip(files, whole, strict=True)
     )
     yield Made(torrent, tuple(entries))
+
+
+def _check_unchanged(
+    folder: Path,
+    files: Sequence[tuple[PurePosixPath, int]],
+    stamps: Sequence[tuple[int, int]],
+    whole: Sequence[FileResult],
+) -> None:
+    for (path, size), stamp, digest in zip(files, stamps, whole, strict=True):
+        if digest.sha256 is None:
+            raise StorageFailed(f"cannot be read: {digest.detail}", path=folder / path)
+        if stamp[0] != size or _stamp(folder / path) != stamp:
+            raise StorageFailed("it changed while it was read", path=folder / path)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -220,14 +245,13 @@ def _jobs(
 ) -> Iterator[Callable[[memoryview], _Pieces | _Whole]]:
     """A file's digest and its pieces follow each other, so that the disk is read only once."""
     batch = max(piece_length, BATCH)
-    last = max(index for index, (_, size) in enumerate(files) if size)
     for index, (path, size) in enumerate(files):
         yield partial(_hash_whole, folder / path, index)
         # The tree of a file that fits into one piece is only as wide as the file.
         width = power_of_two_above(-(-min(size, piece_length) // BLOCK))
         for start in range(0, size, batch):
             stop = min(start + batch, size)
-            span = _Span(start, stop, piece_length, width, index != last)
+            span = _Span(start, stop, piece_length, width, len(files) > 1)
             yield partial(_hash_pieces, folder / path, index, span)
 
 
@@ -256,6 +280,44 @@ def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> _Pi
     return _Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
 
 
+def _v1_jobs(
+    folder: Path, files: Sequence[tuple[PurePosixPath, int]], piece_length: int
+) -> Iterator[Callable[[memoryview], _Pieces | _Whole]]:
+    """A file's digest, then the pieces that end in it."""
+    starts = itertools.accumulate((size for _, size in files), initial=0)
+    placed = tuple(LayoutFile(path, size, next(starts)) for path, size in files)
+    count = -(-placed[-1].end // piece_length)
+    layout = Layout(folder.name, 1, piece_length, placed, bytes(HASH_SIZES[1] * count))
+    batch = max(1, BATCH // piece_length)
+    first = 0
+    for index, file in enumerate(placed):
+        yield partial(_hash_whole, folder / file.path, index)
+        stop = count if file is placed[-1] else file.end // piece_length
+        while first < stop:
+            last = min(first + batch, stop)
+            yield partial(_hash_v1, folder, layout, range(first, last))
+            first = last
+
+
+def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) -> _Pieces:
+    hashes, length = [], 0
+    for piece in pieces:
+        hasher = piece_hasher(1, 0)
+        for part in layout.segments(piece):
+            path = folder / part.file.path
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                try:
+                    _feed(handle, part.offset, part.offset + part.length, (hasher,), buffer)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise storage_failed(error, path) from error
+            length += part.length
+        hashes.append(hasher.digest())
+    return _Pieces(0, pieces.start, b"".join(hashes), b"", length)
+
+
 def _feed(
     handle: int, start: int, stop: int, hashers: Sequence[PieceHasher], buffer: memoryview
 ) -> None:
@@ -279,12 +341,7 @@ def _info(
     listed: list[Value] = []
     hashes: list[bytes] = []
     layers: dict[bytes, bytes] = {}
-    gap = 0
     for (path, size), found in zip(files, pieces, strict=True):
-        if gap and size:
-            pad = [b".pad", str(gap).encode()]
-            listed.append({b"attr": b"p", b"length": gap, b"path": [*pad]})
-            gap = 0
         found.sort(key=lambda batch: batch.first)
         parts = [part.encode() for part in path.parts]
         leaf: dict[bytes, Value] = {b"length": size}
@@ -293,9 +350,11 @@ def _info(
             leaf[b"pieces root"] = root = _root(layer, piece_length)
             if size > piece_length:
                 layers[root] = layer
-            gap = -size % piece_length
         _plant(tree, parts, leaf)
         listed.append({b"length": size, b"path": [*parts]})
+        gap = -size % piece_length
+        if gap and len(files) > 1:
+            listed.append({b"attr": b"p", b"length": gap, b"path": [b".pad", str(gap).encode()]})
         hashes.extend(batch.v1 for batch in found)
     info: dict[bytes, Value] = {
         b"file tree": tree,
@@ -306,6 +365,26 @@ def _info(
         b"pieces": b"".join(hashes),
     }
     return bencode.encode(info), layers
+
+
+def _v1_info(
+    name: str,
+    files: Sequence[tuple[PurePosixPath, int]],
+    piece_length: int,
+    pieces: Sequence[_Pieces],
+) -> bytes:
+    ordered = sorted(pieces, key=lambda batch: batch.first)
+    return bencode.encode(
+        {
+            b"files": [
+                {b"length": size, b"path": [part.encode() for part in path.parts]}
+                for path, size in files
+            ],
+            b"name": name.encode(),
+            b"piece length": piece_length,
+            b"pieces": b"".join(batch.v1 for batch in ordered),
+        }
+    )
 
 
 def _root(layer: bytes, piece_length: int) -> bytes:

@@ -4,10 +4,13 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from pathlib import PurePosixPath
+import tempfile
+from pathlib import Path, PurePosixPath
 
 import libtorrent
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import golden
 from support.program import grokfetch, invoke
 from support.torrents import content, lay_down
@@ -54,16 +57,35 @@ def top(tmp_path):
 # --- the torrent ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece_length", [1 << 14, PIECE, 1 << 20])
-def test_the_info_dictionary_is_to_the_byte_the_one_that_libtorrent_makes(top, piece_length):
-    files = sorted(libtorrent.list_files(str(top)), key=lambda it: str(it.filename))
-    flags = libtorrent.create_torrent.canonical_files_no_tail_padding
+def by_libtorrent(top, piece_length, flags):
+    files = sorted(libtorrent.list_files(str(top)), key=lambda it: PurePosixPath(it.filename).parts)
     theirs = libtorrent.create_torrent(files, piece_length, flags)
     libtorrent.set_piece_hashes(theirs, str(top.parent))
-    known = parse_torrent(bytes(libtorrent.bencode(theirs.generate())))
+    return parse_torrent(bytes(libtorrent.bencode(theirs.generate())))
+
+
+@pytest.mark.parametrize("piece_length", [1 << 14, PIECE, 1 << 20])
+def test_the_info_dictionary_is_to_the_byte_the_one_that_libtorrent_makes(top, piece_length):
+    known = by_libtorrent(top, piece_length, 0)
     ours = made(top, piece_length).torrent
     assert ours.info == known.info
     assert ours.piece_layers == known.piece_layers
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([0, 1, 16 * 1024, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE]), min_size=1
+    ).filter(any)
+)
+def test_for_files_of_any_sizes_the_info_hash_is_the_one_that_libtorrent_makes(sizes):
+    with tempfile.TemporaryDirectory() as folder:
+        lay_down(Path(folder), {f"{n:03}": content(size, n) for n, size in enumerate(sizes)})
+        top = Path(folder, "top")
+        assert made(top).torrent.info == by_libtorrent(top, PIECE, 0).info
+        ours = made(top, v1_only=True).torrent
+        assert ours.info == by_libtorrent(top, PIECE, libtorrent.create_torrent.v1_only).info
+        assert (ours.v2, ours.piece_layers) == (None, {})
 
 
 def test_libtorrent_reads_it_with_both_hashes(top):
@@ -98,9 +120,9 @@ def test_the_same_bytes_give_the_same_info_hash_whatever_else_differs(top, tmp_p
 
 
 def test_pieces_of_large_files_are_hashed_in_several_jobs_and_put_in_order(top, monkeypatch):
-    whole = made(top).torrent
+    whole = [made(top, v1_only=it).torrent for it in (False, True)]
     monkeypatch.setattr(making, "BATCH", 1)
-    assert made(top).torrent == whole
+    assert [made(top, v1_only=it).torrent for it in (False, True)] == whole
 
 
 @pytest.mark.parametrize(
@@ -243,6 +265,17 @@ def test_any_folder_is_published_with_a_plain_manifest_and_left_as_it_was(top, t
     assert (manifest.info_hash, manifest.magnet, manifest.model) == (known.v1, magnet, None)
     assert all(file.sha256 for file in manifest.files)
     assert parse_magnet(magnet).name == "top"
+
+
+def test_a_v1_torrent_has_one_info_hash_and_is_fetched_by_it(top, tmp_path):
+    magnet = publish(top, "--v1", "--piece-length", PIECE)
+    assert "btmh" not in magnet
+    torrent = top.with_name("top.torrent").read_bytes()
+    with seed(torrent, tmp_path, SwarmSettings.loopback()) as seeder:
+        link = f"{magnet}&x.pe=127.0.0.1:{seeder.port}"
+        grokfetch("fetch", link, "--to", tmp_path / "theirs", *LOOPBACK)
+    for name, data in FILES.items():
+        assert tmp_path.joinpath("theirs/top", name).read_bytes() == data
 
 
 def test_a_tokenizer_among_the_files_is_named_in_the_manifest(top):
