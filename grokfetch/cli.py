@@ -6,7 +6,9 @@ The road from magnet to token is `commands/fetch.py`, `commands/verify.py`, `com
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -94,9 +96,27 @@ def _end(ctx: click.Context, error: GrokfetchError) -> None:
 
 
 def _open_streams() -> None:
-    """Let streams that the caller has closed, of which Python makes None, lead nowhere."""
+    """Make sure that whatever is said can be said.
+
+    Streams that the caller has closed, of which Python makes None, lead nowhere. A name that is not
+    UTF-8 is written as it is, as `ls` does, and what the stream's encoding lacks as an escape.
+    """
     sys.stdout = sys.stdout or _nowhere()
     sys.stderr = sys.stderr or _nowhere()
+    codecs.register_error("sayable", _sayable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="sayable")
+
+
+def _sayable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What to write instead of a character that cannot be encoded; see `codecs.register_error`."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _nowhere() -> TextIO:

@@ -171,8 +171,8 @@ class Summary:
 
     `total` are the bytes that the manifest names and that are asked for, `by_pieces` and
     `by_sha256` those of them that the torrent `info_hash` and the manifest's sha256 have proven.
-    `failures` counts the findings other than extra files. `recorded` is False where the folder
-    could not be written.
+    `failures` counts the findings other than extra files, `unreadable` those of them that say only
+    that bytes could not be read. `recorded` is False where the folder could not be written.
     """
 
     total: int
@@ -181,6 +181,7 @@ class Summary:
     info_hash: str | None
     failures: int
     recorded: bool
+    unreadable: int = 0
 
     @property
     def proven(self) -> int:

@@ -26,6 +26,7 @@ from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.manifest.shipped import grok_1
 from grokfetch.output.progress import Bar
+from grokfetch.output.reporting import held
 from grokfetch.output.terminal import plain
 from grokfetch.torrent.read_back import CHUNK, FileResult, Hashers, sha256_of
 from grokfetch.units import bytes_text
@@ -58,7 +59,7 @@ def manifest(folder: Path, config: Path | None, output: Path | None, state: Path
     """
     store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
-    with store.lock():
+    with held(store, exclusive=True):
         made, proofs = _measure(store, _describe(store, checkpoint))
         store.save_manifest(made)
         store.save_record(dataclasses.replace(store.record(), files=proofs))

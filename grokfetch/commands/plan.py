@@ -14,7 +14,7 @@ import psutil
 from grokfetch.commands.options import plain_option
 from grokfetch.errors import MeshInvalid
 from grokfetch.fetch.preflight import Check, Need, Place, checks, need, probe, refuse
-from grokfetch.fetch.wanted import read_manifest
+from grokfetch.fetch.wanted import describe
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
 from grokfetch.manifest.schema import Manifest, bind
@@ -75,8 +75,8 @@ class Plan:
 
 @click.command()
 @click.argument(
-    "manifest_file",
-    metavar="[MANIFEST]",
+    "source",
+    metavar="[MANIFEST|TORRENT]",
     required=False,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
@@ -90,13 +90,14 @@ class Plan:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @plain_option
-def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
+def plan(source: Path | None, folder: Path, *, as_json: bool) -> None:
     """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
 
-    Without a MANIFEST it is the one in force in DIR, or Grok-1's. What lies in DIR already counts.
+    Of a manifest or a .torrent; without one it is what DIR was begun with, or Grok-1. What lies in
+    DIR already counts.
     The exit code is 0 if the fetch can work here.
     """
-    made = make(manifest_file, folder)
+    made = make(source, folder)
     if as_json:
         click.echo(json.dumps(as_fields(made)))
     else:
@@ -105,18 +106,22 @@ def plan(manifest_file: Path | None, folder: Path, *, as_json: bool) -> None:
     refuse(made.checks, folder)
 
 
-def make(manifest_file: Path | None, folder: Path) -> Plan:
+def make(source: Path | None, folder: Path) -> Plan:
     """Look at the folder and the machine.
 
+    Args:
+        source: a manifest or a torrent file.
+        folder: where the payload is to go.
+
     Raises:
-        ManifestInvalid, SourceInvalid: the manifest is none, or cannot be read.
+        ManifestInvalid, TorrentInvalid, SourceInvalid: the file is neither, or cannot be read.
         Contradiction: DIR holds something else than the manifest.
     """
     store = Store(folder)
     begun = store.manifest_or_none()
     manifest = begun or grok_1()
-    if manifest_file is not None:
-        manifest = read_manifest(manifest_file)
+    if source is not None:
+        manifest = describe(source)
         if begun is not None:
             manifest = bind(manifest, [(file.path, file.size) for file in begun.files])
     whole = set()

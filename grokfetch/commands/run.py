@@ -32,7 +32,7 @@ from grokfetch.fetch import Asked
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.output.progress import Lines
-from grokfetch.output.reporting import lines
+from grokfetch.output.reporting import held, lines
 from grokfetch.output.terminal import screen
 from grokfetch.units import seconds_text, speed_text
 from loader.devices.arrangement import Loading, arrange
@@ -147,7 +147,7 @@ def _reading(
     """The folder, while nobody else writes it."""
     if meanwhile is None:
         store = Store(folder, state)
-        with store.lock(exclusive=False):
+        with held(store):
             yield store
     else:
         from loader.devices.cluster import check

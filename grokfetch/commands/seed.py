@@ -23,7 +23,7 @@ from grokfetch.fetch.swarm import seed as seeding
 from grokfetch.folder.ledger import Proofs
 from grokfetch.folder.store import Store
 from grokfetch.output.progress import Lines
-from grokfetch.output.reporting import lines
+from grokfetch.output.reporting import held, lines
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.units import bytes_text, seconds_text
@@ -68,13 +68,14 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
         NotProven: nothing is proven, or a file has changed meanwhile.
         StateLocked: another process is writing the folder.
     """
-    with store.lock(exclusive=False):
+    with held(store):
         torrent, layout = store.torrent(), store.layout()
         if torrent is None or layout is None:
             raise StateMissing(
                 "no torrent says what this folder holds",
                 path=store.root,
-                hint=f"fetch something into it, or: grokfetch publish {store.root}",
+                hint=store.hint_above()
+                or f"fetch something into it, or: grokfetch publish {store.root}",
             )
         look = _Look(store, torrent, layout)
         parts = (part for piece in look.pieces for part in layout.segments(piece))

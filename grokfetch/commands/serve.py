@@ -15,6 +15,7 @@ from grokfetch.commands.options import loading_options, state_option, tokenizer_
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.errors import StorageFailed, TokenizerMissing
 from grokfetch.folder.store import Store
+from grokfetch.output.reporting import held
 from grokfetch.serving.model import Generation, Served
 from grokfetch.serving.worker import Worker
 from grokfetch.units import seconds_text
@@ -110,7 +111,7 @@ def serve(
     words = _words(store, tokenizer)
     if key is None and host not in LOOPBACK:
         click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
-    with store.lock(exclusive=False), bound(host, port) as at:
+    with held(store), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
         with loading_shown() as report:
             engine = load_model(

@@ -10,7 +10,7 @@ import click
 
 from grokfetch.commands.fetch import bring
 from grokfetch.commands.options import json_option, network_options, plain_option, state_option
-from grokfetch.errors import Damaged, GrokfetchError
+from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
 from grokfetch.fetch.wanted import Network, begun_in
 from grokfetch.folder import verify as verification
@@ -57,7 +57,8 @@ def verify(
         _repair(store, network, start, timeout)
         return
     summary = check_bytes(store)
-    faults = check_tensors(store) if summary.proven else 0
+    faults = check_tensors(store) if summary.proven else []
+    wrong = sum(fault.kind == "wrong" for fault in faults)
     manifest = store.manifest()
     seconds = time.perf_counter() - start
     ended(
@@ -66,16 +67,19 @@ def verify(
         seconds,
         **dataclasses.asdict(summary),
         proven=summary.proven,
-        wrong=faults,
+        wrong=wrong,
     )
     if not summary.recorded:
         click.echo(f"note: {store.state} cannot be written, nothing is recorded", err=True)
     if faults or not summary.complete:
         raise Damaged(
-            f"findings: {summary.failures + faults}, "
+            f"findings: {summary.failures + len(faults)}, "
             f"bytes not proven: {summary.total - summary.proven:,}",
             path=folder,
-            hint=_hint(folder, manifest),
+            hint=_hint(folder, manifest)
+            if wrong or summary.failures > summary.unreadable
+            else "what cannot be read is not known to be wrong: look at the disk, or at how it is "
+            "mounted, and run the same command again",
         )
 
 
@@ -93,10 +97,10 @@ def _repair(store: Store, network: Network, start: float, timeout_s: float) -> N
         f"{again} fetched again, in {seconds_text(seconds)}",
         seconds,
         **dataclasses.asdict(outcome),
-        wrong=faults,
+        wrong=sum(fault.kind == "wrong" for fault in faults),
     )
     if faults:
-        raise Damaged(f"findings: {faults}", path=store.root)
+        raise Damaged(f"findings: {len(faults)}", path=store.root)
 
 
 def _of(store: Store) -> str:
@@ -117,8 +121,10 @@ def check_bytes(store: Store) -> Summary:
     return summary
 
 
-def check_tensors(store: Store, command: Command = "verify") -> int:
-    """Compare the frames of all shards with the manifest; print and count what differs.
+def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
+    """Compare the frames of all shards with the manifest; print and return what differs.
+
+    What cannot be read is "unreadable", and nobody calls it wrong.
 
     Args:
         store: the checkpoint folder.
@@ -129,13 +135,14 @@ def check_tensors(store: Store, command: Command = "verify") -> int:
     found = []
     machine = lines()
     for fault in faults(store):
+        kind = "unreadable" if isinstance(fault, StorageFailed) else "wrong"
         if machine is None:
-            click.echo(f"wrong {fault}")
+            click.echo(f"{kind} {fault}")
         else:
-            machine.put({"event": "finding", "kind": "wrong", "path": fault.path, **_wrong(fault)})
-        found.append(Found("wrong", fault.path or "", None, None, fault.what))
+            machine.put({"event": "finding", "kind": kind, "path": fault.path, **_wrong(fault)})
+        found.append(Found(kind, fault.path or "", None, None, fault.what))
     note_more(store, command, found)
-    return len(found)
+    return found
 
 
 def _wrong(fault: GrokfetchError) -> dict[str, str | None]:

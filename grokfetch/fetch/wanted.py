@@ -16,14 +16,15 @@ from grokfetch.fetch.prepare import Asked
 from grokfetch.fetch.source import PieceSource
 from grokfetch.fetch.swarm import Swarm, SwarmSettings
 from grokfetch.folder.store import Store
+from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest, parse
 from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import grok_1, shipped
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet, link_of_hash, parse_magnet, unquoted
-from grokfetch.torrent.metainfo import TorrentFile, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, parse_info, parse_torrent
 
-__all__ = ["Network", "Wanted", "begun_in", "read_manifest", "resolve"]
+__all__ = ["Network", "Wanted", "begun_in", "describe", "read_manifest", "resolve"]
 
 HUGGING_FACE = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
@@ -246,7 +247,7 @@ def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
         raise SourceInvalid(
             "no fetch was begun in this folder",
             path=store.root,
-            hint="name a SOURCE, and --to DIR",
+            hint=store.hint_above() or "name a SOURCE, and --to DIR",
         )
     wanted = _from_manifest(manifest or earlier, str(store.root))
     return dataclasses.replace(wanted, begun=store.root)
@@ -264,6 +265,27 @@ def _from_manifest(manifest: Manifest, name: str) -> Wanted:
 
 def _shipped(info_hash: str | None) -> Manifest | None:
     return next((known for known in shipped() if info_hash and known.info_hash == info_hash), None)
+
+
+def describe(path: Path) -> Manifest:
+    """The manifest in a file, or what a torrent file says of its payload.
+
+    Raises:
+        ManifestInvalid, TorrentInvalid: it is malformed.
+        Contradiction: a torrent that a shipped manifest is about is not what that says.
+        SourceInvalid: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SourceInvalid(f"cannot be read: {error.strerror}", path=path) from None
+    if data[:1] != b"d":
+        return parse(data, str(path))
+    # A bencoded dictionary.
+    wanted = _from_file(data, str(path), None)
+    assert isinstance(wanted.origin, TorrentFile)
+    layout = parse_info(wanted.origin.info, wanted.origin.piece_layers)
+    return in_force(wanted.manifest, wanted.origin, layout, None)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import IO
 
 from grokfetch.torrent.names import with_ending
 
-__all__ = ["make_folder", "replacing"]
+__all__ = ["flush", "make_folder", "replacing"]
+
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What fsync says where there is nothing to force: folders on CIFS, VirtualBox and FUSE. There the
+server decides when data is safe. EIO and ENOSPC are other answers: the data is lost."""
 
 
 @contextlib.contextmanager
@@ -25,12 +30,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with beside.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _force(file.fileno())
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -42,12 +47,25 @@ def make_folder(path: Path) -> None:
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
-        _flush_folder(folder.parent)
+        flush(folder.parent)
 
 
-def _flush_folder(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk, where the file system can do that.
+
+    Raises:
+        OSError: the disk refuses, or it is not there.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _force(handle)
     finally:
         os.close(handle)
+
+
+def _force(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from grokfetch.errors import StorageFailed, gone, storage_failed
+from grokfetch.folder import atomic
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
@@ -365,11 +366,7 @@ def flush(paths: Iterable[Path], root: Path) -> None:
 
 def _flush(path: Path) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        atomic.flush(path)
     except FileNotFoundError:
         # Its stamp will not be the one that its proofs rest on.
         return

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,11 +19,19 @@ __all__ = ["Owner", "folder_lock", "read_owner"]
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold `folder/lock`, alone or with other readers. The folder is made if need be.
+def folder_lock(
+    folder: Path, *, exclusive: bool, warn: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
+    """Hold `folder/lock`, alone or with other readers.
 
     The kernel drops the lock of a process that dies. NFS passes it on to the server. A shared lock
-    on a folder that cannot be written is not a lock.
+    is not a lock where there is no folder, where it cannot be written, and, with a warning, where
+    the file system knows no locks. To write, the folder is made if need be.
+
+    Args:
+        folder: of our state files.
+        exclusive: alone, in order to write.
+        warn: told what a reader should know.
 
     Raises:
         StateLocked: another process holds it; names that process where it is known.
@@ -34,7 +42,7 @@ def folder_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
         yield
         return
     with file:
-        _acquire(file, folder, exclusive=exclusive)
+        _acquire(file, folder, warn, exclusive=exclusive)
         try:
             yield
         finally:
@@ -44,7 +52,8 @@ def folder_lock(folder: Path, *, exclusive: bool) -> Iterator[None]:
 
 def _open(path: Path, *, exclusive: bool) -> IO[bytes] | None:
     try:
-        make_folder(path.parent)
+        if exclusive:
+            make_folder(path.parent)
         return path.open("ab+", buffering=0)
     except OSError as error:
         if exclusive:
@@ -55,7 +64,9 @@ def _open(path: Path, *, exclusive: bool) -> IO[bytes] | None:
         return None
 
 
-def _acquire(file: IO[bytes], folder: Path, *, exclusive: bool) -> None:
+def _acquire(
+    file: IO[bytes], folder: Path, warn: Callable[[str], None], *, exclusive: bool
+) -> None:
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -65,10 +76,12 @@ def _acquire(file: IO[bytes], folder: Path, *, exclusive: bool) -> None:
             hint="wait until it has ended, or end it",
         ) from None
     except OSError as error:
+        without = f"this file system knows no locks ({error.strerror})"
+        if not exclusive:
+            warn(f"{folder}: {without}, so nobody is kept from changing files while they are read")
+            return
         raise StorageFailed(
-            f"this file system knows no locks ({error.strerror})",
-            path=folder,
-            hint="keep the state on another file system: --state DIR",
+            without, path=folder, hint="keep the state on another file system: --state DIR"
         ) from error
     if exclusive:
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})

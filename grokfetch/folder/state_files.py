@@ -43,7 +43,7 @@ class StateFiles:
         Raises:
             StateLocked, StorageFailed: see there.
         """
-        with folder_lock(self.folder, exclusive=exclusive):
+        with folder_lock(self.folder, exclusive=exclusive, warn=self.warn):
             self._owner = exclusive
             try:
                 yield

@@ -45,7 +45,7 @@ from grokfetch.folder.state_files import StateFiles
 from grokfetch.manifest import relocation as placing
 from grokfetch.manifest import schema as manifests
 from grokfetch.manifest import selection as selections
-from grokfetch.manifest.relocation import Places
+from grokfetch.manifest.relocation import Places, in_hub_cache
 from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.layout import Layout
@@ -105,19 +105,34 @@ class Store:
             return None
         return Stamp(status.st_size, status.st_mtime_ns)
 
+    @property
+    def _beside_payload(self) -> bool:
+        """Whether our own files lie where they do by default."""
+        return self.state == self.root / STATE_FOLDER
+
     # --- the lock ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool = True) -> Iterator[None]:
         """Hold the folder: alone in order to write it, or with other readers.
 
-        A shared lock on a folder that cannot be written is not a lock.
+        A shared lock makes nothing, and is not a lock where that cannot be had: see `folder_lock`.
 
         Raises:
             StateLocked: another process holds it; names that process where it is known.
             StorageFailed: the folder cannot be written, or its file system knows no locks.
         """
+        begins = exclusive and not self.state.exists()
         with self._files.lock(exclusive=exclusive):
+            if (
+                begins
+                and self.state == self.root / STATE_FOLDER
+                and in_hub_cache(self.root.absolute())
+            ):
+                self._files.warn(
+                    f"{self.root} lies in Hugging Face's cache, whose tools will count the files "
+                    f"in {self.state}; --state DIR keeps them elsewhere"
+                )
             self._forget()
             yield
 
@@ -134,10 +149,19 @@ class Store:
             raise StateMissing(
                 "nothing here says what this folder must hold",
                 path=self.root,
-                hint=f"run: grokfetch fetch SOURCE --to {self.root}, "
+                hint=self.hint_above()
+                or f"run: grokfetch fetch SOURCE --to {self.root}, "
                 f"or for files that came another way: grokfetch manifest {self.root}",
             )
         return found
+
+    def hint_above(self) -> str:
+        """Which folder above this one was begun and may be meant; nothing if there is none."""
+        above = self.root.absolute().parents if self._beside_payload else ()
+        for folder in above:
+            if (folder / STATE_FOLDER / "manifest.json").is_file():
+                return f"the folder above it was begun by grokfetch: name {folder} instead"
+        return ""
 
     def manifest_or_none(self) -> Manifest | None:
         """The manifest in force, its paths those where files lie here; None if there is none."""

@@ -52,6 +52,9 @@ def verify(store: Store, *, threads: int | None = None) -> Generator[VerifyEvent
         StateMissing: there is no manifest.
         StateLocked: another process uses the folder.
     """
+    if not store.state.is_dir():
+        # Says what is missing; the lock would leave a state folder where nobody asked for one.
+        store.manifest()
     with contextlib.ExitStack() as stack:
         recording = True
         try:
@@ -304,6 +307,7 @@ class _Verification:
             info_hash=None if self._torrent is None else self._torrent.info_hash,
             failures=sum(finding.kind != "extra" for finding in self._findings),
             recorded=self._recording,
+            unreadable=sum(finding.kind == "unreadable" for finding in self._findings),
         )
 
     def _bytes_of(self, pieces: Iterable[int]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import PurePosixPath
+from itertools import pairwise
+from pathlib import PurePath, PurePosixPath
 
 from grokfetch.errors import ManifestInvalid
 from grokfetch.manifest.fields import Field
@@ -25,6 +26,7 @@ __all__ = [
     "encode",
     "finished_name",
     "guesses",
+    "in_hub_cache",
 ]
 
 SCHEMA = 1
@@ -111,6 +113,17 @@ def _heads(name: PurePosixPath, place: PurePosixPath) -> tuple[PurePosixPath, Pu
     """What is left of both without the end they share."""
     tail = common_tail(name, place)
     return PurePosixPath(*name.parts[:-tail]), PurePosixPath(*place.parts[:-tail])
+
+
+def in_hub_cache(root: PurePath) -> bool:
+    """Whether an absolute path leads into a snapshot of Hugging Face's cache.
+
+    That is laid out as `models--OWNER--NAME/snapshots/REVISION`.
+    """
+    return any(
+        after == "snapshots" and before.startswith(("models--", "datasets--"))
+        for before, after in pairwise(root.parts[:-1])
+    )
 
 
 # --- JSON --------------------------------------------------------------------------------------

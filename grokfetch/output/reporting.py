@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import click
 
 from grokfetch import __version__
 from grokfetch.events import Ended, Notice, Started
+from grokfetch.folder.store import Store
 from grokfetch.output.json_lines import error_fields
 from grokfetch.output.progress import Bar, Lines, Sink
 from grokfetch.output.terminal import plain
 
-__all__ = ["begin_lines", "ended", "failed", "lines", "notice", "reporter"]
+__all__ = ["begin_lines", "ended", "failed", "held", "lines", "notice", "reporter"]
 
 KEY = "grokfetch.lines"
 """Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
@@ -30,6 +33,20 @@ def lines(context: click.Context | None = None) -> Lines | None:
     found = None if context is None else context.meta.get(KEY)
     assert found is None or isinstance(found, Lines)
     return found
+
+
+@contextlib.contextmanager
+def held(store: Store, *, exclusive: bool = False) -> Iterator[None]:
+    """Hold a folder's lock, and say what a person should know about that.
+
+    Raises:
+        StateLocked: another process is in the way.
+        StorageFailed: the folder is to be written and cannot be.
+    """
+    with store.lock(exclusive=exclusive):
+        for warning in store.warnings:
+            notice(f"warning: {warning}")
+        yield
 
 
 def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:

@@ -172,8 +172,8 @@ class _Leg:
             np.copyto(target, self._source[part.source])
 
     def pages(self, chunk: Chunk) -> Iterator[Pages]:
-        """The pages of a chunk, where it lies in a file."""
-        if self.file is not None:
+        """The pages of a chunk, where it lies in a file that is mapped."""
+        if self.file is not None and self.file.mappable:
             yield self.file.pages(self.file.array.offset + chunk.start, chunk.nbytes)
 
     def settle(self, chunk: Chunk) -> int:

@@ -19,7 +19,10 @@ import numpy as np
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
 
-__all__ = ["Pages"]
+__all__ = ["CANNOT_MAP", "Pages"]
+
+CANNOT_MAP = (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What mmap says on a file system that has no mapping: some network and FUSE ones."""
 
 LARGE = 4 << 20
 """Bytes from which huge pages of a file are worth asking for."""

@@ -1,10 +1,10 @@
 """Reads a shard file without unpickling it.
 
 A shard is what `pickle.dump(tensor, file, protocol=4)` of CPython wrote: a few hundred bytes of
-pickle opcodes around one or two payloads of up to gigabytes. `read_shard` walks those opcodes over
-a memory-mapped file with a closed list of opcodes and a closed list of globals. The values on its
-stack are plain private ones; no global is imported, nothing is called, no payload is copied. What
-comes out are spans: which bytes of the file are which array.
+pickle opcodes around one or two payloads of up to gigabytes. `read_shard` walks those opcodes with
+a closed list of opcodes and a closed list of globals. The values on its stack are plain private
+ones; no global is imported, nothing is called, no payload is read. What comes out are spans: which
+bytes of the file are which array. The file is mapped, or read where its file system cannot map.
 
 The same frame is written by `loader.weights.shard_writer`.
 
@@ -20,9 +20,10 @@ import pickletools
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import IO, Final, Protocol
 
 from grokfetch.errors import ShardInvalid, StorageFailed
+from loader.weights.pages import CANNOT_MAP
 from loader.weights.shard_values import (
     DTYPES,
     GLOBALS,
@@ -50,7 +51,7 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
 
     Raises:
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
-        StorageFailed: it cannot be opened or mapped, or is not a regular file.
+        StorageFailed: it cannot be opened, mapped or read, or is not a regular file.
     """
     path = Path(path)
     try:
@@ -60,7 +61,13 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return read_frame(b"", path)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno not in CANNOT_MAP:
+                    raise
+                return _walk(_File(file), path)
+            with mapped:
                 return read_frame(mapped, path)
     except OSError as error:
         raise StorageFailed(f"cannot be read: {error.strerror or error}", path=path) from error
@@ -75,21 +82,54 @@ def read_frame(
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
     """
     with memoryview(buffer) as view:
-        walk = _Walk(view)
-        while walk.shard is None:
-            start = walk.position
-            try:
-                walk.step()
-            except Refusal as refusal:
-                name = _opcode_name(view, start)
-                raise ShardInvalid(str(refusal), path=path, offset=start, opcode=name) from None
+        return _walk(view, path)
+
+
+def _walk(view: _Bytes, path: str | os.PathLike[str]) -> Shard:
+    walk = _Walk(view)
+    while walk.shard is None:
+        start = walk.position
+        try:
+            walk.step()
+        except Refusal as refusal:
+            name = _opcode_name(view, start)
+            raise ShardInvalid(str(refusal), path=path, offset=start, opcode=name) from None
     return walk.shard
 
 
-def _opcode_name(view: memoryview, position: int) -> str:
+def _opcode_name(view: _Bytes, position: int) -> str:
     if position >= len(view):
         return "none"
-    return _NAMES.get(view[position], f"0x{view[position]:02x}")
+    [code] = bytes(view[position : position + 1])
+    return _NAMES.get(code, f"0x{code:02x}")
+
+
+class _Bytes(Protocol):
+    """What a shard is read from; only slices of at most 255 bytes are asked for."""
+
+    def __len__(self) -> int:
+        """Bytes in all."""
+
+    def __getitem__(self, part: slice, /) -> bytes | memoryview:
+        """Some of them."""
+
+
+class _File:
+    """A file of which slices are read as they are asked for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        self._file.seek(part.start)
+        data = self._file.read(part.stop - part.start)
+        if len(data) < part.stop - part.start:
+            raise OSError(f"it has shrunk below {self._size} bytes while it was read")
+        return data
 
 
 _MARK: Final = object()
@@ -98,7 +138,7 @@ _MARK: Final = object()
 class _Walk:
     """A stack machine that understands only what a pickled array needs."""
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: _Bytes) -> None:
         self.view = view
         self.position = 0
         self.shard: Shard | None = None

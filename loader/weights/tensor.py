@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
-from loader.weights.pages import Pages
+from loader.weights.pages import CANNOT_MAP, Pages
 from loader.weights.schema import ParamSpec
 from loader.weights.shard_values import ArraySpan
 
@@ -39,6 +39,9 @@ class Tensor:
     Both arrays are views into one read-only mapping, at offsets that need not be aligned. The
     mapping lives as long as the tensor or any view. A file that shrinks meanwhile kills the process
     (SIGBUS), which is why writers hold the folder's lock.
+
+    Where the file system cannot map files, an array is read into memory each time that it is asked
+    for, and lives as long as whoever asked keeps it.
     """
 
     spec: ParamSpec
@@ -51,22 +54,22 @@ class Tensor:
         """Bytes of the weight and its scales."""
         return self.array.nbytes + (0 if self.scale_span is None else self.scale_span.nbytes)
 
-    @functools.cached_property
+    @property
     def weight(self) -> npt.NDArray[np.generic]:
         """float32 of `spec.shape`, or int8 if the tensor is quantised.
 
         Raises:
-            StorageFailed: the file cannot be mapped.
+            StorageFailed: the file cannot be read.
             CheckpointInvalid: the file is shorter than when the checkpoint was opened.
         """
         return self._view(self.array)
 
-    @functools.cached_property
+    @property
     def scales(self) -> npt.NDArray[np.generic] | None:
         """bfloat16 of `spec.scale_shape`, None if the tensor is not quantised.
 
         Raises:
-            StorageFailed: the file cannot be mapped.
+            StorageFailed: the file cannot be read.
             CheckpointInvalid: the file is shorter than when the checkpoint was opened.
         """
         return None if self.scale_span is None else self._view(self.scale_span)
@@ -146,13 +149,30 @@ class Tensor:
         return to_devices(self, target)
 
     @property
+    def mappable(self) -> bool:
+        """Whether the file system can map the file.
+
+        Raises:
+            StorageFailed: the file cannot be read.
+        """
+        return self._mapped is not None
+
+    @property
     def file(self) -> npt.NDArray[np.uint8]:
         """The whole file in the mapping that `weight` and `scales` are views of; page aligned.
 
         Raises:
             StorageFailed: the file cannot be mapped.
         """
-        return np.frombuffer(self._mapped, np.uint8)
+        return np.frombuffer(self._mapping(), np.uint8)
+
+    def pages(self, start: int, nbytes: int) -> Pages:
+        """The pages of bytes of the file, `start` counted from the file's first.
+
+        Raises:
+            StorageFailed: the file cannot be mapped.
+        """
+        return Pages(self.path, self._mapping(), start, nbytes)
 
     def read_into(self, start: int, target: npt.NDArray[np.generic]) -> None:
         """Read bytes of the weight, `start` counted from its first, into a contiguous array.
@@ -161,10 +181,13 @@ class Tensor:
             StorageFailed: the file cannot be read.
             CheckpointInvalid: it is shorter than when the checkpoint was opened.
         """
+        self._read(self.array.offset + start, target)
+
+    def _read(self, at: int, target: npt.NDArray[np.generic]) -> None:
         left = target.reshape(-1).view(np.uint8).data
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.array.offset + start)
+                file.seek(at)
                 while left:
                     count = file.readinto(left)
                     if not count:
@@ -175,26 +198,36 @@ class Tensor:
         except OSError as error:
             raise StorageFailed(f"cannot be read: {error.strerror}", path=self.path) from error
 
-    def pages(self, start: int, nbytes: int) -> Pages:
-        """The pages of bytes of the file, `start` counted from the file's first.
-
-        Raises:
-            StorageFailed: the file cannot be mapped.
-        """
-        return Pages(self.path, self._mapped, start, nbytes)
-
     def _view(self, span: ArraySpan) -> npt.NDArray[np.generic]:
-        if span.offset + span.nbytes > len(self._mapped):
-            raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)
         dtype = np.dtype(ml_dtypes.bfloat16 if span.dtype == "bfloat16" else span.dtype)
-        return np.ndarray(span.shape, dtype, self._mapped, span.offset, order=span.order)
+        mapped = self._mapped
+        if mapped is None:
+            data = np.empty(span.nbytes, np.uint8)
+            self._read(span.offset, data)
+            data.flags.writeable = False
+            return np.ndarray(span.shape, dtype, data, order=span.order)
+        if span.offset + span.nbytes > len(mapped):
+            raise CheckpointInvalid(f"{self.spec.name} has shrunk on disk", path=self.path)
+        return np.ndarray(span.shape, dtype, mapped, span.offset, order=span.order)
+
+    def _mapping(self) -> mmap.mmap:
+        if self._mapped is None:
+            raise StorageFailed(
+                "this file system cannot map files",
+                path=self.path,
+                hint="read the weights into memory: --placement sharded",
+            )
+        return self._mapped
 
     @functools.cached_property
-    def _mapped(self) -> mmap.mmap:
+    def _mapped(self) -> mmap.mmap | None:
+        """The whole file in memory, None where the file system cannot map files."""
         try:
             with self.path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in CANNOT_MAP:
+                return None
             raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
 
 

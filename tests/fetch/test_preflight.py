@@ -22,6 +22,7 @@ from grokfetch.fetch.preflight import Need, Place, checks, need, probe, refuse
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import encode
 from grokfetch.manifest.shipped import grok_1
+from grokfetch.torrent.metainfo import encode_torrent
 from loader.devices.present import Device, devices
 
 PIECE = 32768
@@ -228,7 +229,7 @@ def planned(folder, *arguments, code=0):
 
 def test_plan_prints_tables_that_fit_80_columns(tmp_path, monkeypatch):
     rich = dataclasses.replace(probe(tmp_path, 0), folder=Path("grok-1"), free=10**12)
-    monkeypatch.setattr(preflight, "probe", lambda *_: rich)
+    monkeypatch.setattr("grokfetch.commands.plan.probe", lambda *_: rich)
     text = planned(tmp_path)
     assert max(map(len, text.splitlines())) <= 80
     assert "318.2 GB" in text
@@ -239,7 +240,7 @@ def test_plan_prints_tables_that_fit_80_columns(tmp_path, monkeypatch):
 
 def test_plan_tells_a_machine_whether_it_can_work(tmp_path, monkeypatch):
     poor = dataclasses.replace(probe(tmp_path, 0), free=10**6)
-    monkeypatch.setattr(preflight, "probe", lambda *_: poor)
+    monkeypatch.setattr("grokfetch.commands.plan.probe", lambda *_: poor)
     found = json.loads(planned(tmp_path, "--json", code=StorageFailed.exit_code))
     assert found["schema"] == 1
     assert not found["possible"]
@@ -257,6 +258,16 @@ def test_plan_counts_what_is_proven_in_the_folder(tmp_path):
     found = json.loads(planned(tmp_path, "--json"))
     assert found["missing"] == len(FILES["c"])
     assert found["modes"] == {"mapped": None, "sharded": []}
+
+
+def test_plan_takes_a_torrent_file(tmp_path):
+    files = {"a": content(40_000), "b": content(5)}
+    torrent, other = tmp_path / "x.torrent", tmp_path / "y.torrent"
+    torrent.write_bytes(encode_torrent(v1_torrent(files, 32768)))
+    found = json.loads(planned(tmp_path / "new", torrent, "--json"))
+    assert (found["bytes"], found["missing"]) == (40_005, 40_005)
+    other.write_bytes(b"d1:xe")
+    assert "y.torrent" in invoke("plan", other, code=11).output
 
 
 def test_plan_imports_nothing_heavy(tmp_path):

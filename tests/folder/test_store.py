@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.program import invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch.errors import NotProven, StateLocked, StateMissing, StorageFailed
@@ -290,6 +291,7 @@ def test_the_lock_of_a_killed_process_does_not_block(tmp_path, holder):
 
 
 def test_readers_share_and_keep_writers_out(tmp_path, holder):
+    (tmp_path / ".grokfetch").mkdir()
     holder("shared")
     with Store(tmp_path).lock(exclusive=False):
         pass
@@ -303,7 +305,7 @@ def test_a_lock_that_a_full_disk_does_not_take_is_told(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with Full(tmp_path / "lock", "w+") as file, pytest.raises(StorageFailed, match="disk is full"):
-        lock._acquire(file, tmp_path, exclusive=True)
+        lock._acquire(file, tmp_path, print, exclusive=True)
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):
@@ -321,6 +323,52 @@ def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypat
         reader.require(A)
     with pytest.raises(StorageFailed, match="--state DIR"), reader.lock():
         pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("verify",), 14),
+        (("verify", "--repair"), 10),
+        (("fetch",), 10),
+        (("seed",), 14),
+        (("status",), 14),
+        (("report",), 14),
+        (("run", "--tokens", "1"), 14),
+        (("serve",), 14),
+        (("inspect",), 23),
+        (("manifest",), 23),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else str(part),
+)
+def test_nothing_is_written_where_nothing_was_asked_for(tmp_path, arguments, code):
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "mine").write_text("x")
+    command, *options = arguments
+    invoke(command, wrong, *options, code=code)
+    assert [path.name for path in wrong.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("command", ["verify", "fetch", "seed", "status", "run"])
+def test_one_level_too_deep_the_folder_that_was_begun_is_named(store, command):
+    options = ("--tokens", "1") if command == "run" else ()
+    deep = store.root / "top"
+    told = invoke(command, deep, *options, code=10 if command == "fetch" else 14).output
+    assert f"name {store.root} instead" in told
+    assert not (deep / ".grokfetch").exists()
+
+
+def test_state_that_would_lie_in_a_snapshot_of_hugging_faces_cache_is_told_once(tmp_path):
+    root = tmp_path / "models--xai-org--grok-1/snapshots/0123abcd"
+    for known, warned in ((Store(root, tmp_path / "state"), False), (Store(root), True)):
+        with known.lock():
+            assert ("--state DIR" in " ".join(known.warnings)) == warned
+    with again(known).lock():
+        assert not known.warnings[1:]
+    later = Store(root)
+    with later.lock():
+        assert not later.warnings
 
 
 def test_the_state_may_lie_elsewhere(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from pathlib import Path
 
 from grokfetch.errors import StorageFailed, storage_failed
@@ -70,7 +69,6 @@ def _bring(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(data)
-            os.fchmod(file.fileno(), 0o644)
     except OSError as error:
         raise storage_failed(error, path) from error
 

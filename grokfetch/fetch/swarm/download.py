@@ -101,7 +101,7 @@ class Swarm:
         self._tally.begin()
         while order.want:
             with Session(self._settings) as session:
-                handle = session.add(self._download_params(lt, order), peers)
+                handle = session.add(self._download_params(lt, order), peers, order.root)
                 download = _Download(lt, session, handle, order, self._tally)
                 yield from download.run(received, gives_up=once_more)
             arrived = order.want - download.left
@@ -115,7 +115,6 @@ class Swarm:
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         pieces = range(order.layout.piece_count)
-        params.save_path = str(order.root)
         # Together these say: what is proven is there, nothing else is, and no file is to be read.
         params.have_pieces = [piece in order.have for piece in pieces]
         params.flags |= lt.torrent_flags.no_verify_files

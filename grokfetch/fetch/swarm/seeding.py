@@ -91,7 +91,6 @@ def seed(
             params = lt.load_torrent_buffer(torrent)
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
-        params.save_path = str(root)
         params.renamed_files = paths_by_index(params.ti, layout)
         count = params.ti.num_pieces()
         if have is None or len(have) == count:
@@ -101,7 +100,7 @@ def seed(
             params.have_pieces = [piece in have for piece in range(count)]
             params.piece_priorities = [0] * count
             params.flags |= lt.torrent_flags.no_verify_files | lt.torrent_flags.upload_mode
-        handle = session.add(params, peers)
+        handle = session.add(params, peers, root)
         # Before that a peer would be turned away, and try again only seconds later.
         while not any(isinstance(alert, lt.torrent_checked_alert) for alert in session.alerts()):
             pass

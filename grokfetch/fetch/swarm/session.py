@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import select
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from grokfetch.errors import OutOfReach, SourceInvalid, StorageFailed, TorrentInvalid
+from grokfetch.errors import (
+    OutOfReach,
+    SourceInvalid,
+    StorageFailed,
+    TorrentInvalid,
+    storage_failed,
+)
 
 __all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent"]
 
@@ -101,6 +109,7 @@ class Session:
                 hint="choose an address of this machine and a free port: --listen HOST:PORT",
             )
         self._handles: list[Any] = []
+        self._folders = contextlib.ExitStack()
         # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
         # libtorrent itself would hold Ctrl-C back until it returns.
         self._wake, self._signal = socket.socketpair()
@@ -118,6 +127,7 @@ class Session:
             self._session.set_alert_fd(-1)
             # Its destructor waits for the threads of the network and the disk.
             del self._session
+            self._folders.close()
             self._wake.close()
             self._signal.close()
 
@@ -138,12 +148,22 @@ class Session:
         """The port it listens on."""
         return int(self._session.listen_port())
 
-    def add(self, params: Any, peers: Sequence[tuple[str, int]] = ()) -> Any:
+    def add(
+        self, params: Any, peers: Sequence[tuple[str, int]] = (), root: Path | None = None
+    ) -> Any:
         """Add a torrent that runs at once, whatever else the session does.
+
+        Args:
+            params: libtorrent's.
+            peers: to begin with.
+            root: the checkpoint folder; None to leave the place that `params` name.
 
         Raises:
             TorrentInvalid: libtorrent refuses it.
+            StorageFailed: the folder cannot be opened.
         """
+        if root is not None:
+            params.save_path = self._name_of(root)
         flags = self._lt.torrent_flags
         params.flags &= ~(flags.paused | flags.auto_managed)
         params.peers = [*params.peers, *peers]
@@ -158,6 +178,20 @@ class Session:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         self._handles.append(handle)
         return handle
+
+    def _name_of(self, root: Path) -> str:
+        """A name of a folder for libtorrent, which takes only what is UTF-8."""
+        try:
+            str(root).encode()
+        except UnicodeEncodeError:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                handle = os.open(root, os.O_RDONLY)
+            except OSError as error:
+                raise storage_failed(error, root) from error
+            self._folders.callback(os.close, handle)
+            return f"/dev/fd/{handle}"
+        return str(root)
 
     def alerts(self) -> list[Any]:
         """The alerts that there are, after waiting for at least one, but not for long."""
