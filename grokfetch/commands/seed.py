@@ -20,6 +20,7 @@ from grokfetch.errors import NotProven, StateMissing
 from grokfetch.events import Ended, Seeding
 from grokfetch.fetch.swarm import Seeder, Shared, SwarmSettings
 from grokfetch.fetch.swarm import seed as seeding
+from grokfetch.folder import lock
 from grokfetch.folder.ledger import Proofs
 from grokfetch.folder.store import Store
 from grokfetch.output.progress import Lines
@@ -68,7 +69,7 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
         NotProven: nothing is proven, or a file has changed meanwhile.
         StateLocked: another process is writing the folder.
     """
-    with held(store):
+    with held(store), lock.seeding(store.state):
         torrent, layout = store.torrent(), store.layout()
         if torrent is None or layout is None:
             raise StateMissing(

@@ -76,9 +76,9 @@ def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
         share = share_text(asked.proven, asked.total)
         yield "asked", f"{asked.what}, {share} of {asked.total:,} bytes are proven"
     yield "files", _files(found)
-    yield "at work", "nobody" if seen.owner is None else str(seen.owner)
+    yield "at work", _at_work(seen)
     if seen.history.samples:
-        yield "fetch", _fetch(seen.history, now)
+        yield "fetch", _fetch(seen, now)
     if seen.history.sent:
         yield "sent", _senders(seen.history)
     for command, check in seen.checks.items():
@@ -120,8 +120,20 @@ def _files(found: Survey) -> str:
     )
 
 
-def _fetch(history: History, now: float) -> str:
-    last = history.samples[-1]
+def _at_work(seen: Overview) -> str:
+    at_work = [] if seen.owner is None else [str(seen.owner)]
+    if seen.seeder is not None:
+        at_work.append(f"{seen.seeder}, which seeds")
+    return "; ".join(at_work) or "nobody"
+
+
+def _fetch(seen: Overview, now: float) -> str:
+    last, ended = seen.history.samples[-1], seen.history.ended
+    if ended is not None:
+        why = f": {ended.why}" if ended.why else ""
+        return f"{ended.how} {_ago(ended.time, now)}{why}"
+    if seen.owner is None and last.phase != "done":
+        return f"{last.phase} {_ago(last.time, now)}, then it ended without a word: it was killed"
     peers = f"{last.peers} {'peer' if last.peers == 1 else 'peers'}"
     speed = "" if last.phase == "done" else f", {bytes_text(last.rate)}/s from {peers}"
     return f"{last.phase} {_ago(last.time, now)}{speed}"

@@ -70,7 +70,10 @@ def verify(
         wrong=wrong,
     )
     if not summary.recorded:
-        click.echo(f"note: {store.state} cannot be written, nothing is recorded", err=True)
+        click.echo(
+            f"note: {store.state} cannot be written, or others are reading: nothing is recorded",
+            err=True,
+        )
     if faults or not summary.complete:
         raise Damaged(
             f"findings: {summary.failures + len(faults)}, "

@@ -15,11 +15,23 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from grokfetch.errors import GrokfetchError
 from grokfetch.events import FetchEvent, Origin, Status
 from grokfetch.folder import advisory as notes
 from grokfetch.folder.store import Store
 
-__all__ = ["FILE", "LIMIT", "SCHEMA", "History", "Sample", "rates", "read", "recorded", "thinned"]
+__all__ = [
+    "FILE",
+    "LIMIT",
+    "SCHEMA",
+    "Ended",
+    "History",
+    "Sample",
+    "rates",
+    "read",
+    "recorded",
+    "thinned",
+]
 
 SCHEMA = 2
 FILE = "progress.json"
@@ -28,6 +40,9 @@ LIMIT = 240
 
 SENDERS = 100
 """Peers and mirrors that are told apart at most, those that sent most."""
+
+NOT_COUNTED = ("metadata", "checking")
+"""Phases in which what is proven may not have been counted yet: it is what it was."""
 
 INTERVAL_S = 3.0
 """Seconds between two samples: those between two writings of the record."""
@@ -52,10 +67,24 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class History:
-    """Samples, oldest first, and who has sent how many payload bytes in all fetches."""
+    """Samples, oldest first, and who has sent how many payload bytes in all fetches.
+
+    `ended` says how the last fetch ended and why, None while it is at work, and for ever if it was
+    killed.
+    """
 
     samples: tuple[Sample, ...] = ()
     sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+    ended: Ended | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """How a fetch ended: complete, interrupted, or failed and with what; seconds since 1970."""
+
+    time: float
+    how: str
+    why: str = ""
 
 
 def recorded(
@@ -72,27 +101,44 @@ def recorded(
     """
     start = due = clock()
     before: History | None = None
-    samples: tuple[Sample, ...] = ()
-    with contextlib.closing(events):
-        for event in events:
-            if before is None:
-                before = read(store)
-                samples = before.samples
-            if isinstance(event, Status) and (event.phase == "done" or clock() >= due):
-                at = clock()
-                due = at + INTERVAL_S
-                samples = thinned((*samples, _sample(event, before, time.time(), at - start)))
-                _write(store, History(samples, _most(Counter(before.sent) + Counter(event.sent))))
-            yield event
+    history = History()
+    ended: Ended | None = None
+    try:
+        with contextlib.closing(events):
+            for event in events:
+                if before is None:
+                    history = before = dataclasses.replace(read(store), ended=None)
+                if isinstance(event, Status) and (event.phase == "done" or clock() >= due):
+                    at = clock()
+                    due = at + INTERVAL_S
+                    samples = (*history.samples, _sample(event, before, history, at - start))
+                    sent = _most(Counter(before.sent) + Counter(event.sent))
+                    history = History(thinned(samples), sent)
+                    _write(store, history)
+                yield event
+        ended = Ended(time.time(), "complete")
+    except GrokfetchError as error:
+        ended = Ended(time.time(), "failed", error.what)
+        raise
+    except (GeneratorExit, KeyboardInterrupt):
+        ended = Ended(time.time(), "interrupted")
+        raise
+    finally:
+        # What could not begin, for want of the lock say, leaves what is told of the one before.
+        if before is not None and ended is not None:
+            _write(store, dataclasses.replace(history, ended=ended))
 
 
-def _sample(status: Status, before: History, when: float, worked: float) -> Sample:
+def _sample(status: Status, before: History, so_far: History, worked: float) -> Sample:
     """A moment of this fetch, counted on from those before."""
     if before.samples:
         worked += before.samples[-1].worked
+    proven = status.proven
+    if not proven and status.phase in NOT_COUNTED and so_far.samples:
+        proven = so_far.samples[-1].proven
     received = sum(before.sent.values()) + status.received
     return Sample(
-        when, worked, status.proven, received, status.peers, status.rate, str(status.phase)
+        time.time(), worked, proven, received, status.peers, status.rate, str(status.phase)
     )
 
 
@@ -145,6 +191,7 @@ def _write(store: Store, history: History) -> None:
     fields = {
         "samples": [dataclasses.astuple(sample) for sample in history.samples],
         "sent": [(origin.kind, origin.name, count) for origin, count in history.sent.items()],
+        "ended": None if history.ended is None else dataclasses.astuple(history.ended),
     }
     notes.write(store.state / FILE, SCHEMA, fields)
 
@@ -159,7 +206,17 @@ def _decode(fields: dict[str, Any]) -> History:
     sent: Counter[Origin] = Counter()
     for kind, name, count in fields["sent"]:
         sent[Origin("mirror" if kind == "mirror" else "peer", str(name))] += notes.count(count)
-    return History(tuple(sorted(samples, key=lambda it: it.worked)), sent)
+    ended = fields.get("ended")
+    return History(
+        tuple(sorted(samples, key=lambda it: it.worked)),
+        sent,
+        None if ended is None else _decode_ended(ended),
+    )
+
+
+def _decode_ended(row: Iterable[Any]) -> Ended:
+    when, how, why = row
+    return Ended(notes.number(when), str(how), str(why))
 
 
 def _decode_sample(row: Iterable[Any]) -> Sample:

@@ -26,6 +26,7 @@ __all__ = [
     "checks",
     "note_more",
     "runs",
+    "standing",
 ]
 
 CHECKS_SCHEMA = 1
@@ -134,6 +135,21 @@ def note_more(store: Store, command: Command, found: Sequence[Found]) -> None:
         together = (*last.findings, *found)[:FINDINGS]
         kept[command] = Check(last.time, last.count + len(found), together)
         _write_checks(store, kept)
+
+
+def standing(check: Check, mended: Callable[[Found], bool]) -> Check:
+    """A check without the findings that have been mended since.
+
+    Of findings that were counted and not kept it is known only that none is left if none of those
+    that were kept is.
+
+    Args:
+        check: as it was made.
+        mended: whether a finding has been.
+    """
+    left = tuple(found for found in check.findings if not mended(found))
+    unknown = check.count - len(check.findings) if left or not check.findings else 0
+    return Check(check.time, len(left) + unknown, left)
 
 
 def _found(finding: Finding) -> Found:

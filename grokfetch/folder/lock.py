@@ -15,7 +15,9 @@ from typing import IO
 from grokfetch.errors import StateLocked, StorageFailed, storage_failed
 from grokfetch.folder.atomic import make_folder
 
-__all__ = ["Owner", "folder_lock", "read_owner"]
+__all__ = ["SEEDER", "Owner", "folder_lock", "read_owner", "seeding"]
+
+SEEDER = "seeder.json"
 
 
 @contextlib.contextmanager
@@ -84,10 +86,9 @@ def _acquire(
             without, path=folder, hint="keep the state on another file system: --state DIR"
         ) from error
     if exclusive:
-        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         try:
             file.truncate(0)
-            file.write(owner.encode())
+            file.write(_named().encode())
         except OSError as error:
             raise storage_failed(error, folder / "lock") from error
 
@@ -109,13 +110,37 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
 
-def read_owner(folder: Path) -> Owner | None:
+@contextlib.contextmanager
+def seeding(folder: Path) -> Iterator[None]:
+    """Say in the state folder, while the block runs, that this process shares what is proven.
+
+    A convenience for those who look: it keeps nobody away, and a disk that does not take it ends
+    nothing.
+    """
+    path = folder / SEEDER
+    with contextlib.suppress(OSError):
+        path.write_text(_named())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _named() -> str:
+    """This process, as `Owner` is written."""
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+
+
+def read_owner(folder: Path, name: str = "lock") -> Owner | None:
     """Who writes a folder now, None if nobody does. Takes no lock and waits for nobody.
+
+    With `SEEDER` for the name it is who shares it.
 
     A name that a dead process has left counts only if it died on another host: that cannot be told.
     """
     try:
-        owner = _parse_owner((folder / "lock").read_bytes())
+        owner = _parse_owner((folder / name).read_bytes())
     except OSError:
         return None
     return owner if owner is not None and _alive(owner) else None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from grokfetch.errors import StateMissing
 from grokfetch.folder import history, journal
 from grokfetch.folder.history import History
-from grokfetch.folder.journal import Check, Run
-from grokfetch.folder.lock import Owner, read_owner
+from grokfetch.folder.journal import Check, Found, Run
+from grokfetch.folder.lock import SEEDER, Owner, read_owner
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Survey, survey
 
@@ -23,11 +24,15 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Overview:
-    """What is proven and missing, who is at work, how fetches, checks and runs have gone."""
+    """What is proven and missing, who is at work, how fetches, checks and runs have gone.
+
+    Of checks only the findings that still stand.
+    """
 
     folder: Path
     found: Survey
     owner: Owner | None
+    seeder: Owner | None
     history: History
     checks: Mapping[str, Check]
     runs: tuple[Run, ...]
@@ -46,14 +51,44 @@ def overview(store: Store) -> Overview:
             path=store.root,
             hint="look again in a while",
         )
+    found = survey(store)
     return Overview(
         store.root,
-        survey(store),
+        found,
         owner,
+        read_owner(store.state, SEEDER),
         history.read(store),
-        journal.checks(store),
+        {
+            command: journal.standing(check, partial(_mended, store, found, command, check))
+            for command, check in journal.checks(store).items()
+        },
         journal.runs(store),
     )
+
+
+def _mended(store: Store, seen: Survey, command: str, check: Check, finding: Found) -> bool:
+    """Whether what a check found is not so any more.
+
+    What a fetch found it may have mended itself. A verification that could write no record speaks
+    until a record is written after it: an older one knows nothing of what was found.
+    """
+    if finding.kind == "wrong":
+        return False
+    if finding.kind == "extra":
+        return store.stamp(PurePosixPath(finding.path)) is None
+    if command == "verify" and _recorded_at(store) <= check.time:
+        return False
+    if finding.piece is not None:
+        return finding.piece < len(seen.pieces) and seen.pieces[finding.piece]
+    return seen.files.get(PurePosixPath(finding.path)) == "proven"
+
+
+def _recorded_at(store: Store) -> float:
+    """When the record was last written, in seconds since 1970; 0 if there is none."""
+    try:
+        return (store.state / "record.json").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def missing_runs(pieces: Sequence[bool]) -> Iterator[tuple[int, int]]:
@@ -77,7 +112,8 @@ def as_fields(seen: Overview) -> dict[str, Any]:
         "folder": str(seen.folder),
         "name": found.name,
         "info_hash": found.info_hash,
-        "owner": None if owner is None else {"pid": owner.pid, "host": owner.host},
+        "owner": None if owner is None else dataclasses.asdict(owner),
+        "seeder": None if seen.seeder is None else dataclasses.asdict(seen.seeder),
         "bytes": {
             "total": found.total,
             "proven": found.proven,
@@ -96,6 +132,7 @@ def as_fields(seen: Overview) -> dict[str, Any]:
             {"name": group.name, "proven": group.proven, "total": group.total}
             for group in found.groups
         ],
+        "ended": None if seen.history.ended is None else dataclasses.asdict(seen.history.ended),
         "history": [dataclasses.asdict(sample) for sample in seen.history.samples],
         "sent": [
             {"kind": origin.kind, "name": origin.name, "bytes": count}

@@ -21,13 +21,12 @@
         progress.json        how the fetches have gone, and who has sent how much
                              (`history.SCHEMA`), for `status` and `report` only
         findings.json        what the latest fetch and the latest verification have found, and
-        runs.json            what the last runs took (`journal`), for the same two only
+        runs.json            what the last runs took (`journal`), for the same two only; and
+        seeder.json          for them too: {"pid", "host"} of who shares the folder, while he does
         *.damaged-N          a state file that could not be read, set aside
 
-How state files are replaced, and what becomes of a damaged one, is `state`'s business. The payload
-cannot be renamed into place, so that only the record makes its bytes trustworthy.
-
-A folder that cannot be written is read without a lock.
+How state files are replaced, and what becomes of a damaged one, is `state_files`' business. The
+payload cannot be renamed into place, so that only the record makes its bytes trustworthy.
 """
 
 from __future__ import annotations

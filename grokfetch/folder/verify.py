@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed
+from grokfetch.errors import StateLocked, StorageFailed
 from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, VerifyEvent
 from grokfetch.folder.ledger import flush
 from grokfetch.folder.proven import Proven
@@ -59,7 +59,8 @@ def verify(store: Store, *, threads: int | None = None) -> Generator[VerifyEvent
         recording = True
         try:
             stack.enter_context(store.lock())
-        except StorageFailed:
+        except (StateLocked, StorageFailed):
+            # Others who read keep writers out, and need not keep out who only reads.
             stack.enter_context(store.lock(exclusive=False))
             recording = False
         yield from _Verification(store, threads, recording=recording).run()

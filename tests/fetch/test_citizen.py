@@ -25,6 +25,7 @@ from grokfetch.events import Outcome
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Proxy, Swarm, SwarmSettings, seed
 from grokfetch.fetch.swarm.session import _session_settings
+from grokfetch.folder.lock import SEEDER, read_owner
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_torrent
 
@@ -97,9 +98,11 @@ def test_only_what_is_proven_is_shared(tmp_path, whole):
 
 def test_ctrl_c_ends_seeding_well_and_says_what_was_shared(whole):
     with seeding("seed", whole[0]) as (child, _):
+        assert read_owner(Store(whole[0]).state, SEEDER).pid == child.pid
         child.send_signal(signal.SIGINT)
         assert re.search(r"0 B shared in .*, ratio 0\.00\n$", child.stderr.read())
     assert child.returncode == 0
+    assert read_owner(Store(whole[0]).state, SEEDER) is None
 
 
 def test_fetch_goes_on_seeding_if_it_is_told_to(tmp_path, hybrid):

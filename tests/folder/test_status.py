@@ -15,22 +15,24 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 import pytest
-from support.damage import forget
+from support.damage import forget, spoil
 from support.fake_swarm import FakeSwarm, Killed
 from support.program import HEAVY, imported_by, invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch import errors
 from grokfetch.commands import status
-from grokfetch.events import Origin, Status
+from grokfetch.events import Finding, Origin, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.folder import history
 from grokfetch.folder.history import Sample, rates, thinned
-from grokfetch.folder.lock import read_owner
+from grokfetch.folder.journal import checked
+from grokfetch.folder.lock import read_owner, seeding
 from grokfetch.folder.overview import overview
 from grokfetch.folder.record import FileProof, Record
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Group, piece_map, survey
+from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import Manifest, ManifestTensor
 from grokfetch.output.terminal import ASCII_SHADES, SHADES, Screen, screen
 from grokfetch.units import share_text
@@ -393,3 +395,76 @@ def test_a_damaged_history_is_ignored(fetched, text):
 def test_status_imports_nothing_heavy(fetched):
     call = f"from grokfetch.cli import main\ntry: main(['status', {str(fetched)!r}])"
     assert not imported_by(f"{call}\nexcept SystemExit: pass") & HEAVY
+
+
+# --- the present ---------------------------------------------------------------------------------
+
+
+def found_by(root):
+    return {command: check["count"] for command, check in machine(root)["checks"].items()}
+
+
+def test_what_a_repair_has_mended_is_no_finding_any_more(fetched):
+    spoil(fetched / "top/c", 2 * PIECE)
+    list(checked(Store(fetched), "verify", verify(Store(fetched))))
+    assert found_by(fetched) == {"fetch": 0, "verify": 1}
+    assert "by verify" in shown(fetched)
+    list(fetch(Store(fetched), FakeSwarm(TORRENT, dict(FILES)), repair=True))
+    assert found_by(fetched) == {"fetch": 0, "verify": 0}
+    spoil(fetched / "top/c", 2 * PIECE)
+    list(fetch(Store(fetched), FakeSwarm(TORRENT, dict(FILES)), repair=True))
+    assert found_by(fetched)["fetch"] == 0
+
+
+def test_an_extra_file_is_a_finding_until_it_is_gone(fetched):
+    (fetched / "mine").touch()
+    list(checked(Store(fetched), "verify", verify(Store(fetched))))
+    assert found_by(fetched)["verify"] == 1
+    (fetched / "mine").unlink()
+    assert found_by(fetched)["verify"] == 0
+
+
+def test_a_finding_stands_where_only_an_older_record_says_otherwise(fetched):
+    finding = Finding("corrupt", PurePosixPath("top/a"), 0)
+    list(checked(Store(fetched), "verify", (event for event in [finding])))
+    assert found_by(fetched)["verify"] == 1
+
+
+def test_a_fetch_that_has_ended_says_how_and_why(tmp_path):
+    def how():
+        text = shown(tmp_path)
+        return re.search(r"fetch +(.*)", text)[1]
+
+    half = FakeSwarm(TORRENT, dict(FILES), full_after=2)
+    with pytest.raises(errors.StorageFailed):
+        list(fetch(Store(tmp_path), half))
+    assert re.fullmatch(r"failed .* ago: the disk is full", how())
+    with pytest.raises(Killed):
+        list(fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES), die_after=2)))
+    assert how().endswith("ended without a word: it was killed")
+    events = fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES)))
+    next(event for event in events if isinstance(event, Status) and event.phase == "downloading")
+    events.close()
+    assert how().startswith("interrupted ")
+    list(fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES))))
+    assert how().startswith("complete ")
+    assert machine(tmp_path)["ended"]["how"] == "complete"
+
+
+def test_the_curve_of_what_is_proven_does_not_fall_at_a_new_start(fetched, monkeypatch):
+    monkeypatch.setattr(history, "INTERVAL_S", 0.0)
+    list(fetch(Store(fetched), FakeSwarm(TORRENT, dict(FILES)), repair=True))
+    assert {sample["proven"] for sample in machine(fetched)["history"][1:]} == {SIZE}
+
+
+def test_who_seeds_is_at_work_and_verify_runs_beside_it(fetched):
+    state = Store(fetched).state
+    with Store(fetched).lock(exclusive=False), seeding(state):
+        assert machine(fetched)["seeder"]["pid"] == os.getpid()
+        assert f"process {os.getpid()} on {socket.gethostname()}, which seeds" in shown(fetched)
+        *_, summary = verify(Store(fetched))
+        assert summary.complete
+        assert not summary.recorded
+    assert "at work  nobody" in shown(fetched)
+    with Store(fetched).lock(), pytest.raises(errors.StateLocked):
+        list(verify(Store(fetched)))
