@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -44,6 +45,10 @@ from grokfetch.torrent.read_back import (
 )
 
 __all__ = ["Limits", "fetch"]
+
+
+TOLD = 3
+"""Notices of the source, the last ones, that the error at the end repeats."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,6 +151,7 @@ class _Bringing:
         self._fetched = 0
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
+        self._told: deque[str] = deque(maxlen=TOLD)
 
     def run(self, *, repair: bool) -> Iterator[FetchEvent]:
         with self._saver:
@@ -260,6 +266,7 @@ class _Bringing:
         alive = self._clock()
         for event in stream:
             if isinstance(event, Notice):
+                self._told.append(event.text)
                 yield event
             elif isinstance(event, Arrived):
                 alive = self._clock()
@@ -277,8 +284,9 @@ class _Bringing:
 
     def _check_alive(self, alive: float, traffic: Traffic) -> None:
         if self._clock() - alive > self._limits.stall_s:
+            silence = f"no data for {self._limits.stall_s:.0f} s from {traffic.peers} peers"
             raise Stalled(
-                f"no data for {self._limits.stall_s:.0f} s from {traffic.peers} peers",
+                "; ".join((silence, *self._told)),
                 path=self._store.root,
                 hint=f"what has arrived is kept; go on with: grokfetch fetch {self._store.root}",
             )

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from grokfetch.errors import GrokfetchError, SelectionInvalid, SourceInvalid, TorrentInvalid
 from grokfetch.events import Notice
-from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, read_document
+from grokfetch.fetch.mirror import (
+    MirrorSettings,
+    Together,
+    bring_tokenizer,
+    environment,
+    read_document,
+)
 from grokfetch.fetch.prepare import Asked
 from grokfetch.fetch.source import PieceSource
 from grokfetch.fetch.swarm import Swarm, SwarmSettings
@@ -66,6 +73,7 @@ class Network:
         """How mirrors are to be treated: through the same proxy, with the same limit."""
         proxy = self.swarm.proxy
         return MirrorSettings(
+            environment=environment(os.environ),
             proxy=None if proxy is None else (proxy.host, proxy.port, proxy.user, proxy.password),
             down=self.swarm.down,
         )

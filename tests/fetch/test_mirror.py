@@ -198,8 +198,8 @@ def misbehave(server, how):
         server.spoil = paths
     elif how == "halt":
         server.halt = paths
-    elif how == "truncate":
-        server.truncate = paths
+    elif how == "cut":
+        server.cut_after = 0
     elif how == "no range":
         server.no_range = True
     elif how == "404":
@@ -215,7 +215,7 @@ def misbehave(server, how):
 SAID = {
     "spoil": "sent wrong bytes for piece",
     "halt": "silent for 0.5 s",
-    "truncate": "is dropped",
+    "cut": "in the middle of an answer",
     "no range": "ignores Range",
     "404": "answers 404",
     "gzip": "sends gzip",

@@ -1,5 +1,6 @@
 """A web server on 127.0.0.1 that can be told to behave badly, written for the tests of mirrors."""
 
+import math
 import re
 import shutil
 import socket
@@ -12,17 +13,22 @@ class WebServer:
     """Serves `files`, bytes by path without the leading slash, with ranges.
 
     `spoil` paths are sent with every byte inverted, `halt` paths send headers and half of the body
-    and then nothing until the test ends, `truncate` paths half of the body and the end of the
-    connection. `no_range` ignores Range. `redirects` maps a path to an address. `status` answers
-    every request with that code, as long as `failures` is not used up. `before` is called with
-    each path.
+    and then nothing until the test ends. With `cut_after` every body ends after that fraction of
+    its bytes, and with it the connection. `no_range` ignores Range. `redirects` maps a path to an
+    address. `status` answers every request with that code, as long as `failures` is not used up.
+    `pages` are sent whole with 200, whatever range was asked for. `before` is called with each
+    path; `asked` are the paths, `tokens` the Authorization headers, one for each request. With
+    `context` it speaks TLS.
     """
 
-    def __init__(self, files):
+    def __init__(self, files, context=None):
         self.files = files
+        self.context = context
+        self.pages = {}
+        self.tokens = []
         self.spoil = set()
         self.halt = set()
-        self.truncate = set()
+        self.cut_after = None
         self.no_range = False
         self.redirects = {}
         self.headers = {}
@@ -47,6 +53,9 @@ class WebServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
+        if self.context is not None:
+            self._http.socket = self.context.wrap_socket(self._http.socket, server_side=True)
+            self.url = f"https://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
         self._thread.start()
         return self
@@ -61,12 +70,16 @@ class WebServer:
 def answer(server, request):
     path = request.path.removeprefix("/")
     server.asked.append(path)
+    server.tokens.append(request.headers.get("Authorization"))
     server.before(path)
     if server.status is not None and server.failures > 0:
         server.failures -= 1
         headers(request, server.status, 0, server.headers)
     elif path in server.redirects:
         headers(request, 302, 0, {"Location": server.redirects[path]})
+    elif path in server.pages:
+        headers(request, 200, len(server.pages[path]))
+        request.wfile.write(server.pages[path])
     elif path not in server.files:
         headers(request, 404, 0)
     else:
@@ -92,13 +105,15 @@ def send(server, request, path, data):
         body = data[start:stop]
         extent = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
         headers(request, 206, len(body), {**extent, **server.headers})
-    if path in server.halt | server.truncate:
+    if path in server.halt:
         body = body[: len(body) // 2]
+    if server.cut_after is not None:
+        body = body[: math.ceil(len(body) * server.cut_after)]
     request.wfile.write(body)
     if path in server.halt:
         request.wfile.flush()
         server.ended.wait()
-    request.close_connection = path in server.halt | server.truncate
+    request.close_connection = path in server.halt or server.cut_after is not None
 
 
 class SocksProxy:

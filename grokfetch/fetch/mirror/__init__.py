@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from grokfetch.fetch.mirror.addresses import unusable
 from grokfetch.fetch.mirror.document import read_document
+from grokfetch.fetch.mirror.environment import environment
 from grokfetch.fetch.mirror.pinned import bring_tokenizer
 from grokfetch.fetch.mirror.state import MirrorSettings
 from grokfetch.fetch.mirror.together import Together
 
-__all__ = ["MirrorSettings", "Together", "bring_tokenizer", "read_document", "unusable"]
+__all__ = [
+    "MirrorSettings",
+    "Together",
+    "bring_tokenizer",
+    "environment",
+    "read_document",
+    "unusable",
+]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import PurePosixPath
+from typing import Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
-__all__ = ["inward", "label", "places", "unusable"]
+__all__ = ["Zone", "label", "places", "unusable", "zone"]
 
 PATH = "{path}"
 
@@ -35,19 +36,33 @@ def unusable(address: str, *, stranger: bool) -> str | None:
         return str(error)
     if not parts.hostname:
         return "it names no host"
-    if stranger and parts.query and inward(parts.hostname):
+    bare = re.fullmatch(r"[^.:]+", parts.hostname) and parts.hostname != "localhost"
+    if stranger and parts.query and not bare and zone(parts.hostname) != "world":
         return "it is a query to a private address, and a stranger wrote it"
     return None
 
 
-def inward(host: str) -> bool:
-    """Whether a host name says that it is this machine or one of a private network."""
+Zone = Literal["machine", "link", "local", "world"]
+
+LOCAL_NAMES = (".local", ".lan", ".internal", ".intranet", ".home.arpa", ".localdomain")
+
+
+def zone(host: str) -> Zone:
+    """Where a host is by its name or address: this machine, its link, a private network or beyond.
+
+    A name without a dot is one of the local network.
+    """
     if host == "localhost" or host.endswith(".localhost"):
-        return True
+        return "machine"
     try:
-        return not ipaddress.ip_address(host).is_global
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
+        return "local" if "." not in host or host.endswith(LOCAL_NAMES) else "world"
+    if address.is_loopback or address.is_unspecified:
+        return "machine"
+    if address.is_link_local:
+        return "link"
+    return "world" if address.is_global else "local"
 
 
 def label(address: str) -> str:

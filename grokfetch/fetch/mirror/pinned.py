@@ -9,7 +9,6 @@ from pathlib import Path
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, unusable
-from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Refused, Span
 from grokfetch.fetch.mirror.state import MirrorSettings
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.payload import refuse_linked_folders
@@ -48,6 +47,8 @@ def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Not
     path = store.payload(source.path)
     if sha256_of(path, memoryview(bytearray(1 << 20))).sha256 == source.sha256:
         return None
+    from grokfetch.fetch.mirror.http import Failed, Faulty, Refused
+
     try:
         _bring(store, path, source, source.url, settings or MirrorSettings())
     except (StorageFailed, Refused, Faulty, Failed) as error:
@@ -58,6 +59,8 @@ def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Not
 def _bring(
     store: Store, path: Path, source: TokenizerSource, url: str, settings: MirrorSettings
 ) -> None:
+    from grokfetch.fetch.mirror.http import Refused
+
     why = unusable(url, stranger=False)
     if why is not None or source.size > LARGEST:
         raise Refused(why or f"{source.size:,} bytes are too many")
@@ -74,12 +77,14 @@ def _bring(
 
 
 async def _read(url: str, size: int, settings: MirrorSettings) -> bytes:
+    from grokfetch.fetch.mirror.http import Failed, Http, Refused, Span
+
     data = bytearray()
     try:
         async with (
             asyncio.timeout(LONGEST_S),
-            Http(1, settings.patience_s, settings.proxy) as http,
-            http.opened(url, Span(0, size, size)) as chunks,
+            Http(1, settings.patience_s, settings.proxy, settings.environment) as http,
+            http.opened(settings.environment.at_hub(url), Span(0, size, size)) as chunks,
         ):
             async for chunk in chunks:
                 data += chunk

@@ -17,15 +17,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 from grokfetch.events import Arrived, Notice
-from grokfetch.fetch.mirror.addresses import label
-from grokfetch.fetch.mirror.http import Failed, Faulty, Http
+from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Limited, Short
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer
-from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.layout import Layout, PieceHasher, Segment
 
 __all__ = ["Pool"]
 
@@ -38,15 +38,44 @@ LEAST_RATE = 16 << 10
 MOST_REFUSALS = 8
 """Files that a mirror may lack before it has delivered anything."""
 
+
+MOST_ANSWERS = 40
+"""Answers cut short, of which one piece may be made, before that counts against the mirror: enough
+where every answer ends half-way."""
+
+LONG_REST_S = 10.0
+"""A rest that a server asks for is said if it is longer than this."""
+
 ZEROS = bytes(1 << 20)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Job:
-    """Pieces that follow each other, and the files they lie in."""
+@dataclasses.dataclass(slots=True)
+class _Begun:
+    """A piece of which the first `done` bytes came from one mirror, in so many answers.
 
-    pieces: tuple[int, ...]
+    `brought` is whether the latest of them has brought anything.
+    """
+
+    piece: int
+    mirror: Mirror
+    hasher: PieceHasher
+    done: int = 0
+    answers: int = 0
+    brought: bool = False
+
+    @property
+    def useful(self) -> bool:
+        """Whether the latest answer brought something, and the piece does not take too many."""
+        return self.brought and self.answers < MOST_ANSWERS
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Job:
+    """Pieces that follow each other and are still to come, and the files they lie in."""
+
+    left: deque[int]
     files: frozenset[PurePosixPath]
+    begun: _Begun | None = None
 
 
 class Pool:
@@ -159,10 +188,16 @@ class Pool:
         settings = self._settings
         connections = settings.connections
         async with (
-            Http(connections * len(self._mirrors), settings.patience_s, settings.proxy) as http,
+            Http(
+                connections * len(self._mirrors),
+                settings.patience_s,
+                settings.proxy,
+                settings.environment,
+            ) as http,
             asyncio.TaskGroup() as group,
         ):
             for mirror in self._mirrors:
+                mirror.active = 0
                 for _ in range(connections):
                     group.create_task(self._work(mirror, http))
 
@@ -172,22 +207,26 @@ class Pool:
 
     async def _work(self, mirror: Mirror, http: Http) -> None:
         while (job := await self._next(mirror)) is not None:
-            left = deque(job.pieces)
-            began = time.monotonic()
+            began, count = time.monotonic(), len(job.left)
+            parts = [job]
             try:
-                await self._bring(mirror, http, left)
+                await self._bring(mirror, http, job)
+                mirror.grow(self._settings.connections)
             except Lacking as error:
                 self._note_lack(mirror, error)
+                # A file that is lacking shall not hold the others back.
+                parts = list(_split(self._layout, job, error.path))
             except Faulty as error:
                 self._drop(mirror, str(error))
             except Failed as error:
-                if mirror.strike(began, error.rest_s, self._settings):
-                    self._drop(mirror, str(error))
+                useful = len(job.left) < count or (job.begun is not None and job.begun.useful)
+                if not (isinstance(error, Short) and useful):
+                    self._note_failure(mirror, error, began)
             finally:
                 self._running -= 1
-                # One at a time: a file that is lacking shall not hold the others back.
+                mirror.active -= 1
                 if not self._retired:
-                    self._jobs.extendleft(_job(self._layout, (it,)) for it in reversed(left))
+                    self._jobs.extendleft(part for part in reversed(parts) if part.left)
                 self._wake()
 
     async def _next(self, mirror: Mirror) -> _Job | None:
@@ -197,73 +236,98 @@ class Pool:
             found = next((job for job in self._jobs if mirror.serves(job.files)), None)
             if found is None and not self._running:
                 return None
-            if found is not None and rest_s <= 0:
+            waits = found is None or mirror.active >= int(mirror.allowed)
+            if found is not None and not waits and rest_s <= 0:
                 self._jobs.remove(found)
                 self._running += 1
+                mirror.active += 1
                 return found
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._changed.wait(), None if found is None else max(rest_s, 0)
-                )
+                await asyncio.wait_for(self._changed.wait(), None if waits else max(rest_s, 0))
         return None
 
     def _note_lack(self, mirror: Mirror, lack: Lacking) -> None:
         if lack.path in mirror.lacks:
             return
         mirror.lacks.add(lack.path)
-        self._say(f"{label(mirror.address)} is not asked for {lack.path} any more: {lack.why}")
+        mirror.note(f"it is not asked for {lack.path} any more: {lack.why}")
+        self._say(f"{mirror.name} is not asked for {lack.path} any more: {lack.why}")
         if not mirror.delivered and len(mirror.lacks) >= MOST_REFUSALS:
             self._drop(mirror, f"it lacks all of the first {MOST_REFUSALS} files asked for")
+
+    def _note_failure(self, mirror: Mirror, error: Failed, began: float) -> None:
+        """Wait, ask less, or drop the mirror: what follows from a request that has failed."""
+        text = str(error)
+        if isinstance(error, Limited) and error.rest_s is not None:
+            mirror.limit(began, error.rest_s, self._settings)
+            news = mirror.note(text)
+            if news and error.rest_s >= LONG_REST_S:
+                self._say(f"{mirror.name}: {text} and asks to be left alone: {error.rest_s:.0f} s")
+            return
+        if mirror.strike(began, self._settings, fewer=isinstance(error, Limited)):
+            self._drop(mirror, text)
+        elif mirror.note(text):
+            self._say(f"{mirror.name} is asked again later: {text}")
 
     def _drop(self, mirror: Mirror, why: str) -> None:
         # Several requests may learn of it at the same time.
         if not mirror.dropped:
             mirror.dropped = True
-            self._say(f"{label(mirror.address)} is dropped: {why}")
+            mirror.note(why)
+            self._say(f"{mirror.name} is dropped: {why}")
 
     def _say(self, text: str) -> None:
         self._events.put(Notice(f"mirror {text}"))
 
-    async def _bring(self, mirror: Mirror, http: Http, left: deque[int]) -> None:
-        """Bring pieces that follow each other; `left` loses each that has arrived."""
-        last = left[-1]
-        size = len(left) * self._layout.piece_length
+    async def _bring(self, mirror: Mirror, http: Http, job: _Job) -> None:
+        """Bring pieces that follow each other; `job.left` loses each that has arrived."""
+        size = len(job.left) * self._layout.piece_length
         longest_s = self._settings.patience_s + size / self._least_rate
-        stop = (last + 1) * self._layout.piece_length
+        stop = (job.left[-1] + 1) * self._layout.piece_length
+        begun = job.begun
+        if begun is None or begun.mirror is not mirror or begun.piece != job.left[0]:
+            begun = job.begun = self._begin(job.left[0], mirror)
         try:
             async with (
                 asyncio.timeout(longest_s),
                 contextlib.aclosing(Reader(mirror, http, stop)) as reader,
             ):
                 with Writer(self._root) as writer:
-                    while left:
-                        await self._bring_piece(mirror, left[0], reader, writer)
-                        mirror.delivered, mirror.strikes = True, 0
-                        self._events.put(Arrived((left.popleft(),)))
+                    while True:
+                        await self._bring_piece(begun, reader, writer)
+                        mirror.deliver()
+                        self._events.put(Arrived((job.left.popleft(),)))
+                        if not job.left:
+                            return
+                        begun = job.begun = self._begin(job.left[0], mirror)
         except TimeoutError:
             raise Failed(f"it sent less than {size:,} bytes in {longest_s:.0f} s") from None
 
-    async def _bring_piece(
-        self, mirror: Mirror, piece: int, reader: Reader, writer: Writer
-    ) -> None:
-        hasher = self._layout.hasher(piece)
-        path = None
-        for part in self._layout.segments(piece):
+    def _begin(self, piece: int, mirror: Mirror) -> _Begun:
+        return _Begun(piece, mirror, self._layout.hasher(piece))
+
+    async def _bring_piece(self, begun: _Begun, reader: Reader, writer: Writer) -> None:
+        begun.answers += 1
+        begun.brought = False
+        for part in _rest(self._layout.segments(begun.piece), begun.done):
             if part.file.pad:
                 for start in range(0, part.length, len(ZEROS)):
-                    hasher.update(ZEROS[: part.length - start])
+                    begun.hasher.update(ZEROS[: part.length - start])
+                begun.done += part.length
                 continue
-            path = part.file.path
             offset = part.offset
             async for chunk in reader.read(part):
-                hasher.update(chunk)
+                begun.hasher.update(chunk)
                 writer.write(part.file, offset, chunk)
                 offset += len(chunk)
+                begun.done += len(chunk)
+                begun.brought = True
                 self.received += len(chunk)
-                mirror.received += len(chunk)
+                begun.mirror.received += len(chunk)
                 await self._pace(len(chunk))
-        if hasher.digest() != self._layout.expected(piece):
-            raise Faulty(f"it sent wrong bytes for piece {piece} ({path})")
+        if begun.hasher.digest() != self._layout.expected(begun.piece):
+            files = [it.file.path for it in self._layout.segments(begun.piece) if not it.file.pad]
+            raise Faulty(f"it sent wrong bytes for piece {begun.piece} ({files[-1]})")
 
     async def _pace(self, count: int) -> None:
         """Wait until so many bytes more are allowed."""
@@ -273,19 +337,41 @@ class Pool:
             await asyncio.sleep(self._free_at - now)
 
 
+def _rest(parts: Iterable[Segment], done: int) -> Iterator[Segment]:
+    """The parts of a piece without its first `done` bytes."""
+    for part in parts:
+        skipped = min(done, part.length)
+        done -= skipped
+        if skipped < part.length:
+            yield dataclasses.replace(
+                part, offset=part.offset + skipped, length=part.length - skipped
+            )
+
+
+def _split(layout: Layout, job: _Job, path: PurePosixPath) -> Iterator[_Job]:
+    """The rest of a job in runs that lie in a file or do not."""
+
+    def inside(piece: int) -> bool:
+        return any(part.file.path == path for part in layout.segments(piece))
+
+    for _, run in groupby(job.left, inside):
+        yield _job(layout, run)
+
+
 def _jobs(layout: Layout, pieces: list[int], workers: int) -> Iterator[_Job]:
     """Pieces in runs, short enough that every connection gets some."""
     longest = max(1, min(SPAN // layout.piece_length, len(pieces) // (2 * workers)))
     run: list[int] = []
     for piece in pieces:
         if run and (piece != run[-1] + 1 or len(run) == longest):
-            yield _job(layout, tuple(run))
+            yield _job(layout, run)
             run = []
         run.append(piece)
     if run:
-        yield _job(layout, tuple(run))
+        yield _job(layout, run)
 
 
-def _job(layout: Layout, pieces: tuple[int, ...]) -> _Job:
-    parts = (part for piece in pieces for part in layout.segments(piece))
-    return _Job(pieces, frozenset(part.file.path for part in parts if not part.file.pad))
+def _job(layout: Layout, pieces: Iterable[int]) -> _Job:
+    left = deque(pieces)
+    parts = (part for piece in left for part in layout.segments(piece))
+    return _Job(left, frozenset(part.file.path for part in parts if not part.file.pad))

@@ -7,7 +7,12 @@ import time
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from grokfetch.fetch.mirror.environment import Environment
+
 __all__ = ["Mirror", "MirrorSettings"]
+
+LONGEST_PAUSE_S = 60.0
+"""The longest rest that a mirror gets which does not say itself how long it should be."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -16,8 +21,10 @@ class MirrorSettings:
 
     `connections` go to each of them. After `patience_s` of silence a request has failed; after a
     failure a mirror rests for `rest_s`, twice as long after each further one, and after `attempts`
-    failures without a piece between them it is dropped. `proxy` is host, port, user and password of
-    a SOCKS5 proxy, `down` the most bytes a second from all mirrors together, None for no bound.
+    failures without a piece between them it is dropped. One that limits us and says for how long is
+    waited for instead. `proxy` is host, port, user and password of a SOCKS5 proxy, `down` the most
+    bytes a second from all mirrors together, None for no bound. `environment` is what holds for
+    HTTP without that proxy.
     """
 
     connections: int = 6
@@ -26,23 +33,31 @@ class MirrorSettings:
     attempts: int = 6
     proxy: tuple[str, int, str, str] | None = dataclasses.field(default=None, repr=False)
     down: int | None = None
+    environment: Environment = dataclasses.field(default_factory=Environment)
 
 
 @dataclasses.dataclass(slots=True)
 class Mirror:
     """What is known of a mirror; lives as long as the fetch.
 
-    `lacks` are files that it does not have, `form` the form of its addresses that answered last,
-    `received` the payload bytes that came from it.
+    `address` is where it is asked, `name` how it is called before people. `lacks` are files that it
+    does not have, `form` the form of its addresses that answered last, `received` the payload bytes
+    that came from it, `faults` what was wrong with it, the latest last. `active` requests are under
+    way, and at most `allowed` may be.
     """
 
     address: str
+    name: str
+    allowed: float
+    active: int = 0
     received: int = 0
     dropped: bool = False
     lacks: set[PurePosixPath] = dataclasses.field(default_factory=set)
+    faults: dict[str, None] = dataclasses.field(default_factory=dict)
     form: int = 0
     delivered: bool = False
     strikes: int = 0
+    limits: int = 0
     struck_at: float = 0.0
     rests_until: float = 0.0
 
@@ -50,16 +65,47 @@ class Mirror:
         """Whether there is hope that it has all these files."""
         return not self.dropped and self.lacks.isdisjoint(files)
 
-    def strike(self, began: float, rest_s: float, settings: MirrorSettings) -> bool:
+    def note(self, fault: str) -> bool:
+        """Keep what is wrong; whether that is news."""
+        news = fault not in self.faults
+        self.faults.pop(fault, None)
+        self.faults[fault] = None
+        return news
+
+    def deliver(self) -> None:
+        """Count a piece that was right."""
+        self.delivered, self.strikes, self.limits = True, 0, 0
+
+    def grow(self, connections: int) -> None:
+        """Allow more again after a request that went well: one more after two of them."""
+        self.allowed = min(connections, self.allowed + 0.5)
+
+    def strike(self, began: float, settings: MirrorSettings, *, fewer: bool = False) -> bool:
         """Count a failure of a request begun at `began`; several at one time count once.
+
+        Args:
+            began: when, in monotonic seconds.
+            settings: how long to rest.
+            fewer: whether it wants fewer requests.
 
         Returns:
             Whether it was one too many.
         """
-        now = time.monotonic()
         if began >= self.struck_at:
-            self.struck_at = now
             self.strikes += 1
-            pause = settings.rest_s * 2 ** (self.strikes - 1)
-            self.rests_until = now + max(pause, rest_s)
+            self._fail(self.strikes, settings, fewer=fewer)
         return self.strikes >= settings.attempts
+
+    def limit(self, began: float, rest_s: float, settings: MirrorSettings) -> None:
+        """Take in that it wants fewer requests, and none for so many seconds; no strike."""
+        if began >= self.struck_at:
+            self.limits += 1
+            self._fail(self.limits, settings, fewer=True)
+        self.rests_until = max(self.rests_until, time.monotonic() + rest_s)
+
+    def _fail(self, times: int, settings: MirrorSettings, *, fewer: bool) -> None:
+        self.struck_at = time.monotonic()
+        pause = min(LONGEST_PAUSE_S, settings.rest_s * 2 ** min(times - 1, 16))
+        self.rests_until = max(self.rests_until, self.struck_at + pause)
+        if fewer:
+            self.allowed = max(1.0, min(self.allowed, self.active) / 2)

@@ -19,15 +19,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
-from grokfetch.errors import OutOfReach
+from grokfetch.errors import OutOfReach, Stalled
 from grokfetch.events import Arrived, Notice, Origin, Traffic
 from grokfetch.fetch.mirror.addresses import label, unusable
-from grokfetch.fetch.mirror.pool import Pool
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile
+
+if TYPE_CHECKING:
+    from grokfetch.fetch.mirror.pool import Pool
 
 __all__ = ["Together"]
 
@@ -93,9 +96,13 @@ class Together:
 
         Raises:
             OutOfReach: the swarm cannot be joined, and mirrors do not have everything.
+            Stalled: there is no way to find a peer, and mirrors do not have everything.
             StorageFailed: the disk does not take them.
             TorrentInvalid: the swarm understands the torrent otherwise than we do.
         """
+        # httpx takes a tenth of a second to import, which only those pay who ask a mirror.
+        from grokfetch.fetch.mirror.pool import Pool
+
         yield from self._meet(order.torrent)
         left = set(order.want)
         received = 0
@@ -104,9 +111,7 @@ class Together:
             ours = self._share(order.layout, left, 1.0 if quiet else share)
             theirs = left.difference(ours)
             if not ours and not self._can_help(order.layout, left):
-                swarm = self._swarm.download(_want(order, theirs))
-                with contextlib.closing(swarm):
-                    yield from map(self._told_apart, _shifted(swarm, received))
+                yield from self._swarm_alone(_want(order, theirs), received)
                 return
             a_round = _Round(order, theirs, ours, received, self._can_help)
             with (
@@ -118,6 +123,20 @@ class Together:
             received = a_round.received
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
 
+    def _swarm_alone(self, order: Order, received: int) -> Iterator[Event]:
+        try:
+            with contextlib.closing(self._swarm.download(order)) as swarm:
+                yield from map(self._told_apart, _shifted(swarm, received))
+        except (OutOfReach, Stalled) as error:
+            faults = [
+                f"{it.name}: {fault}"
+                for it in self._mirrors.values()
+                if it is not None
+                for fault in list(it.faults)[-1:]
+            ]
+            what = "; ".join((error.what, *faults))
+            raise type(error)(what, path=error.path, hint=error.hint) from None
+
     def _told_apart(self, event: Event) -> Event:
         """Traffic with who has sent how much, in earlier rounds too; all else as it is."""
         if not isinstance(event, Traffic):
@@ -126,19 +145,28 @@ class Together:
         sent = Counter(self._from_peers)
         for mirror in self._mirrors.values():
             if mirror is not None and mirror.received:
-                sent[Origin("mirror", label(mirror.address))] += mirror.received
+                sent[Origin("mirror", mirror.name)] += mirror.received
         return dataclasses.replace(event, sent=sent)
 
     def _meet(self, torrent: TorrentFile) -> Iterator[Notice]:
-        """Take in the addresses, once each."""
+        """Take in the addresses, once each, and say what of the environment cannot be used."""
+        if not self._mirrors and (self._addresses or self._strange or torrent.web_seeds):
+            yield from map(Notice, self._settings.environment.notices)
         known = [(address, False) for address in self._addresses]
         known += [(address, True) for address in (*self._strange, *torrent.web_seeds)]
         for address, stranger in known:
             if address not in self._mirrors:
                 why = unusable(address, stranger=stranger)
-                self._mirrors[address] = Mirror(address) if why is None else None
-                if why is not None:
+                if why is None:
+                    self._mirrors[address] = self._mirror(address, stranger=stranger)
+                else:
+                    self._mirrors[address] = None
                     yield Notice(f"mirror {address:.200} is not used: {why}")
+
+    def _mirror(self, address: str, *, stranger: bool) -> Mirror:
+        # A stranger's address goes where it says.
+        here = address if stranger else self._settings.environment.at_hub(address)
+        return Mirror(here, label(here), self._settings.connections)
 
     def _alive(self) -> list[Mirror]:
         return [it for it in self._mirrors.values() if it is not None and not it.dropped]
@@ -165,9 +193,9 @@ class Together:
             return
         try:
             yield from self._swarm.download(order)
-        except OutOfReach as error:
+        except (OutOfReach, Stalled) as error:
             self._swarm_works = False
-            names = ", ".join(label(mirror.address) for mirror in self._alive())
+            names = ", ".join(mirror.name for mirror in self._alive())
             yield Notice(f"{error.what}; going on with {names} alone")
 
 
@@ -205,25 +233,20 @@ class _Round:
 
     def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """Run until both are done, or until it is better to divide the rest anew."""
-        swarm_runs = True
-        give_up_at = math.inf
         with contextlib.closing(swarm):
-            while swarm_runs or pool.busy:
-                # The swarm waits itself.
-                yield from self._from_mirrors(pool, 0.0 if swarm_runs else WAIT_S)
-                if swarm_runs:
-                    event = next(swarm, None)
-                    swarm_runs = event is not None
-                    if event is not None:
-                        yield from self._from_swarm(event)
+            for event in swarm:
+                yield from self._from_mirrors(pool, 0.0)
+                yield from self._from_swarm(event)
                 yield self._traffic(pool)
-                if swarm_runs and not pool.busy and self._swarm_is_slow():
+                if not pool.busy and self._swarm_is_slow():
                     break
-                if not swarm_runs and give_up_at == math.inf and self._mirrors_are_slow():
-                    pool.retire()
-                    give_up_at = time.monotonic() + LONG_S
-                if time.monotonic() > give_up_at:
-                    break
+        give_up_at = math.inf
+        while pool.busy and time.monotonic() < give_up_at:
+            yield from self._from_mirrors(pool, WAIT_S)
+            yield self._traffic(pool)
+            if give_up_at == math.inf and self._mirrors_are_slow():
+                pool.retire()
+                give_up_at = time.monotonic() + LONG_S
         yield from self._from_mirrors(pool, 0.0)
         yield self._traffic(pool)
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from grokfetch.errors import storage_failed
 from grokfetch.fetch.mirror.addresses import places
-from grokfetch.fetch.mirror.http import Failed, Http, Refused, Span
+from grokfetch.fetch.mirror.http import Http, Refused, Short, Span
 from grokfetch.fetch.mirror.state import Mirror
 from grokfetch.torrent.layout import LayoutFile, Segment
 
@@ -53,7 +53,7 @@ class Reader:
 
         Raises:
             Lacking: the mirror does not have the file.
-            Faulty, Failed: as in `Http.opened`, or it sent too few bytes.
+            Faulty, Failed: as in `Http.opened`, `Short` if it sent too few bytes.
         """
         if self._at != (part.file.path, part.offset):
             await self._request(part)
@@ -62,7 +62,7 @@ class Reader:
             if not self._rest:
                 self._rest = memoryview(await anext(self._chunks, b""))
             if not self._rest:
-                raise Failed("it sent fewer bytes than it promised")
+                raise Short("it sent fewer bytes than were asked for")
             chunk, self._rest = self._rest[:left], self._rest[left:]
             left -= len(chunk)
             yield chunk

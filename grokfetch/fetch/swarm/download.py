@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grokfetch.errors import GrokfetchError, StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.errors import GrokfetchError, Stalled, StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.events import Arrived, Notice, Traffic
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
@@ -67,12 +67,14 @@ class Swarm:
 
         Raises:
             OutOfReach: libtorrent is not installed.
+            Stalled: no peer is known, and there is no way to find any.
             TorrentInvalid: libtorrent refuses the magnet link.
         """
         if isinstance(self._origin, TorrentFile):
             yield self._origin
             return
         lt = libtorrent()
+        self._refuse_without_peers("metadata", self._origin.trackers)
         with Session(self._settings) as session:
             handle = session.add(self._metadata_params(lt, self._origin), self._peers)
             yield from _Inquiry(lt, session, handle).run()
@@ -93,6 +95,7 @@ class Swarm:
 
         Raises:
             OutOfReach: libtorrent is not installed.
+            Stalled: no peer is known, and there is no way to find any.
             StorageFailed: the disk does not take them.
             TorrentInvalid: libtorrent understands the torrent otherwise than we do.
         """
@@ -101,13 +104,23 @@ class Swarm:
         self._tally.begin()
         while order.want:
             with Session(self._settings) as session:
-                handle = session.add(self._download_params(lt, order), peers, order.root)
+                params = self._download_params(lt, order)
+                trackers = (*order.torrent.trackers, *self._origin.trackers)
+                self._refuse_without_peers("data", trackers)
+                handle = session.add(params, peers, order.root)
                 download = _Download(lt, session, handle, order, self._tally)
                 yield from download.run(received, gives_up=once_more)
             arrived = order.want - download.left
             order = dataclasses.replace(order, have=order.have | arrived, want=download.left)
             peers = [*dict.fromkeys((*peers, *download.banned))]
             received, once_more = download.received, bool(arrived)
+
+    def _refuse_without_peers(self, what: str, trackers: Sequence[str]) -> None:
+        if not self._peers and not self._settings.finds_peers(trackers):
+            raise Stalled(
+                f"no {what}: no peer is known, and there is no way to find any",
+                hint="name one: --peer HOST:PORT, or a mirror: --web-seed URL",
+            )
 
     def _download_params(self, lt: Any, order: Order) -> Any:
         try:

@@ -86,6 +86,18 @@ class SwarmSettings:
         """Whether only this machine can be reached."""
         return all(it.startswith(("127.", "[::1]")) for it in self.listen.split(","))
 
+    def finds_peers(self, trackers: Sequence[str]) -> bool:
+        """Whether peers that nobody has named can be found, or can find us.
+
+        Args:
+            trackers: of the torrent.
+        """
+        looks = self.discovery and (self.dht or self.lsd)
+        # Others may know a port that a person has chosen; nobody knows one that the system gives.
+        known_port = any(not it.endswith(":0") for it in self.listen.split(","))
+        asks = self.trackers and bool(trackers)
+        return looks or asks or (known_port and self.proxy is None)
+
     @classmethod
     def loopback(cls, peers: tuple[str, ...] = ()) -> SwarmSettings:
         """Settings under which nothing leaves this machine."""
