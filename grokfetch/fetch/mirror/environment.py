@@ -126,7 +126,7 @@ def _unusable_proxy(address: str) -> str | None:
         _ = parts.port
     except ValueError as error:
         return str(error)
-    return None if parts.hostname else f"{rest:.40!r} names no host"
+    return None if parts.hostname else f"{rest!r:.40} names no host"
 
 
 def bypassed(entries: tuple[str, ...], host: str, port: int | None) -> bool:
