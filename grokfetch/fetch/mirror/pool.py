@@ -243,7 +243,9 @@ class Pool:
                 mirror.active += 1
                 return found
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), None if waits else max(rest_s, 0))
+                # Not `wait_for`, which may swallow a cancellation in Python 3.11.
+                async with asyncio.timeout(None if waits else max(rest_s, 0)):
+                    await self._changed.wait()
         return None
 
     def _note_lack(self, mirror: Mirror, lack: Lacking) -> None:
