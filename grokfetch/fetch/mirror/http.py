@@ -188,7 +188,7 @@ class Http:
             with self._translated():
                 headers = self._headers(httpx.URL(url), span)
                 request = self._client.build_request("GET", url, headers=headers)
-                response = await self._client.send(request, stream=True)
+                response = await self._send(request)
             try:
                 if not response.has_redirect_location:
                     _check(response, span)
@@ -199,6 +199,13 @@ class Http:
                 raise
             await response.aclose()
         raise Failed(f"it redirects more than {MOST_REDIRECTS} times")
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await self._client.send(request, stream=True)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            # A server may close an open connection just when it is used again (RFC 9112, 9.3.1).
+            return await self._client.send(request, stream=True)
 
     def _headers(self, url: httpx.URL, span: Span | None) -> dict[str, str]:
         headers = {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
