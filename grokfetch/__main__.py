@@ -1,6 +1,31 @@
 """`python -m grokfetch` is the program `grokfetch`."""
 
-from grokfetch.cli import main
+from __future__ import annotations
+
+import sys
+
+__all__ = ["start"]
+
+
+def start() -> None:
+    """Run the program; whatever is interrupted before its first command says so in one line."""
+    try:
+        # First of all: what is imported next takes a moment in which somebody may press Ctrl-C.
+        from grokfetch.interruption import honour, install
+
+        install()
+        try:
+            from grokfetch.cli import main
+
+            main(prog_name="grokfetch")
+        except KeyboardInterrupt as error:
+            code = honour(error)
+            sys.stderr.write("interrupted\n")
+            sys.exit(code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    main(prog_name="grokfetch")
+    start()

@@ -7,6 +7,7 @@ The road from magnet to token is `commands/fetch.py`, `commands/verify.py`, `com
 from __future__ import annotations
 
 import codecs
+import difflib
 import errno
 import io
 import os
@@ -19,6 +20,7 @@ import click
 
 from grokfetch import __version__
 from grokfetch.errors import GrokfetchError, storage_failed
+from grokfetch.interruption import honour, settle
 from grokfetch.output.reporting import failed
 
 __all__ = ["main"]
@@ -40,7 +42,7 @@ COMMANDS = {
 """Each command and what its line in `grokfetch --help` says, in the order of the road. The line
 stands here so that this help need not import them all."""
 
-INTERRUPTED = 130
+READER_GONE = 141
 
 
 class Program(click.Group):
@@ -55,6 +57,17 @@ class Program(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name; of a mistyped name, the nearest is told."""
+        name = args[0]
+        near = difflib.get_close_matches(name, COMMANDS, cutoff=0.5)
+        if name not in COMMANDS and name[:1] != "-":
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {name!r:.60}.{hint}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """The command of that name, None if there is none."""
         if cmd_name not in COMMANDS:
@@ -64,16 +77,28 @@ class Program(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments; click would take an interruption here for an answer to a prompt."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise click.exceptions.Exit(honour(error)) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error that a person can act on is printed and gives its exit code."""
         _open_streams()
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            settle()
         except click.exceptions.Exit:
             raise
         except GrokfetchError as error:
             _end(ctx, error)
         except OSError as error:
+            if error.errno == errno.EPIPE:
+                # Whoever read this has read enough; the code is what shells give for SIGPIPE.
+                sys.stdout = _nowhere()
+                ctx.exit(READER_GONE)
             if error.errno != errno.ENOSPC:
                 failed(ctx, error)
                 raise
@@ -86,7 +111,8 @@ class Program(click.Group):
         except KeyboardInterrupt as error:
             failed(ctx, error)
             click.echo("interrupted; what is done is kept, run the command again", err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(honour(error))
+        return result
 
 
 def _end(ctx: click.Context, error: GrokfetchError) -> None:

@@ -1,6 +1,7 @@
 """What must be settled before any test imports jax."""
 
 import os
+import signal
 import tempfile
 
 from hypothesis import settings
@@ -17,6 +18,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = _caches.name
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_caches.name}/compiled"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# In the background of a script Ctrl-C is ignored, by the programs that tests start and interrupt too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Time limits for single examples measure the machine, which may be busy, and not the code.
 settings.register_profile("grokfetch", deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import shutil
+import signal
 import tempfile
 import textwrap
 import time
@@ -155,7 +156,12 @@ def _seeding(folder: Path) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     seeder = context.Process(target=_seed, args=(folder, theirs), daemon=True)
-    seeder.start()
+    # Ctrl-C reaches every process of the terminal; the seeder ends when this one does.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        seeder.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()
     try:
         yield ours.recv()

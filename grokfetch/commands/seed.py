@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from grokfetch.fetch.swarm import seed as seeding
 from grokfetch.folder import lock
 from grokfetch.folder.ledger import Proofs
 from grokfetch.folder.store import Store
+from grokfetch.interruption import honour
 from grokfetch.output.progress import Lines
 from grokfetch.output.reporting import held, lines
 from grokfetch.torrent.layout import Layout
@@ -137,7 +137,7 @@ def _follow(seeder: Seeder, look: _Look, goal: Goal, teller: _Teller) -> int:
     """Wait until the goal is reached or somebody presses Ctrl-C; the bytes sent by then."""
     start = time.monotonic()
     look_at, line_at = start + LOOK_INTERVAL_S, start + teller.interval_s
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         teller.begin()
         while not goal.reached(seeder.uploaded() / teller.size, time.monotonic() - start):
             shared = seeder.wait()
@@ -148,6 +148,8 @@ def _follow(seeder: Seeder, look: _Look, goal: Goal, teller: _Teller) -> int:
             if now >= line_at:
                 line_at = now + teller.interval_s
                 teller.go_on(shared)
+    except KeyboardInterrupt as error:
+        honour(error)
     return seeder.uploaded()
 
 

@@ -160,18 +160,23 @@ class Arriving(Store):
 
 @contextlib.contextmanager
 def _before_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Have `act` called at Ctrl-C, which else only the main thread would learn of."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+    """Have `act` called at Ctrl-C or SIGTERM, which else only the main thread would learn of."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         act()
-        usual(number, frame)
+        before = usual[signal.Signals(number)]
+        assert callable(before)
+        before(number, frame)
 
-    signal.signal(signal.SIGINT, handle)
+    handled = [number for number, before in usual.items() if callable(before)]
+    for number in handled:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number in handled:
+            signal.signal(number, usual[number])

@@ -76,7 +76,7 @@ def error_fields(error: BaseException) -> dict[str, Any]:
             "path": error.path,
             "hint": error.hint,
         }
-    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     kind, what = type(error).__name__, str(error)
     return {
         "event": "error",

@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM, neither of which is ever lost.
+
+Python raises `KeyboardInterrupt` wherever the main thread happens to be. Where that is a callback
+of the garbage collector, a `__del__` or somebody's `except BaseException`, the exception is dropped
+and the program goes on as if nobody had pressed a key. Here the exception itself notices: one that
+dies before `honour` was called is raised again a moment later.
+
+Standard library only, and little of it: `grokfetch.__main__` installs this before anything else is
+imported.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+__all__ = ["Interrupted", "honour", "install", "settle"]
+
+AGAIN_S = 0.02
+"""Seconds until an interruption that was dropped is raised again: by then whatever dropped it has
+probably ended, and if not, it is dropped and raised once more."""
+
+SHELL_BASE = 128
+"""To which shells add a signal's number for the exit code of what it has ended."""
+
+
+class _Count:
+    """How many interruptions were raised, and up to which of them they were honoured."""
+
+    raised = 0
+    honoured = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; `exit_code` is what a shell gives a program that the signal has ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.exit_code = SHELL_BASE + number
+        _Count.raised += 1
+        self._place = _Count.raised
+
+    def __del__(self) -> None:
+        if self._place > _Count.honoured:
+            # A timer, since raising here would be dropped as well.
+            _pending.number = self.number
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+
+
+class _Pending:
+    """The signal that the timer stands for."""
+
+    number = int(signal.SIGINT)
+
+
+_pending = _Pending()
+
+
+def install() -> None:
+    """Have both signals raise `Interrupted` in the main thread, from which this must be called.
+
+    A Ctrl-C that the parent has ignored, as a shell does for a script's background jobs, stays
+    ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt_again)
+    usual = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        # It is raised again, and nobody need read where it was dropped.
+        if not isinstance(dropped.exc_value, Interrupted):
+            usual(dropped)
+
+    sys.unraisablehook = hook
+
+
+def honour(error: KeyboardInterrupt) -> int:
+    """Say that the interruption has its effect now: it and all earlier ones may be forgotten.
+
+    Returns:
+        The exit code.
+    """
+    if not isinstance(error, Interrupted):
+        return SHELL_BASE + signal.SIGINT
+    _Count.honoured = _Count.raised
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return error.exit_code
+
+
+def settle() -> None:
+    """Raise what was dropped and is not raised again yet: a program that ends calls this first.
+
+    Raises:
+        Interrupted: there was something.
+    """
+    if _Count.raised > _Count.honoured:
+        raise Interrupted(_pending.number)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _interrupt_again(_number: int, _frame: FrameType | None) -> None:
+    settle()

@@ -1,0 +1,211 @@
+"""Ctrl-C and SIGTERM at any moment: the program ends, in one line, with the signal's own code."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from support import golden
+from support.program import grokfetch
+from support.release import publish
+
+from grokfetch import interruption
+from grokfetch.cli import main
+
+MARK = "begun"
+FIRST_LINE = f"""
+import sys
+
+def mark(event, arguments):
+    if event == "import" and arguments[0] == "grokfetch.interruption":
+        sys.stderr.write("{MARK}\\n")
+        sys.stderr.flush()
+
+sys.addaudithook(mark)
+from grokfetch.__main__ import start
+start()
+"""
+"""The program, which writes a mark when it comes to its first line."""
+
+PATIENCE_S = 60
+CONFIG = golden.TINY / "config.json"
+LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that is proven by its manifest, and a torrent beside it."""
+    root = tmp_path_factory.mktemp("interrupted")
+    publish(root)
+    grokfetch("fetch", root / "tiny.torrent", "--to", root, *LOOPBACK)
+    grokfetch("manifest", root / "release", "--config", CONFIG)
+    return root
+
+
+def commands(folder, tmp_path):
+    """Every command so that it takes a while, or as long as it takes."""
+    release = folder / "release"
+    model = ("--dtype", "float32")
+    return {
+        "plan": ("plan", folder / "tiny.json", "--to", tmp_path),
+        "fetch": ("fetch", folder / "tiny.torrent", "--to", tmp_path / "out", *LOOPBACK),
+        "status": ("status", release),
+        "report": ("report", release, "-o", tmp_path / "page.html"),
+        "verify": ("verify", release),
+        "inspect": ("inspect", release),
+        "manifest": ("manifest", release, "--config", CONFIG, "--state", tmp_path / "state"),
+        "publish": ("publish", release, "--config", CONFIG, "--output", tmp_path / "published"),
+        "seed": ("seed", folder, *LOOPBACK),
+        "run": ("run", release, "--tokens", "1 2 3", "--max-tokens", "40", *model),
+        "serve": ("serve", release, "--port", "0", *model),
+        "demo": ("demo",),
+    }
+
+
+def interrupted(arguments, after_s, number=signal.SIGINT):
+    """The code and stderr of a program to which a signal was sent so long after its first line."""
+    command = [sys.executable, "-c", FIRST_LINE, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as child:
+        try:
+            while MARK not in (line := child.stderr.readline()):
+                assert line, "ended before its first line"
+            # The moment is what is tested; there is no event to wait for.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(after_s)
+            ended_before = child.poll() is not None
+            child.send_signal(number)
+            _, text = child.communicate(timeout=PATIENCE_S)
+        finally:
+            child.kill()
+    # Before the handler stands SIGTERM ends a program itself, which shells give the same code.
+    code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+    return code, text, ended_before
+
+
+def check(name, code, text, ended_before, number):
+    assert "Traceback" not in text, text
+    assert "Error" not in text, text
+    if ended_before or "no new requests" in text:
+        return
+    if name == "seed" and "shared in" in text:
+        # That is how it is meant to end.
+        assert code == 0
+        return
+    # What was about to end when the signal came has ended; what goes on for ever has not.
+    ends = name not in ("serve", "fetch", "seed", "run", "demo")
+    assert code == 128 + number or (ends and code == 0), (name, code, text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("name", ["fetch", "serve"])
+def test_a_signal_during_start_up_ends_the_program(name, after_s, number, folder, tmp_path):
+    found = interrupted(commands(folder, tmp_path)[name], after_s, number)
+    check(name, *found, number)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", list(main.list_commands(None)))
+def test_no_signal_is_lost_at_any_moment_of_start_up(name, folder, tmp_path):
+    times = 40 if name in ("serve", "run") else 12
+    moments = random.Random(name)
+    for _ in range(times):
+        number = moments.choice([signal.SIGINT, signal.SIGTERM])
+        found = interrupted(commands(folder, tmp_path)[name], moments.uniform(0, 2), number)
+        check(name, *found, number)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+DROPPED = """
+import gc, signal, sys, time
+from grokfetch import interruption
+interruption.install()
+
+def in_a_callback(phase, info):
+    if phase == "start":
+        gc.callbacks.clear()
+        signal.raise_signal(signal.SIGINT)
+
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def swallow():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+
+try:
+    {how}
+    print("dropped", flush=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pass
+except KeyboardInterrupt as error:
+    sys.exit(interruption.honour(error))
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["gc.callbacks.append(in_a_callback); gc.collect()", "Dying()", "swallow()"],
+    ids=["garbage collector", "del", "except"],
+)
+def test_an_interruption_that_is_dropped_is_raised_again(how):
+    code = DROPPED.replace("{how}", how)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == "dropped\n"
+    assert not done.stderr
+
+
+def test_one_that_was_dropped_last_of_all_ends_the_program_all_the_same(monkeypatch):
+    monkeypatch.setattr(interruption.signal, "setitimer", lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        raise interruption.Interrupted(signal.SIGTERM)
+    gc.collect()
+    with pytest.raises(interruption.Interrupted) as caught:
+        interruption.settle()
+    assert interruption.honour(caught.value) == 128 + signal.SIGTERM
+    interruption.settle()
+
+
+def test_a_ctrl_c_that_the_parent_ignores_stays_ignored(tmp_path):
+    script = (
+        "import signal\n"
+        "from grokfetch import interruption\n"
+        "interruption.install()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+        "print('on')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert done.stdout == "on\n"
+
+
+def test_a_reader_who_has_read_enough_is_no_failure(folder):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "grokfetch", "inspect", str(folder / "release")]
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 141
+    assert done.stderr == ""
