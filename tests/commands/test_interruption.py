@@ -62,7 +62,7 @@ def commands(folder, tmp_path):
         "inspect": ("inspect", release),
         "manifest": ("manifest", release, "--config", CONFIG, "--state", tmp_path / "state"),
         "publish": ("publish", release, "--config", CONFIG, "--output", tmp_path / "published"),
-        "seed": ("seed", folder, *LOOPBACK),
+        "seed": ("seed", folder, *LOOPBACK[:-1]),
         "run": ("run", release, "--tokens", "1 2 3", "--max-tokens", "40", *model),
         "serve": ("serve", release, "--port", "0", *model),
         "demo": ("demo",),
