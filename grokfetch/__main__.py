@@ -15,9 +15,7 @@ def start() -> None:
 
         install()
         try:
-            from grokfetch.cli import main
-
-            main(prog_name="grokfetch")
+            _run()
         except KeyboardInterrupt as error:
             code = honour(error)
             sys.stderr.write("interrupted\n")
@@ -25,6 +23,19 @@ def start() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _run() -> None:
+    from grokfetch.interruption import settle
+
+    try:
+        from grokfetch.cli import main
+
+        main(prog_name="grokfetch")
+    except Exception:
+        # What was interrupted may have failed in its own way.
+        settle()
+        raise
 
 
 if __name__ == "__main__":

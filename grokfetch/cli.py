@@ -88,8 +88,7 @@ class Program(click.Group):
         """Run the command; an error that a person can act on is printed and gives its exit code."""
         _open_streams()
         try:
-            result = super().invoke(ctx)
-            settle()
+            return self._invoke(ctx)
         except click.exceptions.Exit:
             raise
         except GrokfetchError as error:
@@ -112,6 +111,18 @@ class Program(click.Group):
             failed(ctx, error)
             click.echo("interrupted; what is done is kept, run the command again", err=True)
             ctx.exit(honour(error))
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        """Run the command; of an interruption nothing else may come than its end."""
+        try:
+            result = super().invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except Exception:
+            # What was interrupted may fail in its own way: an import of numpy, as ImportError.
+            settle()
+            raise
+        settle()
         return result
 
 

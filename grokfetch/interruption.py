@@ -3,7 +3,8 @@
 Python raises `KeyboardInterrupt` wherever the main thread happens to be. Where that is a callback
 of the garbage collector, a `__del__` or somebody's `except BaseException`, the exception is dropped
 and the program goes on as if nobody had pressed a key. Here the exception itself notices: one that
-dies before `honour` was called is raised again a moment later.
+dies before `honour` was called is raised again a moment later. While a module is being imported
+nothing is raised at all, but when that is done.
 
 Standard library only, and little of it: `grokfetch.__main__` installs this before anything else is
 imported.
@@ -46,8 +47,7 @@ class Interrupted(KeyboardInterrupt):
     def __del__(self) -> None:
         if self._place > _Count.honoured:
             # A timer, since raising here would be dropped as well.
-            _pending.number = self.number
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+            _again_soon(self.number)
 
 
 class _Pending:
@@ -103,9 +103,36 @@ def settle() -> None:
         raise Interrupted(_pending.number)
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _importing(frame):
+        _Count.raised += 1
+        _again_soon(number)
+        return
     raise Interrupted(number)
 
 
-def _interrupt_again(_number: int, _frame: FrameType | None) -> None:
-    settle()
+def _interrupt_again(_number: int, frame: FrameType | None) -> None:
+    if _Count.raised <= _Count.honoured:
+        return
+    if _importing(frame):
+        _again_soon(_pending.number)
+        return
+    raise Interrupted(_pending.number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, which may take an exception ill.
+
+    Of compiled modules some end the process then, and some tell of another error. An import is
+    over in a moment.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _again_soon(number: int) -> None:
+    _pending.number = number
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)

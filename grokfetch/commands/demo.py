@@ -173,11 +173,13 @@ def _seeding(folder: Path) -> Iterator[int]:
 def _seed(folder: Path, pipe: Connection) -> None:
 
     torrent = folder.joinpath(f"{NAME}.torrent").read_bytes()
-    with seed(torrent, folder, SwarmSettings.loopback()) as seeder:
-        pipe.send(seeder.port)
+    with (
+        seed(torrent, folder, SwarmSettings.loopback()) as seeder,
         # The other end closes when the demo is over, or has died.
-        with contextlib.suppress(EOFError):
-            pipe.recv()
+        contextlib.suppress(EOFError, BrokenPipeError),
+    ):
+        pipe.send(seeder.port)
+        pipe.recv()
 
 
 def _fetch(store: Store, magnet: str, manifest: Manifest) -> int:
