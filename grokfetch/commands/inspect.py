@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,9 @@ from grokfetch.errors import CheckpointInvalid, GrokfetchError
 from grokfetch.folder.store import Store
 from grokfetch.output.terminal import screen
 from loader.weights.schema import GrokConfig, parameters
-from loader.weights.shard_reader import Shard, read_shard
+
+if TYPE_CHECKING:
+    from loader.weights.shard_reader import Shard
 
 SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 
@@ -64,6 +67,8 @@ def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]
 
 
 def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
+
+    from loader.weights.shard_reader import read_shard
 
     shard = read_shard(file)
     return {
