@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.fetch import bring
+from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
@@ -40,7 +41,13 @@ MOST_TOKENS = 200
 WIDTH = 80
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch demo",
+        "grokfetch demo --keep grok-demo",
+    ),
+)
 @click.option(
     "--keep",
     metavar="DIR",

@@ -11,8 +11,10 @@ from pathlib import Path
 import click
 
 from grokfetch import fetch as fetching
+from grokfetch.commands.help import Explained
 from grokfetch.commands.hosts import share_request
 from grokfetch.commands.options import (
+    NETWORK_NAMES,
     Goal,
     goal_options,
     json_option,
@@ -38,7 +40,22 @@ MOST_EXTRAS = 10
 """Files beyond the manifest's that are named one by one."""
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch fetch --to /data/grok-1 --layers 0-3",
+        "grokfetch fetch 'magnet:?xt=urn:btih:...' --to /data/model",
+    ),
+    groups={
+        "What": ("folder", "manifest_file", "layers", "experts", "only", "everything", "repair"),
+        "For one of several hosts": ("num_hosts", "host_id", "mesh"),
+        "From whom": NETWORK_NAMES,
+        "How fast, how long": ("up", "down", "timeout"),
+        "Sharing afterwards": ("go_on", "ratio", "seconds"),
+        "For machines and screens": ("json", "plain", "state"),
+    },
+    extra="SOURCE is one argument: put a magnet link in quotes",
+)
 @click.argument("source", required=False)
 @click.option("--to", "folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(

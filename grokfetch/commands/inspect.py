@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import plain_option, state_option
 from grokfetch.errors import CheckpointInvalid, GrokfetchError
 from grokfetch.folder.store import Store
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch inspect /data/grok-1",
+        "grokfetch inspect tensor00000_000 --json",
+    ),
+)
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tensor and line.")
 @plain_option

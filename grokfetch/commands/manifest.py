@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import plain_option, state_option
 from grokfetch.errors import (
     CheckpointInvalid,
@@ -39,7 +40,13 @@ FIRST_SHARD = "tensor00000_000"
 TOKENIZER = PurePosixPath("tokenizer.model")
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch manifest /data/grok-1",
+        "grokfetch manifest my-model --config config.json --output my-model.json",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

@@ -28,6 +28,7 @@ from loader.weights.host_share import Share, share_of_host
 from loader.weights.partition import MeshShape
 
 __all__ = [
+    "NETWORK_NAMES",
     "Goal",
     "Hosts",
     "Meanwhile",
@@ -196,6 +197,13 @@ def proxy_of(text: str) -> Proxy:
     if not host or not port or url.scheme != "socks5" or url.path.strip("/"):
         raise click.BadParameter("a proxy is written socks5://HOST:PORT", param_hint="--proxy")
     return Proxy(host, port, unquote(url.username or ""), unquote(url.password or ""))
+
+
+NETWORK_NAMES = (
+    *("peers", "listen", "discovery", "no_dht", "no_lsd", "no_trackers"),
+    *("proxy", "encryption", "web_seeds", "mirrors"),
+)
+"""The options that say from whom, for the groups of a help."""
 
 
 def _swarm(

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import psutil
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import plain_option
 from grokfetch.errors import MeshInvalid
 from grokfetch.fetch.preflight import Check, Need, Place, checks, need, probe, refuse
@@ -73,7 +74,13 @@ class Plan:
     shares: tuple[Share, ...]
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch plan --to /data/grok-1",
+        "grokfetch plan my-model.json --to /data/my-model",
+    ),
+)
 @click.argument(
     "source",
     metavar="[MANIFEST|TORRENT]",

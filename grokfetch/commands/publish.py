@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.manifest import (
     FIRST_SHARD,
     TOKENIZER,
@@ -60,7 +61,13 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     return value
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch publish my-model",
+        "grokfetch publish my-model --tracker udp://tracker.example.org:1337/announce",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

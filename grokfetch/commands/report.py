@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import state_option
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.folder.atomic import replacing
@@ -15,7 +16,13 @@ from grokfetch.folder.store import Store
 from grokfetch.units import bytes_text
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch report /data/grok-1",
+        "grokfetch report /data/grok-1 --output grok-1.html",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

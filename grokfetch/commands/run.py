@@ -11,9 +11,11 @@ from pathlib import Path
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.hosts import asked, joined
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.options import (
+    NETWORK_NAMES,
     Hosts,
     Meanwhile,
     hosts_options,
@@ -44,7 +46,23 @@ BAR_S = 1.0
 """How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        'grokfetch run /data/grok-1 "The answer to life" --max-tokens 40',
+        'grokfetch run /data/grok-1 --tokens "1 2 3" --temperature 0.7 --top-p 0.9',
+    ),
+    groups={
+        "Prompt and text": (
+            *("tokens", "tokenizer", "max_tokens", "temperature", "top_p", "top_k", "seed"),
+        ),
+        "How the model is held": ("dtype", "placement", "mesh", "memory", "unproven"),
+        "Several hosts": ("cluster", "coordinator", "num_hosts", "host_id"),
+        "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
+        "For machines and screens": ("json", "plain", "state", "stats"),
+    },
+    extra="put the prompt in quotes",
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--tokens", metavar="IDS", help='Token ids as the prompt, "181 13 437"; prints ids.')

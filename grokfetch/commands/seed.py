@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
     Goal,
     goal_options,
@@ -39,7 +40,13 @@ EVENT_INTERVAL_S = 1.0
 """How often an event does."""
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch seed /data/grok-1",
+        "grokfetch seed /data/grok-1 --up 5M --ratio 2",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

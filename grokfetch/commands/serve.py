@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.options import loading_options, state_option, tokenizer_option
 from grokfetch.commands.tokenizer import find_tokenizer
@@ -31,7 +32,13 @@ WARM_UP_S = 20.0
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch serve /data/grok-1",
+        "grokfetch serve /data/grok-1 --host 0.0.0.0 --api-key-file key.txt",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import plain_option, state_option
 from grokfetch.folder.history import History, rates
 from grokfetch.folder.journal import Check, Run
@@ -27,7 +28,13 @@ MOST_RUNS = 12
 """Runs of missing pieces that plain text names."""
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch status /data/grok-1",
+        "grokfetch status /data/grok-1 --json",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

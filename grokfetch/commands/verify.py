@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from grokfetch.commands.fetch import bring
+from grokfetch.commands.help import Explained
 from grokfetch.commands.options import json_option, network_options, plain_option, state_option
 from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
@@ -21,7 +22,13 @@ from grokfetch.output.reporting import ended, lines, reporter
 from grokfetch.units import seconds_text
 
 
-@click.command()
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch verify /data/grok-1",
+        "grokfetch verify /data/grok-1 --repair",
+    ),
+)
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

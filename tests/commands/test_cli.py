@@ -112,3 +112,29 @@ def test_a_file_in_the_place_of_a_folder_is_told_with_what_to_do(tmp_path):
 def test_an_empty_source_is_not_the_folder_at_hand():
     result = invoke("fetch", "", code=errors.SourceInvalid.exit_code)
     assert "SOURCE is empty" in result.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_ends_with_two_examples_of_the_command(command):
+    text = invoke(command, "--help").stdout
+    *_, title, first, second = text.splitlines()
+    assert title == "Examples:"
+    assert all(line.startswith(f"  grokfetch {command}") for line in (first, second))
+
+
+@pytest.mark.parametrize("command", ["fetch", "run"])
+def test_help_with_many_options_groups_each_of_them_once(command):
+    text = invoke(command, "--help").stdout
+    context = cli.main.make_context("grokfetch", [], resilient_parsing=True)
+    found = cli.main.get_command(context, command)
+    names = {name for names in found.groups.values() for name in names}
+    assert names == {option.name for option in found.params if option.param_type_name == "option"}
+    assert all(f"\n{title}:\n" in text for title in found.groups)
+
+
+def test_a_mistyped_command_is_told_the_nearest():
+    assert "Did you mean 'fetch'?" in invoke("fecth", code=2).stderr
+
+
+def test_a_prompt_without_quotes_is_told_to_be_quoted():
+    assert "put the prompt in quotes" in invoke("run", "x", "hello", "world", code=2).stderr
