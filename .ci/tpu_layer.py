@@ -1,0 +1,39 @@
+"""Compiles one decode step of one layer for a TPU that is not here, and fails if it copies weights.
+
+Run: python .ci/tpu_layer.py, with the extra `tpu`. An expert that is copied, or a weight that is
+written out in another type, shows as bytes held beside arguments and results, and as bytes read
+again; the bounds are those of benchmarks/accelerators.py.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "accelerators.py"
+
+# Nothing runs on a TPU here, so that another process may compile at the same time.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def main() -> None:
+    """Compile, print, and end with 1 if a bound is exceeded."""
+    from loader.devices.absent import prepare
+    from loader.weights.accelerators import ACCELERATORS
+    from loader.weights.partition import MeshShape
+
+    benchmark = runpy.run_path(str(BENCHMARK))
+    kind, step = ACCELERATORS["v5p"], benchmark["STEPS"]["decode 1"]
+    prepare([kind])
+    exceeded = 0
+    for part, row in benchmark["measured"](kind, MeshShape(1, 8), step):
+        again = row.read / row.needed
+        exceeded += row.temporaries >= benchmark["MOST_DECODE"] or again > benchmark["MOST_READ"]
+        print(f"{part}: {row.temporaries:,} bytes of temporaries, {again:.3f} of the needed read")
+    sys.exit(exceeded > 0)
+
+
+if __name__ == "__main__":
+    main()
