@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -32,7 +32,16 @@ from loader.weights.partition import (
     mesh_axes,
     what_works,
 )
-from loader.weights.schema import GrokConfig, ParamSpec, parameters, weight_bytes
+from loader.weights.schema import (
+    LAYER,
+    OUTER,
+    GrokConfig,
+    Kind,
+    ParamSpec,
+    layer_prefix,
+    parameters,
+    weight_bytes,
+)
 
 __all__ = [
     "Layer",
@@ -43,6 +52,7 @@ __all__ = [
     "check_shared",
     "load",
     "make_mesh",
+    "params_of",
     "share",
 ]
 
@@ -61,7 +71,9 @@ class Source(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one decoder layer; D is the width of the residual stream.
+    """The weights of one decoder layer, by the fields of `loader.weights.schema.LAYER`.
+
+    D is the width of the residual stream.
 
     The four norms are float32 `[D]`, named for what they stand before or after. query
     `[D, Q * d]`, key and value `[D, K * d]`, output `[Q * d, D]` (Q query heads and K key/value
@@ -92,28 +104,6 @@ class Params:
     embedding: Table
     norm: Array
     layers: tuple[Layer, ...]
-
-
-OUTER_NAMES: Mapping[str, str] = {
-    "embedding": "language_model/in_out_embed/embeddings",
-    "norm": "language_model/rms_norm/scale",
-}
-"""The tensor behind each field of `Params` outside the layers."""
-
-_LAYER_NAMES: Mapping[str, str] = {
-    "before_attention": "rms_norm/scale",
-    "after_attention": "rms_norm_1/scale",
-    "before_experts": "rms_norm_2/scale",
-    "after_experts": "rms_norm_3/scale",
-    "query": "multi_head_attention/query/w",
-    "key": "multi_head_attention/key/w",
-    "value": "multi_head_attention/value/w",
-    "output": "multi_head_attention/linear/w",
-    "router": "router/w",
-    "gate": "moe/linear/w",
-    "up": "moe/linear_v/w",
-    "down": "moe/linear_1/w",
-}
 
 
 def make_mesh(
@@ -175,22 +165,21 @@ def load(
         on_bytes: called with bytes of the checkpoint as they have been read.
     """
     config = checkpoint.config
-    specs = {spec.name: spec for spec in parameters(config)}
-    names = [*OUTER_NAMES.values()]
-    for number in range(config.num_layers):
-        names += layer_names(number).values()
+    specs = _layer_by_layer(config)
     placed = transfer(
-        ((checkpoint[name], sharding(specs[name], mesh)) for name in names),
+        ((checkpoint[spec.name], sharding(spec, mesh)) for spec in specs),
         in_flight=in_flight,
         on_bytes=on_bytes,
         drop=_crowded(config, mesh),
     )
     suited = (tuning or Tuning()) if _only_cpus(mesh) else None
     arrays = {
-        name: dataclasses.replace(array, tuning=suited) if isinstance(array, Quantized) else array
-        for name, array in zip(names, placed, strict=True)
+        spec.name: dataclasses.replace(array, tuning=suited)
+        if isinstance(array, Quantized)
+        else array
+        for spec, array in zip(specs, placed, strict=True)
     }
-    return _params(arrays.__getitem__, config.num_layers)
+    return params_of(arrays.__getitem__, config.num_layers)
 
 
 def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
@@ -209,20 +198,21 @@ def _only_cpus(mesh: Mesh) -> bool:
     return all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
-def _params(place: Callable[[str], Any], layers: int) -> Params:
-    def layer(number: int) -> Layer:
-        return Layer(**{field: place(name) for field, name in layer_names(number).items()})
+def _layer_by_layer(config: GrokConfig) -> list[ParamSpec]:
+    """Every tensor, layer by layer; in the files layer 10 comes before layer 2."""
+    return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
+
+
+def params_of(place: Callable[[str], Any], layers: int) -> Params:
+    """The weights of a model of so many layers: what `place` makes of each tensor by its name."""
+
+    def fields(kinds: Sequence[Kind], prefix: str = "") -> dict[str, Any]:
+        return {kind.field: place(prefix + kind.name) for kind in kinds}
 
     return Params(
-        **{field: place(name) for field, name in OUTER_NAMES.items()},
-        layers=tuple(layer(number) for number in range(layers)),
+        **fields(OUTER),
+        layers=tuple(Layer(**fields(LAYER, layer_prefix(number))) for number in range(layers)),
     )
-
-
-def layer_names(number: int) -> dict[str, str]:
-    """The tensor behind each field of one `Layer`."""
-    prefix = f"transformer/decoder_layer_{number}"
-    return {field: f"{prefix}/{name}" for field, name in _LAYER_NAMES.items()}
 
 
 def check_shared(shape: MeshShape) -> None:
@@ -276,7 +266,7 @@ def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> P
             tensor.spec.shape, everywhere, lambda _: np.array(tensor.weight)
         )
 
-    return _params(place, checkpoint.config.num_layers)
+    return params_of(place, checkpoint.config.num_layers)
 
 
 def _matrix_place(tensor: Tensor, mesh: Mesh) -> MatrixPlace:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loader.devices.placement import OUTER_NAMES, Layer, Params, layer_names, sharding
+from loader.devices.placement import Params, params_of, sharding
 from loader.devices.products import Quantized
 from loader.inference.model import KeyValues, Window
 from loader.inference.steps import Steps
@@ -53,10 +53,8 @@ class Program:
 def described(config: GrokConfig, mesh: Mesh, layers: int = 1) -> Params:
     """The weights of a model as shapes, dtypes and shardings."""
     specs = {spec.name: spec for spec in parameters(config)}
-    outer = {field: _described(specs[name], mesh) for field, name in OUTER_NAMES.items()}
-    names = layer_names(0)
-    layer = Layer(**{field: _described(specs[name], mesh) for field, name in names.items()})
-    return Params(**outer, layers=(layer,) * layers)
+    one = params_of(lambda name: _described(specs[name], mesh), 1)
+    return dataclasses.replace(one, layers=one.layers * layers)
 
 
 def _described(spec: ParamSpec, mesh: Mesh) -> Any:

@@ -1,9 +1,10 @@
 """What a Grok-1 checkpoint contains: one table, from which everything else is derived.
 
-`GrokConfig` holds the hyperparameters (the defaults are the official model's) and
-`parameters(config)` lists every tensor in file order: its name, file, shape, dtype, the meaning of
-each axis and how many rows of scales it has. Index checks, manifests, placement and synthetic
-checkpoints all read this table; no shape is written anywhere else.
+`GrokConfig` holds the hyperparameters (the defaults are the official model's). `OUTER` and `LAYER`
+are the table: each kind of tensor with its name, its field in the model's parameters, the meaning
+of each axis and how many rows of scales it has. `parameters(config)` makes of them every tensor of
+a checkpoint in file order. Index checks, manifests, placement and synthetic checkpoints all read
+this table; no shape and no name is written anywhere else.
 
 Source of names, shapes and order: the official checkpoint, xai-org/grok-1 `model.py`.
 """
@@ -19,7 +20,18 @@ from typing import Literal
 
 from grokfetch.errors import ManifestInvalid
 
-__all__ = ["Axis", "GrokConfig", "ParamSpec", "parameters", "shard_name", "weight_bytes"]
+__all__ = [
+    "LAYER",
+    "OUTER",
+    "Axis",
+    "GrokConfig",
+    "Kind",
+    "ParamSpec",
+    "layer_prefix",
+    "parameters",
+    "shard_name",
+    "weight_bytes",
+]
 
 Axis = Literal["vocab", "embed", "q_heads", "kv_heads", "expert", "ff", "router"]
 """The meaning of one dimension.
@@ -178,6 +190,72 @@ def shard_name(index: int) -> str:
     return f"tensor{index:05d}_000"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of tensor: what the table below says of it.
+
+    field: what it is called in `loader.devices.placement.Layer` or `Params`. name: in the official
+    checkpoint, within its layer. axes: the meaning of each dimension, from which its size follows.
+    scale_groups: as of `ParamSpec`, None for float32.
+    """
+
+    field: str
+    name: str
+    axes: tuple[Axis, ...]
+    scale_groups: int | None = None
+
+    def spec(self, config: GrokConfig, index: int, prefix: str = "") -> ParamSpec:
+        """The tensor of this kind in a checkpoint of `config`."""
+        shape = tuple(axis_size(config, axis) for axis in self.axes)
+        dtype: Literal["float32", "int8"] = "float32" if self.scale_groups is None else "int8"
+        return ParamSpec(prefix + self.name, index, shape, dtype, self.axes, self.scale_groups)
+
+
+OUTER = (
+    Kind("embedding", "language_model/in_out_embed/embeddings", ("vocab", "embed")),
+    Kind("norm", "language_model/rms_norm/scale", ("embed",)),
+)
+"""The tensors outside of all layers, in file order."""
+
+LAYER = (
+    Kind("gate", "moe/linear/w", ("expert", "embed", "ff"), 1),
+    Kind("down", "moe/linear_1/w", ("expert", "ff", "embed"), SCALE_GROUPS),
+    Kind("up", "moe/linear_v/w", ("expert", "embed", "ff"), 1),
+    Kind("key", "multi_head_attention/key/w", ("embed", "kv_heads"), 1),
+    Kind("output", "multi_head_attention/linear/w", ("q_heads", "embed"), SCALE_GROUPS),
+    Kind("query", "multi_head_attention/query/w", ("embed", "q_heads"), 1),
+    Kind("value", "multi_head_attention/value/w", ("embed", "kv_heads"), 1),
+    Kind("before_attention", "rms_norm/scale", ("embed",)),
+    Kind("after_attention", "rms_norm_1/scale", ("embed",)),
+    Kind("before_experts", "rms_norm_2/scale", ("embed",)),
+    Kind("after_experts", "rms_norm_3/scale", ("embed",)),
+    Kind("router", "router/w", ("embed", "router")),
+)
+"""The twelve tensors of a layer, in file order."""
+
+
+def axis_size(config: GrokConfig, axis: Axis) -> int:
+    """How many elements a dimension of that meaning has."""
+    match axis:
+        case "vocab":
+            return config.vocab_size
+        case "embed":
+            return config.emb_size
+        case "q_heads":
+            return config.num_q_heads * config.key_size
+        case "kv_heads":
+            return config.num_kv_heads * config.key_size
+        case "ff":
+            return config.ff_size
+        case "expert" | "router":
+            return config.num_experts
+
+
+def layer_prefix(number: int) -> str:
+    """What the names of the tensors of a layer begin with."""
+    return f"transformer/decoder_layer_{number}/"
+
+
 @cache
 def parameters(config: GrokConfig) -> tuple[ParamSpec, ...]:
     """Every tensor of a checkpoint of `config`, in file order.
@@ -185,50 +263,7 @@ def parameters(config: GrokConfig) -> tuple[ParamSpec, ...]:
     The order is that of JAX's sorted dictionary keys, hence layers sort as strings
     (0, 1, 10, 11, ..., 2, 20, ...) and names within a layer alphabetically.
     """
-    names = sorted(f"decoder_layer_{layer}" for layer in range(config.num_layers))
-    specs = [*_outer(config)]
-    for name in names:
-        specs += [
-            dataclasses.replace(spec, name=f"transformer/{name}/{spec.name}")
-            for spec in _layer(config)
-        ]
-    return tuple(dataclasses.replace(spec, index=index) for index, spec in enumerate(specs))
-
-
-def _outer(config: GrokConfig) -> tuple[ParamSpec, ...]:
-    vocab, embed = config.vocab_size, config.emb_size
-    return (
-        _plain("language_model/in_out_embed/embeddings", (vocab, embed), ("vocab", "embed")),
-        _plain("language_model/rms_norm/scale", (embed,), ("embed",)),
-    )
-
-
-def _layer(config: GrokConfig) -> tuple[ParamSpec, ...]:
-    embed, ff, experts = config.emb_size, config.ff_size, config.num_experts
-    queries = config.num_q_heads * config.key_size
-    keys = config.num_kv_heads * config.key_size
-    up: tuple[Axis, ...] = ("expert", "embed", "ff")
-    down: tuple[Axis, ...] = ("expert", "ff", "embed")
-    attention = "multi_head_attention"
-    return (
-        _int8("moe/linear/w", (experts, embed, ff), up, 1),
-        _int8("moe/linear_1/w", (experts, ff, embed), down, SCALE_GROUPS),
-        _int8("moe/linear_v/w", (experts, embed, ff), up, 1),
-        _int8(f"{attention}/key/w", (embed, keys), ("embed", "kv_heads"), 1),
-        _int8(f"{attention}/linear/w", (queries, embed), ("q_heads", "embed"), SCALE_GROUPS),
-        _int8(f"{attention}/query/w", (embed, queries), ("embed", "q_heads"), 1),
-        _int8(f"{attention}/value/w", (embed, keys), ("embed", "kv_heads"), 1),
-        _plain("rms_norm/scale", (embed,), ("embed",)),
-        _plain("rms_norm_1/scale", (embed,), ("embed",)),
-        _plain("rms_norm_2/scale", (embed,), ("embed",)),
-        _plain("rms_norm_3/scale", (embed,), ("embed",)),
-        _plain("router/w", (embed, experts), ("embed", "router")),
-    )
-
-
-def _plain(name: str, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> ParamSpec:
-    return ParamSpec(name, -1, shape, "float32", axes)
-
-
-def _int8(name: str, shape: tuple[int, ...], axes: tuple[Axis, ...], groups: int) -> ParamSpec:
-    return ParamSpec(name, -1, shape, "int8", axes, groups)
+    prefixes = sorted(layer_prefix(number) for number in range(config.num_layers))
+    kinds = [("", kind) for kind in OUTER]
+    kinds += [(prefix, kind) for prefix in prefixes for kind in LAYER]
+    return tuple(kind.spec(config, index, prefix) for index, (prefix, kind) in enumerate(kinds))

@@ -124,7 +124,7 @@ def _distribution(spec: ParamSpec, config: GrokConfig) -> tuple[float, float]:
         return 0.0, 1 / (width * config.embedding_multiplier_scale)
     if spec.axes == ("embed", "router"):
         return 0.0, _ROUTER_SPREAD / width
-    if spec.name == "language_model/rms_norm/scale":
+    if spec.layer is None:
         scale = config.embedding_multiplier_scale / config.output_multiplier_scale * _LOGIT_SPREAD
     elif spec.name.endswith(("rms_norm_1/scale", "rms_norm_3/scale")):
         scale = 1 / math.sqrt(2 * config.num_layers)

@@ -12,8 +12,9 @@ import pytest
 from grokfetch.errors import ManifestInvalid
 from grokfetch.manifest.schema import encode, parse
 from grokfetch.manifest.shipped import grok_1, shipped
+from loader.devices.placement import Layer, Params
 from loader.weights.inventory import expected
-from loader.weights.schema import GrokConfig, parameters
+from loader.weights.schema import LAYER, OUTER, GrokConfig, parameters
 
 DATA = Path(__file__).parents[1] / "data"
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,13 @@ def test_the_official_config_gives_the_770_official_tensors_in_file_order():
             None if spec.scale_shape is None else list(spec.scale_shape)
         )
         assert spec.dtype == ("float32" if spec.scale_shape is None else "int8")
+
+
+def test_the_models_parameters_have_the_fields_of_the_table():
+    fields = {field.name for field in dataclasses.fields(Layer)}
+    assert fields == {kind.field for kind in LAYER}
+    outer = {field.name for field in dataclasses.fields(Params)}
+    assert outer - {"layers"} == {kind.field for kind in OUTER}
 
 
 def test_layers_sort_as_strings():
