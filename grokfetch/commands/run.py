@@ -149,6 +149,7 @@ def run(
         meet("loaded")
         taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)
         generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling))
+        engine.warm_up(ids, sampling)
         with taken.kept(store):
             if is_first():
                 _write(generated, words, taken)
@@ -205,6 +206,7 @@ def _events(
         "text": None if stream is None else "".join(parts),
         "first_token_s": run.first_token_s if run.tokens else None,
         "tokens_per_s": run.tokens_per_s,
+        "compile_s": run.compile_s,
         "peak_memory": run.peak_memory,
         "read": run.read,
         "experts": run.experts,
@@ -219,12 +221,13 @@ def _tell(taken: Measured, *, stats: bool) -> None:
     elif stats:
         for line in taken.said(screen(sys.stderr)):
             click.echo(line, err=True)
-    elif taken.tokens_per_s is None:
-        click.echo(f"1 token after {seconds_text(taken.first_token_s)}", err=True)
     else:
+        first = seconds_text(taken.first_token_s)
+        speed = taken.tokens_per_s
         click.echo(
-            f"first token after {seconds_text(taken.first_token_s)}, "
-            f"then {taken.tokens - 1} at {speed_text(taken.tokens_per_s)}",
+            f"compiled in {seconds_text(taken.compile_s)}, "
+            + (f"1 token after {first}" if speed is None else f"first token after {first}, ")
+            + ("" if speed is None else f"then {taken.tokens - 1} at {speed_text(speed)}"),
             err=True,
         )
 

@@ -31,7 +31,7 @@ class Measured:
 
     Attributes:
         tokens: generated so far.
-        first_token_s: from the prompt to the first.
+        first_token_s: from the prompt to the first, without compiling.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Measured:
         self._mapped = isinstance(engine.params.layers[0].gate, Mapped)
         self._choices = engine.count_experts() if stats or self._mapped else None
         self._prompt = 0
+        self._before = meter.compile_s
         self._first = self._last = 0.0
         self._read_at_first: int | None = None
         self.tokens = 0
@@ -54,15 +55,24 @@ class Measured:
     def watch(self, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[int]:
         """The same tokens, timed."""
         self._prompt = len(prompt)
-        start = time.perf_counter()
+        start = self._now()
         for token in tokens:
-            self._last = time.perf_counter()
+            self._last = self._now()
             if not self.tokens:
                 self._first = self._last
                 self.first_token_s = self._first - start
                 self._read_at_first = self._meter.read
             self.tokens += 1
             yield token
+
+    def _now(self) -> float:
+        """Seconds in which nothing was compiled."""
+        return time.perf_counter() - self._meter.compile_s
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compiling since the weights were in place."""
+        return self._meter.compile_s - self._before
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -96,6 +106,7 @@ class Measured:
             self._meter.peak_memory,
             self._meter.read,
             None if counts is None else tuple(map(tuple, counts)),
+            round(self.compile_s, 3),
         )
 
     def said(self, view: Screen) -> Iterator[str]:
@@ -104,6 +115,7 @@ class Measured:
         speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
         first = f"the first after {seconds_text(run.first_token_s)}{speed}"
         yield from view.fact("tokens", f"{run.tokens} after {run.prompt} of the prompt, {first}")
+        yield from view.fact("compiled", f"in {seconds_text(self.compile_s)}, counted apart")
         yield from view.fact("read", self._read(run.read))
         memory = "not known here" if run.peak_memory is None else bytes_text(run.peak_memory)
         beside = f", beside {bytes_text(run.weights)} of weights in files" if self._mapped else ""

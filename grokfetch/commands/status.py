@@ -171,8 +171,14 @@ def _run(run: Run, now: float) -> str:
     speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
     return (
         f"{_ago(run.time, now)}, {run.placement}: first token after "
-        f"{seconds_text(run.first_token_s)}{speed}"
+        f"{seconds_text(run.first_token_s)}{speed}{_compiling(run)}"
     )
+
+
+def _compiling(run: Run) -> str:
+    if run.compile_s is None:
+        return ", compiling included"
+    return f", compiled in {seconds_text(run.compile_s)} before"
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -71,9 +71,11 @@ class Run:
     """One run of the model, which ended at `time` (seconds since 1970); None is not known.
 
     weights: bytes. loaded_s: until the weights were in place. first_token_s: from the prompt to the
-    first token. tokens: generated. tokens_per_s: after the first. peak_memory: anonymous bytes,
-    which the system cannot drop as it can the pages of files. read: bytes that the disk was asked
-    for, from the start of loading on. experts: for each layer how often each expert was chosen.
+    first token, compiling left out. tokens: generated. tokens_per_s: after the first, compiling
+    left out. peak_memory: anonymous bytes, which the system cannot drop as it can the pages of
+    files. read: bytes that the disk was asked for, from the start of loading on. experts: for each
+    layer how often each expert was chosen. compile_s: spent on compiling; None for a run of an
+    earlier version, whose other seconds include it.
     """
 
     time: float
@@ -89,6 +91,7 @@ class Run:
     peak_memory: int | None
     read: int | None
     experts: tuple[tuple[int, ...], ...] | None
+    compile_s: float | None = None
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -218,6 +221,7 @@ def _decode_run(run: Mapping[str, Any]) -> Run:
         None if memory is None else notes.count(memory),
         None if read is None else notes.count(read),
         None if run["experts"] is None else _decode_experts(run["experts"]),
+        None if run.get("compile_s") is None else notes.number(run["compile_s"]),
     )
 
 

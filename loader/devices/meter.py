@@ -1,4 +1,4 @@
-"""What this process takes: its peak of anonymous memory, and the bytes it has the disk read."""
+"""What this process takes: memory at its peak, bytes read from the disk, seconds of compiling."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ class Meter:
     def __init__(self) -> None:
         import psutil
 
+        from loader.devices.compile_clock import CompileClock
+
         self._process = psutil.Process()
+        self._compiling = CompileClock()
         self._ended = threading.Event()
         self._before = self._read_bytes()
         self._peak: int | None = None
 
     def __enter__(self) -> Self:
         self._look()
+        self._compiling.start()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._thread.start()
         return self
@@ -31,6 +35,12 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._compiling.stop()
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compiling since its block began."""
+        return self._compiling.seconds
 
     @property
     def peak_memory(self) -> int | None:

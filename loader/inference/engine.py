@@ -70,6 +70,7 @@ class Engine:
         self.params = params
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
+        self._paging = paging
         self._steps = steps_for(config, params, mesh, self.dtype, paging)
         # On every device at once: a step must not fetch them from the first for each layer.
         rows = self._steps.rows
@@ -82,8 +83,29 @@ class Engine:
 
         Nothing is compiled anew; a state from before is of no use any more.
         """
-        self.params = params
+        self.params, self._paging = params, paging
         self._steps.hold(params, paging)
+
+    def warm_up(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
+        """Compile what continuing such a prompt takes, before anybody waits for it.
+
+        The first layer is run alone: all layers run the same programs. Where weights are mapped,
+        an expert that is given a number of tokens not met in it is still compiled later.
+
+        Raises:
+            PromptInvalid: as `prefill`.
+        """
+        params, paging = self.params, self._paging
+        self.hold(dataclasses.replace(params, layers=params.layers[:1]), paging)
+        try:
+            logits, state = self.prefill([prompt])
+            token = self.sample(logits, sampling or Sampling(), 0)
+            # To take it from its row is a program, too.
+            token[0].block_until_ready()
+            if state.longest < self.config.sequence_len:
+                self.decode(state, token)[0].block_until_ready()
+        finally:
+            self.hold(params, paging)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.

@@ -108,12 +108,7 @@ def load_as_it_comes(
     )
     engine = Engine(config, params, mesh, arrangement.loading.dtype)
     meet("first layer")
-    logits, state = engine.prefill([prompt])
-    token = engine.sample(logits, sampling, 0)
-    # To take it from its row is a program, too.
-    token[0].block_until_ready()
-    if len(prompt) < config.sequence_len:
-        engine.decode(state, token)
+    engine.warm_up(prompt, sampling)
     engine.hold(*_place(arrangement, checkpoint, report))
     return engine
 

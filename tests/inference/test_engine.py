@@ -12,6 +12,7 @@ import pytest
 from support import golden
 
 from grokfetch.errors import PromptInvalid
+from loader.devices.compile_clock import CompileClock
 from loader.inference.engine import Engine
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.weights import limits
@@ -78,6 +79,19 @@ def test_prompt_that_cannot_work_is_refused_before_anything_runs(short, prompt, 
 def test_batch_of_nothing_is_refused(short):
     with pytest.raises(PromptInvalid, match="empty"):
         short.prefill([])
+
+
+def test_after_a_warm_up_nothing_is_compiled_and_the_tokens_are_the_same():
+    mesh, params = golden.placed(golden.ONE)
+    engine = Engine(golden.CONFIG, params, mesh, "float32")
+    prompt = golden.prompt("p1")
+    engine.warm_up(prompt)
+    clock = CompileClock()
+    clock.start()
+    tokens = list(engine.generate(prompt, 6))
+    clock.stop()
+    assert tokens == wanted("p1")[:6]
+    assert clock.seconds == 0
 
 
 def test_cache_grows_without_changing_the_tokens(monkeypatch):

@@ -112,7 +112,7 @@ def check_numbers(text, told):
         for _, check in sorted(told["checks"].items())
         for found in check["findings"]
     ]
-    assert [int(row[5]) for row in page.rows["run"]] == [
+    assert [int(row[6]) for row in page.rows["run"]] == [
         run["tokens"] for run in reversed(told["runs"])
     ]
     chosen = [[int(count) for count in row[1:]] for row in page.rows["experts"]]
