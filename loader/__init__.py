@@ -33,6 +33,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint in a folder as a mapping of names to lazy tensors.
 
+    Where only a part was fetched all names are there; to look up a tensor that was not asked for
+    raises NotProven, which says which fetch brings it.
+
     Args:
         folder: what `grokfetch fetch` or `grokfetch manifest` was given.
         state: where that keeps its state, if not in the folder.
@@ -47,4 +50,4 @@ def open_checkpoint(
     from loader.weights import checkpoint
 
     store = Store(Path(folder), None if state is None else Path(state))
-    return checkpoint.open_checkpoint(store, proven=proven)
+    return checkpoint.open_checkpoint(store, proven=proven, part=True)

@@ -121,18 +121,27 @@ def run(
     from loader.devices.cluster import is_first, local_share, meet
     from loader.inference.engine import Sampling, check_prompts
     from loader.inference.loading import load_as_it_comes, load_onto
-    from loader.weights.checkpoint import expect_checkpoint, model_of, open_checkpoint
+    from loader.weights.checkpoint import (
+        expect_checkpoint,
+        model_of,
+        open_checkpoint,
+        require_whole,
+    )
 
     with (
         joined(hosts),
         _reading(folder, state, meanwhile, asked(hosts, loading)) as store,
         Meter() as meter,
     ):
+        config = model_of(store)
+        # Where the weights are not all there, nobody should look for the tokenizer first.
+        if not (unproven or hosts.several or meanwhile):
+            require_whole(store)
         words = None if prompt is None else find_tokenizer(store, tokenizer)
         if words is not None and prompt is not None:
             ids = words.encode(prompt)
         assert ids is not None
-        config, sampling = model_of(store), Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, seed)
         # What can be refused is refused before minutes are spent on loading.
         check_prompts(config, [ids])
         there = arrange(config, loading, len(ids) + max_tokens)

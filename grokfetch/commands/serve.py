@@ -111,10 +111,12 @@ def serve(
     from loader.inference.batching import Batch
     from loader.inference.loading import load_model
     from loader.inference.sampling import MOST_RANKED
-    from loader.weights.checkpoint import open_checkpoint
+    from loader.weights.checkpoint import open_checkpoint, require_whole
 
     store = Store(folder, state)
     key = _key(api_key_file)
+    if not unproven:
+        require_whole(store)
     words = _words(store, tokenizer)
     if key is None and host not in LOOPBACK:
         click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)

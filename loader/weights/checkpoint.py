@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import os
@@ -20,9 +21,16 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import CheckpointInvalid, GrokfetchError, NoModel, StorageFailed
+from grokfetch.errors import (
+    CheckpointInvalid,
+    GrokfetchError,
+    NoModel,
+    NotProven,
+    StorageFailed,
+)
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestTensor, Scales
+from grokfetch.units import bytes_text
 from loader.weights.host_share import Share, Span, tensor_spans
 from loader.weights.schema import GrokConfig, ParamSpec, parameters, weight_bytes
 from loader.weights.shard_reader import read_shard
@@ -36,6 +44,7 @@ __all__ = [
     "model_of",
     "open_checkpoint",
     "open_folder",
+    "require_whole",
 ]
 
 
@@ -86,7 +95,22 @@ class Checkpoint(Mapping[str, Tensor]):
         return self[name].weight
 
     def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            KeyError: there is none; names the nearest.
+            NotProven: it was not asked for, or its bytes are not proven.
+        """
+        if name not in self._tensors:
+            near = difflib.get_close_matches(str(name), self._tensors, 3, cutoff=0.5)
+            raise KeyError(f"no tensor {name!r:.80}" + (f"; near it: {near}" if near else ""))
         return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint: {len(self)} tensors, {bytes_text(self.nbytes)}>"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -95,7 +119,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = None) -> Checkpoint:
+def open_checkpoint(
+    store: Store, *, proven: bool = True, share: Share | None = None, part: bool = False
+) -> Checkpoint:
     """The checkpoint that the store's manifest describes.
 
     No file is looked into before what is needed of it is proven, then its frame is compared with
@@ -105,6 +131,8 @@ def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = 
         store: the checkpoint directory; hold its shared lock while the checkpoint is in use.
         proven: False to accept files that no hash vouches for, if their structure is right.
         share: what will be read of the weights, all by default; no other byte need be there.
+        part: True to open what was asked for, where that is not everything; to look up another
+            tensor then raises NotProven, which says which fetch brings it.
 
     Raises:
         StateMissing: the folder has no manifest.
@@ -115,8 +143,11 @@ def open_checkpoint(store: Store, *, proven: bool = True, share: Share | None = 
         ShardInvalid: a file is not a shard.
         CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
     """
-    opened = dict(_Opened(store, share, proven=proven))
-    return Checkpoint(model_of(store), opened, functools.partial(store.lock, exclusive=False))
+    tensors = _Opened(store, share, proven=proven)
+    for name in tensors:
+        if not (part and tensors.left_out(name)):
+            tensors[name]  # To open it finds what is wrong with it.
+    return Checkpoint(model_of(store), tensors, functools.partial(store.lock, exclusive=False))
 
 
 def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
@@ -127,6 +158,22 @@ def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
             also for what asking for a tensor raises.
     """
     return Checkpoint(model_of(store), _Opened(store, share))
+
+
+def require_whole(store: Store) -> None:
+    """Return if all of the model was asked for.
+
+    Raises:
+        NotProven: only a part was.
+        StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`.
+    """
+    tensors = _Opened(store, None)
+    if any(map(tensors.left_out, tensors)):
+        raise NotProven(
+            f"only a part of the model was asked for: {store.selection()}",
+            path=store.root,
+            hint=f"run: grokfetch fetch {store.root} --all",
+        )
 
 
 def model_of(store: Store) -> GrokConfig:
@@ -152,15 +199,27 @@ class _Opened(Mapping[str, Tensor]):
         self._proven = proven
         entries = _entries(store.manifest(), model_of(store))
         self._entries = {spec.name: (spec, entry, size) for spec, entry, size in entries}
+        self._asked = store.asked()
         self._open: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._open:
             spec, entry, size = self._entries[name]
+            if self.left_out(name):
+                raise _left_out(self._store, spec)
             for start, stop in self._needed(spec, entry, size):
                 self._store.require(entry.file, start, stop - start)
             self._open[name] = _open_tensor(self._store, spec, entry, size)
         return self._open[name]
+
+    def left_out(self, name: str) -> bool:
+        """Whether a tensor, or a part of it, was not asked for, all of it being needed."""
+        _, entry, size = self._entries[name]
+        whole = self._proven and self._share is None
+        return whole and self._asked is not None and self._asked.get(entry.file) != ((0, size),)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def _needed(self, spec: ParamSpec, entry: ManifestTensor, size: int) -> Iterable[Span]:
         if not self._proven:
@@ -175,6 +234,15 @@ class _Opened(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _left_out(store: Store, spec: ParamSpec) -> NotProven:
+    which = f"--only {spec.name}" if spec.layer is None else f"--layers {spec.layer}"
+    return NotProven(
+        f"{spec.name} was not asked for, or not all of it: only {store.selection()}",
+        path=store.root,
+        hint=f"run: grokfetch fetch {store.root} {which}",
+    )
 
 
 def faults(store: Store) -> Iterator[GrokfetchError]:

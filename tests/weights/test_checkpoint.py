@@ -12,7 +12,12 @@ from pathlib import Path, PurePosixPath
 import ml_dtypes
 import numpy as np
 import pytest
+from support import golden
+from support.fake_swarm import FakeSwarm
+from support.program import grokfetch
+from support.release import publish
 
+import loader
 from grokfetch.errors import (
     CheckpointInvalid,
     ManifestInvalid,
@@ -22,9 +27,12 @@ from grokfetch.errors import (
     StateMissing,
     StorageFailed,
 )
+from grokfetch.events import Outcome
+from grokfetch.fetch import fetch
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, Scales
-from loader.weights.checkpoint import faults, open_checkpoint, open_folder
+from grokfetch.manifest.selection import Request
+from loader.weights.checkpoint import faults, open_checkpoint, open_folder, require_whole
 from loader.weights.inventory import expected
 from loader.weights.schema import GrokConfig, parameters
 from loader.weights.shard_reader import read_shard
@@ -52,10 +60,10 @@ class LenientStore(Store):
 
     def __init__(self, root):
         super().__init__(root)
-        self.asked = []
+        self.required = []
 
     def require(self, path, start=0, length=None):
-        self.asked.append((path, start, length))
+        self.required.append((path, start, length))
 
 
 def manifest_of(config, folder):
@@ -159,7 +167,7 @@ def test_file_that_shrinks_before_it_is_mapped_is_refused(store):
 def test_every_byte_of_every_file_is_asked_for(store):
     open_checkpoint(store)
     sizes = {file.path: file.size for file in store.manifest().files}
-    assert store.asked == [(path, 0, size) for path, size in sizes.items()]
+    assert store.required == [(path, 0, size) for path, size in sizes.items()]
 
 
 def test_unproven_files_are_refused_before_they_are_looked_into(store):
@@ -330,3 +338,60 @@ def test_opening_needs_no_jax():
     modules = "loader.weights.checkpoint, loader.weights.synthetic"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- a part of a checkpoint ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory):
+    """A folder into which one layer of the golden checkpoint was fetched."""
+    root = tmp_path_factory.mktemp("part")
+    root.joinpath("from").mkdir()
+    torrent, manifest = publish(root / "from")
+    files = {
+        str(file.path): (root / "from/release" / file.path).read_bytes() for file in manifest.files
+    }
+    events = fetch(
+        Store(root / "part"),
+        FakeSwarm(torrent, files),
+        manifest=manifest,
+        request=Request(layers=(1,)),
+    )
+    assert isinstance(list(events)[-1], Outcome)
+    return root / "part"
+
+
+def test_part_lists_all_names_and_reads_what_is_there(part):
+    with loader.open_checkpoint(part) as checkpoint:
+        assert set(checkpoint) == set(golden.CHECKPOINT)
+        assert LINEAR in checkpoint
+        assert (checkpoint[LINEAR].weight == golden.CHECKPOINT[LINEAR].weight).all()
+        assert (checkpoint[NORM].weight == golden.CHECKPOINT[NORM].weight).all()
+
+
+def test_part_says_which_fetch_brings_the_rest(part):
+    other = LINEAR.replace("layer_1", "layer_3")
+    with loader.open_checkpoint(part) as checkpoint:
+        assert other in checkpoint
+        with pytest.raises(NotProven, match="only layers 1") as caught:
+            checkpoint[other]
+    assert caught.value.hint == f"run: grokfetch fetch {part} --layers 3"
+
+
+def test_part_is_not_the_whole(part):
+    with pytest.raises(NotProven, match="only a part") as caught:
+        require_whole(Store(part))
+    assert "--all" in caught.value.hint
+    with pytest.raises(NotProven):
+        open_checkpoint(Store(part))
+    assert "only a part" in grokfetch("run", part, "a prompt", code=NotProven.exit_code)
+
+
+def test_name_that_is_not_there_is_answered_with_near_ones():
+    with pytest.raises(KeyError, match=LINEAR):
+        golden.CHECKPOINT[LINEAR.replace("linear_1/w", "linear1/w")]
+
+
+def test_checkpoint_is_written_short():
+    assert repr(golden.CHECKPOINT) == "<Checkpoint: 146 tensors, 2.8 MB>"
