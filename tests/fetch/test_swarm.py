@@ -246,7 +246,9 @@ def test_a_swarm_without_peers_is_silence(tmp_path, torrent):
 def test_a_layout_that_libtorrent_understands_otherwise_is_refused(tmp_path, torrent):
     _, data = torrent
     known = parse_torrent(data)
-    other = parse_info(known.info.replace(b"lengthi100e", b"lengthi101e"), known.piece_layers)
+    # One file is longer by a byte, and where padding follows it, that is shorter by one.
+    info = known.info.replace(b"lengthi100e", b"lengthi101e")
+    other = parse_info(info.replace(b"lengthi32668e", b"lengthi32667e"), known.piece_layers)
     order = Order(known, other, tmp_path, frozenset(), frozenset({0}))
     with pytest.raises(TorrentInvalid, match="otherwise"):
         next(Swarm(known, HERE).download(order))

@@ -166,7 +166,8 @@ def test_what_cannot_be_read_is_never_called_wrong_and_repair_is_no_advice(demo,
 # --- names ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_whose_name_is_not_utf_8_is_fetched_verified_and_shared(tmp_path):
+def test_a_folder_whose_name_is_not_utf_8_is_fetched_verified_and_shared(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     files = {name: data for name, data in FILES.items() if data}
     lay_down(tmp_path / "seed", files)
     torrent = tmp_path / "x.torrent"

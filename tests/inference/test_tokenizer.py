@@ -91,11 +91,11 @@ def test_missing_tokenizer_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no model at all", b"\x00" * 100])
 def test_file_that_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(TokenizerMissing, match=r"empty|no SentencePiece model"):
+    with pytest.raises(TokenizerMissing, match=r"empty|not a SentencePiece model"):
         Tokenizer.load(tmp_path / "tokenizer.model")
 
 
 def test_damaged_model_is_refused(path, tmp_path):
     (tmp_path / "cut.model").write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TokenizerMissing, match="no SentencePiece model"):
+    with pytest.raises(TokenizerMissing, match="not a SentencePiece model"):
         Tokenizer.load(tmp_path / "cut.model")

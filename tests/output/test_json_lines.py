@@ -31,7 +31,7 @@ from grokfetch.events import (
     Summary,
     Token,
 )
-from grokfetch.fetch import fetch, swarm
+from grokfetch.fetch import fetch, wanted
 from grokfetch.folder.store import Store
 from grokfetch.output.json_lines import as_fields, error_fields
 from grokfetch.output.progress import Lines
@@ -75,7 +75,7 @@ def of(found, name):
 
 
 def test_a_fetch_tells_metadata_progress_pieces_and_how_it_ended(begun, monkeypatch):
-    monkeypatch.setattr(swarm, "Swarm", lambda *_: FakeSwarm(TORRENT, dict(FILES)))
+    monkeypatch.setattr(wanted, "Swarm", lambda *_: FakeSwarm(TORRENT, dict(FILES)))
     found = events("fetch", begun)
     (metadata,) = of(found, "metadata")
     assert metadata["name"] == "top"
