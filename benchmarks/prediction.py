@@ -19,6 +19,7 @@ from loader.devices.paging import Paging
 from loader.devices.placement import make_mesh, share
 from loader.inference import model
 from loader.inference.engine import Engine
+from loader.inference.experts import route
 from loader.inference.tokenizer import Tokenizer
 from loader.weights.checkpoint import Checkpoint, open_folder
 from loader.weights.schema import GrokConfig
@@ -84,7 +85,7 @@ def hit_rate(config: GrokConfig, checkpoint: Checkpoint, folder: Path) -> tuple[
         if number + 1 < config.num_layers and x.shape[1] == 1:
             after = params.layers[number + 1]
             flat = model.norm(x, after.before_experts).reshape(1, -1)
-            choices, _ = model.route(flat, after.router, config.num_selected_experts)
+            choices, _ = route(flat, after.router, config.num_selected_experts)
             guesses.append((number + 1, set(np.asarray(choices)[0].tolist())))
         return x, cache, routed
 

@@ -8,6 +8,8 @@ only these.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,25 @@ from loader.devices import kernels
 from loader.devices.kernels import Rows, Tuning
 from loader.devices.mapped import LONGEST, Mapped, MappedTable
 
-__all__ = ["Quantized", "Table", "Weights", "dots", "lookup", "product", "select", "table_rows"]
+__all__ = [
+    "Quantized",
+    "Table",
+    "Weights",
+    "by_platform",
+    "dots",
+    "lookup",
+    "product",
+    "reads_decide",
+    "select",
+    "stack_product",
+    "table_rows",
+]
+
+GPUS = ("cuda", "rocm")
+"""Platforms whose compiler copies a matrix out of its stack before it multiplies with it."""
+
+FEW = 32
+"""Tokens whose products take no longer on an accelerator than the weights take to read."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,11 +105,77 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         return weights.product(x)
     if weights.tuning is not None:
         return _in_place(x, weights, weights.tuning)
+    if x.size == x.shape[-1]:
+        return by_platform(_summed, lambda x, weights: _multiplied(x, weights, dtype), x, weights)
+    return _multiplied(x, weights, dtype)
+
+
+def _multiplied(x: Array, weights: Quantized, dtype: jnp.dtype) -> Array:
+    """The product left to what an accelerator has for matrices."""
     if dtype == jnp.float32:
         return _grouped(x, weights)
+    return jnp.sum(_grouped(_halves(x), weights), axis=0)
+
+
+def by_platform(
+    on_gpus: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any
+) -> Array:
+    """One of two functions of the same result, chosen when the program is compiled."""
+    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
+    return result
+
+
+def reads_decide(weights: Weights, tokens: int) -> bool:
+    """Whether a product of so many tokens takes as long as reading the weights."""
+    return isinstance(weights, Quantized) and weights.tuning is None and tokens <= FEW
+
+
+def _summed(x: Array, weights: Quantized) -> Array:
+    """The product of one token as a sum over rows: int8 is read where it lies in the stack.
+
+    A GPU's compiler makes one kernel of it, and one of two such sums over the same `x`; it would
+    copy the matrix for a product that it leaves to a kernel for matrices. A vector and not a matrix
+    of one row, and scaled within the sum: otherwise the stack is transposed first.
+    """
+    groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape
+    factors = x.reshape(groups, rows // groups, 1)
+    matrix = weights.weight.reshape(groups, rows // groups, columns).astype(jnp.float32)
+    scaled = factors * matrix * weights.scales[:, None].astype(jnp.float32)
+    return jnp.sum(scaled, axis=(0, 1)).reshape(*x.shape[:-1], columns)
+
+
+def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
+    """Each matrix of a stack with its own rows, as one product over the stack where it lies.
+
+    Args:
+        x: float32 `[E, T, K]`.
+        weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
+        dtype: as for `product`.
+
+    Returns:
+        float32 `[E, T, N]`.
+    """
+    assert isinstance(weights, Quantized)
+    (stack, tokens, rows), groups = x.shape, weights.scales.shape[-2]
+    parts = _halves(x) if dtype == jnp.bfloat16 else x[None]
+    count = parts.shape[0] * tokens
+    grouped = jnp.moveaxis(parts, 0, 1).reshape(stack, count, groups, rows // groups)
+    sums = jnp.einsum(
+        "etgk,egkn->egtn",
+        grouped,
+        weights.weight.reshape(stack, groups, rows // groups, -1).astype(parts.dtype),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    total = jnp.sum(sums * weights.scales[:, :, None].astype(jnp.float32), axis=1)
+    return jnp.sum(total.reshape(stack, -1, tokens, total.shape[-1]), axis=1)
+
+
+def _halves(x: Array) -> Array:
+    """float32 `[...]` as two of bfloat16, `[2, ...]`: its rounded value and the rest."""
     # A conversion to bfloat16 and back may be dropped by the compiler; this may not.
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return jnp.sum(_grouped(jnp.stack((high, x - high)).astype(dtype), weights), axis=0)
+    return jnp.stack((high, x - high)).astype(jnp.bfloat16)
 
 
 def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:

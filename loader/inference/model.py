@@ -26,27 +26,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from loader.devices.placement import Layer
-from loader.devices.products import Table, Weights, dots, lookup, product, select, table_rows
+from loader.devices.products import Table, Weights, dots, lookup, product, table_rows
+from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
 from loader.weights.schema import GrokConfig
 
 __all__ = [
     "KeyValues",
-    "Routed",
     "Window",
     "attend",
     "attention",
     "close",
     "embed",
-    "expert",
-    "experts",
-    "feed_forward",
     "group_queries",
     "layer",
     "logits",
     "norm",
     "rotate",
-    "route",
     "soft_cap",
 ]
 
@@ -54,9 +50,6 @@ NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
-
-LARGEST_BLOCK = 128
-"""Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +84,7 @@ def embed(table: Table, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> 
     local = tokens - lax.axis_index("model") * rows
     mine = (local >= 0) & (local < rows)
     found = jnp.where(mine[..., None], lookup(table, jnp.where(mine, local, 0)), 0.0)
-    return _sum_over(found, "model") * _rounded(config.embedding_multiplier_scale, dtype)
+    return sum_over(found, "model") * _rounded(config.embedding_multiplier_scale, dtype)
 
 
 def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:
@@ -113,20 +106,6 @@ def layer(
     x, cache, routed = attend(weights, cache, x, window, config)
     mixed = experts(weights, routed, window.real, config, cache.keys.dtype)
     return close(weights, x, mixed), cache, routed.choices
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class Routed:
-    """What the experts of a layer are to do, for the N = B * T tokens of a step.
-
-    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32
-    `[N, chosen]`, what each chosen expert's output is weighted with.
-    """
-
-    x: Array
-    choices: Array
-    gates: Array
 
 
 def attend(
@@ -201,7 +180,7 @@ def attention(
     # A first step needs no cache: its own keys are all there are, and are not rounded yet.
     mixed = _attend(queries, step if window.fresh else cache, window, config)
     partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
-    return _sum_over(partial, "model"), cache
+    return sum_over(partial, "model"), cache
 
 
 def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig) -> Array:
@@ -248,11 +227,6 @@ def _attend_block(
     )
 
 
-def _sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
-    total: Array = lax.psum(partial, axes)  # type: ignore[no-untyped-call]
-    return total
-
-
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
     # A place outside the cache is dropped, so that padding tokens leave no trace in it.
     places = jnp.where(window.real, window.positions, cache.keys.shape[1])
@@ -262,138 +236,3 @@ def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
         return into.at[rows, places].set(new.astype(into.dtype), mode="drop")
 
     return KeyValues(write(cache.keys, step.keys), write(cache.values, step.values))
-
-
-def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
-    """The experts of each token and the weight of their outputs.
-
-    The weights are the probabilities of a softmax over all experts, used as they are: they are not
-    made to sum to one over the chosen experts.
-
-    Args:
-        x: float32 `[N, D]`.
-        router: float32 `[D, E]`, of all experts.
-        chosen: experts a token.
-
-    Returns:
-        int32 `[N, chosen]` and float32 `[N, chosen]`, most probable first.
-    """
-    scores = jnp.einsum("nd,de->ne", x, router, precision=lax.Precision.HIGHEST)
-    weights, choices = lax.top_k(jax.nn.softmax(scores, axis=-1), chosen)
-    return choices, weights
-
-
-def feed_forward(x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype) -> Array:
-    """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
-    # The reference's GELU is the tanh approximation.
-    hidden = jax.nn.gelu(product(x, gate, dtype), approximate=True) * product(x, up, dtype)
-    return product(hidden, down, dtype)
-
-
-def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: jnp.dtype) -> Array:
-    """What one expert gives the tokens that chose it, weighted.
-
-    Args:
-        weights: the layer, with all experts on every device and part of each.
-        number: int32 scalar, the expert.
-        routed: all tokens of the step.
-        pairs: int32 `[n]`, indices of `routed.choices` taken flat; those beyond its end count for
-            nothing.
-        dtype: of the products.
-
-    Returns:
-        float32 `[N, D]`, the same on all devices of these rows; zero for all other tokens.
-    """
-    rows = pairs // routed.choices.shape[1]
-    output = feed_forward(
-        routed.x.at[rows].get(mode="clip"),
-        select(weights.gate, number),
-        select(weights.up, number),
-        select(weights.down, number),
-        dtype,
-    )
-    gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
-    given = gates[:, None] * _sum_over(output, "model")
-    return jnp.zeros(routed.x.shape, jnp.float32).at[rows].add(given, mode="drop")
-
-
-def experts(
-    weights: Layer, routed: Routed, real: Array, config: GrokConfig, dtype: jnp.dtype
-) -> Array:
-    """Each token's chosen experts, weighted and summed; no other expert's weights are read.
-
-    Pairs of token and choice are sorted by expert and cut into blocks of one expert each. A loop
-    runs over the blocks that there are, and reads the weights of its block's expert; how many
-    there are, and whose, is known only at run time.
-
-    Args:
-        weights: the layer; this device holds some of the experts, and part of each.
-        routed: the tokens and their choices.
-        real: bool `[B, T]`; padding tokens get no expert.
-        config: the hyperparameters.
-        dtype: of the products.
-
-    Returns:
-        float32 `[N, D]`, the same on all devices of these rows.
-    """
-    flat = routed.x
-    held = config.num_experts // lax.axis_size("expert")
-    local = routed.choices - lax.axis_index("expert") * held
-    nobody = (local < 0) | (local >= held) | ~real.reshape(-1, 1)
-    size = _block_size(routed.choices.size, config.num_experts)
-    plan = _plan(jnp.where(nobody, held, local).reshape(-1), held, size)
-
-    def block(index: Array, total: Array) -> Array:
-        expert, pairs, live = _block(plan, index, size)
-        # Places beyond the group's end point outside: they read some row and add to none.
-        rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
-        output = feed_forward(
-            flat.at[rows].get(mode="clip"),
-            select(weights.gate, expert),
-            select(weights.up, expert),
-            select(weights.down, expert),
-            dtype,
-        )
-        gates = routed.gates.reshape(-1)[pairs]
-        return total.at[rows].add(gates[:, None] * output, mode="drop")
-
-    total = lax.fori_loop(0, plan.ends[-1], block, jnp.zeros(flat.shape, jnp.float32))
-    return _sum_over(total, ("expert", "model"))
-
-
-def _block_size(pairs: int, num_experts: int) -> int:
-    """Tokens in a block: about what an expert gets on average, one for a single token."""
-    average = max(1, pairs // num_experts)
-    return min(LARGEST_BLOCK, 1 << (average.bit_length() - 1))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Plan:
-    """Pairs sorted by expert, and where each expert's pairs start, how many, and its last block."""
-
-    order: Array
-    starts: Array
-    counts: Array
-    blocks: Array
-    ends: Array
-
-
-def _plan(choices: Array, held: int, size: int) -> _Plan:
-    counts = jnp.sum(choices[:, None] == jnp.arange(held), axis=0)
-    blocks = -(-counts // size)
-    return _Plan(
-        order=jnp.argsort(choices, stable=True),
-        starts=jnp.cumsum(counts) - counts,
-        counts=counts,
-        blocks=blocks,
-        ends=jnp.cumsum(blocks),
-    )
-
-
-def _block(plan: _Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
-    """A block's expert (scalar), its pairs `[size]`, and which of those are the expert's at all."""
-    expert = jnp.searchsorted(plan.ends, index, side="right")
-    first = index - (plan.ends - plan.blocks)[expert]
-    ranks = first * size + jnp.arange(size)
-    live = ranks < plan.counts[expert]
-    return expert, plan.order[jnp.where(live, plan.starts[expert] + ranks, 0)], live

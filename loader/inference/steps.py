@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loader.devices.mapped import Mapped
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
-from loader.inference import model
+from loader.inference import experts, model
 from loader.inference.model import KeyValues, Window
 from loader.inference.routing_counts import Choices
 from loader.weights.schema import GrokConfig
@@ -167,7 +167,7 @@ class _OnDemand(Steps):
         )
         self._expert = self._spread(
             lambda weights, number, routed, pairs, total: (
-                total + model.expert(weights, number, routed, pairs, dtype)
+                total + experts.expert(weights, number, routed, pairs, dtype)
             ),
             (weights, *(nothing,) * 4),
             nothing,

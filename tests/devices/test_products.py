@@ -12,7 +12,7 @@ import pytest
 
 from loader.devices import products as quantized
 from loader.devices.kernels import Tuning
-from loader.devices.products import Quantized, product, select
+from loader.devices.products import Quantized, product, select, stack_product
 
 
 def made(rows, columns, groups, seed=0):
@@ -37,6 +37,27 @@ def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype, tuning)
     assert found.shape == (*batch, 7)
     # In bfloat16 too: eight bits would be off by 1e-2 and more.
     np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1)], ids=str)
+def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, groups, batch):
+    monkeypatch.setattr(quantized, "GPUS", ("cpu",))
+    weights, matrix = made(48, 7, groups)
+    x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
+    found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype("bfloat16"))
+    assert found.shape == (*batch, 7)
+    np.testing.assert_allclose(found, x @ matrix, rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(groups):
+    stack = [made(48, 7, groups, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    x = np.random.default_rng(1).standard_normal((3, 5, 48), np.float32)
+    found = stack_product(x, stacked, jnp.dtype("float32"))
+    wanted = np.stack([rows @ matrix for rows, (_, matrix) in zip(x, stack, strict=True)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=3e-4)
 
 
 def test_group_boundaries_are_contiguous_rows():

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from support import golden
 
-from loader.inference import model
-from loader.inference.model import Routed
+from loader.devices import products
+from loader.devices.program_text import cost
+from loader.inference import experts
+from loader.inference.ahead import Load, compiled
+from loader.inference.experts import Routed
 from loader.weights.partition import MeshShape
 
 CONFIG = golden.CONFIG
@@ -41,7 +44,7 @@ def operations(shape, tokens):
     )
     everywhere = PartitionSpec()
     spread = jax.shard_map(
-        lambda *given: model.experts(*given, CONFIG, jnp.dtype("float32")),
+        lambda *given: experts.experts(*given, CONFIG, jnp.dtype("float32")),
         mesh=mesh,
         in_specs=(held, everywhere, everywhere),
         out_specs=everywhere,
@@ -54,7 +57,7 @@ def operations(shape, tokens):
 @pytest.mark.parametrize("tokens", [1, 128], ids=["decode", "prefill"])
 @pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH], ids=str)
 def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens):
-    block = model._block_size(tokens * CHOSEN, EXPERTS) * one_token(shape)
+    block = experts._block_size(tokens * CHOSEN, EXPERTS) * one_token(shape)
     everything = tokens * EXPERTS // shape.expert * one_token(shape)
     found = operations(shape, tokens)
     # Routing, gates and the activation function are the rest; of a block, less than its products.
@@ -63,18 +66,74 @@ def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens
         assert found < everything / 2
 
 
+def mixed(shape, weights, tokens, dtype="float32"):
+    """What the experts of a layer give random tokens, of which the last is padding if it can be."""
+    mesh, _ = golden.placed(shape)
+    random = np.random.default_rng(tokens)
+    choices = random.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :CHOSEN]
+    routed = Routed(
+        random.standard_normal((tokens, CONFIG.emb_size), np.float32),
+        choices.astype(np.int32),
+        random.uniform(0.1, 0.5, (tokens, CHOSEN)).astype(np.float32),
+    )
+    real = np.arange(tokens)[None] < max(1, tokens - 1)
+    everywhere = PartitionSpec()
+    spread = jax.shard_map(
+        lambda *given: experts.experts(*given, CONFIG, jnp.dtype(dtype)),
+        mesh=mesh,
+        in_specs=(jax.tree.map(lambda array: array.sharding.spec, weights), everywhere, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    return np.asarray(jax.jit(spread)(weights, routed, real))
+
+
+@pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, tokens):
+    """By pairs, by experts, by blocks; each as GPUs and as other accelerators have it."""
+    monkeypatch.setattr(products, "GPUS", gpus)
+    weights = golden.placed(shape)[1].layers[3]
+    wanted = mixed(shape, weights, tokens)
+    found = mixed(shape, golden.for_accelerators(weights), tokens)
+    assert np.abs(wanted).max() > 0.01
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    if tokens > 1:
+        assert not found[-1].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(monkeypatch, tokens):
+    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    assert counted_loops(TENSOR_PARALLEL, tokens) == 0
+
+
+def test_blocks_are_counted_at_run_time_elsewhere():
+    assert counted_loops(TENSOR_PARALLEL, 16) == 0
+    assert counted_loops(TENSOR_PARALLEL, 40) == 1
+
+
+def counted_loops(shape, tokens):
+    mesh, _ = golden.placed(shape)
+    load = Load(1, tokens, 64)
+    dtype = jnp.dtype("float32")
+    programs = compiled(golden.CONFIG, mesh, load, dtype)
+    return next(cost(one.text).unknown_loops for one in programs if one.name == "layer")
+
+
 @settings(max_examples=30)
 @given(st.sampled_from([1, 2, 16, 77, 300]), st.sampled_from([1, 2, 8]), st.integers(0, 2**32 - 1))
 def test_blocks_that_are_run_hold_the_chosen_pairs_and_little_more(tokens, hosts, seed):
     """The number of trips is known at run time alone: here for any choices of any tokens."""
     random = np.random.default_rng(seed)
     choices = random.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :CHOSEN]
-    size, held = model._block_size(choices.size, EXPERTS), EXPERTS // hosts
+    size, held = experts._block_size(choices.size, EXPERTS), EXPERTS // hosts
     trips = 0
     for host in range(hosts):
         mine = choices - host * held
         local = np.where((mine < 0) | (mine >= held), held, mine).reshape(-1)
-        trips += int(model._plan(jnp.asarray(local), held, size).ends[-1])
+        trips += int(experts._plan(jnp.asarray(local), held, size).ends[-1])
     assert choices.size <= trips * size <= choices.size + min(EXPERTS, choices.size) * (size - 1)
     if tokens == 1:
         assert trips == CHOSEN

@@ -16,6 +16,7 @@ from support.reference import Reference
 from loader.devices.placement import load, make_mesh
 from loader.inference import model
 from loader.inference.engine import Engine
+from loader.inference.experts import route
 from loader.inference.model import KeyValues, Window
 from loader.weights.checkpoint import open_folder
 from loader.weights.partition import MeshShape
@@ -130,7 +131,7 @@ def test_hidden_states_and_router_equal_the_reference_layer_by_layer(name):
             weights, entry, model.norm(x, weights.before_attention), window, config
         )
         middle = x + model.norm(attended, weights.after_attention)
-        routed = model.route(model.norm(middle, weights.before_experts)[0], weights.router, 2)
+        routed = route(model.norm(middle, weights.before_experts)[0], weights.router, 2)
         return model.layer(weights, entry, x, window, config)[0], routed
 
     layer = spread(traced, mesh)

@@ -1,0 +1,247 @@
+"""Routing and experts: few tokens read each expert once, many are sorted into blocks.
+
+Like `loader.inference.model`, all of this runs on each device of a mesh, over its own experts and
+its part of each. Letters in shapes: N tokens of a step, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from loader.devices.placement import Layer
+from loader.devices.products import (
+    Weights,
+    by_platform,
+    product,
+    reads_decide,
+    select,
+    stack_product,
+)
+from loader.weights.schema import GrokConfig
+
+__all__ = ["Routed", "expert", "experts", "feed_forward", "route", "sum_over"]
+
+LARGEST_BLOCK = 128
+"""Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Routed:
+    """What the experts of a layer are to do, for the N = B * T tokens of a step.
+
+    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32
+    `[N, chosen]`, what each chosen expert's output is weighted with.
+    """
+
+    x: Array
+    choices: Array
+    gates: Array
+
+
+def sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
+    """What the devices along some axes of the mesh have in part, summed on each of them."""
+    total: Array = lax.psum(partial, axes)  # type: ignore[no-untyped-call]
+    return total
+
+
+def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
+    """The experts of each token and the weight of their outputs.
+
+    The weights are the probabilities of a softmax over all experts, used as they are: they are not
+    made to sum to one over the chosen experts.
+
+    Args:
+        x: float32 `[N, D]`.
+        router: float32 `[D, E]`, of all experts.
+        chosen: experts a token.
+
+    Returns:
+        int32 `[N, chosen]` and float32 `[N, chosen]`, most probable first.
+    """
+    scores = jnp.einsum("nd,de->ne", x, router, precision=lax.Precision.HIGHEST)
+    weights, choices = lax.top_k(jax.nn.softmax(scores, axis=-1), chosen)
+    return choices, weights
+
+
+def feed_forward(x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype) -> Array:
+    """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
+    # The reference's GELU is the tanh approximation.
+    hidden = jax.nn.gelu(product(x, gate, dtype), approximate=True) * product(x, up, dtype)
+    return product(hidden, down, dtype)
+
+
+def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: jnp.dtype) -> Array:
+    """What one expert gives the tokens that chose it, weighted.
+
+    Args:
+        weights: the layer, with all experts on every device and part of each.
+        number: int32 scalar, the expert.
+        routed: all tokens of the step.
+        pairs: int32 `[n]`, indices of `routed.choices` taken flat; those beyond its end count for
+            nothing.
+        dtype: of the products.
+
+    Returns:
+        float32 `[N, D]`, the same on all devices of these rows; zero for all other tokens.
+    """
+    rows = pairs // routed.choices.shape[1]
+    output = feed_forward(
+        routed.x.at[rows].get(mode="clip"),
+        select(weights.gate, number),
+        select(weights.up, number),
+        select(weights.down, number),
+        dtype,
+    )
+    gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
+    given = gates[:, None] * sum_over(output, "model")
+    return jnp.zeros(routed.x.shape, jnp.float32).at[rows].add(given, mode="drop")
+
+
+def experts(
+    weights: Layer, routed: Routed, real: Array, config: GrokConfig, dtype: jnp.dtype
+) -> Array:
+    """Each token's chosen experts, weighted and summed.
+
+    An accelerator reads few tokens' experts for longer than it multiplies: each is read once, by a
+    loop whose length is known when it is compiled. Otherwise pairs of token and choice are sorted
+    by expert and cut into blocks, and no weights of an expert that nobody chose are read.
+
+    Args:
+        weights: the layer; this device holds some of the experts, and part of each.
+        routed: the tokens and their choices.
+        real: bool `[B, T]`; padding tokens get no expert.
+        config: the hyperparameters.
+        dtype: of the products.
+
+    Returns:
+        float32 `[N, D]`, the same on all devices of these rows.
+    """
+    held = config.num_experts // lax.axis_size("expert")
+    local = routed.choices - lax.axis_index("expert") * held
+    nobody = (local < 0) | (local >= held) | ~real.reshape(-1, 1)
+    mine = dataclasses.replace(
+        routed,
+        choices=jnp.where(nobody, held, local),
+        gates=jnp.where(nobody, 0.0, routed.gates),
+    )
+    if not reads_decide(weights.gate, routed.x.shape[0]):
+        total = _by_blocks(weights, mine, held, config, dtype)
+    elif routed.choices.size <= held:
+        total = _by_pairs(weights, mine, dtype)
+    else:
+        total = _by_experts(weights, mine, held, dtype)
+    return sum_over(total, ("expert", "model"))
+
+
+def _selected(weights: Layer, number: Array) -> tuple[Weights, Weights, Weights]:
+    """Gate, up and down of one of this device's experts."""
+    gate, up, down = (select(it, number) for it in (weights.gate, weights.up, weights.down))
+    return gate, up, down
+
+
+def _by_pairs(weights: Layer, routed: Routed, dtype: jnp.dtype) -> Array:
+    """One trip for each pair of token and choice; those of other devices count for nothing."""
+    numbers, gates = routed.choices.reshape(-1), routed.gates.reshape(-1)
+    chosen = routed.choices.shape[1]
+
+    def pair(index: Array, total: Array) -> Array:
+        row = index // chosen
+        x = lax.dynamic_slice_in_dim(routed.x, row, 1)
+        output = feed_forward(x, *_selected(weights, numbers[index]), dtype)
+        return total.at[row].add(gates[index] * output[0])
+
+    total: Array = lax.fori_loop(0, numbers.size, pair, jnp.zeros_like(routed.x))
+    return total
+
+
+def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> Array:
+    """Every expert that this device holds over all tokens, weighted with zero if not chosen."""
+    taken = routed.choices[..., None] == jnp.arange(held)
+    gates = jnp.sum(jnp.where(taken, routed.gates[..., None], 0.0), axis=1)
+
+    def one(x: Array, weights: Layer, gates: Array) -> Array:
+        def add(number: Array, total: Array) -> Array:
+            output = feed_forward(x, *_selected(weights, number), dtype)
+            return total + gates[:, number, None] * output
+
+        total: Array = lax.fori_loop(0, held, add, jnp.zeros_like(x))
+        return total
+
+    def together(x: Array, weights: Layer, gates: Array) -> Array:
+        every = jnp.broadcast_to(x, (held, *x.shape))
+        hidden = jax.nn.gelu(stack_product(every, weights.gate, dtype), approximate=True)
+        hidden = hidden * stack_product(every, weights.up, dtype)
+        return jnp.einsum("ne,end->nd", gates, stack_product(hidden, weights.down, dtype))
+
+    if routed.x.shape[0] == 1:
+        return one(routed.x, weights, gates)
+    return by_platform(together, one, routed.x, weights, gates)
+
+
+def _by_blocks(
+    weights: Layer, routed: Routed, held: int, config: GrokConfig, dtype: jnp.dtype
+) -> Array:
+    """Blocks of pairs of one expert each; how many there are is known only at run time."""
+    flat, pairs = routed.x, routed.choices.size
+    size = _block_size(pairs, config.num_experts)
+    plan = _plan(routed.choices.reshape(-1), held, size)
+
+    def block(index: Array, total: Array) -> Array:
+        expert, pairs, live = _block(plan, index, size)
+        # Places beyond the group's end point outside: they read some row and add to none.
+        rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
+        output = feed_forward(flat.at[rows].get(mode="clip"), *_selected(weights, expert), dtype)
+        gates = routed.gates.reshape(-1)[pairs]
+        return total.at[rows].add(gates[:, None] * output, mode="drop")
+
+    trips = plan.ends[-1]
+    if held == config.num_experts:
+        # The host of a GPU would wait for every trip of a loop of unknown length.
+        most = pairs // size + held - 1
+        trips = by_platform(lambda _: jnp.int32(most), lambda trips: trips, trips)
+    total: Array = lax.fori_loop(0, trips, block, jnp.zeros(flat.shape, jnp.float32))
+    return total
+
+
+def _block_size(pairs: int, num_experts: int) -> int:
+    """Tokens in a block: about what an expert gets on average, one for a single token."""
+    average = max(1, pairs // num_experts)
+    return min(LARGEST_BLOCK, 1 << (average.bit_length() - 1))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """Pairs sorted by expert, and where each expert's pairs start, how many, and its last block."""
+
+    order: Array
+    starts: Array
+    counts: Array
+    blocks: Array
+    ends: Array
+
+
+def _plan(choices: Array, held: int, size: int) -> _Plan:
+    counts = jnp.sum(choices[:, None] == jnp.arange(held), axis=0)
+    blocks = -(-counts // size)
+    return _Plan(
+        order=jnp.argsort(choices, stable=True),
+        starts=jnp.cumsum(counts) - counts,
+        counts=counts,
+        blocks=blocks,
+        ends=jnp.cumsum(blocks),
+    )
+
+
+def _block(plan: _Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
+    """A block's expert (scalar), its pairs `[size]`, and which of those are the expert's at all."""
+    # Blocks beyond the last have no live pair.
+    expert = jnp.minimum(jnp.sum(plan.ends <= index), plan.ends.size - 1)
+    first = index - (plan.ends - plan.blocks)[expert]
+    ranks = first * size + jnp.arange(size)
+    live = ranks < plan.counts[expert]
+    return expert, plan.order[jnp.where(live, plan.starts[expert] + ranks, 0)], live
