@@ -169,17 +169,29 @@ class _Jobs:
 
     def add(self, number: int, generation: Generation) -> None:
         from loader.inference.batching import Job
+        from loader.inference.penalties import Penalties
         from loader.inference.sampling import Sampling
 
-        sampling = Sampling(
-            generation.temperature, generation.top_p, generation.top_k, generation.seed
-        )
         job = Job(
             generation.prompt,
             generation.max_tokens,
-            sampling,
+            Sampling(
+                generation.temperature,
+                generation.top_p,
+                generation.top_k,
+                generation.seed,
+                generation.min_p,
+            ),
             generation.logprobs,
             generation.echo,
+            Penalties(
+                generation.presence_penalty,
+                generation.frequency_penalty,
+                generation.repetition_penalty,
+                generation.logit_bias,
+            ),
+            generation.min_tokens,
+            generation.ignore_eos,
         )
         self._batch.add(number, job)
 

@@ -23,7 +23,7 @@ from grokfetch.serving.model import Served, Words
 from grokfetch.serving.reply import Reply
 from grokfetch.serving.requests import Completion, read_completion
 from grokfetch.serving.responses import HANDLERS, as_json
-from grokfetch.serving.text import Numbers
+from grokfetch.serving.text import Numbers, decoded
 from grokfetch.serving.worker import Worker
 
 __all__ = ["Access", "application"]
@@ -156,9 +156,8 @@ class _Desk:
         self._check_count(wanted)
         encoded = await asyncio.to_thread(self._encoded, wanted)
         texts = self._worker.open(wanted.generations(encoded, self._served))
-        prompt_tokens = sum(map(len, encoded))
-        self._metrics.prompt_tokens.inc(prompt_tokens)
-        reply = Reply(wanted, prompt_tokens, self._served, self._words)
+        self._metrics.prompt_tokens.inc(sum(map(len, encoded)))
+        reply = Reply(wanted, encoded, self._served, self._words)
         following = Following(texts, reply, self._metrics, start)
         if wanted.stream:
             return Stream(following, usage=wanted.include_usage)
@@ -167,15 +166,18 @@ class _Desk:
 
     def _check_count(self, wanted: Completion) -> None:
         """Refuse what would find no room however long its client waited."""
-        if len(wanted.prompts) * wanted.n > self._worker.capacity:
+        if len(wanted.prompts) * wanted.candidates > self._worker.capacity:
             raise Refused(
                 f"this server takes at most {self._worker.capacity} texts at once",
-                param="n" if wanted.n > 1 else "prompt",
+                param="n" if wanted.candidates > 1 else "prompt",
             )
 
     def _encoded(self, wanted: Completion) -> list[tuple[int, ...]]:
         return [
-            tuple(self._words.encode(prompt)) if isinstance(prompt, str) else prompt
+            wanted.truncated(
+                tuple(self._words.encode(prompt)) if isinstance(prompt, str) else prompt,
+                self._served,
+            )
             for prompt in wanted.prompts
         ]
 
@@ -207,9 +209,7 @@ class _Desk:
                 f"tokens must be a list of token ids from 0 to {self._served.vocabulary - 1:,}",
                 param="tokens",
             )
-        stream = words.stream()
-        text = "".join(stream.push(token) for token in tokens) + stream.finish()
-        return as_json({"prompt": text.removeprefix(" ")})
+        return as_json({"prompt": decoded(words, tokens)})
 
     def _real_words(self) -> Words:
         if isinstance(self._words, Numbers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 __all__ = ["Emission", "Generation", "Model", "Scored", "Served", "TextStream", "Words"]
@@ -28,7 +28,11 @@ class Served:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Generation:
-    """One prompt to continue; `loader.inference.batching.Job` says what the fields mean."""
+    """One prompt to continue.
+
+    `loader.inference.batching.Job` says what the fields mean, `loader.inference.sampling.Sampling`
+    and `loader.inference.penalties.Penalties` too.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -38,6 +42,13 @@ class Generation:
     seed: int = 0
     logprobs: int | None = None
     echo: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
 
 class Scored(Protocol):
@@ -118,6 +129,9 @@ class Words(Protocol):
 
     def piece(self, token: int) -> str:
         """What a token is called."""
+
+    def special(self, token: int) -> bool:
+        """Whether it stands for no text."""
 
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""

@@ -16,20 +16,13 @@ _EITHER = (False, True)
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # OpenAI
-    "frequency_penalty": (0,),
-    "logit_bias": ({}, []),
-    "presence_penalty": (0,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
     "store": _OFF,
     "suffix": ("",),
     # vLLM
+    # The tokenizer adds none before a prompt.
     "add_special_tokens": _EITHER,
-    "ignore_eos": _OFF,
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "repetition_penalty": (1,),
-    "skip_special_tokens": (True,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "early_stopping": _OFF,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grokfetch.serving.model import Emission, Served, Words
-from grokfetch.serving.requests import Completion
-from grokfetch.serving.text import Answer, Piece
+from grokfetch.serving.requests import Completion, Prompt
+from grokfetch.serving.text import Answer, Piece, Shown, decoded
 
 __all__ = ["Reply", "error_body", "event"]
 
@@ -20,13 +20,17 @@ class Reply:
 
     Args:
         wanted: the request.
-        prompt_tokens: of all its prompts.
+        encoded: the token ids of each of its prompts.
         served: the model.
         words: its tokenizer.
     """
 
     def __init__(
-        self, wanted: Completion, prompt_tokens: int, served: Served, words: Words
+        self,
+        wanted: Completion,
+        encoded: Sequence[Sequence[int]],
+        served: Served,
+        words: Words,
     ) -> None:
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -35,21 +39,35 @@ class Reply:
             "model": served.name,
         }
         self._wanted = wanted
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = sum(map(len, encoded))
         self._answers = [
-            Answer(
-                words,
-                wanted.stop,
-                logprobs=wanted.logprobs is not None,
-                prompt=prompt if isinstance(prompt, str) else None,
-            )
-            for prompt in wanted.prompts
-            for _ in range(wanted.n)
+            self._answer(prompt, tokens, words)
+            for prompt, tokens in zip(wanted.prompts, encoded, strict=True)
+            for _ in range(wanted.candidates)
         ]
-        self._choices = [
+        self._choices: list[dict[str, Any]] = [
             {"text": "", "index": index, "logprobs": None, "finish_reason": None}
             for index in range(len(self._answers))
         ]
+
+    def _answer(self, prompt: Prompt, tokens: Sequence[int], words: Words) -> Answer:
+        wanted = self._wanted
+        # Of a truncated prompt the text is what its tokens say.
+        text = prompt if isinstance(prompt, str) and wanted.truncate is None else None
+        logprobs, before = wanted.logprobs is not None, 0
+        if logprobs and not wanted.generation.echo:
+            before = len(decoded(words, tokens) if text is None else text)
+        return Answer(
+            words,
+            Shown(
+                wanted.stop,
+                logprobs,
+                not wanted.skip_special_tokens,
+                wanted.generation.min_tokens,
+            ),
+            prompt=text,
+            before=before,
+        )
 
     @property
     def generated(self) -> int:
@@ -62,7 +80,7 @@ class Reply:
 
     def add(self, index: int, piece: Piece) -> None:
         """Put a piece to its choice, for `whole`."""
-        choice: dict[str, Any] = self._choices[index]
+        choice = self._choices[index]
         choice["text"] += piece.text
         choice["finish_reason"] = piece.finish_reason
         if choice["logprobs"] is None:
@@ -72,8 +90,19 @@ class Reply:
                 choice["logprobs"][name] += column
 
     def whole(self) -> dict[str, Any]:
-        """The response in one piece."""
-        return {**self._head, "choices": self._choices, "usage": self._usage()}
+        """The response in one piece, with the most probable candidates of each prompt."""
+        size, kept = self._wanted.candidates, list(range(len(self._choices)))
+        if size > self._wanted.n:
+            kept = []
+            for first in range(0, len(self._choices), size):
+                ranked = sorted(
+                    range(first, first + size),
+                    key=lambda index: self._answers[index].mean_logprob,
+                    reverse=True,
+                )
+                kept += ranked[: self._wanted.n]
+        choices = [{**self._choices[at], "index": index} for index, at in enumerate(kept)]
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A part of the response."""

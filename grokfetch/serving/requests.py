@@ -1,7 +1,8 @@
 """Requests as OpenAI's completions API describes them, read from JSON. Pure.
 
-Every refusal names the field it means. A field that we do not know, or that asks for something the
-model cannot do, is refused rather than ignored.
+Beside OpenAI's fields stand those that vLLM's clients send. Every refusal names the field it means.
+A field that we do not know, or that asks for something the model cannot do, is refused rather than
+ignored.
 """
 
 from __future__ import annotations
@@ -31,57 +32,65 @@ MOST_STOPS = 16
 """OpenAI takes 4; evaluation harnesses send a few more."""
 
 MOST_TEXTS = 128
-"""Prompts of a request, times `n`."""
+"""Prompts of a request, times `n` or `best_of`."""
+
+MOST_BIASES = 1024
+"""Tokens in `logit_bias`; OpenAI takes 300."""
 
 Prompt = str | tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """A request to `/v1/completions`; fields as OpenAI names them.
+    """A request to `/v1/completions`; fields as OpenAI and vLLM name them.
 
-    max_tokens: None where it was not given. seed: chosen at random where it was not given.
-    include_usage: a stream ends with the usage. every_usage: each of its chunks tells the usage so
-    far.
+    max_tokens: None where it was not given. generation: what all its texts have in common; the seed
+    is chosen at random where it was not given. logprobs: as asked for. candidates: texts made for
+    each prompt, of which the `n` best are told. truncate: None, or of how many tokens the end of a
+    prompt is kept; -1 for as many as leave room for the text. include_usage: a stream ends with the
+    usage. every_usage: each of its chunks tells the usage so far.
     """
 
     prompts: tuple[Prompt, ...]
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int | None
-    seed: int
+    generation: Generation
+    logprobs: int | None
     stop: tuple[str, ...]
     n: int
-    echo: bool
-    logprobs: int | None
+    candidates: int
+    truncate: int | None
+    skip_special_tokens: bool
     stream: bool
     include_usage: bool
     every_usage: bool
 
+    def truncated(self, prompt: tuple[int, ...], served: Served) -> tuple[int, ...]:
+        """The end of a prompt, as long as the request wants it."""
+        if self.truncate is None:
+            return prompt
+        wanted = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+        kept = max(served.context - wanted, 1) if self.truncate < 0 else self.truncate
+        return prompt[-kept:]
+
     def generations(self, encoded: list[tuple[int, ...]], served: Served) -> list[Generation]:
-        """The texts to generate, `n` for each prompt in order, each with a seed of its own.
+        """The texts to generate, `candidates` for each prompt in order, each with its own seed.
 
         Args:
-            encoded: the token ids of each of `prompts`.
+            encoded: the token ids of each of `prompts`, from `truncated`.
             served: the model.
 
         Raises:
             Refused: a prompt is empty, has unknown ids, or is too long.
         """
         return [
-            Generation(
-                prompt,
-                self._room(prompt, served),
-                self.temperature,
-                self.top_p,
-                self.top_k,
-                self.seed + index,
-                self.logprobs,
-                self.echo,
+            dataclasses.replace(
+                self.generation,
+                prompt=prompt,
+                max_tokens=self._room(prompt, served),
+                seed=self.generation.seed + index,
             )
             for prompt in encoded
-            for index in range(self.n)
+            for index in range(self.candidates)
         ]
 
     def _room(self, prompt: tuple[int, ...], served: Served) -> int:
@@ -92,14 +101,15 @@ class Completion:
             )
         if not all(0 <= token < served.vocabulary for token in prompt):
             raise Refused(
-                f"token ids of this model lie between 0 and {served.vocabulary - 1}", param="prompt"
+                f"token ids of this model lie between 0 and {served.vocabulary - 1:,}",
+                param="prompt",
             )
         room = served.context - len(prompt)
         wanted = min(DEFAULT_TOKENS, max(room, 1)) if self.max_tokens is None else self.max_tokens
         if wanted > room:
             raise Refused(
-                f"this model's context is {served.context} tokens, and {len(prompt)} of the prompt "
-                f"and {wanted} of the text are asked for",
+                f"this model's context is {served.context:,} tokens: the prompt has "
+                f"{len(prompt):,}, and {wanted:,} more are asked for",
                 param="prompt" if room <= 0 else "max_tokens",
                 code="context_length_exceeded",
             )
@@ -115,6 +125,39 @@ def read_completion(body: object, served: Served) -> Completion:
     if not isinstance(body, dict):
         raise Refused("the body must be a JSON object")
     fields = Fields(body)
+    _check_model(fields, served)
+    fields.neutral(NEUTRAL)
+    fields.ignore(*IGNORED)
+    stream = fields.flag("stream")
+    include_usage, every_usage = _usage_wanted(fields, stream=stream)
+    n, candidates = _counts(fields, stream=stream)
+    max_tokens = _max_tokens(fields)
+    logprobs = _logprobs(fields, served.logprobs)
+    scored = 0 if logprobs is None and candidates > n else logprobs
+    completion = Completion(
+        prompts=_prompts(fields),
+        max_tokens=max_tokens,
+        generation=_generation(fields, served, scored),
+        logprobs=logprobs,
+        stop=_stops(fields),
+        n=n,
+        candidates=candidates,
+        truncate=_truncate(fields),
+        skip_special_tokens=fields.flag("skip_special_tokens", default=True),
+        stream=stream,
+        include_usage=include_usage,
+        every_usage=every_usage,
+    )
+    fields.nothing_else()
+    if len(completion.prompts) * candidates > MOST_TEXTS:
+        raise Refused(f"a request may ask for at most {MOST_TEXTS} texts", param="n")
+    most = DEFAULT_TOKENS if max_tokens is None else max_tokens
+    if completion.generation.min_tokens > most:
+        refuse("min_tokens", f"must not be more than max_tokens, which is {most:,}")
+    return completion
+
+
+def _check_model(fields: Fields, served: Served) -> None:
     model = fields.string("model")
     if model not in {None, served.name}:
         raise Refused(
@@ -124,33 +167,71 @@ def read_completion(body: object, served: Served) -> Completion:
             status=404,
         )
     fields.string("user")
-    fields.neutral(NEUTRAL)
-    fields.ignore(*IGNORED)
+
+
+def _generation(fields: Fields, served: Served, scored: int | None) -> Generation:
+    """What all texts of a request have in common."""
     seed = fields.integer("seed", -LARGEST)
-    stream = fields.flag("stream")
-    include_usage, every_usage = _usage_wanted(fields, stream=stream)
-    n = fields.integer("n", 1, MOST_TEXTS) or 1
-    # So many candidates as choices: nothing is chosen among them.
-    fields.neutral({"best_of": (n,)})
-    completion = Completion(
-        prompts=_prompts(fields),
-        max_tokens=fields.integer("max_tokens", 0),
+    return Generation(
+        prompt=(),
+        max_tokens=0,
         temperature=fields.number("temperature", 1.0, 0.0, 2.0),
         top_p=fields.number("top_p", 1.0, 0.0, 1.0),
         top_k=_top_k(fields),
         seed=secrets.randbits(32) if seed is None else seed,
-        stop=_stops(fields),
-        n=n,
+        logprobs=scored,
         echo=fields.flag("echo"),
-        logprobs=_logprobs(fields, served.logprobs),
-        stream=stream,
-        include_usage=include_usage,
-        every_usage=every_usage,
+        min_p=fields.number("min_p", 0.0, 0.0, 1.0),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100.0),
+        logit_bias=_biases(fields, served),
+        min_tokens=fields.integer("min_tokens", 0) or 0,
+        ignore_eos=fields.flag("ignore_eos"),
     )
-    fields.nothing_else()
-    if len(completion.prompts) * completion.n > MOST_TEXTS:
-        raise Refused(f"prompts times n must be at most {MOST_TEXTS}", param="n")
-    return completion
+
+
+def _counts(fields: Fields, *, stream: bool) -> tuple[int, int]:
+    """How many texts a prompt is answered with, and of how many they are the best."""
+    n = fields.integer("n", 1, MOST_TEXTS)
+    best_of = fields.integer("best_of", 1, MOST_TEXTS)
+    chosen = n or 1
+    candidates = best_of or chosen
+    if candidates < chosen:
+        refuse("best_of", f"must not be less than n, which is {chosen}")
+    if stream and candidates > chosen:
+        refuse("best_of", "must equal n where stream is true: the best is known only in the end")
+    return chosen, candidates
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    given = fields.integer("max_tokens", 0)
+    newer = fields.integer("max_completion_tokens", 0)
+    if given is not None and newer is not None and given != newer:
+        refuse("max_completion_tokens", f"says {newer:,}, and max_tokens {given:,}")
+    return given if newer is None else newer
+
+
+def _truncate(fields: Fields) -> int | None:
+    kept = fields.integer("truncate_prompt_tokens", -1)
+    if kept == 0:
+        refuse("truncate_prompt_tokens", "must be -1, or at least 1")
+    return kept
+
+
+def _biases(fields: Fields, served: Served) -> dict[int, float]:
+    value = fields.take("logit_bias")
+    if value in (None, []):
+        return {}
+    if not isinstance(value, dict) or len(value) > MOST_BIASES:
+        refuse("logit_bias", f"must be an object of at most {MOST_BIASES:,} members")
+    biases = Fields(value)
+    made = {}
+    for name in value:
+        if not (name.isascii() and name.isdigit() and int(name[:20]) < served.vocabulary):
+            refuse("logit_bias", f"names {name!r:.40}, which is no token id of this model")
+        made[int(name)] = biases.number(name, 0.0, -100.0, 100.0)
+    return made
 
 
 def _prompts(fields: Fields) -> tuple[Prompt, ...]:

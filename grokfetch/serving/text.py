@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from grokfetch.serving.fields import Refused
 from grokfetch.serving.model import Emission, Scored, Words
 
-__all__ = ["Answer", "Numbers", "Piece", "Stops"]
+__all__ = ["Answer", "Numbers", "Piece", "Shown", "Stops", "decoded"]
 
 
 LEAST = -9999.0
@@ -62,52 +64,79 @@ class Piece:
     finish_reason: str | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shown:
+    """What of its texts a request wants to see.
+
+    stops: strings that end a text; they are not part of it. logprobs: whether these are told.
+    special: whether tokens that stand for no text are shown by their names. min_tokens: tokens in
+    which no string of `stops` is looked for.
+    """
+
+    stops: tuple[str, ...] = ()
+    logprobs: bool = False
+    special: bool = False
+    min_tokens: int = 0
+
+
 class Answer:
     """What one text has come to.
 
     Args:
         words: the tokenizer.
-        stops: texts that end it; they are not part of it.
-        logprobs: whether these are told.
+        shown: what the request wants to see.
         prompt: the text of the prompt where it was given as text, to be echoed as it is.
+        before: characters of the prompt, where it is not echoed.
 
     Attributes:
         generated: tokens so far, the one that ended the sequence included.
         finished: whether nothing more comes, though the model might go on.
     """
 
-    def __init__(
-        self, words: Words, stops: Sequence[str], *, logprobs: bool, prompt: str | None
-    ) -> None:
+    def __init__(self, words: Words, shown: Shown, *, prompt: str | None, before: int) -> None:
         self._words = words
         self._stream = words.stream()
-        self._stops = Stops(stops)
-        self._logprobs = logprobs
+        self._stops = Stops(shown.stops)
+        self._wanted = shown
         self._prompt = prompt
-        self._offset = 0
+        self._offset = self._shown = before
+        self._held: deque[_Row] = deque()
+        self._sum = 0.0
         self.generated = 0
         self.finished = False
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens so far; minus infinity where there is none."""
+        return self._sum / self.generated if self.generated else -math.inf
+
     def take(self, emission: Emission) -> Piece:
-        """What an emission adds to the response."""
+        """What an emission adds to the response.
+
+        A token is told once some of its text is: where a stop string ends the text, the tokens end
+        with it.
+        """
         text, rows = self._echo(emission.prompt) if emission.prompt else ("", [])
         if emission.token is not None:
-            shown, row = self._next(emission.token, ended=emission.finished == "stop")
-            rows.append(row)
-            text += shown
+            text += self._next(emission.token, ended=emission.finished == "stop")
         reason: str | None = emission.finished
         if self._stops.found:
             reason = "stop"
         elif reason is not None:
             text += self._stops.push(self._stream.finish()) + self._stops.finish()
         self.finished = reason is not None
-        return Piece(text, _columns(rows) if self._logprobs else None, reason)
+        self._shown += len(text)
+        whole = self.finished and not self._stops.found
+        while self._held and (whole or self._held[0].text_offset < self._shown):
+            rows.append(self._held.popleft())
+        told = self._wanted.logprobs and (rows or self.finished)
+        return Piece(text, _columns(rows) if told else None, reason)
 
     def _echo(self, tokens: Sequence[Scored]) -> tuple[str, list[_Row]]:
         """The prompt's text, and a row for each of its tokens."""
         rows, parts = [], []
         for index, token in enumerate(tokens):
-            part = self._stream.push(token.token)
+            part = self._part(token.token)
             # The space that a tokenizer puts before the first word is not part of the text.
             parts.append(part if index else part.removeprefix(" "))
             rows.append(self._row(token, parts[-1]))
@@ -116,10 +145,17 @@ class Answer:
         self._offset = len(self._prompt)
         return self._prompt, rows
 
-    def _next(self, token: Scored, *, ended: bool) -> tuple[str, _Row]:
+    def _next(self, token: Scored, *, ended: bool) -> str:
+        """The text that a token allows to be shown."""
         self.generated += 1
-        part = "" if ended else self._stream.push(token.token)
-        return self._stops.push(part), self._row(token, part)
+        self._sum += token.logprob or 0.0
+        part = "" if ended else self._part(token.token)
+        self._held.append(self._row(token, part))
+        return part if self.generated <= self._wanted.min_tokens else self._stops.push(part)
+
+    def _part(self, token: int) -> str:
+        named = self._wanted.special and self._words.special(token)
+        return self._words.piece(token) if named else self._stream.push(token)
 
     def _row(self, scored: Scored, part: str) -> _Row:
         name = self._words.piece(scored.token)
@@ -133,6 +169,13 @@ class Answer:
         row = _Row(name, logprob, best, self._offset)
         self._offset += len(part)
         return row
+
+
+def decoded(words: Words, tokens: Sequence[int]) -> str:
+    """The text of tokens, without the space that a tokenizer puts before the first word."""
+    stream = words.stream()
+    text = "".join(stream.push(token) for token in tokens) + stream.finish()
+    return text.removeprefix(" ")
 
 
 class _Row(NamedTuple):
@@ -166,6 +209,10 @@ class Numbers:
     def piece(self, token: int) -> str:
         """The id."""
         return str(token)
+
+    def special(self, token: int) -> bool:  # noqa: ARG002  # the protocol's signature
+        """No: every id is shown."""
+        return False
 
     def stream(self) -> Numbers:
         """Ids one after the other need no memory."""

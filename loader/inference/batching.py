@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from grokfetch.errors import PromptInvalid
 from loader.inference.engine import Engine, Part, check_prompts
+from loader.inference.penalties import Changes, Penalties, Repeated, changed
 from loader.inference.sampling import Choice, Ranked, Sampling, rank
 from loader.inference.slots import Slots, doubled
 
@@ -37,7 +38,9 @@ class Job:
 
     prompt: token ids. max_tokens: at most so many are generated. logprobs: None, or how many of the
     most probable tokens, `loader.inference.sampling.MOST_RANKED` at most, are told beside each
-    token. echo: the prompt's own tokens are told as well.
+    token. echo: the prompt's own tokens are told as well. penalties: how logits are changed before
+    a token is chosen; log-probabilities are those of the model all the same. min_tokens: so many
+    come before the end of the sequence may. ignore_eos: it ends nothing.
     """
 
     prompt: Sequence[int]
@@ -45,6 +48,9 @@ class Job:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     logprobs: int | None = None
     echo: bool = False
+    penalties: Penalties = dataclasses.field(default_factory=Penalties)
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +87,7 @@ class _Text:
 
     number: int
     job: Job
+    repeated: Repeated
     made: int = 0
     latest: int = 0
     slot: int = 0
@@ -107,6 +114,7 @@ class Batch:
         self._waiting: dict[int, Job] = {}
         self._reading: dict[int, Generator[None, None, list[Emission]]] = {}
         self._writing: dict[int, _Text] = {}
+        self._change = jax.jit(changed, out_shardings=engine.everywhere)
         self._rank = jax.jit(rank, out_shardings=engine.everywhere)
         self._cut = jax.jit(lax.dynamic_slice_in_dim, static_argnames=("slice_size", "axis"))
 
@@ -179,7 +187,9 @@ class Batch:
         """One piece of work for the prompts, then one token for every text that has a slot."""
         while self._waiting and self.working < self.slots:
             number = next(iter(self._waiting))
-            self._reading[number] = self._read(_Text(number, self._waiting.pop(number)))
+            job = self._waiting.pop(number)
+            text = _Text(number, job, Repeated(job.penalties, job.prompt))
+            self._reading[number] = self._read(text)
         emissions = self._read_on()
         if self._writing:
             emissions += self._write_on()
@@ -259,7 +269,9 @@ class Batch:
             [_NOTHING if job is None else job.sampling for job in jobs],
             [0 if text is None else text.made for text in texts],
         )
-        drawn = self._engine.draw(logits, choice)
+        changes = Changes.of([{} if text is None else self._changes(text) for text in texts])
+        wanted = logits if changes is None else self._change(logits, changes)
+        drawn = self._engine.draw(wanted, choice)
         tokens = np.asarray(drawn).tolist()
         ranked = None
         if any(job is not None and job.logprobs is not None for job in jobs):
@@ -269,6 +281,7 @@ class Batch:
             if text is None:
                 continue
             text.made, text.latest = text.made + 1, token
+            text.repeated.add(token)
             score = Scored(token)
             if ranked is not None and text.job.logprobs is not None:
                 one = Ranked(*(part[row : row + 1] for part in ranked))
@@ -276,9 +289,14 @@ class Batch:
             emissions.append(Emission(text.number, token=score, finished=self._end(text)))
         return emissions
 
+    def _changes(self, text: _Text) -> dict[int, tuple[float, float]]:
+        """Whose logits change for a text's next token, and how."""
+        early = text.made < text.job.min_tokens
+        return text.repeated.changes(self._engine.config.eos_token if early else None)
+
     def _end(self, text: _Text) -> Literal["stop", "length"] | None:
         """Why a text ends after its latest token, None if it goes on."""
-        if text.latest == self._engine.config.eos_token:
+        if text.latest == self._engine.config.eos_token and not text.job.ignore_eos:
             return "stop"
         return "length" if text.made >= text.job.max_tokens else None
 

@@ -216,7 +216,12 @@ def _attend_block(
     # The cap comes before the mask: after it, a masked score would be no lower than -30.
     places = held.keys.shape[1]
     causal = jnp.arange(places) <= positions[:, :, None]
-    allowed = window.visible[:, None, :places] & causal
+    visible = window.visible[:, None, :places]
+    allowed = visible & causal
+    # A query that may see nothing, as in a prompt of pad ids, sees itself.
+    first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
+    alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
+    allowed = allowed | alone
     scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
     return jnp.einsum(
         "bkgts,bskd->btkgd",

@@ -20,7 +20,7 @@ __all__ = ["MOST_RANKED", "Choice", "Ranked", "Sampling", "draw", "rank"]
 COLDEST = 1e-30
 """Lowest temperature that float32 can still divide by safely."""
 
-MOST_RANKED = 5
+MOST_RANKED = 20
 """Most probable tokens whose probabilities can be told beside the chosen one's."""
 
 
@@ -30,13 +30,15 @@ class Sampling:
 
     temperature: 0 takes the most probable token; higher is more random. top_k: only the k most
     probable tokens count, None for all. top_p: of those, the most probable ones that together
-    reach this share. seed: the same seed gives the same tokens; its low 32 bits count.
+    reach this share. seed: the same seed gives the same tokens; its low 32 bits count. min_p: only
+    tokens count whose probability is at least this share of the most probable one's.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
     seed: int = 0
+    min_p: float = 0.0
 
 
 class Choice(NamedTuple):
@@ -51,6 +53,7 @@ class Choice(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
+    min_p: Any
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], steps: Sequence[int]) -> Choice:
@@ -63,11 +66,12 @@ class Choice(NamedTuple):
             np.array([row.temperature for row in samplings], np.float32),
             np.array(ks, np.int32),
             np.array([row.top_p for row in samplings], np.float32),
+            np.array([row.min_p for row in samplings], np.float32),
         )
 
 
 def draw(logits: Array, choice: Choice) -> Array:
-    """The next token of each row: the best, or sampled by temperature, top k, then the nucleus.
+    """The next token of each row: the best, or sampled by temperature, min p, top k, nucleus.
 
     The most probable token is always among the candidates. Nucleus sampling: Holtzman et al. 2020.
     Where no row samples nothing is drawn, and where no row restricts its candidates nothing is
@@ -85,6 +89,7 @@ def draw(logits: Array, choice: Choice) -> Array:
     # Relative to the best, and never divided by zero: a tiny temperature must not give a NaN.
     spread = jnp.maximum(choice.temperature, COLDEST)[:, None]
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / spread
+    scaled = jnp.where(scaled >= jnp.log(choice.min_p)[:, None], scaled, -jnp.inf)
 
     def sample() -> Array:
         restricted = warm & ((choice.top_k < logits.shape[-1]) | (choice.top_p < 1))

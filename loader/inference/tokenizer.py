@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from grokfetch.errors import TokenizerMissing
+from grokfetch.errors import PromptInvalid, TokenizerMissing
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -54,7 +54,18 @@ class Tokenizer:
         return int(self._processor.get_piece_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without begin- or end-of-sequence ids."""
+        """Token ids of a text, without begin- or end-of-sequence ids.
+
+        Raises:
+            PromptInvalid: it holds half a character, as a wrong encoding or a cut one leaves it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptInvalid(
+                f"character {error.start + 1:,} of the prompt is half a character",
+                hint="is the terminal's encoding UTF-8?",
+            ) from None
         return [int(token) for token in self._processor.encode(text)]
 
     def piece(self, token: int) -> str:
@@ -63,6 +74,10 @@ class Tokenizer:
             return f"<{token}>"
         name: str = self._processor.id_to_piece(token)
         return name.replace(SPACE, " ")
+
+    def special(self, token: int) -> bool:
+        """Whether a token stands for no text, as the end of a sequence does."""
+        return token < self.size and bool(self._processor.is_control(token))
 
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""

@@ -422,3 +422,22 @@ def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
     # The prompt of one token is padded to 16, and padding chooses no expert either.
     with holding(golden.engine(shape), params) as engine:
         check_parity(engine, ["p0"], steps=2)
+
+
+@pytest.mark.parametrize("prompt", [[0], [0, 0], [0, 0, 5], [5, 0, 0], [0] * 20 + [7, 9]])
+def test_where_a_query_may_see_nothing_it_sees_itself_alone_and_beside_a_longer_prompt(prompt):
+    engine = golden.engine()
+    reference = Reference(golden.CONFIG, golden.CHECKPOINT)
+    expected = reference.forward(prompt).logits
+    found = np.asarray(engine.full_logits([prompt]))[0, : len(prompt)]
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+    beside, _ = engine.prefill([prompt, list(range(3, 90))])
+    np.testing.assert_allclose(np.asarray(beside)[0], expected[-1], atol=5e-5)
+    # A token that is generated sees itself, and never the pad ids before it.
+    logits, state = engine.prefill([prompt])
+    for token in (7, 0, 11):
+        logits, state = engine.decode(state, np.array([token], np.int32))
+    masked = [token == 0 for token in prompt] + [False] * 3
+    text = [*prompt, 7, 0, 11]
+    expected = reference.forward(text, masked).logits[-1]
+    np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4)

@@ -22,7 +22,7 @@ from support.serving import DEADLINE_S, EOS, P1, SERVED, WANTED, Held, error, le
 from grokfetch.commands.serve import _Jobs
 from grokfetch.serving.fields import Refused
 from grokfetch.serving.gate import LARGEST_BODY
-from grokfetch.serving.requests import Completion, read_completion
+from grokfetch.serving.requests import read_completion
 from grokfetch.serving.text import Stops
 from loader.inference.batching import Batch
 
@@ -217,12 +217,20 @@ def test_a_model_that_fails_is_an_error_without_its_inner_life_and_the_next_requ
         ({"logprobs": 6}, "logprobs", 400),
         ({"echo": "yes"}, "echo", 400),
         ({"stream_options": {"include_usage": True}}, "stream_options", 400),
-        ({"logit_bias": {"5": 1}}, "logit_bias", 400),
-        ({"min_p": 0.1}, "min_p", 400),
+        ({"logit_bias": {"512": 1}}, "logit_bias", 400),
+        ({"logit_bias": {"five": 1}}, "logit_bias", 400),
+        ({"logit_bias": {"5": 101}}, "5", 400),
+        ({"min_p": 1.1}, "min_p", 400),
+        ({"repetition_penalty": 0}, "repetition_penalty", 400),
+        ({"presence_penalty": 3}, "presence_penalty", 400),
+        ({"min_tokens": 2}, "min_tokens", 400),
+        ({"max_completion_tokens": 2}, "max_completion_tokens", 400),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", 400),
+        ({"n": 2, "best_of": 1}, "best_of", 400),
+        ({"best_of": 2, "stream": True}, "best_of", 400),
         ({"typical_p": 0.9}, "typical_p", 400),
         ({"use_beam_search": True}, "use_beam_search", 400),
         ({"mirostat": True}, "mirostat", 400),
-        ({"best_of": 2}, "best_of", 400),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "include_obfuscation",
@@ -306,6 +314,79 @@ def test_each_chunk_tells_the_usage_where_it_is_asked_for(server):
     assert [one["completion_tokens"] for one in told] == [1, 2, 3, 3]
 
 
+def test_offsets_count_from_the_beginning_of_the_prompt(server):
+    for prompt in (P1, letters(P1)):
+        told = post(server.url, prompt=prompt, max_tokens=3, logprobs=1).json()["choices"][0]
+        assert told["logprobs"]["text_offset"] == [len(P1), len(P1) + 1, len(P1) + 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_tokens_and_logprobs_end_where_a_stop_string_ends_the_text(client, stream, echo):
+    stop = WANTED[5:8]
+    answer = client.completions.create(
+        model="golden",
+        prompt=P1,
+        max_tokens=20,
+        temperature=0,
+        stop=stop,
+        logprobs=1,
+        echo=echo,
+        stream=stream,
+    )
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    told = [choice.logprobs.tokens for choice in choices if choice.logprobs]
+    wanted = (letters(P1) if echo else "") + WANTED[:5]
+    assert "".join(token for tokens in told for token in tokens) == wanted
+    assert "".join(choice.text for choice in choices) == wanted
+
+
+def test_the_best_of_several_texts_are_told_and_all_are_counted(server):
+    settings = {"temperature": 1.0, "seed": 5, "max_tokens": 4}
+    every = post(server.url, n=6, logprobs=0, **settings).json()
+    best = post(server.url, n=2, best_of=6, **settings).json()
+
+    def mean(choice):
+        return -sum(choice["logprobs"]["token_logprobs"])
+
+    ranked = sorted(every["choices"], key=mean)[:2]
+    assert [choice["text"] for choice in best["choices"]] == [one["text"] for one in ranked]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["choices"][0]["logprobs"] is None
+    assert best["usage"] == every["usage"]
+
+
+def test_what_vllms_clients_send_changes_the_text_as_it_says(client):
+    def text(**fields):
+        (choice,) = client.completions.create(
+            model="golden", prompt=P1, temperature=0, extra_body=fields
+        ).choices
+        return choice.text, choice.finish_reason
+
+    toward_end = {str(EOS): 100}
+    assert text(max_completion_tokens=3) == (WANTED[:3], "length")
+    assert text(logit_bias=toward_end) == ("", "stop")
+    assert text(logit_bias=toward_end, min_tokens=3) == (WANTED[:3], "stop")
+    assert text(logit_bias=toward_end, ignore_eos=True, max_tokens=2) == ("", "length")
+    shown = {"ignore_eos": True, "skip_special_tokens": False, "add_special_tokens": False}
+    assert text(logit_bias=toward_end, max_tokens=2, **shown) == (letters([EOS]) * 2, "length")
+    assert len(set(text(presence_penalty=2, frequency_penalty=2, max_tokens=9)[0])) > 1
+    assert text(logit_bias={"9": 100}, repetition_penalty=100, max_tokens=2)[0][0] == letters([9])
+    assert text(min_p=1, temperature=1.0, max_tokens=5) == (WANTED[:5], "length")
+    # Before min_tokens no stop string is looked for.
+    assert text(stop=WANTED[1], min_tokens=3, max_tokens=5) == (WANTED[:5], "length")
+
+
+def test_the_end_of_a_long_prompt_is_kept_where_that_is_asked_for(server):
+    long = [7] * 200 + P1
+    kept = post(server.url, prompt=long, truncate_prompt_tokens=len(P1), max_tokens=3, echo=True)
+    (choice,), usage = kept.json()["choices"], kept.json()["usage"]
+    assert choice["text"] == letters(P1) + WANTED[:3]
+    assert usage["prompt_tokens"] == len(P1)
+    most = post(server.url, prompt=letters(long), truncate_prompt_tokens=-1, max_tokens=8)
+    assert most.json()["usage"]["prompt_tokens"] == SERVED.context - 8
+
+
 def test_chat_is_refused_because_it_is_a_base_model(client):
     with pytest.raises(openai.BadRequestError, match="base model"):
         client.chat.completions.create(model="golden", messages=[{"role": "user", "content": "x"}])
@@ -327,7 +408,35 @@ json_values = st.recursive(
     max_leaves=8,
 )
 fields = st.sampled_from(
-    [*Completion.__dataclass_fields__, "prompt", "model", "user", "suffix", "stream_options", "x"]
+    [
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "n",
+        "best_of",
+        "echo",
+        "logprobs",
+        "stream",
+        "stream_options",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_tokens",
+        "ignore_eos",
+        "skip_special_tokens",
+        "truncate_prompt_tokens",
+        "model",
+        "user",
+        "suffix",
+        "x",
+    ]
 )
 
 
@@ -335,7 +444,10 @@ fields = st.sampled_from(
 def test_any_json_is_a_request_or_is_refused_with_a_known_status(body):
     try:
         wanted = read_completion(body, SERVED)
-        encoded = [(5,) if isinstance(one, str) else one for one in wanted.prompts]
+        encoded = [
+            wanted.truncated((5,) if isinstance(one, str) else one, SERVED)
+            for one in wanted.prompts
+        ]
         generations = wanted.generations(encoded, SERVED)
     except Refused as why:
         refused = why
@@ -345,7 +457,7 @@ def test_any_json_is_a_request_or_is_refused_with_a_known_status(body):
         assert refused.status in {400, 404}
         assert json.dumps([refused.message, refused.param])
     else:
-        assert len(generations) == len(wanted.prompts) * wanted.n
+        assert len(generations) == len(wanted.prompts) * wanted.candidates
         assert all(len(one.prompt) + one.max_tokens <= SERVED.context for one in generations)
 
 

@@ -28,10 +28,14 @@ class Letters:
     def piece(self, token):
         return chr(token + 0x4E00)
 
+    def special(self, token):
+        return token == EOS
+
     def stream(self):
         return self
 
-    push = piece
+    def push(self, token):
+        return "" if token == EOS else self.piece(token)
 
     def finish(self):
         return ""
