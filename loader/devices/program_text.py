@@ -25,6 +25,7 @@ _OPERATION = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 _FREE = frozenset(
@@ -194,7 +195,9 @@ def _instruction(line: str) -> _Instruction | None:
         return None
     close = _closed(rest, operation.end() - 1)
     inside, attributes = rest[operation.end() : close - 1], rest[close:]
-    operands = (inside,) if operation[1] == "parameter" else tuple(_NAME.findall(inside))
+    operands = (
+        (inside,) if operation[1] in {"parameter", "constant"} else tuple(_NAME.findall(inside))
+    )
     return _Instruction(match[2], rest[:end], operation[1], operands, attributes, bool(match[1]))
 
 
@@ -263,10 +266,9 @@ def _cost_of(
     if one.operation in _FREE:
         return Cost(0)
     if one.operation == "while":
-        known = _TRIPS.search(one.attributes)
-        body = of(_called(one)[0])
-        once = body.times(int(known[1]) if known else assumed_trips)
-        return once if known else once + Cost(0, unknown_loops=1)
+        known = _trips(one, computations)
+        once = of(_called(one)[0]).times(assumed_trips if known is None else known)
+        return once + Cost(0, unknown_loops=int(known is None))
     if one.operation == "conditional":
         branches = [of(name) for name in _called(one)]
         return max(branches, key=lambda branch: branch.read) + Cost(0, branches=1)
@@ -289,6 +291,24 @@ def _cost_of(
             part = _part_of_parameter(inner, number, computations)
         read += _nbytes(operand.type) * part
     return Cost(round(read))
+
+
+def _trips(loop: _Instruction, computations: _Computations) -> int | None:
+    """How often a loop runs, if that is known when it is compiled.
+
+    The compiler for TPUs does not say so; there the condition compares the counter, from zero, with
+    a constant.
+    """
+    said = _TRIPS.search(loop.attributes)
+    if said:
+        return int(said[1])
+    name = _CONDITION.search(loop.attributes)
+    condition = computations.get(name[1], {}) if name else {}
+    root = next((one for one in condition.values() if one.root), None)
+    if root is None or root.operation != "compare" or "direction=LT" not in root.attributes:
+        return None
+    limit = condition.get(root.operands[-1])
+    return int(limit.operands[0]) if limit and limit.operation == "constant" else None
 
 
 def _part_of_parameter(

@@ -65,6 +65,16 @@ def test_a_loop_of_unknown_length_is_told_and_counts_as_assumed():
     assert unknown.unknown_loops == 1
 
 
+def test_a_loop_whose_counter_is_compared_with_a_constant_is_known():
+    compared = SLICED.replace("TRIPS", "").replace(
+        "  ROOT %yes = pred[] constant(true)",
+        "  %i.1 = s32[] get-tuple-element(%s.1), index=0\n  %four = s32[] constant(4)\n"
+        "  ROOT %less = pred[] compare(%i.1, %four), direction=LT",
+    )
+    found = cost(compared)
+    assert (found.read, found.unknown_loops) == (4 * ONE_TRIP, 0)
+
+
 def test_exchanges_are_told_with_their_bytes():
     found = cost(SLICED.replace("TRIPS", ""))
     assert [(one.name, one.nbytes, one.times) for one in found.collectives] == [
