@@ -20,9 +20,18 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
-from grokfetch.commands.options import plain_option
-from grokfetch.errors import storage_failed
+from grokfetch.commands.options import (
+    Goal,
+    goal_options,
+    plain_option,
+    state_option,
+    swarm_options,
+)
+from grokfetch.commands.seed import share
+from grokfetch.errors import Contradiction, StateLocked, StorageFailed, storage_failed
 from grokfetch.events import Hashed
+from grokfetch.fetch.swarm import SwarmSettings
+from grokfetch.folder.known import keep_published, made_here
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.output.progress import Bar
@@ -30,7 +39,7 @@ from grokfetch.output.terminal import plain
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
-from grokfetch.torrent.names import STATE_FOLDER, look_alikes, with_ending
+from grokfetch.torrent.names import look_alikes, with_ending
 from grokfetch.units import bytes_text, seconds_text
 
 LARGEST_PIECE = 1 << 30
@@ -112,7 +121,11 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     help="Make a torrent of BitTorrent v1 alone, for clients that read no hybrids, Transmission 3 "
     "and aria2 1.36 for example; its info hash is another one.",
 )
+@click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
+@goal_options
+@swarm_options
 @plain_option
+@state_option
 def publish(
     folder: Path,
     *,
@@ -122,18 +135,28 @@ def publish(
     piece_length: int | None,
     config: Path | None,
     v1_only: bool,
+    go_on: bool,
+    goal: Goal,
+    swarm: SwarmSettings,
+    state: Path | None,
 ) -> None:
     """Make a torrent, a magnet link and a manifest of DIR, so that others can fetch it.
 
     Writes NAME.torrent (BitTorrent v1 and v2 in one) and NAME.json, and prints the magnet link.
     Without official shards or --config, DIR is any folder and the manifest one of plain files.
+    Afterwards verify, status, run and seed work on DIR, and --seed goes on sharing it.
     """
+    if goal != Goal() and not go_on:
+        raise click.UsageError("--ratio and --for go with --seed")
     start = time.perf_counter()
     folder = folder.resolve()
     target = folder.parent if output is None else output.resolve()
     if target.is_relative_to(folder):
         raise click.UsageError("--output must not lie in DIR, or it would be published too")
-    with _settled(folder):
+    store = Store(folder, None if state is None else state.resolve())
+    if state is not None and store.state.is_relative_to(folder):
+        raise click.UsageError("--state must not lie in DIR, or it would be published too")
+    with _settled(Store(folder)), _settled(store):
         described = _describe(folder, config)
         hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
         made = _make(folder, piece_length, hashing)
@@ -150,24 +173,37 @@ def publish(
         err=True,
     )
     click.echo(magnet)
+    _keep(store, made, manifest, must=go_on or state is not None)
+    if go_on:
+        share(store, swarm, goal)
+
+
+def _keep(store: Store, made: Made, manifest: Manifest, *, must: bool) -> None:
+    """Make the folder known to the other commands; `must` says that a failure is an error."""
+    try:
+        with store.lock():
+            keep_published(store, made, manifest)
+    except (StorageFailed, StateLocked, Contradiction) as error:
+        if must:
+            raise
+        click.echo(f"note: {error}", err=True)
 
 
 @contextlib.contextmanager
-def _settled(folder: Path) -> Iterator[None]:
+def _settled(store: Store) -> Iterator[None]:
     """Nobody writes the folder meanwhile; what was fetched into it is proven.
 
-    A folder without our state stays without it.
+    A folder without our state stays without it until it is hashed.
 
     Raises:
         StateLocked: a fetch is writing it.
         NotProven: a fetch of it is not complete.
     """
-    if not folder.joinpath(STATE_FOLDER).is_dir():
+    if not store.state.is_dir():
         yield
         return
-    store = Store(folder)
     with store.lock(exclusive=False):
-        if store.manifest_or_none() is not None:
+        if store.manifest_or_none() is not None and not made_here(store):
             store.require_all()
         yield
 

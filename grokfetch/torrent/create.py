@@ -47,11 +47,15 @@ LARGEST_CHOSEN = 64 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MadeFile:
-    """A file of the torrent: its path, which begins with the torrent's name, bytes, and sha256."""
+    """A file of the torrent: its path, which begins with the torrent's name, bytes, and sha256.
+
+    `mtime_ns` is the time of its last change, before it was read and after.
+    """
 
     path: PurePosixPath
     size: int
     sha256: str | None
+    mtime_ns: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,8 +217,8 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
     torrent = torrent_file(info, layers, trackers=trackers, web_seeds=web_seeds)
     parse_info(torrent.info, torrent.piece_layers)
     entries = (
-        MadeFile(PurePosixPath(folder.name, path), size, digest.sha256)
-        for (path, size), digest in zip(files, whole, strict=True)
+        MadeFile(PurePosixPath(folder.name, path), size, digest.sha256, stamp[1])
+        for (path, size), digest, stamp in zip(files, whole, stamps, strict=True)
     )
     yield Made(torrent, tuple(entries))
 

@@ -1,5 +1,6 @@
 """Publishing: a folder becomes a torrent, a link and a manifest that strangers can use."""
 
+import errno
 import hashlib
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import golden
-from support.program import grokfetch, invoke
+from support.program import grokfetch, invoke, started
 from support.torrents import content, lay_down
 
 from grokfetch import errors
@@ -250,13 +251,14 @@ def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
 
 
-def test_any_folder_is_published_with_a_plain_manifest_and_left_as_it_was(top, tmp_path):
+def test_any_folder_is_published_with_a_plain_manifest_and_only_our_state_is_added(top, tmp_path):
     before = sorted(top.rglob("*"))
     magnet = publish(
         *(top, "--output", tmp_path / "new" / "out"),
         *("--tracker", "udp://t.example:1/announce", "--web-seed", "https://w.example/a b/"),
     )
-    assert sorted(top.rglob("*")) == before
+    after = (it for it in top.rglob("*") if ".grokfetch" not in it.relative_to(top).parts)
+    assert sorted(after) == before
     out = tmp_path / "new" / "out"
     known = parse_torrent(out.joinpath("top.torrent").read_bytes())
     manifest = parse(out.joinpath("top.json").read_bytes(), "x")
@@ -276,6 +278,73 @@ def test_a_v1_torrent_has_one_info_hash_and_is_fetched_by_it(top, tmp_path):
         grokfetch("fetch", link, "--to", tmp_path / "theirs", *LOOPBACK)
     for name, data in FILES.items():
         assert tmp_path.joinpath("theirs/top", name).read_bytes() == data
+
+
+def test_a_published_folder_is_known_to_the_other_commands(top):
+    publish(top, "--piece-length", PIECE)
+    size = sum(map(len, FILES.values()))
+    assert f"{size:,} of {size:,} bytes proven, by the piece hashes" in grokfetch("verify", top)
+    assert "100" in grokfetch("status", top, "--plain")
+    top.joinpath("a").write_bytes(content(3 * PIECE - 1, 1))
+    grokfetch("verify", top, code=errors.Damaged.exit_code)
+    publish(top, "--piece-length", PIECE)
+    grokfetch("verify", top)
+
+
+def test_a_published_checkpoint_runs_where_it_lies(tmp_path):
+    release = shutil.copytree(golden.TINY, tmp_path / "tiny")
+    publish(release, "--config", release / "config.json")
+    prompt = ("--tokens", "181", "--max-tokens", 4, "--dtype", "float32", "--mesh", "model=1")
+    text = grokfetch("run", release, *prompt)
+    assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
+
+
+@pytest.mark.parametrize("version", [(), ("--v1",)])
+def test_publish_seed_shares_until_its_goal_and_another_fetches_it(top, tmp_path, version):
+    seeding = ("--seed", "--ratio", "1", "--listen", "127.0.0.1:0", "--no-discovery")
+    command = ("publish", top, *version, *seeding)
+    with started(*command, until="sharing") as (child, lines):
+        port = lines[-1].partition("on port ")[2].partition(";")[0]
+        torrent = top.with_name("top.torrent")
+        theirs = tmp_path / "theirs"
+        grokfetch("fetch", torrent, "--peer", f"127.0.0.1:{port}", "--to", theirs, *LOOPBACK)
+        child.communicate(timeout=60)
+        assert child.returncode == 0
+    assert theirs.joinpath("top/deep/er/e").read_bytes() == FILES["deep/er/e"]
+
+
+def test_with_state_elsewhere_nothing_is_written_into_the_folder(top, tmp_path):
+    before = sorted(top.rglob("*"))
+    publish(top, "--state", tmp_path / "state")
+    assert sorted(top.rglob("*")) == before
+    grokfetch("verify", top, "--state", tmp_path / "state")
+    publish(top, "--state", top / "state", code=2)
+
+
+def test_a_folder_that_takes_no_state_is_published_with_a_note(top, monkeypatch):
+    real = Path.mkdir
+
+    def refused(path, *args, **kwargs):
+        if path.name == ".grokfetch":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    told = invoke("publish", top)
+    assert "note: " in told.stderr
+    assert told.stdout.startswith("magnet:")
+    publish(top, "--seed", code=errors.StorageFailed.exit_code)
+
+
+def test_what_was_fetched_into_a_folder_stays_in_force_when_it_is_published(top, tmp_path):
+    (tmp_path / "x.torrent").write_bytes(encode_torrent(made(top).torrent))
+    lay_down(tmp_path / "other", FILES)
+    folder = tmp_path / "other"
+    grokfetch("fetch", tmp_path / "x.torrent", "--to", folder, *LOOPBACK)
+    kept = folder.joinpath(".grokfetch/metadata.torrent").read_bytes()
+    assert "stays so" in invoke("publish", folder).stderr
+    assert folder.joinpath(".grokfetch/metadata.torrent").read_bytes() == kept
+    publish(folder, "--seed", code=errors.Contradiction.exit_code)
 
 
 def test_a_tokenizer_among_the_files_is_named_in_the_manifest(top):

@@ -1,0 +1,74 @@
+"""A folder whose torrent was made from its own files becomes one that every command knows.
+
+The torrent's top folder is the folder itself, so that each file lies under its path without the
+first part; the proofs are the hashes that made the torrent. What a fetch left in the folder is
+never replaced: a mark in the state, `published.json`, tells which torrent was made here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from grokfetch.errors import Contradiction
+from grokfetch.folder import advisory
+from grokfetch.folder.record import FileProof, Record, Stamp
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest
+from grokfetch.torrent.create import Made
+
+__all__ = ["keep_published", "made_here"]
+
+SCHEMA = 1
+
+
+def made_here(store: Store) -> bool:
+    """Whether the torrent in the state is one that an earlier `keep_published` put there."""
+    torrent = store.torrent()
+    known = advisory.read(_mark(store), SCHEMA, _info_hash)
+    return torrent is not None and torrent.known_as(known)
+
+
+def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
+    """Keep a torrent that was just made of the folder, its manifest, and what is proven.
+
+    Args:
+        store: the folder, its exclusive lock held.
+        made: the torrent and the files as they were when it was made.
+        manifest: with paths that begin with the torrent's name.
+
+    Raises:
+        Contradiction: the state is that of a fetch, or of files that came another way.
+        StorageFailed: the state folder cannot be written.
+    """
+    begun = store.torrent() is not None or store.manifest_or_none() is not None
+    if begun and not made_here(store):
+        raise Contradiction(
+            "this folder is known as what was fetched into it, and stays so",
+            path=store.root,
+            hint="keep what is published apart, for seed and the others too: --state DIR",
+        )
+    places = {file.path: PurePosixPath(*file.path.parts[1:]) for file in made.files}
+    # Ended half-way, an earlier state must not pass for this one.
+    store.save_record(Record())
+    advisory.write(_mark(store), SCHEMA, {"info_hash": made.torrent.info_hash})
+    store.save_selection(None)
+    store.save_places(places)
+    store.save_torrent(made.torrent)
+    store.save_manifest(manifest.moved(places))
+    layout = store.layout()
+    assert layout is not None
+    proofs = {
+        places[file.path]: FileProof(Stamp(file.size, file.mtime_ns), file.sha256)
+        for file in made.files
+    }
+    pieces = frozenset(range(layout.piece_count))
+    store.save_record(Record(made.torrent.info_hash, pieces, proofs))
+
+
+def _mark(store: Store) -> Path:
+    return store.state / "published.json"
+
+
+def _info_hash(fields: dict[str, Any]) -> str:
+    return str(fields["info_hash"])
