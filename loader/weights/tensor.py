@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -28,8 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Index", "Tensor"]
 
-Index = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
+Index = Any
+"""Whatever NumPy indexes with: integers, slices, `...`, new axes, integer arrays, masks."""
+
+_Basic = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | EllipsisType, ...]
 """What NumPy calls basic indexing, without new axes."""
+
+_SHORT_FLOATS = frozenset(
+    np.dtype(kind) for kind in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+)
+"""Floating-point dtypes that NumPy does not know as such."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +101,25 @@ class Tensor:
         return {"int8": "I8", "float32": "F32"}[self.spec.dtype]
 
     def __getitem__(self, index: Index) -> npt.NDArray[np.generic]:
-        """A part of the weight as it is stored, by integers, slices and `...`.
+        """A part of the weight as it is stored, by whatever NumPy indexes with.
 
-        It is a read-only view: nothing is read but the pages that are looked at.
+        By integers, slices and `...` it is a read-only view: nothing is read but the pages that are
+        looked at.
         """
         return self.weight[index]
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, *, copy: bool | None = None
+    ) -> npt.NDArray[np.generic]:
+        """The weight as it is stored, for `numpy.asarray` and its like; scales are left out."""
+        return np.array(self.weight, dtype, copy=copy)
+
+    def __len__(self) -> int:
+        """Of the first dimension."""
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.spec.name}: {self.spec.dtype} {list(self.shape)}>"
 
     def dequantize(
         self, index: Index = ..., dtype: npt.DTypeLike = np.float32
@@ -107,31 +129,48 @@ class Tensor:
         An int8 times its bfloat16 scale is exact in float32, and rounded only to another `dtype`.
 
         Args:
-            index: integers, slices and `...`, as of the tensor itself; `numpy.s_[3, :, :128]`.
-            dtype: of the result.
+            index: as of the tensor itself; `numpy.s_[3, :, :128]`.
+            dtype: of the result; floating-point.
 
         Returns:
             An array of its own, of the shape that the index gives.
 
         Raises:
             IndexError: the index does not fit the shape.
+            TypeError: the dtype is not floating-point.
         """
+        kind = np.dtype(dtype)
+        if not (np.issubdtype(kind, np.floating) or kind in _SHORT_FLOATS):
+            raise TypeError(f"dequantized values are floating-point, not {kind}")
         weight, scales = self.weight, self.scales
         if scales is None:
-            return np.array(weight[index], dtype)
+            return np.array(weight[index], kind)
+        if not _is_basic(index):
+            return self._gathered(index, kind)
         cuts, result_shape = _cuts(weight.shape, index)
         *outer, rows, columns = cuts
         sizes = zip(cuts, self.shape, strict=True)
-        found = np.empty([len(range(*cut.indices(size))) for cut, size in sizes], dtype)
+        values = np.empty([len(range(*cut.indices(size))) for cut, size in sizes], kind)
         for group, part, into in _groups(rows, self.shape[-2], scales.shape[-2]):
             np.multiply(
                 weight[(*outer, part, columns)],
                 scales[(*outer, slice(group, group + 1), columns)].astype(np.float32),
-                out=found[(..., into, slice(None))],
+                out=values[(..., into, slice(None))],
                 casting="unsafe",
                 dtype=np.float32,
             )
-        return found.reshape(result_shape)
+        return values.reshape(result_shape)
+
+    def _gathered(self, index: Any, dtype: np.dtype[Any]) -> npt.NDArray[np.generic]:
+        """The values at integer arrays, masks or new axes: each element with its own scale."""
+        assert self.scales is not None
+        rows, groups = self.shape[-2], self.scales.shape[-2]
+        scale_row = (np.arange(rows) * groups // rows)[:, None]
+        places = np.ogrid[tuple(slice(size) for size in self.shape)]
+        full = [np.broadcast_to(place, self.shape)[index] for place in places]
+        full[-2] = np.broadcast_to(scale_row, self.shape)[index]
+        values = self.weight[index].astype(np.float32) * self.scales[tuple(full)].astype(np.float32)
+        return np.asarray(values, dtype)
 
     def to_jax(self, target: Target | None = None) -> OnDevices:
         """The tensor on devices; a thin call of `loader.devices.transfer.to_devices`.
@@ -231,7 +270,15 @@ class Tensor:
             raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
 
 
-def _cuts(shape: tuple[int, ...], index: Index) -> tuple[list[slice], tuple[int, ...]]:
+def _is_basic(index: Index) -> TypeGuard[_Basic]:
+    """Whether an index is made of integers, slices and `...` alone."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is ... or isinstance(part, slice | int | np.integer) for part in parts) and (
+        not any(isinstance(part, bool) for part in parts)
+    )
+
+
+def _cuts(shape: tuple[int, ...], index: _Basic) -> tuple[list[slice], tuple[int, ...]]:
     """A slice for every axis, and the shape of what the index stands for.
 
     Raises:

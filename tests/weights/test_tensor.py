@@ -92,6 +92,46 @@ def test_any_part_is_dequantised_as_the_whole_is(index):
     assert (found == VALUES[index]).all()
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        [1, 0],
+        (slice(None), [3, 5]),
+        (0, [[1], [2]], [7, 8]),
+        (None, 2),
+        VALUES > 0,
+        (np.arange(8) % 2 == 0, ..., 3),
+        True,
+    ],
+    ids=["list", "rows", "rows and columns", "new axis", "mask", "mask of experts", "bool"],
+)
+def test_what_the_tensor_is_indexed_with_dequantize_takes(index):
+    values = TENSOR.dequantize(index)
+    assert values.dtype == np.float32
+    assert values.shape == TENSOR[index].shape
+    assert (values == VALUES[index]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, bool, complex, "S4"], ids=str)
+def test_values_are_not_rounded_to_what_is_no_float(dtype):
+    for name in (DOWN, ROUTER):
+        with pytest.raises(TypeError, match="floating-point"):
+            golden.CHECKPOINT[name].dequantize(dtype=dtype)
+
+
+def test_numpy_takes_a_tensor_for_its_weight():
+    array = np.asarray(TENSOR)
+    assert array.dtype == np.int8
+    assert np.shares_memory(array, TENSOR.weight)
+    assert np.asarray(golden.CHECKPOINT[ROUTER], np.float64).dtype == np.float64
+    assert not np.shares_memory(np.array(TENSOR), TENSOR.weight)
+    assert len(TENSOR) == TENSOR.shape[0]
+
+
+def test_tensor_is_written_short():
+    assert repr(TENSOR) == f"<Tensor {DOWN}: int8 {list(TENSOR.shape)}>"
+
+
 def test_the_whole_is_dequantised_to_the_dtype_asked_for():
     assert (TENSOR.dequantize() == VALUES).all()
     half = TENSOR.dequantize(dtype=ml_dtypes.bfloat16)
