@@ -95,7 +95,10 @@ class Engine:
         Raises:
             PromptInvalid: as `prefill`.
         """
-        params, paging = self.params, self._paging
+        params, paging, choices = self.params, self._paging, self._steps.choices
+        if choices is not None:
+            # The programs are those of a step that counts; what they count here is nobody's text.
+            self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
         self.hold(dataclasses.replace(params, layers=params.layers[:1]), paging)
         try:
             logits, state = self.prefill([prompt])
@@ -106,6 +109,7 @@ class Engine:
                 self.decode(state, token)[0].block_until_ready()
         finally:
             self.hold(params, paging)
+            self._steps.choices = choices
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.

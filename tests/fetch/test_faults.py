@@ -274,7 +274,7 @@ def test_a_second_fetch_is_refused_with_the_pid_of_the_first_and_harms_nothing(t
     torrent.write_bytes(torrent_of(tmp_path / "seed/top", PIECE))
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "grokfetch", "fetch", torrent, "--to", folder, "--json"]
-    command += ["--no-discovery", "--listen", "127.0.0.1:0"]
+    command += ["--no-discovery", "--listen", "127.0.0.1:0", "--peer", "127.0.0.1:1"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert json.loads(first.stdout.readline())["event"] == "started"

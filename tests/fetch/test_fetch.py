@@ -129,6 +129,7 @@ def test_after_a_kill_a_proven_file_that_was_truncated_is_looked_at_again(
 
 def test_files_stay_marked_until_the_source_has_stopped_writing(tmp_path, swarm):
     marked = []
+    swarm.stall_after = 3
     swarm.on_close = lambda: marked.extend(
         proof.writing for proof in Store(tmp_path).record().files.values() if proof.writing
     )
