@@ -13,16 +13,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import click
 
+from grokfetch.commands.value_types import Duration, Mesh, Rate, Size, proxy_of
 from grokfetch.fetch.mirror.addresses import unusable
-from grokfetch.fetch.swarm import Proxy, SwarmSettings
+from grokfetch.fetch.swarm import SwarmSettings
 from grokfetch.fetch.wanted import Network
 from grokfetch.output.reporting import begin_lines
 from grokfetch.output.terminal import be_plain
-from grokfetch.units import parse_bytes
 from loader.devices.arrangement import Dtype, Loading, Placement
 from loader.weights.host_share import Share, share_of_host
 from loader.weights.partition import MeshShape
@@ -32,8 +31,6 @@ __all__ = [
     "Goal",
     "Hosts",
     "Meanwhile",
-    "Rate",
-    "Size",
     "bundle",
     "goal_options",
     "hosts_options",
@@ -42,7 +39,6 @@ __all__ = [
     "meanwhile_options",
     "network_options",
     "plain_option",
-    "proxy_of",
     "share_options",
     "state_option",
     "swarm_options",
@@ -51,8 +47,6 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
-
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def bundle(
@@ -78,71 +72,6 @@ def bundle(
         return bundled
 
     return decorate
-
-
-# --- kinds of values -----------------------------------------------------------------------------
-
-
-class Rate(click.ParamType):  # type: ignore[type-arg]
-    """Bytes a second, with k, M or G for powers of 1000; an int."""
-
-    name = "RATE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, at least 1."""
-        if isinstance(value, int):
-            return value
-        rate = parse_bytes(str(value)) or 0
-        # libtorrent holds rates in 31 bits.
-        if not 0 < rate < 1 << 31:
-            self.fail(
-                f"{value!r:.40} is not a rate in bytes a second, such as 500k or 2.5M", param, ctx
-            )
-        return rate
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """Bytes, with k, M, G or T for powers of 1000; an int."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, at least 1."""
-        size = parse_bytes(str(value)) or 0
-        if size < 1:
-            self.fail(f"{value!r:.40} is not a number of bytes, such as 800M or 16G", param, ctx)
-        return size
-
-
-class Duration(click.ParamType):  # type: ignore[type-arg]
-    """Seconds, minutes, hours or days; a float, in seconds."""
-
-    name = "DURATION"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The number of seconds."""
-        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(value))
-        if found is None:
-            self.fail(f"{value!r:.40} is not a duration such as 90s, 30m, 12h or 7d", param, ctx)
-        return float(found[1]) * SECONDS[found[2]]
-
-
-class Mesh(click.ParamType):  # type: ignore[type-arg]
-    """How many devices along each axis; a `MeshShape`."""
-
-    name = "expert=N,model=M"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> MeshShape:
-        """The mesh, 1 along an axis that is not named."""
-        parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
-        given = [(part[1], int(part[2])) for part in parts if part is not None]
-        if len(dict(given)) != len(parts):
-            self.fail(f"not expert=N,model=M: {value!r:.80}", param, ctx)
-        return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(given)})
 
 
 # --- single options ------------------------------------------------------------------------------
@@ -181,22 +110,6 @@ plain_option = click.option(
 )
 
 # --- whom to fetch from, and share with ----------------------------------------------------------
-
-
-def proxy_of(text: str) -> Proxy:
-    """The proxy that an address names.
-
-    Raises:
-        click.BadParameter: it names none.
-    """
-    try:
-        url = urlsplit(text)
-        host, port = url.hostname, url.port
-    except ValueError:
-        host = port = None
-    if not host or not port or url.scheme != "socks5" or url.path.strip("/"):
-        raise click.BadParameter("a proxy is written socks5://HOST:PORT", param_hint="--proxy")
-    return Proxy(host, port, unquote(url.username or ""), unquote(url.password or ""))
 
 
 NETWORK_NAMES = (
@@ -282,7 +195,7 @@ def _usable(
     return addresses
 
 
-def _network(swarm: SwarmSettings, mirrors: bool, web_seeds: tuple[str, ...]) -> Network:  # noqa: FBT001
+def _network(swarm: SwarmSettings, *, mirrors: bool, web_seeds: tuple[str, ...]) -> Network:
     return Network(swarm, mirrors, web_seeds)
 
 
@@ -354,7 +267,8 @@ class Meanwhile:
 
 
 def _meanwhile(
-    while_fetching: bool,  # noqa: FBT001
+    *,
+    while_fetching: bool,
     source: str | None,
     network: Network,
 ) -> Meanwhile | None:
@@ -438,7 +352,8 @@ class Hosts:
 
 
 def _hosts(
-    cluster: bool,  # noqa: FBT001
+    *,
+    cluster: bool,
     coordinator: str | None,
     num_hosts: int | None,
     host_id: int | None,

@@ -38,6 +38,7 @@ from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made
+from grokfetch.torrent.listing import list_files
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.torrent.names import look_alikes, with_ending
 from grokfetch.units import bytes_text, seconds_text
@@ -222,7 +223,7 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 def _make(
     folder: Path, piece_length: int | None, hashing: Callable[..., Iterator[Hashed | Made]]
 ) -> Made:
-    files = making.list_files(folder)
+    files = list_files(folder)
     _warn_of_look_alikes(path for path, _ in files)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import itertools
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,10 +32,9 @@ from grokfetch.torrent.layout import (
     power_of_two_above,
 )
 from grokfetch.torrent.metainfo import TorrentFile, parse_info, torrent_file
-from grokfetch.torrent.names import STATE_FOLDER, unsafe_name
 from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
 
-__all__ = ["Made", "MadeFile", "list_files", "make", "suitable_piece_length"]
+__all__ = ["Made", "MadeFile", "make", "suitable_piece_length"]
 
 MOST_PIECES = 20_000
 """So many hashes make a torrent of about a megabyte."""
@@ -98,64 +96,6 @@ class _Span:
 class _Whole:
     file: int
     result: FileResult
-
-
-def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
-    """The files below a folder, path and size in bytes, in the order that a torrent has them.
-
-    Our own state is left out. A link to a file stands for that file.
-
-    Raises:
-        StorageFailed: it cannot be read, holds no bytes, or has a name or something in it that no
-            torrent can hold.
-    """
-
-    def failed(error: OSError) -> None:
-        raise storage_failed(error, Path(error.filename or folder)) from error
-
-    reason = unsafe_name(folder.name)
-    if reason is not None:
-        raise StorageFailed(
-            f"cannot be shared under this name: {reason}",
-            path=repr(str(folder)),
-            hint="rename the folder",
-        )
-    found: list[tuple[PurePosixPath, int]] = []
-    for place, folders, names in os.walk(folder, onerror=failed):
-        here = Path(place)
-        if here == folder:
-            folders[:] = [name for name in folders if name.casefold() != STATE_FOLDER]
-        for name in folders:
-            if here.joinpath(name).is_symlink():
-                raise StorageFailed("a link to a folder cannot be shared", path=here / name)
-        found.extend(_entry(folder, here / name) for name in names)
-    if not any(size for _, size in found):
-        raise StorageFailed("it holds no bytes to share", path=folder)
-    if len(found) == 1 and str(found[0][0]) == folder.name:
-        raise StorageFailed(
-            "a folder that holds nothing but a file of its own name cannot be told from that file",
-            path=folder,
-            hint="rename the folder",
-        )
-    return tuple(sorted(found, key=lambda it: [part.encode() for part in it[0].parts]))
-
-
-def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:
-    relative = PurePosixPath(path.relative_to(folder))
-    reason = unsafe_name(str(relative))
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        # It was listed a moment ago.
-        reason = f"it is a link to {str(path.readlink())!r:.100}, which is not there"
-    except OSError as error:
-        raise storage_failed(error, path) from error
-    else:
-        if reason is None and not stat.S_ISREG(status.st_mode):
-            reason = "it is not a regular file"
-    if reason is not None:
-        raise StorageFailed(f"cannot be shared: {reason}", path=repr(str(path)))
-    return relative, status.st_size
 
 
 def suitable_piece_length(sizes: Sequence[int]) -> int:

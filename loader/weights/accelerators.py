@@ -1,4 +1,4 @@
-"""GPUs and TPUs by their figures: memory, its rate, and how many devices a name stands for. Pure.
+"""GPUs and TPUs by their figures: memory, and its rate. Pure.
 
 Sources: the makers' data sheets, and the target descriptions of OpenXLA for the GPUs' figures that
 their compiler asks for.
@@ -7,13 +7,10 @@ their compiler asks for.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from grokfetch.errors import MeshInvalid
-
-__all__ = ["ACCELERATORS", "Accelerator", "Graphics", "named"]
+__all__ = ["ACCELERATORS", "Accelerator", "Graphics"]
 
 GB, GIB = 10**9, 2**30
 
@@ -40,15 +37,13 @@ class Accelerator:
     """One kind of device.
 
     memory: bytes of one device. rate: bytes that it reads from there in a second. dimensions: of
-    the grid that TPUs stand in, 0 for GPUs. cores_counted: cores of a device, where the name of a
-    slice counts cores instead of devices. graphics: for GPUs alone.
+    the grid that TPUs stand in, 0 for GPUs. graphics: for GPUs alone.
     """
 
     name: str
     memory: int
     rate: float
     dimensions: int = 0
-    cores_counted: int = 1
     graphics: Graphics | None = None
 
 
@@ -56,9 +51,9 @@ ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
     {
         one.name: one
         for one in (
-            Accelerator("v4", 32 * GIB, 1228e9, 3, 2),
+            Accelerator("v4", 32 * GIB, 1228e9, 3),
             Accelerator("v5e", 16 * GIB, 819e9, 2),
-            Accelerator("v5p", 95 * GIB, 2765e9, 3, 2),
+            Accelerator("v5p", 95 * GIB, 2765e9, 3),
             Accelerator("v6e", 32 * GIB, 1640e9, 2),
             Accelerator(
                 "a100",
@@ -87,24 +82,4 @@ ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
         )
     }
 )
-"""By name. A TPU v4 or v5p slice is named for its cores, two a device: v5p-8 has 4 devices."""
-
-
-def named(text: str) -> tuple[Accelerator, int]:
-    """The kind and the number of devices that `v5p-8` or `h100x8` stands for.
-
-    Raises:
-        MeshInvalid: nothing of that name is known, or not in that number.
-    """
-    match = re.fullmatch(r"([a-z]+[0-9]+[a-z]?)(?:([x-])(\d{1,4}))?", text.lower())
-    kind = ACCELERATORS.get(match[1]) if match else None
-    if match and kind:
-        count, rest = divmod(int(match[3] or kind.cores_counted), kind.cores_counted)
-        dash = "x" if kind.graphics else "-"
-        if count and not rest and match[2] in {None, dash}:
-            return kind, count
-    raise MeshInvalid(
-        f"{text!r} names no device that is known",
-        hint="name a TPU slice like v5e-8, v5p-8 or v6e-16, or GPUs like a100x8, h100x8 or b200x8;"
-        " v4 and v5p count cores, two a chip",
-    )
+"""By name."""

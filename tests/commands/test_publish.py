@@ -20,7 +20,8 @@ from grokfetch import errors
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.manifest.schema import parse
 from grokfetch.torrent import create as making
-from grokfetch.torrent.create import Made, list_files, make, suitable_piece_length
+from grokfetch.torrent.create import Made, make, suitable_piece_length
+from grokfetch.torrent.listing import list_files
 from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 

@@ -19,8 +19,8 @@ from support.release import publish_files
 from support.torrents import content, torrent_of
 
 from grokfetch import errors
-from grokfetch.commands.options import Rate, proxy_of
 from grokfetch.commands.seed import Goal, _Look
+from grokfetch.commands.value_types import Rate, proxy_of
 from grokfetch.events import Outcome
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Proxy, Swarm, SwarmSettings, seed

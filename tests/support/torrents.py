@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.torrent.bencode import encode
-from grokfetch.torrent.create import list_files, make
+from grokfetch.torrent.create import make
+from grokfetch.torrent.listing import list_files
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_torrent
 
 BLOCK = 16384

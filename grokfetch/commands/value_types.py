@@ -1,0 +1,95 @@
+"""What may stand behind an option, and what becomes of it: rates, sizes, durations, meshes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import click
+
+from grokfetch.fetch.swarm import Proxy
+from grokfetch.units import parse_bytes
+from loader.weights.partition import MeshShape
+
+__all__ = ["Duration", "Mesh", "Rate", "Size", "proxy_of"]
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg]
+    """Bytes a second, with k, M or G for powers of 1000; an int."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, at least 1."""
+        if isinstance(value, int):
+            return value
+        rate = parse_bytes(str(value)) or 0
+        # libtorrent holds rates in 31 bits.
+        if not 0 < rate < 1 << 31:
+            self.fail(
+                f"{value!r:.40} is not a rate in bytes a second, such as 500k or 2.5M", param, ctx
+            )
+        return rate
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, with k, M, G or T for powers of 1000; an int."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, at least 1."""
+        size = parse_bytes(str(value)) or 0
+        if size < 1:
+            self.fail(f"{value!r:.40} is not a number of bytes, such as 800M or 16G", param, ctx)
+        return size
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds, minutes, hours or days; a float, in seconds."""
+
+    name = "DURATION"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number of seconds."""
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(value))
+        if found is None:
+            self.fail(f"{value!r:.40} is not a duration such as 90s, 30m, 12h or 7d", param, ctx)
+        return float(found[1]) * SECONDS[found[2]]
+
+
+class Mesh(click.ParamType):  # type: ignore[type-arg]
+    """How many devices along each axis; a `MeshShape`."""
+
+    name = "expert=N,model=M"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> MeshShape:
+        """The mesh, 1 along an axis that is not named."""
+        parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
+        given = [(part[1], int(part[2])) for part in parts if part is not None]
+        if len(dict(given)) != len(parts):
+            self.fail(f"not expert=N,model=M: {value!r:.80}", param, ctx)
+        return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(given)})
+
+
+def proxy_of(text: str) -> Proxy:
+    """The proxy that an address names.
+
+    Raises:
+        click.BadParameter: it names none.
+    """
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or not port or url.scheme != "socks5" or url.path.strip("/"):
+        raise click.BadParameter("a proxy is written socks5://HOST:PORT", param_hint="--proxy")
+    return Proxy(host, port, unquote(url.username or ""), unquote(url.password or ""))
