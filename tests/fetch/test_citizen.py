@@ -14,6 +14,7 @@ import time
 import libtorrent
 import pytest
 from support.damage import spoil
+from support.listener import Listener
 from support.program import grokfetch, invoke, started
 from support.release import publish_files
 from support.torrents import content, torrent_of
@@ -245,24 +246,13 @@ def test_encryption_is_agreed_on_or_there_is_no_connection(tmp_path, hybrid, one
             assert not seeder.uploaded()
 
 
-class Socks(threading.Thread):
+class Socks(Listener):
     """A SOCKS5 proxy for one connection at a time that wants a user and a password."""
 
     def __init__(self):
-        super().__init__(daemon=True)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        super().__init__()
         self.users = set()
         self.reached = set()
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.join()
 
     def run(self):
         with contextlib.suppress(OSError):

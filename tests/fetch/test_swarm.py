@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from support.damage import spoil
+from support.listener import Listener
 from support.torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, TorrentInvalid
@@ -283,30 +283,19 @@ def test_importing_fetch_and_swarm_needs_neither_jax_nor_numpy_nor_libtorrent():
 # --- peers that lie, or fall silent --------------------------------------------------------------
 
 
-class Peer(threading.Thread):
+class Peer(Listener):
     """Speaks enough of the protocol to say that it has some pieces and to send their blocks.
 
     `block` is called with piece, offset and length; where it returns None, nothing is sent.
     """
 
     def __init__(self, info_hash, pieces, block, has=None):
-        super().__init__(daemon=True)
+        super().__init__()
         self._hash = bytes.fromhex(info_hash)
         self._pieces = pieces
         self._has = range(pieces if has is None else has)
         self._block = block
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
         self.sent = 0
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.join()
 
     def run(self):
         with contextlib.suppress(OSError):

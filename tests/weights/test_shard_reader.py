@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import mmap
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.official import QuantizedWeight8bit
 
 from grokfetch.errors import ShardInvalid, StorageFailed
 from loader.weights.shard_reader import ArraySpan, Shard, read_frame, read_shard
@@ -25,22 +25,6 @@ DATA = Path(__file__).parents[1] / "data"
 NUMPY_1 = DATA / "numpy-1.26"
 QUANTIZED = b"\x8c\x08__main__\x8c\x13QuantizedWeight8bit\x93"
 GOLDEN = sorted((DATA / "tiny" / "ckpt-0").iterdir())
-
-
-@dataclasses.dataclass
-class QuantizedWeight8bit:
-    weight: object
-    scales: object
-
-
-QuantizedWeight8bit.__module__ = "__main__"
-
-
-@pytest.fixture(autouse=True)
-def _main_knows_the_class(monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["__main__"], "QuantizedWeight8bit", QuantizedWeight8bit, raising=False
-    )
 
 
 class Forged:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
 import pickle
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.official import QuantizedWeight8bit
 
 from loader.weights.schema import GrokConfig, parameters
 from loader.weights.shard_reader import read_frame, read_shard
@@ -23,22 +22,6 @@ from loader.weights.shard_writer import frame_layout, write_blocks, write_shard
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = sorted((DATA / "tiny" / "ckpt-0").iterdir())
-
-
-@dataclasses.dataclass
-class QuantizedWeight8bit:
-    weight: object
-    scales: object
-
-
-QuantizedWeight8bit.__module__ = "__main__"
-
-
-@pytest.fixture(autouse=True)
-def _main_knows_the_class(monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["__main__"], "QuantizedWeight8bit", QuantizedWeight8bit, raising=False
-    )
 
 
 def pickled(array, scales=None):
