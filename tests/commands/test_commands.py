@@ -364,6 +364,7 @@ def test_a_prompt_that_cannot_be_is_refused_before_anything_is_loaded(fetched_on
     assert "mapped" not in text
 
 
+@pytest.mark.slow
 def test_the_mesh_can_be_chosen_and_changes_no_token(fetched_once):
     arguments = ("run", fetched_once, "--tokens", "181", "--max-tokens", 4, "--dtype", "float32")
     one = grokfetch(*arguments, "--mesh", "model=1")

@@ -95,8 +95,8 @@ def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((1, 2), "float32"),
-        ((2, 2), "bfloat16"),
+        pytest.param((1, 2), "float32", marks=pytest.mark.slow),
+        pytest.param((2, 2), "bfloat16", marks=pytest.mark.slow),
         ((8, 1), "float32"),
         pytest.param((1, 4), "float32", marks=pytest.mark.slow),
         pytest.param((1, 8), "float32", marks=pytest.mark.slow),
@@ -115,6 +115,7 @@ def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 
 
+@pytest.mark.slow
 def test_mapped_weights_recite_and_every_expert_is_chosen():
     used = set()
 

@@ -39,7 +39,7 @@ def engine(shape=golden.ONE, dtype="float32", **more):
     return Engine(golden.CONFIG, share(golden.CHECKPOINT, mesh), mesh, dtype, **more)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_logits_and_tokens_are_the_references(devices):
     mapped, wanted = engine(MeshShape(1, devices)), golden.arrays()
     for name in ("p1", "pz") if devices == 1 else ("p1",):

@@ -267,6 +267,7 @@ def cgroup():
     return None
 
 
+@pytest.mark.slow
 @LINUX
 def test_generation_goes_on_in_a_cgroup_smaller_than_the_checkpoint(tmp_path):
     made = cgroup()

@@ -251,6 +251,7 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     assert len(late) <= {"mapped": 4, "sharded": 0}[placement]
 
 
+@pytest.mark.slow
 def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp_path, monkeypatch):
     root, torrent, _ = published
     prompt = " ".join(map(str, golden.prompt("p1")))

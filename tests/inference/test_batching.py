@@ -60,6 +60,7 @@ def test_prompts_of_different_lengths_are_continued_as_the_reference_does(batch)
         assert [emission.finished for emission in told[number]] == [None] * 15 + ["length"]
 
 
+@pytest.mark.slow
 def test_texts_come_and_go_on_copies_of_the_weights_as_the_reference_has_them():
     batch = Batch(golden.engine(MeshShape(2, 2, data=2)), slots=3)
     assert batch.slots == 4

@@ -31,7 +31,9 @@ def short():
     return Engine(config, params, mesh, "float32")
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [(1, 1), (2, 4), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_greedy_tokens_are_the_references(mesh):
     engine = golden.engine(MeshShape(*mesh))
     assert list(engine.generate(golden.prompt("p1"), 32)) == wanted("p1")
