@@ -49,7 +49,9 @@ def folder_lock(
             yield
         finally:
             if exclusive:
-                file.truncate(0)
+                # A name that stays behind is that of a dead process, and keeps nobody out.
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
 
 
 def _open(path: Path, *, exclusive: bool) -> IO[bytes] | None:

@@ -70,6 +70,14 @@ def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(action, at, tmp_p
     assert not outlived(struck).broken
 
 
+def test_a_disk_that_fails_as_the_lock_is_given_back_ends_nothing(tmp_path):
+    usual = record("swarm", tmp_path / "usual").operations
+    last = max(at for at, it in enumerate(usual, 1) if it.kind == "truncate" and it.size == 0)
+    for at in range(last - 1, last + 2):
+        struck = strike("swarm", tmp_path / str(at), Fault("changes", at, "EIO"))
+        assert not outlived(struck).broken
+
+
 def test_what_a_lying_flush_has_lost_is_found_by_verification(tmp_path):
     told = record("swarm", tmp_path / "swarm")
     kept = [it for it in told.operations if it.kind != "fsync"]
