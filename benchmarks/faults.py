@@ -6,7 +6,7 @@ write, rename and flush (`tests/powercut`).
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
 strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
-moment of a SIGKILL; reads fail as well. After each, the next commands run to the end. A row says
+moment of a SIGKILL; reads fail as well. Only where nobody but the command writes. After each, the next commands run to the end. A row says
 how many were tried, how many promises were broken (there should be none), and how many bytes the
 next fetch brought at most.
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from powercut.promises import Tried, outlived, safe_pieces, tried
 from powercut.recorder import Fault
-from powercut.scenarios import NAMES, available, record, strike
+from powercut.scenarios import ALONE, NAMES, available, record, strike
 from powercut.states import Cut
 
 FAULTS = (("changes", "EIO"), ("changes", "ENOSPC"), ("changes", "kill"), ("reads", "EIO"))
@@ -90,7 +90,7 @@ def main() -> None:
     for name in chosen.scenarios:
         if chosen.only != "strikes":
             broken += row(f"{name}, power cut", cuts(name, chosen.states, chosen.seed))
-        if chosen.only != "cuts":
+        if chosen.only != "cuts" and name in ALONE:
             for among, action in FAULTS:
                 broken += row(f"{name}, {action} in {among}", strikes(name, among, action))
     sys.exit(broken > 0)

@@ -216,3 +216,5 @@ _SCENARIOS = {
     "verify": _verify,
 }
 NAMES = tuple(_SCENARIOS)
+ALONE = ("swarm", "mirror", "verify")
+"""Those in which nobody but the program writes, so that a fault meets the program."""
