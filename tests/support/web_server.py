@@ -1,7 +1,7 @@
 """A web server on 127.0.0.1 that can be told to behave badly, written for the tests of mirrors."""
 
-import math
 import contextlib
+import math
 import re
 import shutil
 import socket
