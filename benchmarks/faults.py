@@ -6,9 +6,9 @@ write, rename and flush (`tests/powercut`).
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
 strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
-moment of a SIGKILL; reads fail as well. Only where nobody but the command writes. After each, the next commands run to the end. A row says
-how many were tried, how many promises were broken (there should be none), and how many bytes the
-next fetch brought at most.
+moment of a SIGKILL; reads fail as well. Only where nobody but the command writes. After each, the
+next commands run to the end. A row says how many were tried, how many promises were broken (there
+should be none), and how many bytes the next fetch brought at most.
 """
 
 from __future__ import annotations
