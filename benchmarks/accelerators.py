@@ -61,7 +61,7 @@ def main() -> None:
     """Compile and print."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--on", nargs="+", default=["v5p"], choices=sorted(ACCELERATORS))
-    options.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    options.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     options.add_argument("--mesh", nargs="+", default=[], help="E,M instead of --devices")
     options.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     chosen = options.parse_args()

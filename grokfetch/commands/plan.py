@@ -29,7 +29,7 @@ from loader.weights.partition import choose_mesh
 from loader.weights.schema import GrokConfig
 
 SCHEMA = 1
-DEVICE_COUNTS = (1, 2, 4, 8, 16)
+DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 RATES = (10, 100, 1000)
 """Megabytes a second; the same figures in megabits take eight times as long."""
 

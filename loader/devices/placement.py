@@ -184,7 +184,7 @@ def load(
 
 def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
     """Where the blocks of a tensor lie on a mesh, by the rules of `loader.weights.partition`."""
-    split = PartitionSpec(*mesh_axes(spec))  # type: ignore[no-untyped-call]
+    split = PartitionSpec(*(axes or None for axes in mesh_axes(spec)))  # type: ignore[no-untyped-call]
     return NamedSharding(mesh, split)
 
 
@@ -274,7 +274,7 @@ def _matrix_place(tensor: Tensor, mesh: Mesh) -> MatrixPlace:
     assert scales is not None
     assert spec.scale_groups is not None
     *stack, rows, columns = spec.shape
-    split: Literal["rows", "columns"] = "rows" if mesh_axes(spec)[-2] == "model" else "columns"
+    split: Literal["rows", "columns"] = "rows" if "model" in mesh_axes(spec)[-2] else "columns"
     return MatrixPlace(
         tensor.array.offset,
         scales.offset,

@@ -29,6 +29,7 @@ from loader.devices.placement import Layer
 from loader.devices.products import Table, Weights, dots, lookup, product, table_rows
 from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
+from loader.weights.partition import RULES
 from loader.weights.schema import GrokConfig
 
 __all__ = [
@@ -81,10 +82,10 @@ class Window:
 def embed(table: Table, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> Array:
     """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`; table float32 `[V, D]`."""
     rows = table_rows(table)
-    local = tokens - lax.axis_index("model") * rows
+    local = tokens - lax.axis_index(RULES["vocab"]) * rows
     mine = (local >= 0) & (local < rows)
     found = jnp.where(mine[..., None], lookup(table, jnp.where(mine, local, 0)), 0.0)
-    return sum_over(found, "model") * _rounded(config.embedding_multiplier_scale, dtype)
+    return sum_over(found, RULES["vocab"]) * _rounded(config.embedding_multiplier_scale, dtype)
 
 
 def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:

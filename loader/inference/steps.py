@@ -24,6 +24,7 @@ from loader.devices.placement import Params
 from loader.inference import experts, model
 from loader.inference.model import KeyValues, Window
 from loader.inference.routing_counts import Choices
+from loader.weights.partition import RULES
 from loader.weights.schema import GrokConfig
 
 __all__ = ["Steps", "steps_for"]
@@ -83,7 +84,7 @@ class Steps:
         self._logits = self._spread(
             lambda table, scale, x: model.logits(table, scale, x, config, dtype),
             (embedding, final, rows),
-            _spec(split, None, "model"),
+            _spec(split, None, RULES["vocab"]),
         )
         self._tell = jax.jit(lambda *arrays: arrays, out_shardings=self.everywhere)
         self._compile_layer(config, dtype)
@@ -233,5 +234,5 @@ def padded(count: int) -> int:
     return -(-count // step) * step if power > 8 else power
 
 
-def _spec(*axes: str | None) -> PartitionSpec:
+def _spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]

@@ -1,10 +1,10 @@
 """Which block of a tensor each device of a mesh holds: rules and arithmetic, no arrays.
 
-A mesh has three axes: `model` splits heads, expert widths and the vocabulary (tensor parallel),
-`expert` splits the experts (expert parallel), and along `data`, where the rows of a batch are
-split, the weights are copies (data parallel). Devices are numbered row by row, `model` fastest,
-`data` slowest. The module imports neither jax nor numpy, so that a fetch can ask for one host's
-share.
+A mesh has three axes: `model` splits heads and expert widths (tensor parallel), `expert` splits the
+experts (expert parallel), and along `data`, where the rows of a batch are split, the weights are
+copies (data parallel). The vocabulary is split over `expert` and `model` together. Devices are
+numbered row by row, `model` fastest, `data` slowest. The module imports neither jax nor numpy, so
+that a fetch can ask for one host's share.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ MeshAxis = Literal["expert", "model"]
 Block = tuple[slice, ...]
 """One slice with whole start and stop for every dimension of a tensor."""
 
-RULES: Mapping[Axis, MeshAxis | None] = MappingProxyType(
+RULES: Mapping[Axis, tuple[MeshAxis, ...]] = MappingProxyType(
     {
-        "vocab": "model",
-        "embed": None,
-        "q_heads": "model",
-        "kv_heads": "model",
-        "expert": "expert",
-        "ff": "model",
-        "router": None,
+        "vocab": ("expert", "model"),
+        "embed": (),
+        "q_heads": ("model",),
+        "kv_heads": ("model",),
+        "expert": ("expert",),
+        "ff": ("model",),
+        "router": (),
     }
 )
-"""The mesh axis that splits each logical axis; None where every device holds all of it."""
+"""The mesh axes that together split each logical axis, slowest first; where there are none every
+device holds all of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,9 +98,9 @@ def positions(shape: MeshShape) -> Iterator[Position]:
 
 
 def mesh_axes(
-    spec: ParamSpec, rules: Mapping[Axis, MeshAxis | None] = RULES
-) -> tuple[MeshAxis | None, ...]:
-    """The mesh axis that splits each dimension of a tensor.
+    spec: ParamSpec, rules: Mapping[Axis, tuple[MeshAxis, ...]] = RULES
+) -> tuple[tuple[MeshAxis, ...], ...]:
+    """The mesh axes that split each dimension of a tensor.
 
     Raises:
         MeshInvalid: if a logical axis has no rule, or one mesh axis would split two dimensions.
@@ -108,7 +109,7 @@ def mesh_axes(
         if axis not in rules:
             raise MeshInvalid(f"no sharding rule for the axis {axis!r} of {spec.name}")
     axes = tuple(rules[axis] for axis in spec.axes)
-    used = [axis for axis in axes if axis is not None]
+    used = list(itertools.chain.from_iterable(axes))
     if len(set(used)) != len(used):
         raise MeshInvalid(f"one mesh axis would split two dimensions of {spec.name}: {spec.axes}")
     return axes
@@ -187,20 +188,17 @@ def source_rows(spec: ParamSpec, shape: MeshShape, rows: slice) -> list[int]:
 
 
 def _block(spec: ParamSpec, sizes: tuple[int, ...], shape: MeshShape, position: Position) -> Block:
-    def cut(size: int, axis: MeshAxis | None) -> slice:
-        if axis is None:
-            return slice(0, size)
-        width = size // _count(shape, axis)
-        start = getattr(position, axis) * width
-        return slice(start, start + width)
+    def cut(size: int, axes: tuple[MeshAxis, ...]) -> slice:
+        width, number = size // _count(shape, axes), 0
+        for axis in axes:
+            number = number * getattr(shape, axis) + getattr(position, axis)
+        return slice(number * width, (number + 1) * width)
 
-    return tuple(cut(size, axis) for size, axis in zip(sizes, mesh_axes(spec), strict=True))
+    return tuple(cut(size, axes) for size, axes in zip(sizes, mesh_axes(spec), strict=True))
 
 
-def _count(shape: MeshShape, axis: MeshAxis | None) -> int:
-    if axis is None:
-        return 1
-    return shape.expert if axis == "expert" else shape.model
+def _count(shape: MeshShape, axes: tuple[MeshAxis, ...]) -> int:
+    return math.prod(getattr(shape, axis) for axis in axes)
 
 
 def _units(config: GrokConfig, axis: Axis, size: int) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from support import golden
+from support.parity import TOLERANCE, check_parity, furthest, step_logits
 from support.reference import Reference
 
 from loader.devices.placement import load, make_mesh
@@ -23,43 +28,13 @@ from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 
-MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (8, 1)]
+MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2), (8, 1)]
 QUICK = {(1, 1), (1, 8), (2, 4)}
 """Those that the ordinary suite tries; the gate tries all."""
 COPIES = [(1, 4, 2), (2, 2, 2), (1, 1, 8)]
 """Meshes with copies of the weights: along expert, model, data."""
 
-TOLERANCE = 1e-3
 EVERYWHERE = PartitionSpec()
-
-
-def furthest(found, wanted):
-    return float(np.abs(np.asarray(found) - wanted).max())
-
-
-def step_logits(engine, name, steps):
-    """Prefill logits, then those of each cached step over the reference's own tokens."""
-    logits, state = engine.prefill([golden.prompt(name)])
-    found = [np.asarray(logits[0])]
-    for token in golden.arrays()[f"f32/{name}_tokens"][: steps - 1]:
-        logits, state = engine.decode(state, np.array([token], np.int32))
-        found.append(np.asarray(logits[0]))
-    return np.stack(found)
-
-
-def check_parity(engine, names, steps):
-    """Logits of every position, of prefill, and of cached steps; and the greedy tokens."""
-    wanted = golden.arrays()
-    for name in names:
-        tokens = golden.prompt(name)
-        full = engine.full_logits([tokens])[0, : len(tokens)]
-        assert furthest(full, wanted[f"f32/{name}_full_logits"]) < TOLERANCE, name
-        count = steps if name in golden.CONTINUED else 1
-        found = step_logits(engine, name, count)
-        assert furthest(found[0], wanted[f"f32/{name}_prefill_last_logits"]) < TOLERANCE, name
-        assert furthest(found, wanted[f"f32/{name}_step_logits"][:count]) < TOLERANCE, name
-        greedy = found.argmax(axis=-1).tolist()
-        assert greedy == wanted[f"f32/{name}_tokens"][:count].tolist(), name
 
 
 @pytest.mark.parametrize(
@@ -76,6 +51,27 @@ def test_logits_and_tokens_equal_the_reference_on_every_mesh(mesh):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_all_tokens_equal_the_reference_on_every_mesh(mesh):
     check_parity(golden.engine(MeshShape(*mesh)), golden.CONTINUED, steps=32)
+
+
+@pytest.mark.slow
+def test_up_to_64_devices_give_the_references_numbers():
+    meshes = ["2,8", "4,8", "8,8"]
+    flags = "--xla_force_host_platform_device_count=64"
+    checked = subprocess.run(
+        [sys.executable, "-m", "support.parity", *meshes],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr[-2000:]
+    assert checked.stdout.split() == [
+        "expert=2,model=8",
+        "expert=4,model=8",
+        "expert=8,model=8",
+    ]
 
 
 def test_accelerators_products_equal_the_reference():

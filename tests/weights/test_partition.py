@@ -92,13 +92,21 @@ def test_axis_without_a_rule_is_an_error():
 
 def test_mesh_axis_cannot_split_one_tensor_twice():
     with pytest.raises(MeshInvalid, match=r"two dimensions of .*moe/linear/w"):
-        mesh_axes(UP, RULES | {"embed": "model"})
+        mesh_axes(UP, RULES | {"embed": ("model",)})
 
 
 def test_positions_count_devices_with_the_model_axis_fastest_and_copies_slowest():
     assert [tuple(at) for at in positions(MeshShape(2, 2, data=2))] == [
         (0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4), (8, 8)], ids=str)
+def test_every_device_has_a_part_of_the_vocabulary_of_its_own(mesh):
+    shape, table = MeshShape(*mesh), parameters(OFFICIAL)[0]
+    rows = [weight_block(table, shape, at)[0] for at in positions(shape)]
+    each = OFFICIAL.vocab_size // shape.devices
+    assert rows == [slice(start, start + each) for start in range(0, OFFICIAL.vocab_size, each)]
 
 
 @pytest.mark.parametrize("name", LAYER)
