@@ -11,7 +11,7 @@ def start() -> None:
     """Run the program; whatever is interrupted before its first command says so in one line."""
     try:
         # First of all: what is imported next takes a moment in which somebody may press Ctrl-C.
-        from grokfetch.interruption import honour, install
+        from grokfetch.interruption import honour, install, uninstall
 
         install()
         try:
@@ -20,6 +20,8 @@ def start() -> None:
             code = honour(error)
             sys.stderr.write("interrupted\n")
             sys.exit(code)
+        finally:
+            uninstall()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

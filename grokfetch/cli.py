@@ -108,9 +108,11 @@ class Program(click.Group):
             failed(ctx, error)
             raise
         except KeyboardInterrupt as error:
+            # Before anything is said: until then the same interruption may be raised once more.
+            code = honour(error)
             failed(ctx, error)
             click.echo("interrupted; what is done is kept, run the command again", err=True)
-            ctx.exit(honour(error))
+            ctx.exit(code)
 
     def _invoke(self, ctx: click.Context) -> Any:
         """Run the command; of an interruption nothing else may come than its end."""

@@ -17,7 +17,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "honour", "install", "settle"]
+__all__ = ["Interrupted", "honour", "install", "settle", "uninstall"]
 
 AGAIN_S = 0.02
 """Seconds until an interruption that was dropped is raised again: by then whatever dropped it has
@@ -78,6 +78,14 @@ def install() -> None:
             usual(dropped)
 
     sys.unraisablehook = hook
+
+
+def uninstall() -> None:
+    """Raise nothing again from here on: Python itself ends next, and with it what handles a timer.
+
+    One that went off then would end the process with its own signal's code.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def honour(error: KeyboardInterrupt) -> int:

@@ -39,6 +39,7 @@ PROMPT = "In the demo"
 MOST_TOKENS = 200
 """More than the text has from the prompt to its end, where the model stops by itself."""
 WIDTH = 80
+ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 @click.command(
@@ -163,22 +164,25 @@ def _seeding(folder: Path) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     seeder = context.Process(target=_seed, args=(folder, theirs), daemon=True)
-    # Ctrl-C reaches every process of the terminal; the seeder ends when this one does.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        seeder.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    theirs.close()
-    try:
+        # Neither signal may come between the start of a process and what it is sent to begin with.
+        # Ctrl-C, which reaches every process of the terminal, stays blocked in the seeder: it ends
+        # when this process does.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            seeder.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        theirs.close()
         yield ours.recv()
     finally:
         ours.close()
-        seeder.join()
+        if seeder.pid is not None:
+            seeder.join()
 
 
 def _seed(folder: Path, pipe: Connection) -> None:
-
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     torrent = folder.joinpath(f"{NAME}.torrent").read_bytes()
     with (
         seed(torrent, folder, SwarmSettings.loopback()) as seeder,

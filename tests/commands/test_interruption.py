@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -49,13 +50,20 @@ def folder(tmp_path_factory):
     return root
 
 
-def commands(folder, tmp_path):
+@pytest.fixture(scope="module")
+def silent_peer():
+    """A peer that accepts connections and never says anything: a fetch waits for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield "{}:{}".format(*listening.getsockname())
+
+
+def commands(folder, tmp_path, peer):
     """Every command so that it takes a while, or as long as it takes."""
     release = folder / "release"
     model = ("--dtype", "float32")
     return {
         "plan": ("plan", folder / "tiny.json", "--to", tmp_path),
-        "fetch": ("fetch", folder / "tiny.torrent", "--to", tmp_path / "out", *LOOPBACK),
+        "fetch": ("fetch", folder / "tiny.torrent", "--to", tmp_path / "out", "--peer", peer, *LOOPBACK),
         "status": ("status", release),
         "report": ("report", release, "-o", tmp_path / "page.html"),
         "verify": ("verify", release),
@@ -108,20 +116,20 @@ def check(name, code, text, ended_before, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_s", [0.0, 0.02, 0.3])
 @pytest.mark.parametrize("name", ["fetch", "serve"])
-def test_a_signal_during_start_up_ends_the_program(name, after_s, number, folder, tmp_path):
-    found = interrupted(commands(folder, tmp_path)[name], after_s, number)
+def test_a_signal_during_start_up_ends_the_program(name, after_s, number, folder, tmp_path, silent_peer):
+    found = interrupted(commands(folder, tmp_path, silent_peer)[name], after_s, number)
     check(name, *found, number)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(main.list_commands(None)))
-def test_no_signal_is_lost_at_any_moment_of_start_up(name, folder, tmp_path):
+def test_no_signal_is_lost_at_any_moment_of_start_up(name, folder, tmp_path, silent_peer):
     times = 40 if name in ("serve", "run") else 12
     moments = random.Random(name)
     for _ in range(times):
         number = moments.choice([signal.SIGINT, signal.SIGTERM])
-        found = interrupted(commands(folder, tmp_path)[name], moments.uniform(0, 2), number)
+        found = interrupted(commands(folder, tmp_path, silent_peer)[name], moments.uniform(0, 2), number)
         check(name, *found, number)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
@@ -181,6 +189,51 @@ def test_one_that_was_dropped_last_of_all_ends_the_program_all_the_same(monkeypa
         interruption.settle()
     assert interruption.honour(caught.value) == 128 + signal.SIGTERM
     interruption.settle()
+
+
+TOLD_AT_LENGTH = """
+import contextlib, signal, time
+import click
+from grokfetch import __main__, cli
+
+@click.command()
+def status():
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+    raise ImportError("what was interrupted fails in its own way")
+
+def failed(context, error):
+    # Longer than it takes until a dropped interruption is raised again.
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:
+        pass
+
+cli.failed = failed
+cli.main.get_command = lambda context, name: status
+__main__.start()
+"""
+
+
+def test_one_that_is_being_told_is_not_raised_once_more():
+    command = [sys.executable, "-c", TOLD_AT_LENGTH, "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == "interrupted; what is done is kept, run the command again\n"
+    assert done.returncode == 130
+
+
+ENDED = """
+import signal, sys
+from grokfetch import interruption
+interruption.install()
+interruption.uninstall()
+signal.raise_signal(signal.SIGALRM)
+sys.exit(3)
+"""
+
+
+def test_a_timer_that_goes_off_as_the_program_ends_does_not_change_its_code():
+    done = subprocess.run([sys.executable, "-c", ENDED], check=False, timeout=60)
+    assert done.returncode == 3
 
 
 def test_a_ctrl_c_that_the_parent_ignores_stays_ignored(tmp_path):
