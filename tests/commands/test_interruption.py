@@ -57,13 +57,15 @@ def silent_peer():
         yield "{}:{}".format(*listening.getsockname())
 
 
-def commands(folder, tmp_path, peer):
+@pytest.fixture
+def commands(folder, tmp_path, silent_peer):
     """Every command so that it takes a while, or as long as it takes."""
     release = folder / "release"
     model = ("--dtype", "float32")
+    patient = ("--peer", silent_peer, *LOOPBACK)
     return {
         "plan": ("plan", folder / "tiny.json", "--to", tmp_path),
-        "fetch": ("fetch", folder / "tiny.torrent", "--to", tmp_path / "out", "--peer", peer, *LOOPBACK),
+        "fetch": ("fetch", folder / "tiny.torrent", "--to", tmp_path / "out", *patient),
         "status": ("status", release),
         "report": ("report", release, "-o", tmp_path / "page.html"),
         "verify": ("verify", release),
@@ -116,21 +118,19 @@ def check(name, code, text, ended_before, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_s", [0.0, 0.02, 0.3])
 @pytest.mark.parametrize("name", ["fetch", "serve"])
-def test_a_signal_during_start_up_ends_the_program(name, after_s, number, folder, tmp_path, silent_peer):
-    found = interrupted(commands(folder, tmp_path, silent_peer)[name], after_s, number)
-    check(name, *found, number)
+def test_a_signal_during_start_up_ends_the_program(name, after_s, number, commands):
+    check(name, *interrupted(commands[name], after_s, number), number)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(main.list_commands(None)))
-def test_no_signal_is_lost_at_any_moment_of_start_up(name, folder, tmp_path, silent_peer):
+def test_no_signal_is_lost_at_any_moment_of_start_up(name, commands, tmp_path):
     times = 40 if name in ("serve", "run") else 12
     moments = random.Random(name)
     for _ in range(times):
         number = moments.choice([signal.SIGINT, signal.SIGTERM])
-        found = interrupted(commands(folder, tmp_path, silent_peer)[name], moments.uniform(0, 2), number)
-        check(name, *found, number)
+        check(name, *interrupted(commands[name], moments.uniform(0, 2), number), number)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
