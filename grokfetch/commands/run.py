@@ -119,8 +119,9 @@ def run(
         raise click.UsageError("--while-fetching waits until bytes are proven")
     ids = None if tokens is None else _ids(tokens)
     from loader.devices.cluster import is_first, local_share, meet
-    from loader.inference.engine import Sampling, check_prompts
+    from loader.inference.engine import Sampling
     from loader.inference.loading import load_as_it_comes, load_onto
+    from loader.inference.prompts import check_prompts
     from loader.weights.checkpoint import (
         expect_checkpoint,
         model_of,

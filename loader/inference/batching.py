@@ -18,8 +18,9 @@ import numpy as np
 from jax import Array, lax
 
 from grokfetch.errors import PromptInvalid
-from loader.inference.engine import Engine, Part, check_prompts
+from loader.inference.engine import Engine, Part
 from loader.inference.penalties import Changes, Penalties, Repeated, changed
+from loader.inference.prompts import check_prompts
 from loader.inference.sampling import Choice, Ranked, Sampling, rank
 from loader.inference.slots import Slots, doubled
 

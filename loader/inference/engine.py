@@ -7,8 +7,9 @@ number of compiled programs logarithmic in the context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,19 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from grokfetch.errors import PromptInvalid
+from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.inference.model import KeyValues, Window
+from loader.inference.prompts import Ids, check_prompts, token_ids
 from loader.inference.routing_counts import Choices
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.inference.steps import steps_for
+from loader.inference.tokenizer import Tokenizer, decoded
 from loader.weights.limits import LONGEST_STEP, SMALLEST_STEP, cache_length, rounded
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Engine", "Part", "Sampling", "State", "check_prompts"]
+__all__ = ["Engine", "Part", "Sampling", "State"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +59,9 @@ class Engine:
         mesh: from `loader.devices.placement.make_mesh`.
         dtype: of the cache and the products; sums and activations are float32 either way.
         paging: told what mapped weights will be touched; None leaves it to the system.
+
+    Attributes:
+        open_tokenizer: finds what turns texts into token ids, when the first text comes.
     """
 
     def __init__(
@@ -71,12 +77,22 @@ class Engine:
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self._paging = paging
+        self.open_tokenizer: Callable[[], Tokenizer] = _no_tokenizer
         self._steps = steps_for(config, params, mesh, self.dtype, paging)
         # On every device at once: a step must not fetch them from the first for each layer.
         rows = self._steps.rows
         self._window = jax.jit(_window, static_argnames="fresh", out_shardings=rows)
         self._draw = jax.jit(draw, out_shardings=self._steps.everywhere)
         self._pick = jax.jit(_pick, out_shardings=rows)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What turns texts into token ids.
+
+        Raises:
+            TokenizerMissing: there is none, or another one than the manifest names.
+        """
+        return self.open_tokenizer()
 
     def hold(self, params: Params, paging: Paging | None = None) -> None:
         """Go on with other weights of the same shapes on the same mesh, more layers perhaps.
@@ -111,7 +127,7 @@ class Engine:
             self.hold(params, paging)
             self._steps.choices = choices
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, State]:
+    def prefill(self, prompts: Sequence[Ids]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.
 
         Pad ids inside a prompt are never attended to, then or later.
@@ -122,6 +138,7 @@ class Engine:
         Raises:
             PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
         """
+        prompts = [token_ids(prompt) for prompt in prompts]
         check_prompts(self.config, prompts)
         last: Array | None = None
         for part in self.read(prompts):
@@ -130,7 +147,7 @@ class Engine:
         assert last is not None
         return self.logits(last)[: len(prompts), 0], state
 
-    def full_logits(self, prompts: Sequence[Sequence[int]]) -> Array:
+    def full_logits(self, prompts: Sequence[Ids]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
 
         T is the longest prompt padded to the size of a step; what stands beyond a prompt's length
@@ -139,6 +156,7 @@ class Engine:
         Raises:
             PromptInvalid: as `prefill`.
         """
+        prompts = [token_ids(prompt) for prompt in prompts]
         check_prompts(self.config, prompts)
         parts = [self.logits(part.x)[: len(prompts)] for part in self.read(prompts)]
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
@@ -176,24 +194,43 @@ class Engine:
         x, state = self._advance(state, tokens[:, None], counts, shown, 1)
         return self.logits(x)[:given, 0], state
 
+    @overload
     def generate(
-        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
-    ) -> Iterator[int]:
-        """The tokens that follow a prompt, one at a time.
+        self, prompt: str, max_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: Ids, max_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[int]: ...
+
+    def generate(
+        self, prompt: str | Ids, max_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[str] | Iterator[int]:
+        """What follows a prompt: of a text the text, piece by piece, of token ids the next ids.
 
         Ends before the end-of-sequence id, after `max_tokens`, or where the context is full.
 
         Raises:
             PromptInvalid: as `prefill`, or if the prompt leaves no room for a token.
+            TokenizerMissing: the prompt is a text, and there is no tokenizer.
         """
-        check_prompts(self.config, [prompt])
-        room = self.config.sequence_len - len(prompt)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            return decoded(self._continued(ids, max_tokens, sampling), self.tokenizer)
+        return self._continued(token_ids(prompt), max_tokens, sampling)
+
+    def _continued(
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling | None
+    ) -> Iterator[int]:
+        check_prompts(self.config, [ids])
+        room = self.config.sequence_len - len(ids)
         if room < 1:
             raise PromptInvalid(
-                f"the prompt fills the whole context of {self.config.sequence_len} tokens",
+                f"the prompt fills the whole context of {self.config.sequence_len:,} tokens",
                 hint="shorten it",
             )
-        return self._stream(prompt, min(max_tokens, room), sampling or Sampling())
+        return self._stream(ids, min(max_tokens, room), sampling or Sampling())
 
     def count_experts(self) -> Choices:
         """Count from now on how often each layer chooses each expert.
@@ -347,23 +384,11 @@ class Part(NamedTuple):
     state: State
 
 
-def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
-    """Make sure that a model can read these prompts, before its weights are loaded.
-
-    Raises:
-        PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
-    """
-    if not prompts or not all(prompts):
-        raise PromptInvalid("the prompt is empty: the model needs a token to start from")
-    longest = max(len(prompt) for prompt in prompts)
-    if longest > config.sequence_len:
-        raise PromptInvalid(
-            f"the prompt has {longest} tokens, and the model's context is {config.sequence_len}",
-            hint="shorten it",
-        )
-    for token in (token for prompt in prompts for token in prompt):
-        if not 0 <= token < config.vocab_size:
-            raise PromptInvalid(f"token {token} is outside the vocabulary of {config.vocab_size}")
+def _no_tokenizer() -> Tokenizer:
+    raise TokenizerMissing(
+        "nobody has said which tokenizer is this model's",
+        hint="give token ids, or name it: load_model(checkpoint, tokenizer=FILE)",
+    )
 
 
 def _window(

@@ -7,6 +7,8 @@ before they know which bytes to fetch.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,6 +24,7 @@ from loader.devices.placement import Params
 from loader.devices.tuning import suited
 from loader.inference.engine import Engine
 from loader.inference.sampling import Sampling
+from loader.inference.tokenizer import Tokenizer, tokenizer_of
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.limits import WORK, cache_bytes_per_token
 from loader.weights.partition import MeshShape
@@ -40,6 +43,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
     memory: int | None = None,
     dtype: Dtype = "bfloat16",
     tokens: int = 1,
+    tokenizer: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> Engine:
     """The model of a checkpoint on this machine's devices, ready to generate.
@@ -55,6 +59,8 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
         memory: bytes that mapped weights, cache and work may take together; None for what is free.
         dtype: of the KV cache and of the products; weights stay int8.
         tokens: the longest context that will be generated, for which there must be memory.
+        tokenizer: a SentencePiece model for prompts that are texts; None for the one beside the
+            weights, which is looked for when the first text comes.
         report: is called with `Progress` while weights are copied, with `Notice` of what is worth
             knowing, and at the end with `Loaded`.
 
@@ -63,9 +69,14 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
         OutOfReach: weights, cache and work take more memory than there is, or mapped weights are
             to be used by devices that are not CPUs.
         StorageFailed: a file cannot be mapped or read.
+        TokenizerMissing: there is none at `tokenizer`.
     """
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
     arrangement = arrange(checkpoint.config, Loading(dtype, placement, mesh, memory), tokens)
-    return load_onto(arrangement, checkpoint, report)
+    engine = load_onto(arrangement, checkpoint, report)
+    if words is not None:
+        engine.open_tokenizer = lambda: words
+    return engine
 
 
 def load_onto(
@@ -74,7 +85,10 @@ def load_onto(
     """The same onto devices that are set up already."""
     params, paging = _place(arrangement, checkpoint, report or _silent)
     mesh, dtype = arrangement.mesh, arrangement.loading.dtype
-    return Engine(checkpoint.config, params, mesh, dtype, paging)
+    engine = Engine(checkpoint.config, params, mesh, dtype, paging)
+    if checkpoint.store is not None:
+        engine.open_tokenizer = functools.partial(tokenizer_of, checkpoint.store)
+    return engine
 
 
 def load_as_it_comes(

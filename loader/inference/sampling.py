@@ -7,7 +7,10 @@ seed gives the same text alone and in a batch.
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +35,10 @@ class Sampling:
     probable tokens count, None for all. top_p: of those, the most probable ones that together
     reach this share. seed: the same seed gives the same tokens; its low 32 bits count. min_p: only
     tokens count whose probability is at least this share of the most probable one's.
+
+    Raises:
+        ValueError: a value is out of its bounds; names it.
+        TypeError: a value is not a number, or not an integer where one is needed.
     """
 
     temperature: float = 0.0
@@ -39,6 +46,26 @@ class Sampling:
     top_k: int | None = None
     seed: int = 0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, Real, 0.0, sys.float_info.max)
+        _check("top_p", self.top_p, Real, 0.0, 1.0)
+        _check("min_p", self.min_p, Real, 0.0, 1.0)
+        _check("seed", self.seed, Integral)
+        if self.top_k is not None:
+            _check("top_k", self.top_k, Integral, 1)
+
+
+def _check(
+    name: str, value: Any, kind: type, least: float = -math.inf, most: float = math.inf
+) -> None:
+    if not issubclass(type(value), kind):
+        what = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {what}, not {value!r:.40}")
+    # Python's own number: NumPy would round the bounds to the value's precision.
+    if not least <= (int(value) if kind is Integral else float(value)) <= most:
+        bounds = "between 0 and 1" if most == 1 else f"{least:g} or more, and finite"
+        raise ValueError(f"{name} must be {bounds}, not {value}")
 
 
 class Choice(NamedTuple):

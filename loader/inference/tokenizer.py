@@ -7,14 +7,21 @@ sequence is the model config's business.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grokfetch.errors import PromptInvalid, TokenizerMissing
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import TokenizerSource
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["TextStream", "Tokenizer", "decoded", "is_named", "tokenizer_of"]
+
+USUAL_NAME = "tokenizer.model"
+"""Of a tokenizer that no manifest names."""
 
 SPACE = "\u2581"
 """How SentencePiece writes a space inside a piece."""
@@ -117,3 +124,64 @@ class TextStream:
     def finish(self) -> str:
         """What is left at the end: a replacement character if one stayed incomplete."""
         return self._bytes.decode(b"", final=True)
+
+
+def decoded(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text that continues a prompt, in pieces none of which is empty."""
+    stream = tokenizer.stream()
+    for token in tokens:
+        text = stream.push(token)
+        if text:
+            yield text
+    rest = stream.finish()
+    if rest:
+        yield rest
+
+
+def tokenizer_of(store: Store, alternative: str = "") -> Tokenizer:
+    """The tokenizer beside the weights, if it is the right one.
+
+    Args:
+        store: the folder of a model.
+        alternative: what else the caller may do where there is none, as the end of a sentence.
+
+    Raises:
+        TokenizerMissing: there is none, or another one than the manifest names.
+        StateMissing: the folder has no manifest.
+    """
+    source = store.manifest().tokenizer
+    path = store.root / (USUAL_NAME if source is None else source.path)
+    if not path.exists():
+        raise TokenizerMissing(
+            "the tokenizer is not there",
+            path=path,
+            hint=_where(source, store.root) + alternative,
+        )
+    if source is not None and not is_named(path, source):
+        raise TokenizerMissing(
+            f"this is not the tokenizer of the model (its sha256 is not {source.sha256})",
+            path=path,
+            hint=_where(source, store.root) + alternative,
+        )
+    return Tokenizer.load(path)
+
+
+def is_named(path: Path, source: TokenizerSource) -> bool:
+    """Whether a file is the tokenizer that a manifest names.
+
+    Raises:
+        TokenizerMissing: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
+    except OSError as error:
+        raise TokenizerMissing(f"cannot be read: {error.strerror}", path=path) from error
+
+
+def _where(source: TokenizerSource | None, folder: Path) -> str:
+    if source is None or source.url is None:
+        return "put it there"
+    return (
+        f"run: grokfetch fetch {folder}, which brings it from {source.url} (sha256 {source.sha256})"
+    )

@@ -11,10 +11,8 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -56,18 +54,18 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
         config: the hyperparameters.
         tensors: by name.
-        lock: makes what keeps writers out while it is entered; None if nothing does.
+        store: the folder that it lies in, if that is one of ours.
     """
 
     def __init__(
         self,
         config: GrokConfig,
         tensors: Mapping[str, Tensor],
-        lock: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        store: Store | None = None,
     ) -> None:
         self.config = config
+        self.store = store
         self._tensors = tensors
-        self._lock = lock
         self._held = contextlib.ExitStack()
 
     @property
@@ -76,7 +74,8 @@ class Checkpoint(Mapping[str, Tensor]):
         return weight_bytes(self.config)
 
     def __enter__(self) -> Self:
-        self._held.enter_context(self._lock())
+        if self.store is not None:
+            self._held.enter_context(self.store.lock(exclusive=False))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +146,7 @@ def open_checkpoint(
     for name in tensors:
         if not (part and tensors.left_out(name)):
             tensors[name]  # To open it finds what is wrong with it.
-    return Checkpoint(model_of(store), tensors, functools.partial(store.lock, exclusive=False))
+    return Checkpoint(model_of(store), tensors, store)
 
 
 def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
@@ -157,7 +156,7 @@ def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
         StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`, which see
             also for what asking for a tensor raises.
     """
-    return Checkpoint(model_of(store), _Opened(store, share))
+    return Checkpoint(model_of(store), _Opened(store, share), store)
 
 
 def require_whole(store: Store) -> None:

@@ -8,10 +8,10 @@ import fcntl
 import json
 import mmap
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+from support.demo import LOOPBACK, fetch_demo
 from support.fake_swarm import FakeSwarm
 from support.fetched import FILES, V1, C, content_of, run, whole
 from support.program import grokfetch, invoke
@@ -22,10 +22,7 @@ from grokfetch.events import Summary
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
-from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent import read_back
-
-LOOPBACK = ("--no-discovery", "--listen", "127.0.0.1:0", "--no-mirrors")
 
 
 def refusing(code, real=None, when=lambda *_: True):
@@ -42,11 +39,7 @@ def refusing(code, real=None, when=lambda *_: True):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The demo, fetched: everything is proven."""
-    published, root = demo_folder(), tmp_path_factory.mktemp("demo") / "grok"
-    shutil.copytree(published / "grok-demo", root / "grok-demo")
-    torrent, manifest = published / "grok-demo.torrent", published / "grok-demo.json"
-    grokfetch("fetch", torrent, "--manifest", manifest, "--to", root, *LOOPBACK)
-    return root
+    return fetch_demo(tmp_path_factory.mktemp("demo") / "grok")
 
 
 # --- fsync and chmod -----------------------------------------------------------------------------

@@ -136,6 +136,60 @@ def test_seed_means_the_same_on_every_mesh():
     assert one != wanted("p1")[:8]
 
 
+@pytest.mark.parametrize(
+    "kind", [tuple, np.array, lambda ids: np.array(ids, np.uint16), jnp.array, np.int32]
+)
+def test_prompts_may_be_arrays(short, kind):
+    ids = golden.prompt("p1")
+    prompt = [np.int32(token) for token in ids] if kind is np.int32 else kind(ids)
+    assert list(short.generate(prompt, 3)) == wanted("p1")[:3]
+    logits, _ = short.prefill([prompt, ids])
+    assert logits[0].tolist() == logits[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "prompt", [[[1, 2]], [[1], [2, 3]], [1.0, 2.0], [True], ["a"], 7, None, np.zeros((1, 2), int)]
+)
+def test_what_is_not_the_ids_of_one_prompt_is_refused(short, prompt):
+    with pytest.raises(PromptInvalid, match="not the token ids of one prompt"):
+        short.generate(prompt, 3)
+    with pytest.raises(PromptInvalid, match="not the token ids of one prompt"):
+        short.prefill([prompt])
+
+
+@pytest.mark.parametrize("prompt", [[], np.zeros(0, np.int32), [2**70], [-1]])
+def test_prompts_that_no_model_can_read_are_refused_whatever_their_kind(short, prompt):
+    with pytest.raises(PromptInvalid, match=r"empty|vocabulary"):
+        short.generate(prompt, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 1.5),
+        ("top_p", -0.1),
+        ("top_k", 0),
+        ("min_p", 2),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "1"), ("top_k", 2.5), ("seed", None)])
+def test_a_setting_of_another_type_is_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        Sampling(**{name: value})
+
+
+def test_settings_may_be_numbers_of_numpy():
+    assert Sampling(np.float32(0.5), np.float64(1), np.int64(3), np.uint32(7)).top_k == 3
+
+
 DRAWN = jax.jit(draw)
 
 
@@ -161,7 +215,7 @@ def test_temperature_sharpens():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"temperature": 1e-38}, {"top_k": 1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 0.4}]
+    "choice", [{"temperature": 1e-38}, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 0.4}]
 )
 def test_extremes_leave_only_the_best(choice):
     assert shares(LOGITS, **choice).tolist() == [0, 1, 0, 0]

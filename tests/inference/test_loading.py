@@ -1,11 +1,15 @@
 """One call makes a model ready as `run` does, and says what happens meanwhile."""
 
+import shutil
+
 import pytest
 from support import golden
+from support.demo import fetch_demo
 
 import loader
-from grokfetch.errors import OutOfReach
+from grokfetch.errors import OutOfReach, TokenizerMissing
 from grokfetch.events import Loaded, Notice, Progress
+from grokfetch.manifest.shipped import demo_folder
 from loader.devices import arrangement
 from loader.devices.mapped import Mapped
 from loader.devices.products import Quantized
@@ -57,3 +61,52 @@ def test_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
 def test_names_that_are_not_there_are_attribute_errors():
     with pytest.raises(AttributeError, match="load_models"):
         _ = loader.load_models
+
+
+TEXT = "In the demo"
+KNOWN = " one process seeds it"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return fetch_demo(tmp_path_factory.mktemp("demo") / "grok")
+
+
+def test_a_text_is_continued_by_text(demo):
+    with loader.open_checkpoint(demo) as checkpoint:
+        engine = loader.load_model(checkpoint, mesh=golden.ONE)
+        pieces = list(engine.generate(TEXT, 8))
+        assert "".join(pieces).startswith(KNOWN)
+        assert len(pieces) > 1
+        assert all(pieces)
+        ids = engine.tokenizer.encode(TEXT)
+        tokens = list(engine.generate(ids, 8))
+        stream = engine.tokenizer.stream()
+        assert "".join(map(stream.push, tokens)) == "".join(pieces)
+
+
+def test_a_text_needs_the_tokenizer_of_the_model(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "grok")
+    tokenizer = tmp_path / "grok/grok-demo/tokenizer.model"
+    tokenizer.write_bytes(b"another")
+    with loader.open_checkpoint(tmp_path / "grok") as checkpoint:
+        engine = loader.load_model(checkpoint, mesh=golden.ONE)
+        with pytest.raises(TokenizerMissing, match="not the tokenizer of the model"):
+            engine.generate(TEXT, 8)
+        tokenizer.unlink()
+        with pytest.raises(TokenizerMissing, match="not there"):
+            engine.generate(TEXT, 8)
+        # One that the caller names is taken as it is.
+        named = loader.load_model(
+            checkpoint,
+            mesh=golden.ONE,
+            tokenizer=demo_folder() / "grok-demo/tokenizer.model",
+        )
+        assert "".join(named.generate(TEXT, 8)).startswith(KNOWN)
+        with pytest.raises(TokenizerMissing, match="no tokenizer"):
+            loader.load_model(checkpoint, mesh=golden.ONE, tokenizer=tokenizer)
+
+
+def test_without_a_folder_of_ours_a_text_is_refused_with_what_to_do():
+    with pytest.raises(TokenizerMissing, match="tokenizer=FILE"):
+        golden.engine().generate(TEXT, 8)
