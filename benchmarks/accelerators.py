@@ -15,16 +15,12 @@ weights, cache and the work of this step in the memory of a device.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Iterator
 
-from loader.devices.absent import absent, prepare
-from loader.devices.placement import make_mesh
-from loader.devices.program_text import cost
-from loader.inference.ahead import Load, compiled
+from loader.devices.absent import prepare
+from loader.inference.ahead import Load, counts
 from loader.weights.accelerators import ACCELERATORS, Accelerator
-from loader.weights.capacity import Use, need, reads
+from loader.weights.capacity import Use, need
 from loader.weights.partition import MeshShape, choose_mesh
 from loader.weights.schema import GrokConfig
 
@@ -42,19 +38,6 @@ HEAD = (
     f"{'device':<7}{'mesh':<19}{'step':<20}{'args MB':>9}{'temp MB':>9}{'read MB':>9}{'of it':>7}"
     f"{'loops':>6}{'exchanged kB':>14}{'ms':>8}  fits"
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table; bytes on one device."""
-
-    arguments: int
-    temporaries: int
-    read: int
-    needed: int | None
-    loops: int
-    exchanges: int
-    exchanged: int
 
 
 def main() -> None:
@@ -82,11 +65,11 @@ def show(kind: Accelerator, shape: MeshShape, step: str) -> int:
     """Print the rows of one step; how many miss a target."""
     load, missed = STEPS[step], 0
     use = Use(CONFIG, shape, load.places)
-    rows = dict(measured(kind, shape, load))
+    rows = counts(CONFIG, kind, shape, load)
     read = CONFIG.num_layers * rows["layer"].read + rows["logits"].read
     held = need(use)
     work = max(row.temporaries for row in rows.values())
-    fits = held.weights + load.rows * held.cache + work <= kind.memory
+    fits = held.weights + load.rows * held.cache + work <= kind.usable
     for part, row in rows.items():
         ratio = None if row.needed is None else row.read / row.needed
         most = MOST_PREFILL if load.fresh else MOST_DECODE
@@ -103,34 +86,6 @@ def show(kind: Accelerator, shape: MeshShape, step: str) -> int:
             flush=True,
         )
     return missed
-
-
-def measured(kind: Accelerator, shape: MeshShape, load: Load) -> Iterator[tuple[str, Row]]:
-    """The layer and the logits of a step."""
-    devices = list(absent(kind, shape.devices))[: shape.devices]
-    mesh = make_mesh(CONFIG, shape, devices)
-    least = reads(Use(CONFIG, shape, load.places), load.rows)
-    needed = {"layer": least.layer, "logits": least.logits}
-    # A loop of unknown length is taken to run once for each expert that may have to be read.
-    held = CONFIG.num_experts // shape.expert
-    trips = min(load.rows * load.tokens * CONFIG.num_selected_experts, held)
-    for program in compiled(CONFIG, mesh, load):
-        if program.name not in needed:
-            continue
-        counted = cost(program.text, trips)
-        wanted = None if load.fresh and program.name == "layer" else needed[program.name]
-        yield (
-            program.name,
-            Row(
-                program.arguments,
-                program.temporaries,
-                counted.read,
-                wanted,
-                counted.unknown_loops,
-                sum(one.times for one in counted.collectives),
-                counted.exchanged,
-            ),
-        )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 import click
 import psutil
 
+from grokfetch.commands.elsewhere import show_elsewhere
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import plain_option
+from grokfetch.commands.value_types import Devices
 from grokfetch.errors import MeshInvalid
 from grokfetch.fetch.preflight import Check, Need, Place, checks, need, probe, refuse
 from grokfetch.fetch.wanted import describe
@@ -24,6 +26,7 @@ from grokfetch.output.terminal import Screen, screen
 from grokfetch.units import bytes_text, seconds_text
 from loader.devices.present import Device, devices
 from loader.weights import capacity
+from loader.weights.accelerators import Slice
 from loader.weights.limits import WORK
 from loader.weights.partition import choose_mesh
 from loader.weights.schema import GrokConfig
@@ -78,7 +81,7 @@ class Plan:
     cls=Explained,
     examples=(
         "grokfetch plan --to /data/grok-1",
-        "grokfetch plan my-model.json --to /data/my-model",
+        "grokfetch plan --on h100x8 --on v5p-16",
     ),
 )
 @click.argument(
@@ -95,15 +98,42 @@ class Plan:
     type=click.Path(path_type=Path),
     help="Where it is to go; this folder if not given.",
 )
+@click.option(
+    "--on",
+    "slices",
+    multiple=True,
+    type=Devices(),
+    help="Say instead whether these devices, which need not be here, can run the model: h100x8 are "
+    "eight, v5p-8 is a slice of TPUs by Google's name. May be given several times.",
+)
+@click.option(
+    "--compile",
+    "by_compiler",
+    is_flag=True,
+    help="With --on: ask the compiler for the devices, which the extras `cuda` and `tpu` bring.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @plain_option
-def plan(source: Path | None, folder: Path, *, as_json: bool) -> None:
+def plan(
+    source: Path | None,
+    folder: Path,
+    *,
+    slices: tuple[Slice, ...],
+    by_compiler: bool,
+    as_json: bool,
+) -> None:
     """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
 
     Of a manifest or a .torrent; without one it is what DIR was begun with, or Grok-1. What lies in
     DIR already counts.
-    The exit code is 0 if the fetch can work here.
+    The exit code is 0 if the fetch can work here, or, with --on, if the model fits.
     """
+    if slices:
+        manifest = described(source, Store(folder))
+        show_elsewhere(manifest, slices, by_compiler=by_compiler, as_json=as_json)
+        return
+    if by_compiler:
+        raise click.UsageError("--compile says more of what --on names, and there is no --on")
     made = make(source, folder)
     if as_json:
         click.echo(json.dumps(as_fields(made)))
@@ -125,12 +155,7 @@ def make(source: Path | None, folder: Path) -> Plan:
         Contradiction: DIR holds something else than the manifest.
     """
     store = Store(folder)
-    begun = store.manifest_or_none()
-    manifest = begun or grok_1()
-    if source is not None:
-        manifest = describe(source)
-        if begun is not None:
-            manifest = bind(manifest, [(file.path, file.size) for file in begun.files])
+    manifest, begun = described(source, store), store.manifest_or_none()
     whole = set()
     if begun is not None:
         # A file that is proven need not be written, even if it may not.
@@ -142,6 +167,22 @@ def make(source: Path | None, folder: Path) -> Plan:
     return Plan(
         manifest, needed, place, checks(needed, place), machine, tuple(shares(manifest, machine))
     )
+
+
+def described(source: Path | None, store: Store) -> Manifest:
+    """What is planned for: what a file says, or what the folder was begun with, or Grok-1.
+
+    Raises:
+        ManifestInvalid, TorrentInvalid, SourceInvalid: the file is neither, or cannot be read.
+        Contradiction: the folder holds something else than the manifest.
+    """
+    begun = store.manifest_or_none()
+    if source is None:
+        return begun or grok_1()
+    manifest = describe(source)
+    if begun is None:
+        return manifest
+    return bind(manifest, [(file.path, file.size) for file in begun.files])
 
 
 # --- the model on devices ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What may stand behind an option, and what becomes of it: rates, sizes, durations, meshes."""
+"""What may stand behind an option, and what becomes of it: rates, sizes, durations, devices."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import click
 
 from grokfetch.fetch.swarm import Proxy
 from grokfetch.units import parse_bytes
+from loader.weights.accelerators import ACCELERATORS, Slice, slice_of
 from loader.weights.partition import MeshShape
 
-__all__ = ["Duration", "Mesh", "Rate", "Size", "proxy_of"]
+__all__ = ["Devices", "Duration", "Mesh", "Rate", "Size", "proxy_of"]
 
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -77,6 +78,22 @@ class Mesh(click.ParamType):  # type: ignore[type-arg]
         if len(dict(given)) != len(parts):
             self.fail(f"not expert=N,model=M: {value!r:.80}", param, ctx)
         return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(given)})
+
+
+class Devices(click.ParamType):  # type: ignore[type-arg]
+    """Accelerators of one kind; a `Slice`."""
+
+    name = "DEVICES"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Slice:
+        """The devices of that name."""
+        named = slice_of(str(value))
+        if named is None:
+            kinds = ", ".join(ACCELERATORS)
+            self.fail(f"{value!r:.40} is not like h100x8 or v5p-8, of {kinds}", param, ctx)
+        return named
 
 
 def proxy_of(text: str) -> Proxy:

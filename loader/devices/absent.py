@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import jax
 from jax.experimental import topologies
 
-from grokfetch.errors import MeshInvalid
+from grokfetch.errors import OutOfReach
 from loader.weights.accelerators import Accelerator, Graphics
 
 __all__ = ["absent", "prepare", "slice_grid"]
@@ -48,28 +48,33 @@ def prepare(kinds: Iterable[Accelerator]) -> None:
 
     What is compiled for them cannot be kept in the cache: it could not be loaded from there.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    platforms = "cpu,cuda" if any(kind.graphics for kind in kinds) else "cpu"
-    for option, value in {
-        "jax_platforms": platforms,
-        "jax_enable_compilation_cache": False,
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        # Any kind will do: without it the library complains on stderr, and asks again.
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Nothing runs on a TPU, so that another process may use one, or compile at the same time.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }.items():
-        jax.config.update(option, value)  # type: ignore[no-untyped-call]
+        os.environ.setdefault(variable, value)
+    platforms = "cpu,cuda" if any(kind.graphics for kind in kinds) else "cpu"
+    jax.config.update("jax_platforms", platforms)  # type: ignore[no-untyped-call]
+    jax.config.update("jax_enable_compilation_cache", False)  # type: ignore[no-untyped-call]
 
 
 def absent(kind: Accelerator, count: int) -> Sequence[jax.Device]:
     """At least `count` devices of a kind, in one slice or one host.
 
     Raises:
-        MeshInvalid: the compiler is not installed, or knows no slice of so many devices.
+        OutOfReach: the compiler is not installed, or knows no slice of so many devices.
     """
     try:
         if kind.graphics:
             return _graphics(kind, kind.graphics, count)
         return _tensor(kind, count)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise MeshInvalid(
+        raise OutOfReach(
             f"there is no compiler here for {count} devices of {kind.name}: {error}"[:500],
             hint="pip install 'grokfetch[tpu]' or 'grokfetch[cuda]' brings it, on Linux on x86-64",
         ) from error
@@ -106,10 +111,7 @@ def slice_grid(dimensions: int, count: int) -> str:
     Hosts have four devices in a square, or eight in two dimensions; a slice grows by doubling its
     shortest side.
     """
-    sides = [1] * dimensions if count == 1 and dimensions == 2 else [2, 2, *[1] * (dimensions - 2)]
-    size = 1
-    for side in sides:
-        size *= side
+    sides, size = [2, 2, *[1] * (dimensions - 2)], 4
     while size < count:
         shortest = min(sides)
         last = len(sides) - 1 - sides[::-1].index(shortest)

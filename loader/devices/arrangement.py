@@ -19,7 +19,7 @@ from loader.weights.schema import GrokConfig
 if TYPE_CHECKING:
     from loader.devices.placement import Mesh
 
-__all__ = ["Arrangement", "Dtype", "Loading", "Placement", "arrange"]
+__all__ = ["Arrangement", "Dtype", "Loading", "Placement", "advice", "arrange"]
 
 Dtype = Literal["bfloat16", "float32"]
 Placement = Literal["mapped", "sharded"]
@@ -80,6 +80,7 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
     from loader.devices.placement import check_shared, make_mesh
 
     xla_setup.keep_programs(cache_folder())
+    xla_setup.use_memory()
     placement, shape = loading.placement, loading.mesh
     if placement == "mapped" or (placement is None and (shape is None or shape.only_model)):
         xla_setup.use_cores(config)
@@ -121,7 +122,7 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
         raise OutOfReach(
             f"the model takes {bytes_text(short.needed)} of memory{each},"
             f" {bytes_text(memory.free)} are free",
-            hint=_help(short, memory),
+            hint=advice(short, memory),
         )
 
 
@@ -136,7 +137,7 @@ def _free_memory(mesh: Mesh) -> Memory | None:
     return Memory(min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told))
 
 
-def _help(short: Shortage, memory: Memory) -> str:
+def advice(short: Shortage, memory: Memory) -> str:
     """The smallest change that makes a model fit, in words."""
     if short.tokens is not None:
         return f"a context of {short.tokens:,} tokens would fit: prompt and --max-tokens together"

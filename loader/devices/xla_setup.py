@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 
+from loader.weights.limits import GPU_SHARE
 from loader.weights.schema import GrokConfig
 
-__all__ = ["keep_programs", "processor", "use_cores"]
+__all__ = ["keep_programs", "processor", "use_cores", "use_memory"]
 
 CORES_A_DEVICE = 4
 """Two cores are faster as one device than as two; no machine with more has been measured."""
@@ -36,6 +37,15 @@ def processor() -> str:
     known = hashlib.sha256(flags.encode()).hexdigest()[:8]
     text = f"{model or platform.machine()}-{known}-{os.cpu_count()}-{version('jaxlib')}"
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
+
+
+def use_memory() -> None:
+    """Have JAX take as much of each GPU as `plan` reckons with, before its first use.
+
+    By itself it takes three quarters. Where the environment has decided, that holds.
+    """
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
 
 
 def keep_programs(folder: Path) -> None:

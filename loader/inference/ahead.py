@@ -13,14 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from loader.devices.placement import Params, params_of, sharding
+from loader.devices.absent import absent
+from loader.devices.placement import Params, make_mesh, params_of, sharding
 from loader.devices.products import Quantized
+from loader.devices.program_text import cost
 from loader.inference.model import KeyValues, Window
 from loader.inference.steps import Steps
+from loader.weights.accelerators import Accelerator, Prospect
+from loader.weights.capacity import Use, reads
+from loader.weights.limits import LONGEST_STEP, cache_length
 from loader.weights.partition import MeshShape, scale_shape
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
-__all__ = ["Load", "Program", "compiled", "described"]
+__all__ = ["Counts", "Load", "Program", "compiled", "confirmed", "counts", "described"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,3 +114,75 @@ def compiled(
             memory.temp_size_in_bytes,
             made.as_text(),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """What the compiler makes of one part of a step; bytes on one device.
+
+    arguments and temporaries: as of `Program`. read: from main memory, each operand of each
+    operation counted once. needed: the bytes that must be read, None where that depends on the
+    tokens. loops: those of unknown length. exchanges, exchanged: how often devices exchange
+    something, and bytes of the results.
+    """
+
+    arguments: int
+    temporaries: int
+    read: int
+    needed: int | None
+    loops: int
+    exchanges: int
+    exchanged: int
+
+
+def counts(
+    config: GrokConfig, kind: Accelerator, shape: MeshShape, load: Load
+) -> dict[str, Counts]:
+    """A step compiled for devices that need not be here: its `layer`, and the `logits`.
+
+    `loader.devices.absent.prepare` must have been called before jax was first used.
+
+    Raises:
+        OutOfReach: the compiler is not installed, or knows no slice of so many devices.
+    """
+    devices = list(absent(kind, shape.devices))[: shape.devices]
+    mesh = make_mesh(config, shape, devices)
+    least = reads(Use(config, shape, load.places), load.rows)
+    needed = {"layer": None if load.fresh else least.layer, "logits": least.logits}
+    # A loop of unknown length is taken to run once for each expert that may have to be read.
+    held = config.num_experts // shape.expert
+    trips = min(load.rows * load.tokens * config.num_selected_experts, held)
+    made = {}
+    for program in compiled(config, mesh, load):
+        if program.name not in needed:
+            continue
+        counted = cost(program.text, trips)
+        made[program.name] = Counts(
+            program.arguments,
+            program.temporaries,
+            counted.read,
+            needed[program.name],
+            counted.unknown_loops,
+            sum(one.times for one in counted.collectives),
+            counted.exchanged,
+        )
+    return made
+
+
+def confirmed(prospect: Prospect) -> Prospect:
+    """The same with the compiler's figures: the work of the longest step, and the bytes read.
+
+    Raises:
+        OutOfReach: as `counts`.
+    """
+    use, kind = prospect.use, prospect.slice.kind
+    places = cache_length(use.config, use.tokens)
+    token = counts(use.config, kind, use.shape, Load(1, 1, places))
+    prompt = counts(use.config, kind, use.shape, Load(1, min(places, LONGEST_STEP), places))
+    work = max(one.temporaries for step in (token, prompt) for one in step.values())
+    return dataclasses.replace(
+        prospect,
+        need=dataclasses.replace(prospect.need, work=work),
+        read=use.config.num_layers * token["layer"].read + token["logits"].read,
+        compiled=True,
+    )

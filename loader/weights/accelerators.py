@@ -1,18 +1,24 @@
-"""GPUs and TPUs by their figures: memory, and its rate. Pure.
+"""GPUs and TPUs by their figures, and what a model would take of them. Pure.
 
-Sources: the makers' data sheets, and the target descriptions of OpenXLA for the GPUs' figures that
-their compiler asks for.
+Sources: the makers' data sheets; of TPUs' memory what their compiler says is available; of GPUs the
+target descriptions of OpenXLA, which their compiler asks for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["ACCELERATORS", "Accelerator", "Graphics"]
+from loader.weights.capacity import Memory, Need, Use, need, reads
+from loader.weights.limits import GPU_SHARE
+from loader.weights.partition import choose_mesh
+from loader.weights.schema import GrokConfig
 
-GB, GIB = 10**9, 2**30
+__all__ = ["ACCELERATORS", "Accelerator", "Graphics", "Prospect", "Slice", "prospect", "slice_of"]
+
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,24 +43,31 @@ class Accelerator:
     """One kind of device.
 
     memory: bytes of one device. rate: bytes that it reads from there in a second. dimensions: of
-    the grid that TPUs stand in, 0 for GPUs. graphics: for GPUs alone.
+    the grid that TPUs stand in, 0 for GPUs. cores: as which one device counts in the names that
+    Google gives to slices, 0 for GPUs. graphics: for GPUs alone.
     """
 
     name: str
     memory: int
     rate: float
     dimensions: int = 0
+    cores: int = 0
     graphics: Graphics | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes of one device that JAX can have."""
+        return int(self.memory * GPU_SHARE) if self.graphics else self.memory
 
 
 ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
     {
         one.name: one
         for one in (
-            Accelerator("v4", 32 * GIB, 1228e9, 3),
-            Accelerator("v5e", 16 * GIB, 819e9, 2),
-            Accelerator("v5p", 95 * GIB, 2765e9, 3),
-            Accelerator("v6e", 32 * GIB, 1640e9, 2),
+            Accelerator("v4", int(30.75 * GIB), 1228e9, 3, 2),
+            Accelerator("v5e", int(15.75 * GIB), 819e9, 2, 1),
+            Accelerator("v5p", int(95.74 * GIB), 2765e9, 3, 2),
+            Accelerator("v6e", int(31.25 * GIB), 1640e9, 2, 1),
             Accelerator(
                 "a100",
                 85_100_068_864,
@@ -83,3 +96,69 @@ ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
     }
 )
 """By name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """Some devices of one kind that work together, and what they are called."""
+
+    name: str
+    kind: Accelerator
+    devices: int
+
+
+def slice_of(name: str) -> Slice | None:
+    """The devices of a name, None if it is not one.
+
+    `h100x8` are eight devices, `h100` is one. `v5p-8` is a name of Google's: of v4 and v5p these
+    count TensorCores, two a device, and of v5e (also v5litepod) and v6e devices.
+    """
+    match = re.fullmatch(r"([a-z][a-z0-9]*?)(?:([x-])(\d{1,6}))?", name.lower())
+    kind = ACCELERATORS.get(match[1].replace("v5litepod", "v5e")) if match else None
+    if match is None or kind is None:
+        return None
+    count, rest = int(match[3] or 1), 0
+    if match[2] == "-":
+        count, rest = divmod(count, kind.cores) if kind.cores else (0, 0)
+    return None if rest or not count else Slice(name, kind, count)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a model would take of each device of a slice.
+
+    use: how it would be used, with the mesh that the slice would be arranged in. need: bytes that
+    must lie there. read: bytes that one token must read. compiled: whether work and bytes read are
+    the compiler's figures, and not derived from the shapes.
+    """
+
+    slice: Slice
+    use: Use
+    need: Need
+    read: int
+    compiled: bool = False
+
+    @property
+    def memory(self) -> Memory:
+        """What each device has."""
+        return Memory(self.slice.kind.usable)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is enough."""
+        return self.need.total <= self.memory.free
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that reading takes for one token, at the full rate of the memory."""
+        return self.read / self.slice.kind.rate
+
+
+def prospect(config: GrokConfig, devices: Slice, tokens: int) -> Prospect:
+    """What a model takes of a slice for one text of up to so many tokens, in bfloat16.
+
+    Raises:
+        MeshInvalid: so many devices cannot share the model.
+    """
+    use = Use(config, choose_mesh(config, devices.devices), tokens)
+    return Prospect(devices, use, need(use), reads(use).total(config.num_layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loader.weights.schema import GrokConfig
 
 __all__ = [
+    "GPU_SHARE",
     "LONGEST_STEP",
     "QUERY_BLOCK",
     "SMALLEST_CACHE",
@@ -26,6 +27,9 @@ LONGEST_STEP = 2048
 
 QUERY_BLOCK = 128
 """Tokens whose attention scores are in memory at once: `[B, heads, 128, S]` float32."""
+
+GPU_SHARE = 0.9
+"""Of a GPU's memory, what JAX is told to take; the rest is for the driver and libraries."""
 
 WORK = 1 << 30
 """Bytes for activations, compiled programs and the interpreter; 0.5 GB were seen at full size."""

@@ -37,7 +37,7 @@ def test_parts_of_a_step_compile_without_a_weight():
 
 @pytest.mark.parametrize(
     ("dimensions", "count", "grid"),
-    [(2, 1, "1x1"), (2, 8, "2x4"), (2, 16, "4x4"), (2, 32, "4x8"), (3, 1, "2x2x1"), (3, 4, "2x2x1"),
+    [(2, 1, "2x2"), (2, 8, "2x4"), (2, 16, "4x4"), (2, 32, "4x8"), (3, 1, "2x2x1"), (3, 4, "2x2x1"),
      (3, 8, "2x2x2"), (3, 16, "2x2x4"), (3, 64, "4x4x4")],
 )  # fmt: skip
 def test_slices_are_the_smallest_grids_that_hold_the_devices(dimensions, count, grid):

@@ -1,0 +1,152 @@
+"""What `plan --on` says: whether accelerators that need not be here can run a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from grokfetch.errors import GrokfetchError, MeshInvalid, NoModel, OutOfReach
+from grokfetch.manifest.schema import Manifest
+from grokfetch.output.terminal import Screen, screen
+from grokfetch.units import bytes_text
+from loader.devices.arrangement import advice
+from loader.weights.accelerators import Prospect, Slice, prospect
+from loader.weights.capacity import shortage
+from loader.weights.schema import GrokConfig
+
+__all__ = ["show_elsewhere"]
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A slice with what the model takes of it, or why it cannot be divided so."""
+
+    slice: Slice
+    prospect: Prospect | None
+    misfit: GrokfetchError | None = None
+
+
+def show_elsewhere(
+    manifest: Manifest, slices: Sequence[Slice], *, by_compiler: bool, as_json: bool
+) -> None:
+    """Print for each slice whether the model fits.
+
+    Args:
+        manifest: of the model.
+        slices: the devices.
+        by_compiler: whether to ask their compilers, and not only the shapes.
+        as_json: one object instead of a table.
+
+    Raises:
+        NoModel: the manifest describes files only.
+        ManifestInvalid: the manifest's model is none.
+        MeshInvalid: so many devices cannot share the model.
+        OutOfReach: the model does not fit one of the slices, or a compiler is not here.
+    """
+    if manifest.model is None:
+        raise NoModel(f"{manifest.name} is not a model that devices could run")
+    config = GrokConfig.from_mapping(manifest.model)
+    verdicts = [_verdict(config, devices) for devices in slices]
+    if by_compiler:
+        verdicts = _confirmed(verdicts)
+    if as_json:
+        click.echo(json.dumps(_as_fields(manifest, verdicts)))
+    else:
+        for line in _lines(manifest, config, verdicts, screen()):
+            click.echo(line)
+    misfit = next((it.misfit for it in verdicts if it.misfit), None)
+    if misfit is not None:
+        raise misfit
+
+
+def _verdict(config: GrokConfig, devices: Slice) -> _Verdict:
+    try:
+        return _judged(prospect(config, devices, config.sequence_len))
+    except MeshInvalid as error:
+        return _Verdict(devices, None, error)
+
+
+def _judged(made: Prospect) -> _Verdict:
+    if made.fits:
+        return _Verdict(made.slice, made)
+    short = shortage(made.use, made.memory)
+    misfit = OutOfReach(
+        f"{made.slice.name}: {bytes_text(made.need.total)} are needed of each device,"
+        f" {bytes_text(made.memory.free)} are there",
+        hint="" if short is None else advice(short, made.memory),
+    )
+    return _Verdict(made.slice, made, misfit)
+
+
+def _confirmed(verdicts: Sequence[_Verdict]) -> list[_Verdict]:
+    """The same by the compilers, as far as the devices can share the model."""
+    from loader.devices.absent import prepare
+    from loader.inference.ahead import confirmed
+
+    prepare({it.slice.kind for it in verdicts})
+    judged = []
+    for verdict in verdicts:
+        if verdict.prospect is not None:
+            click.echo(f"compiling for {verdict.slice.name}", err=True)
+            judged.append(_judged(confirmed(verdict.prospect)))
+        else:
+            judged.append(verdict)
+    return judged
+
+
+def _as_fields(manifest: Manifest, verdicts: Sequence[_Verdict]) -> dict[str, Any]:
+    """The JSON object that `--json` prints."""
+    return {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "possible": not any(it.misfit for it in verdicts),
+        "on": [_slice_fields(it) for it in verdicts],
+    }
+
+
+def _slice_fields(verdict: _Verdict) -> dict[str, Any]:
+    made, kind = verdict.prospect, verdict.slice.kind
+    return {
+        "name": verdict.slice.name,
+        "kind": kind.name,
+        "devices": verdict.slice.devices,
+        "memory": kind.usable,
+        "mesh": "" if made is None else str(made.use.shape),
+        "weights": None if made is None else made.need.weights,
+        "cache": None if made is None else made.need.cache,
+        "work": None if made is None else made.need.work,
+        "read": None if made is None else made.read,
+        "token_s": None if made is None else made.token_s,
+        "compiled": made is not None and made.compiled,
+        "fits": verdict.misfit is None,
+        "what": verdict.misfit.what if verdict.misfit else None,
+        "hint": verdict.misfit.hint if verdict.misfit else None,
+    }
+
+
+def _lines(
+    manifest: Manifest, config: GrokConfig, verdicts: Sequence[_Verdict], view: Screen
+) -> Iterator[str]:
+    """A table that fits the screen."""
+    by = "by the compiler" if any(it.prospect and it.prospect.compiled for it in verdicts) else ""
+    text = f"{manifest.name}, one text of up to {config.sequence_len:,} tokens in bfloat16 {by}"
+    yield from view.wrapped(text.rstrip())
+    yield ""
+    titles = ("to run it, on", "needed each", "of", "mesh", "", "")
+    yield from view.table(titles, [_row(it) for it in verdicts], right=(1, 2))
+
+
+def _row(verdict: _Verdict) -> tuple[str, ...]:
+    made, name = verdict.prospect, verdict.slice.name
+    if made is None:
+        return name, "", "", "", "NO", "no mesh divides the model"
+    needed, there = bytes_text(made.need.total), bytes_text(made.memory.free)
+    reading = f"{bytes_text(made.read)}, {made.token_s * 1e3:.1f} ms at the rate of the memory"
+    word = "yes" if made.fits else "NO"
+    return name, needed, there, str(made.use.shape), word, f"a token reads {reading}"

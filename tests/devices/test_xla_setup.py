@@ -1,0 +1,34 @@
+"""JAX is set up for this machine before its first use, where nobody else has decided."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from loader.devices.xla_setup import use_memory
+from loader.weights.accelerators import ACCELERATORS
+
+VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+@pytest.fixture(autouse=True)
+def undecided(monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+
+
+def test_jax_takes_the_part_of_a_gpu_that_is_planned_with():
+    use_memory()
+    part = float(os.environ["XLA_CLIENT_MEM_FRACTION"])
+    kind = ACCELERATORS["h100"]
+    assert kind.usable == int(part * kind.memory)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_part_that_the_environment_names_holds(monkeypatch, variable):
+    monkeypatch.setenv(variable, "0.5")
+    use_memory()
+    assert {os.environ.get(name) for name in VARIABLES} == {"0.5", None}
