@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import click
 
 from grokfetch import __version__
-from grokfetch.errors import GrokfetchError, storage_failed
+from grokfetch.errors import GrokfetchError, StorageFailed, storage_failed
 from grokfetch.interruption import honour, settle
 from grokfetch.output.reporting import failed
 
@@ -44,6 +44,25 @@ stands here so that this help need not import them all."""
 
 READER_GONE = 141
 
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE),
+}
+"""What a file system refuses for its own reasons, wherever in a command that comes up."""
+
+MEANT = {
+    **dict.fromkeys(("get", "download", "pull", "clone", "add"), "fetch"),
+    **dict.fromkeys(("check", "test", "validate", "repair", "fix"), "verify"),
+    **dict.fromkeys(("generate", "complete", "chat", "prompt", "infer"), "run"),
+    **dict.fromkeys(("server", "api", "start"), "serve"),
+    **dict.fromkeys(("list", "ls", "show", "info", "tensors"), "inspect"),
+    **dict.fromkeys(("share", "upload"), "seed"),
+    **dict.fromkeys(("create", "make", "torrent"), "publish"),
+    **dict.fromkeys(("progress", "ps"), "status"),
+    "help": "--help",
+}
+"""What other programs call our commands."""
+
 
 class Program(click.Group):
     """A group whose commands are modules of `grokfetch.commands`, imported when they are named."""
@@ -62,8 +81,10 @@ class Program(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that the arguments name; of a mistyped name, the nearest is told."""
         name = args[0]
-        near = difflib.get_close_matches(name, COMMANDS, cutoff=0.5)
         if name not in COMMANDS and name[:1] != "-":
+            near = [MEANT[name]] if name in MEANT else []
+            near += ["fetch"] if name.lower().startswith(("magnet:", "http")) else []
+            near += difflib.get_close_matches(name, COMMANDS, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             ctx.fail(f"No such command {name!r:.60}.{hint}")
         return super().resolve_command(ctx, args)
@@ -98,12 +119,14 @@ class Program(click.Group):
                 # Whoever read this has read enough; the code is what shells give for SIGPIPE.
                 sys.stdout = _nowhere()
                 ctx.exit(READER_GONE)
-            if error.errno != errno.ENOSPC:
-                failed(ctx, error)
-                raise
-            # Of files the commands tell that themselves: what is full is where stdout leads.
-            sys.stdout = _nowhere()
-            _end(ctx, storage_failed(error, Path("stdout")))
+            if error.errno == errno.ENOSPC and error.filename is None:
+                # Of files it is known which one is meant: what is full is where stdout leads.
+                sys.stdout = _nowhere()
+                _end(ctx, storage_failed(error, Path("stdout")))
+            if error.errno in REFUSALS and error.filename is not None:
+                _end(ctx, StorageFailed(os.strerror(error.errno or 0), path=error.filename))
+            failed(ctx, error)
+            raise
         except Exception as error:
             failed(ctx, error)
             raise

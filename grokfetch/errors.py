@@ -40,17 +40,19 @@ class GrokfetchError(Exception):
     Args:
         what: what happened, in one sentence without a full stop.
         path: the file or folder it happened to.
-        hint: what to do next, as a command where there is one.
+        hint: what to do next, as a command where there is one; `next_step` where it is not given.
     """
 
     exit_code: ClassVar[int] = 1
+    next_step: ClassVar[str] = ""
+    """What helps with most errors of a class."""
 
     def __init__(
         self, what: str, *, path: str | os.PathLike[str] | None = None, hint: str = ""
     ) -> None:
         self.what = what
         self.path = None if path is None else os.fspath(path)
-        self.hint = hint
+        self.hint = hint or self.next_step
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -62,72 +64,92 @@ class SourceInvalid(GrokfetchError):
     """The SOURCE argument is not a magnet link, torrent, manifest or checkpoint folder."""
 
     exit_code = 10
+    next_step = (
+        "SOURCE is a magnet link, an info hash, the path or https address of a .torrent or a "
+        "manifest, or the folder of a fetch begun before; leave it out for Grok-1"
+    )
 
 
 class TorrentInvalid(GrokfetchError):
     """A torrent's metadata is malformed, unsafe, or does not match its info hash."""
 
     exit_code = 11
+    next_step = "get the torrent or the link again from whoever published it"
 
 
 class ManifestInvalid(GrokfetchError):
     """A manifest is malformed; the message names the field."""
 
     exit_code = 12
+    next_step = "correct it, or write it anew: grokfetch manifest DIR"
 
 
 class Contradiction(GrokfetchError):
     """A torrent is not what the manifest says it must be."""
 
     exit_code = 13
+    next_step = (
+        "name another SOURCE, or with --manifest what it must be, or another folder: --to DIR"
+    )
 
 
 class StateMissing(GrokfetchError):
     """A folder holds nothing that says what it must contain."""
 
     exit_code = 14
+    next_step = "run: grokfetch fetch SOURCE --to DIR"
 
 
 class StateLocked(GrokfetchError):
     """Another process is writing this checkpoint folder."""
 
     exit_code = 15
+    next_step = "wait until it has ended, or end it"
 
 
 class StorageFailed(GrokfetchError):
     """The disk is full, read-only, gone, or failing."""
 
     exit_code = 16
+    next_step = (
+        "see that it is there, that you may read and write it and that the disk is sound, then "
+        "run the same command again"
+    )
 
 
 class Stalled(GrokfetchError):
     """No peer or mirror sent anything for longer than the time allowed."""
 
     exit_code = 17
+    next_step = "what has arrived is kept; run the same command again"
 
 
 class OutOfReach(GrokfetchError):
     """What the command needs is not to be had here: libtorrent, the memory, the other hosts."""
 
     exit_code = 18
+    next_step = "mend that, or run it where it is to be had"
 
 
 class SelectionInvalid(GrokfetchError):
     """What is asked for of a checkpoint is malformed, or not in it."""
 
     exit_code = 19
+    next_step = "see what there is: grokfetch inspect DIR; --all asks for everything"
 
 
 class Damaged(GrokfetchError):
     """Verification found something wrong."""
 
     exit_code = 20
+    next_step = "see what is wrong: grokfetch verify DIR"
 
 
 class NotProven(GrokfetchError):
     """Bytes are asked for that no hash has vouched for since they were last written."""
 
     exit_code = 21
+    next_step = "run: grokfetch verify DIR"
 
 
 class ShardInvalid(GrokfetchError):
@@ -158,30 +180,37 @@ class CheckpointInvalid(GrokfetchError):
     """The shards are well formed but are not the tensors that the model needs."""
 
     exit_code = 23
+    next_step = "see what else is wrong: grokfetch verify DIR"
 
 
 class NoModel(GrokfetchError):
     """The folder's manifest describes files only, no model."""
 
     exit_code = 24
+    next_step = (
+        "name the folder or the manifest of a model; fetch, verify and seed work with any files"
+    )
 
 
 class MeshInvalid(GrokfetchError):
     """The devices cannot be arranged so that every sharded dimension divides."""
 
     exit_code = 25
+    next_step = "see which meshes divide the model: grokfetch plan --to DIR"
 
 
 class TokenizerMissing(GrokfetchError):
     """No tokenizer, or one that is not the one the manifest names."""
 
     exit_code = 26
+    next_step = "name another with --tokenizer FILE, or give token ids with --tokens"
 
 
 class PromptInvalid(GrokfetchError):
     """A prompt is empty, too long for the model, or holds ids outside its vocabulary."""
 
     exit_code = 27
+    next_step = "give another prompt"
 
 
 def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:

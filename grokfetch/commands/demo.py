@@ -39,6 +39,7 @@ PROMPT = "In the demo"
 MOST_TOKENS = 200
 """More than the text has from the prompt to its end, where the model stops by itself."""
 WIDTH = 80
+LOOK = "keep its files and look at them: grokfetch demo --keep DIR; grokfetch verify DIR/fetched"
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
@@ -89,7 +90,7 @@ def _walk(folder: Path) -> None:
         )
     summary = check_bytes(store)
     if not summary.complete or check_tensors(store):
-        raise Damaged("the fetched checkpoint did not verify", path=store.root)
+        raise Damaged("the fetched checkpoint did not verify", path=store.root, hint=LOOK)
     steps.done(f"verified {bytes_text(summary.proven)} by its piece hashes, and every tensor")
     with store.lock(exclusive=False):
         with loading_shown() as report:
@@ -121,9 +122,12 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="grokfetch-demo-") as folder:
             yield Path(folder)
         return
-    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise StorageFailed("not a new or empty folder", path=keep, hint="choose another one")
-    keep.mkdir(parents=True, exist_ok=True)
+    try:
+        if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+            raise StorageFailed("not a new or empty folder", path=keep, hint="choose another one")
+        keep.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_failed(error, keep) from error
     yield keep
 
 
@@ -131,7 +135,11 @@ def _publish(folder: Path) -> Manifest:
     """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
     try:
         # Contents only: an installation may be read-only, its copy must not be.
-        shutil.copytree(demo_folder(), folder, copy_function=shutil.copyfile)
+        for source in demo_folder().rglob("*"):
+            target = folder / source.relative_to(demo_folder())
+            if source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
         text = folder.joinpath(f"{NAME}.json").read_bytes()
     except OSError as error:
         raise storage_failed(error, folder) from error
@@ -152,7 +160,9 @@ def _recite(store: Store, engine: Engine) -> tuple[str, int]:
     said = "".join([*map(stream.push, tokens), stream.finish()])
     known = store.payload(TEXT).read_text(encoding="utf-8")
     if f"{PROMPT}{said}" not in " ".join(known.splitlines()):
-        raise Damaged(f"the model says something else than its text: {said!r}", path=store.root)
+        raise Damaged(
+            f"the model says something else than its text: {said!r}", path=store.root, hint=LOOK
+        )
     lines = textwrap.wrap(said.strip(), WIDTH, initial_indent="text    ", subsequent_indent=" " * 8)
     return "\n".join([f"prompt  {PROMPT}", *lines]), len(tokens)
 

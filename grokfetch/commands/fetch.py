@@ -12,15 +12,17 @@ import click
 
 from grokfetch import fetch as fetching
 from grokfetch.commands.help import Explained
+from grokfetch.commands.host_options import share_options
 from grokfetch.commands.hosts import share_request
 from grokfetch.commands.options import (
     NETWORK_NAMES,
     Goal,
     goal_options,
     json_option,
+    manifest_option,
     network_options,
+    part_options,
     plain_option,
-    share_options,
     state_option,
 )
 from grokfetch.commands.seed import share
@@ -31,7 +33,7 @@ from grokfetch.fetch.source import PieceSource
 from grokfetch.fetch.wanted import Network, read_manifest, resolve
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
-from grokfetch.manifest.selection import Request, parse_numbers
+from grokfetch.manifest.selection import Request
 from grokfetch.output.reporting import ended, notice, reporter
 from grokfetch.units import bytes_text, seconds_text
 from loader.weights.host_share import Share
@@ -58,13 +60,7 @@ MOST_EXTRAS = 10
 )
 @click.argument("source", required=False)
 @click.option("--to", "folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--manifest",
-    "manifest_file",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
-)
+@manifest_option
 @network_options
 @click.option(
     "--timeout",
@@ -74,16 +70,8 @@ MOST_EXTRAS = 10
     show_default=True,
     help="Give up after so long without a byte.",
 )
-@click.option("--layers", metavar="0-3,7", help="Only these layers, and what lies outside layers.")
-@click.option("--experts", metavar="0,4", help="Of each mixture of experts only these.")
-@click.option(
-    "--only",
-    metavar="GLOB",
-    multiple=True,
-    help="Only tensors or files whose name matches; may be repeated.",
-)
+@part_options
 @share_options
-@click.option("--all", "everything", is_flag=True, help="All that earlier runs left out, too.")
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options
@@ -97,11 +85,8 @@ def fetch(
     *,
     network: Network,
     timeout: float,
-    layers: str | None,
-    experts: str | None,
-    only: tuple[str, ...],
+    part: Request | None,
     of_host: Share | None,
-    everything: bool,
     repair: bool,
     go_on: bool,
     goal: Goal,
@@ -123,7 +108,7 @@ def fetch(
         raise click.UsageError("say where to: --to DIR")
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
-    request = _request(layers, experts, only, of_host, everything=everything) or wanted.request
+    request = _request(part, of_host) or wanted.request
     store = Store(target, state)
     start = time.perf_counter()
     for warning in wanted.warnings:
@@ -150,29 +135,13 @@ def fetch(
         share(store, network.swarm, goal)
 
 
-def _request(
-    layers: str | None,
-    experts: str | None,
-    only: tuple[str, ...],
-    of_host: Share | None,
-    *,
-    everything: bool,
-) -> Asked | None:
+def _request(part: Request | None, of_host: Share | None) -> Asked | None:
     """What the options ask for, None if they do not say."""
-    some = layers is not None or experts is not None or bool(only)
-    if (everything and (some or of_host)) or (some and of_host):
-        raise click.UsageError("--all, and what a host needs, go with no other choice")
-    if everything:
-        return Request()
-    if of_host is not None:
-        return functools.partial(share_request, of_host)
-    if not some:
-        return None
-
-    def numbers(text: str | None) -> tuple[int, ...] | None:
-        return None if text is None else parse_numbers(text)
-
-    return Request(numbers(layers), numbers(experts), only)
+    if of_host is None:
+        return part
+    if part is not None:
+        raise click.UsageError("what a host needs goes with no other choice")
+    return functools.partial(share_request, of_host)
 
 
 def bring(

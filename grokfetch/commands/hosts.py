@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from grokfetch.commands.options import Hosts
+from grokfetch.commands.host_options import Hosts
 from grokfetch.errors import NoModel
 from grokfetch.fetch import Asked
 from grokfetch.manifest.schema import Manifest

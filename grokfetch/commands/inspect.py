@@ -69,7 +69,11 @@ def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]
         return
     shards = sorted(path.rglob(SHARDS))
     if not shards:
-        raise CheckpointInvalid("no shard named like tensor00000_000 lies here", path=path)
+        raise CheckpointInvalid(
+            "no shard named like tensor00000_000 lies here",
+            path=path,
+            hint="name a shard or the folder of a checkpoint; of other files: grokfetch status DIR",
+        )
     yield from ((None, shard) for shard in shards)
 
 

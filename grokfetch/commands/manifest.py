@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 FIRST_SHARD = "tensor00000_000"
 TOKENIZER = PurePosixPath("tokenizer.model")
+CONFIG = (
+    '--config takes a JSON object, as "model" in a manifest is: {"vocab_size": 131072, ...}; '
+    "leave it out for Grok-1"
+)
 
 
 @click.command(
@@ -89,13 +93,19 @@ def read_config(path: Path | None) -> GrokConfig:
     try:
         fields = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"is not valid JSON: {error}", path=path) from None
+        raise ManifestInvalid(f"is not valid JSON: {error}", path=path, hint=CONFIG) from None
     if not isinstance(fields, dict):
-        raise ManifestInvalid("must be an object", path=path)
+        raise ManifestInvalid("must be an object", path=path, hint=CONFIG)
+    if "files" in fields:
+        raise ManifestInvalid(
+            "this is a manifest, and --config takes hyperparameters alone",
+            path=path,
+            hint='save what stands in it under "model" as a file of its own, and name that',
+        )
     try:
         return GrokConfig.from_mapping(fields)
     except ManifestInvalid as error:
-        raise ManifestInvalid(error.what, path=path) from None
+        raise ManifestInvalid(error.what, path=path, hint=CONFIG) from None
 
 
 def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
@@ -110,7 +120,9 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
     if len(homes) != 1:
         found = ", ".join(map(str, homes)) or "none"
         raise CheckpointInvalid(
-            f"one folder must hold {FIRST_SHARD}, here it is: {found}", path=folder
+            f"one folder must hold {FIRST_SHARD}, here it is: {found}",
+            path=folder,
+            hint="name the folder of one checkpoint",
         )
     try:
         return open_folder(homes[0], config)

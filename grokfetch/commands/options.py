@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,26 +19,25 @@ from grokfetch.commands.value_types import Duration, Mesh, Rate, Size, proxy_of
 from grokfetch.fetch.mirror.addresses import unusable
 from grokfetch.fetch.swarm import SwarmSettings
 from grokfetch.fetch.wanted import Network
+from grokfetch.manifest.selection import Request, parse_numbers
 from grokfetch.output.reporting import begin_lines
 from grokfetch.output.terminal import be_plain
 from loader.devices.arrangement import Dtype, Loading, Placement
-from loader.weights.host_share import Share, share_of_host
 from loader.weights.partition import MeshShape
 
 __all__ = [
     "NETWORK_NAMES",
     "Goal",
-    "Hosts",
     "Meanwhile",
     "bundle",
     "goal_options",
-    "hosts_options",
     "json_option",
     "loading_options",
+    "manifest_option",
     "meanwhile_options",
     "network_options",
+    "part_options",
     "plain_option",
-    "share_options",
     "state_option",
     "swarm_options",
     "tokenizer_option",
@@ -87,6 +85,14 @@ tokenizer_option = click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     help="SentencePiece model; the one beside the weights if not given.",
+)
+
+manifest_option = click.option(
+    "--manifest",
+    "manifest_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
 )
 
 json_option = click.option(
@@ -293,6 +299,40 @@ meanwhile_options = bundle(
     network_options,
 )
 
+# --- what of a checkpoint -------------------------------------------------------------------------
+
+
+def _part(
+    layers: str | None, experts: str | None, only: tuple[str, ...], *, everything: bool
+) -> Request | None:
+    """What the options ask for, None if they do not say."""
+    if layers is None and experts is None and not only:
+        return Request() if everything else None
+    if everything:
+        raise click.UsageError("--all goes with no other choice")
+    return Request(
+        None if layers is None else parse_numbers(layers),
+        None if experts is None else parse_numbers(experts),
+        only,
+    )
+
+
+part_options = bundle(
+    "part",
+    _part,
+    click.option(
+        "--layers", metavar="0-3,7", help="Only these layers, and what lies outside layers."
+    ),
+    click.option("--experts", metavar="0,4", help="Of each mixture of experts only these."),
+    click.option(
+        "--only",
+        metavar="GLOB",
+        multiple=True,
+        help="Only tensors or files whose name matches; may be repeated.",
+    ),
+    click.option("--all", "everything", is_flag=True, help="All that earlier runs left out, too."),
+)
+
 # --- how a model is held -------------------------------------------------------------------------
 
 
@@ -329,97 +369,5 @@ loading_options = bundle(
         "--memory",
         type=Size(),
         help="Bytes that mapped weights and all else may take, 16G say; what is free by default.",
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hosts:
-    """The processes that run a model together, one a host.
-
-    `coordinator`, `count` and `number` are given by hand, or found by jax where `detect` says so.
-    """
-
-    detect: bool = False
-    coordinator: str | None = None
-    count: int | None = None
-    number: int | None = None
-
-    @property
-    def several(self) -> bool:
-        """Whether there are other processes than this one."""
-        return self.detect or self.coordinator is not None
-
-
-def _hosts(
-    *,
-    cluster: bool,
-    coordinator: str | None,
-    num_hosts: int | None,
-    host_id: int | None,
-) -> Hosts:
-    by_hand = [coordinator, num_hosts, host_id]
-    if None in by_hand and by_hand != [None] * 3:
-        raise click.UsageError("--coordinator, --num-hosts and --host-id go together")
-    if cluster and coordinator is not None:
-        raise click.UsageError("--cluster finds out what --coordinator says")
-    return Hosts(cluster, coordinator, num_hosts, host_id)
-
-
-def _host_and_port(
-    _context: click.Context, _parameter: click.Parameter, address: str | None
-) -> str | None:
-    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
-        raise click.BadParameter(f"not HOST:PORT: {address!r:.80}")
-    return address
-
-
-_count = click.option(
-    "--num-hosts",
-    type=click.IntRange(min=1),
-    help="How many hosts share the model, one process each.",
-)
-_number = click.option(
-    "--host-id", type=click.IntRange(min=0), help="Which of the hosts this is, from 0 on."
-)
-
-hosts_options = bundle(
-    "hosts",
-    _hosts,
-    click.option(
-        "--cluster",
-        is_flag=True,
-        help="Run with the other processes of this job, started by Slurm, MPI, GKE or TPU.",
-    ),
-    click.option(
-        "--coordinator",
-        metavar="HOST:PORT",
-        callback=_host_and_port,
-        help="The same by hand: where host 0 waits for the others. Nothing there is encrypted.",
-    ),
-    _count,
-    _number,
-)
-
-
-def _share(num_hosts: int | None, host_id: int | None, mesh: MeshShape | None) -> Share | None:
-    if num_hosts is not None and host_id is not None and mesh is not None:
-        return share_of_host(mesh, host_id, num_hosts)
-    if (num_hosts, host_id, mesh) != (None, None, None):
-        raise click.UsageError("--num-hosts, --host-id and --mesh go together")
-    return None
-
-
-share_options = bundle(
-    "of_host",
-    _share,
-    _count,
-    _number,
-    click.option(
-        "--mesh",
-        type=Mesh(),
-        metavar="expert=N,model=M",
-        help="Only what the devices of one host need of a model on this mesh of all hosts' "
-        "devices: of split experts its own, else nearly everything.",
     ),
 )

@@ -13,14 +13,29 @@ import psutil
 
 from grokfetch.commands.elsewhere import show_elsewhere
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import plain_option
+from grokfetch.commands.options import (
+    manifest_option,
+    part_options,
+    plain_option,
+    state_option,
+)
 from grokfetch.commands.value_types import Devices
 from grokfetch.errors import MeshInvalid
-from grokfetch.fetch.preflight import Check, Need, Place, checks, need, probe, refuse
-from grokfetch.fetch.wanted import describe
+from grokfetch.fetch.preflight import (
+    Check,
+    Need,
+    Place,
+    asked_bytes,
+    checks,
+    need,
+    probe,
+    refuse,
+)
+from grokfetch.fetch.wanted import describe, read_manifest
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
 from grokfetch.manifest.schema import Manifest, bind
+from grokfetch.manifest.selection import Request, extended, spans
 from grokfetch.manifest.shipped import grok_1
 from grokfetch.output.terminal import Screen, screen
 from grokfetch.units import bytes_text, seconds_text
@@ -66,10 +81,19 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """What of a checkpoint is asked for, in words, and its bytes."""
+
+    what: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is printed."""
+    """All that is printed; `part` is None where everything is asked for."""
 
     manifest: Manifest
+    part: Part | None
     need: Need
     place: Place
     checks: tuple[Check, ...]
@@ -81,23 +105,19 @@ class Plan:
     cls=Explained,
     examples=(
         "grokfetch plan --to /data/grok-1",
-        "grokfetch plan --on h100x8 --on v5p-16",
+        "grokfetch plan my-model.torrent --to /data/my-model --layers 0-3",
     ),
 )
-@click.argument(
-    "source",
-    metavar="[MANIFEST|TORRENT]",
-    required=False,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
+@click.argument("source", required=False)
 @click.option(
     "--to",
     "folder",
     metavar="DIR",
-    default=Path(),
     type=click.Path(path_type=Path),
-    help="Where it is to go; this folder if not given.",
+    help="Where it is to go; the DIR that SOURCE is, or this folder, if not given.",
 )
+@manifest_option
+@part_options
 @click.option(
     "--on",
     "slices",
@@ -114,27 +134,35 @@ class Plan:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @plain_option
+@state_option
 def plan(
-    source: Path | None,
-    folder: Path,
+    source: str | None,
+    folder: Path | None,
+    manifest_file: Path | None,
     *,
+    part: Request | None,
     slices: tuple[Slice, ...],
     by_compiler: bool,
     as_json: bool,
+    state: Path | None,
 ) -> None:
     """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
 
-    Of a manifest or a .torrent; without one it is what DIR was begun with, or Grok-1. What lies in
-    DIR already counts.
-    The exit code is 0 if the fetch can work here, or, with --on, if the model fits.
+    SOURCE and what says which part of it are as for fetch; without a SOURCE it is what DIR was
+    begun with, or Grok-1. What lies in DIR already counts. The exit code is 0 if the fetch can work
+    here, or, with --on, if the model fits.
     """
+    if by_compiler and not slices:
+        raise click.UsageError("--compile says more of what --on names, and there is no --on")
+    if folder is None:
+        named = source is not None and Path(source).is_dir()
+        folder = Path(source or "") if named else Path()
+    store = Store(folder, state)
+    manifest = _planned(source, manifest_file, state, store)
     if slices:
-        manifest = described(source, Store(folder))
         show_elsewhere(manifest, slices, by_compiler=by_compiler, as_json=as_json)
         return
-    if by_compiler:
-        raise click.UsageError("--compile says more of what --on names, and there is no --on")
-    made = make(source, folder)
+    made = make(manifest, part, store)
     if as_json:
         click.echo(json.dumps(as_fields(made)))
     else:
@@ -143,45 +171,49 @@ def plan(
     refuse(made.checks, folder)
 
 
-def make(source: Path | None, folder: Path) -> Plan:
+def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
     """Look at the folder and the machine.
 
     Args:
-        source: a manifest or a torrent file.
-        folder: where the payload is to go.
+        manifest: what is to be fetched.
+        part: what of it, beside what was asked for before; None for nothing more.
+        store: where the payload is to go.
 
     Raises:
-        ManifestInvalid, TorrentInvalid, SourceInvalid: the file is neither, or cannot be read.
-        Contradiction: DIR holds something else than the manifest.
+        SelectionInvalid: the part names what is not in it.
     """
-    store = Store(folder)
-    manifest, begun = described(source, store), store.manifest_or_none()
+    folder, begun = store.root, store.manifest_or_none()
+    selection = extended(store.selection(), part, everything=begun is not None)
+    asked = None if selection is None else spans(manifest, selection)
+    files = asked_bytes(manifest, asked)
     whole = set()
     if begun is not None:
         # A file that is proven need not be written, even if it may not.
         whole = {path for path, state in survey(store).files.items() if state == "proven"}
-    missing = (file for file in manifest.files if file.path not in whole)
-    needed = need(folder, [(file.path, file.size) for file in missing])
+    needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
     machine = Machine(psutil.virtual_memory().total, devices())
-    return Plan(
-        manifest, needed, place, checks(needed, place), machine, tuple(shares(manifest, machine))
-    )
+    wanted = None if selection is None else Part(str(selection), sum(size for _, size in files))
+    found = checks(needed, place)
+    of_devices = tuple(shares(manifest, machine))
+    return Plan(manifest, wanted, needed, place, found, machine, of_devices)
 
 
-def described(source: Path | None, store: Store) -> Manifest:
-    """What is planned for: what a file says, or what the folder was begun with, or Grok-1.
+def _planned(
+    source: str | None, manifest_file: Path | None, state: Path | None, store: Store
+) -> Manifest:
+    """What is planned for: what SOURCE says, or what the folder was begun with, or Grok-1.
 
     Raises:
-        ManifestInvalid, TorrentInvalid, SourceInvalid: the file is neither, or cannot be read.
-        Contradiction: the folder holds something else than the manifest.
+        GrokfetchError: as `describe`.
+        Contradiction: the folder holds something else.
     """
     begun = store.manifest_or_none()
-    if source is None:
-        return begun or grok_1()
-    manifest = describe(source)
-    if begun is None:
-        return manifest
+    manifest = None if manifest_file is None else read_manifest(manifest_file)
+    if source is not None:
+        manifest = describe(source, manifest, state)
+    if manifest is None or begun is None:
+        return manifest or begun or grok_1()
     return bind(manifest, [(file.path, file.size) for file in begun.files])
 
 
@@ -251,6 +283,7 @@ def as_fields(made: Plan) -> dict[str, Any]:
         "name": manifest.name,
         "files": len(manifest.files),
         "bytes": manifest.size,
+        "asked": None if made.part is None else dataclasses.asdict(made.part),
         "missing": made.need.bytes,
         "folder": str(place.folder),
         "file_system": place.file_system,
@@ -284,6 +317,8 @@ def lines(made: Plan, view: Screen) -> Iterator[str]:
     yield from view.wrapped(
         f"{manifest.name}: {len(manifest.files)} files, {bytes_text(manifest.size)}"
     )
+    if made.part is not None:
+        yield from view.wrapped(f"of it {made.part.what}: {bytes_text(made.part.bytes)}")
     yield from view.wrapped(
         f"to {place.folder} ({place.file_system}), {bytes_text(missing)} still to come"
     )

@@ -12,13 +12,12 @@ from pathlib import Path
 import click
 
 from grokfetch.commands.help import Explained
+from grokfetch.commands.host_options import Hosts, hosts_options
 from grokfetch.commands.hosts import asked, joined
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.options import (
     NETWORK_NAMES,
-    Hosts,
     Meanwhile,
-    hosts_options,
     json_option,
     loading_options,
     meanwhile_options,

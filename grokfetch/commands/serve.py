@@ -230,7 +230,9 @@ def _key(file: Path | None) -> str | None:
     try:
         key = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageFailed("the API key cannot be read", path=file) from error
+        raise StorageFailed(
+            "the API key cannot be read", path=file, hint="name a text file: --api-key-file FILE"
+        ) from error
     if not key:
-        raise StorageFailed("there is no API key in it", path=file)
+        raise StorageFailed("there is no API key in it", path=file, hint="write the key into it")
     return key

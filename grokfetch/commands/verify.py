@@ -110,7 +110,11 @@ def _repair(store: Store, network: Network, start: float, timeout_s: float) -> N
         wrong=sum(fault.kind == "wrong" for fault in faults),
     )
     if faults:
-        raise Damaged(f"findings: {len(faults)}", path=store.root)
+        raise Damaged(
+            f"findings: {len(faults)}",
+            path=store.root,
+            hint="the files are as the torrent has them: is the manifest that of another model?",
+        )
 
 
 def _of(store: Store) -> str:

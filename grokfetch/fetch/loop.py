@@ -26,6 +26,7 @@ from grokfetch.events import (
 )
 from grokfetch.fetch import preflight
 from grokfetch.fetch.prepare import Asked, Prepared, prepare
+from grokfetch.fetch.silence import Silence, other_ways
 from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.folder.history import recorded
 from grokfetch.folder.journal import checked
@@ -188,6 +189,7 @@ class _Bringing:
                     f"piece {missing[0]} did not read back right after {in_vain} attempts "
                     f"({len(missing)} such pieces): the disk, or memory, is failing",
                     path=self._store.root,
+                    hint="test both, or choose a folder on another disk: --to DIR",
                 )
             files = _files_of(self._layout, missing)
             preflight.check(self._store.root, self._room(files))
@@ -264,6 +266,8 @@ class _Bringing:
     ) -> Iterator[FetchEvent]:
         traffic = Traffic(0, 0.0, 0)
         alive = self._clock()
+        root, manifest = self._store.root, self._store.manifest()
+        silence = Silence(other_ways(root, manifest, metadata=True), self._clock)
         for event in stream:
             if isinstance(event, Notice):
                 self._told.append(event.text)
@@ -277,6 +281,7 @@ class _Bringing:
                 alive = self._clock() if event.received > traffic.received else alive
                 traffic = event
                 self._sent = event.sent
+                yield from silence.after(event)
             yield from self._collect(hashers, traffic, wait=False)
             self._check_alive(alive, traffic)
         while hashers.busy:

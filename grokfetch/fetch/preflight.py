@@ -5,19 +5,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
 import stat
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import psutil
 
 from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.manifest.schema import Manifest
+from grokfetch.manifest.selection import Spans
+from grokfetch.torrent.names import STATE_FOLDER
 
-__all__ = ["Check", "Need", "Place", "check", "checks", "need", "probe", "refuse"]
+__all__ = [
+    "Check",
+    "Need",
+    "Place",
+    "asked_bytes",
+    "check",
+    "check_early",
+    "checks",
+    "need",
+    "probe",
+    "refuse",
+]
 
 OPEN_FILES = 128
 """What a fetch opens at once: 40 payload files, peers, our own files, libraries."""
@@ -131,6 +146,40 @@ def check(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
     """
     needed = need(root, files)
     refuse(checks(needed, probe(root, needed.longest)), root)
+
+
+def check_early(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
+    """The same before it is known where the files will lie: what lies in the folder may be theirs.
+
+    Raises:
+        StorageFailed: what is short, and what to do.
+    """
+    there = [status.st_blocks * 512 for status in _files_below(root)]
+    longest = max(files, key=lambda file: file[1], default=(None, 0))
+    needed = Need(
+        max(0, sum(size for _, size in files) - sum(there)),
+        max(0, len(files) - len(there)) + STATE_INODES,
+        longest[1],
+        longest[0],
+    )
+    refuse(checks(needed, probe(root, needed.longest)), root)
+
+
+def _files_below(root: Path) -> Iterator[os.stat_result]:
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name != STATE_FOLDER]
+        for name in files:
+            with contextlib.suppress(OSError):
+                yield os.stat(f"{folder}/{name}")  # noqa: PTH116 - half the time of Path.stat
+
+
+def asked_bytes(manifest: Manifest, asked: Spans | None) -> list[tuple[PurePosixPath, int]]:
+    """The files in which something is asked for, None for everything, with its bytes. Pure."""
+    if asked is None:
+        return [(file.path, file.size) for file in manifest.files]
+    return [
+        (path, sum(stop - start for start, stop in spans)) for path, spans in asked.items() if spans
+    ]
 
 
 def refuse(found: Sequence[Check], folder: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from grokfetch.errors import Contradiction, Stalled
 from grokfetch.events import Finding, Metadata, Notice, Status
+from grokfetch.fetch.preflight import asked_bytes, check_early
+from grokfetch.fetch.silence import Silence, other_ways
 from grokfetch.fetch.source import PieceSource
 from grokfetch.folder.adopt import adopt
 from grokfetch.folder.payload import (
@@ -20,7 +23,7 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest
-from grokfetch.manifest.selection import Request, Selection, pieces_of, spans, urgency
+from grokfetch.manifest.selection import Request, Selection, extended, pieces_of, spans, urgency
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
 
@@ -83,7 +86,10 @@ def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose
         Stalled: the source gave no metadata in time.
         StorageFailed: the folder cannot be written.
     """
-    for event in _metadata(store, source, metadata_s, clock):
+    expected = manifest or store.manifest_or_none()
+    if store.torrent() is None and expected is not None:
+        check_early(store.root, _expected_files(expected, request))
+    for event in _metadata(store, source, expected, metadata_s, clock):
         if isinstance(event, TorrentFile):
             torrent = event
         else:
@@ -120,8 +126,24 @@ def _prepared(store: Store, torrent: TorrentFile) -> Prepared:
     )
 
 
+def _expected_files(
+    manifest: Manifest, request: Asked | None
+) -> Sequence[tuple[PurePosixPath, int]]:
+    """The files that a fresh fetch of this will write, with their bytes, as far as it is known."""
+    if callable(request):
+        return ()
+    everything = request is None or request == Request()
+    return asked_bytes(
+        manifest, None if everything else spans(manifest, Selection((request or Request(),)))
+    )
+
+
 def _metadata(
-    store: Store, source: PieceSource, within_s: float, clock: Callable[[], float]
+    store: Store,
+    source: PieceSource,
+    manifest: Manifest | None,
+    within_s: float,
+    clock: Callable[[], float],
 ) -> Iterator[Status | Notice | TorrentFile]:
     """The torrent that the folder was begun with or the source gives; it is the last value."""
     known = store.torrent()
@@ -131,23 +153,35 @@ def _metadata(
             raise Contradiction(
                 f"this folder was begun with torrent {known.info_hash}, this is {asked}",
                 path=store.root,
-                hint="choose another folder: --to DIR",
+                hint=f"go on with what was begun: grokfetch fetch {store.root}, or choose another "
+                "folder: --to DIR",
             )
         yield known
         return
+    if source.magnet is not None and manifest is not None and manifest.mirrors:
+        yield Notice(
+            f"{manifest.name}: first its metadata, the hashes of all pieces, which only a "
+            "BitTorrent peer can give; after that mirrors help"
+        )
     deadline = clock() + within_s
+    ways = other_ways(store.root, manifest, metadata=False)
+    silence = Silence(ways, clock)
     with contextlib.closing(source.metadata()) as stream:
         for event in stream:
             if isinstance(event, TorrentFile):
                 check_info_hash(event, asked)
                 yield event
                 return
-            yield event if isinstance(event, Notice) else Status("metadata", peers=event.peers)
+            if isinstance(event, Notice):
+                yield event
+            else:
+                yield from silence.after(event)
+                yield Status("metadata", peers=event.peers)
             if clock() > deadline:
                 break
     raise Stalled(
         f"no metadata of {asked} within {within_s:.0f} s",
-        hint="is the network open to BitTorrent? a peer can be named: --peer HOST:PORT",
+        hint=f"is the network open to BitTorrent? what else works: {ways}",
     )
 
 
@@ -194,14 +228,10 @@ def _selection(store: Store, request: Request | None, *, everything: bool) -> Se
         everything: where no selection is kept, all was asked for.
     """
     earlier = store.selection()
-    if request is None:
-        return earlier
-    if request == Request():
-        return None
-    selection = (earlier or Selection(())).extended(request)
-    # Refused before anything of it is kept.
-    spans(store.manifest(), selection)
-    return None if earlier is None and everything else selection
+    if request is not None and request != Request():
+        # Refused before anything of it is kept.
+        spans(store.manifest(), (earlier or Selection(())).extended(request))
+    return extended(earlier, request, everything=everything)
 
 
 def _rename(store: Store) -> None:

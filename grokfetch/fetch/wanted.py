@@ -156,10 +156,16 @@ def resolve(
         raise SourceInvalid(
             f"not a magnet link, and not a file or folder that can be read ({error.strerror})",
             path=source,
-            hint="SOURCE is a magnet link, an info hash, the path or https address of a .torrent "
-            "or a manifest, or the folder of a fetch begun before; leave it out for Grok-1",
+            hint=_meant(path),
         ) from None
     return _from_file(data, source, manifest)
+
+
+def _meant(path: Path) -> str:
+    """What a SOURCE that is not there may be meant for."""
+    if path.suffix in {".torrent", ".json"} or "://" in str(path) or _exists(path):
+        return SourceInvalid.next_step
+    return f"{SourceInvalid.next_step}, as in: grokfetch fetch --to {path}"
 
 
 def _exists(path: Path) -> bool:
@@ -197,7 +203,10 @@ def _files_request(numbers: Sequence[int], _manifest: Manifest, layout: Layout) 
     """The files of these numbers in the torrent, as `so` counts them."""
     missing = [number for number in numbers if number >= len(layout.files)]
     if missing:
-        raise SelectionInvalid(f"the torrent has no file of number {missing[0]} (so=)")
+        raise SelectionInvalid(
+            f"the torrent has no file of number {missing[0]} (so=)",
+            hint="leave so= out of the link, and choose with --only GLOB",
+        )
     files = [layout.files[number] for number in numbers]
     return Request(only=tuple(glob.escape(str(file.path)) for file in files if not file.pad))
 
@@ -226,7 +235,9 @@ def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
         if data[:1] == b"d":
             raise TorrentInvalid(error.what, path=name) from None
         raise TorrentInvalid(
-            f"this is {_kind(data)}, neither a torrent nor a manifest", path=name
+            f"this is {_kind(data)}, neither a torrent nor a manifest",
+            path=name,
+            hint=SourceInvalid.next_step,
         ) from None
     return Wanted(torrent, manifest or _shipped(torrent.v1) or _shipped(torrent.v2))
 
@@ -275,25 +286,37 @@ def _shipped(info_hash: str | None) -> Manifest | None:
     return next((known for known in shipped() if info_hash and known.info_hash == info_hash), None)
 
 
-def describe(path: Path) -> Manifest:
-    """The manifest in a file, or what a torrent file says of its payload.
+def describe(source: str, manifest: Manifest | None, state: Path | None) -> Manifest:
+    """What a SOURCE holds, without asking a peer.
+
+    Args:
+        source: as of `resolve`; a manifest without a magnet link will do.
+        manifest: what a person says it must be.
+        state: as of `resolve`.
 
     Raises:
-        ManifestInvalid, TorrentInvalid: it is malformed.
-        Contradiction: a torrent that a shipped manifest is about is not what that says.
-        SourceInvalid: it cannot be read.
+        SourceInvalid: it is none, or nobody but a peer knows what it holds.
+        OutOfReach, ManifestInvalid, TorrentInvalid: as of `resolve`.
+        Contradiction: a torrent is not what the manifest says.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SourceInvalid(f"cannot be read: {error.strerror}", path=path) from None
-    if data[:1] != b"d":
-        return parse(data, str(path))
-    # A bencoded dictionary.
-    wanted = _from_file(data, str(path), None)
-    assert isinstance(wanted.origin, TorrentFile)
-    layout = parse_info(wanted.origin.info, wanted.origin.piece_layers)
-    return in_force(wanted.manifest, wanted.origin, layout, None)
+    path = Path(source)
+    if _exists(path) and path.is_dir():
+        begun_in(Store(path, state))
+        return manifest or Store(path, state).manifest()
+    if _exists(path) and path.read_bytes().lstrip()[:1] == b"{":
+        return manifest or read_manifest(path)
+    wanted = resolve(source, manifest, state)
+    if isinstance(wanted.origin, TorrentFile):
+        layout = parse_info(wanted.origin.info, wanted.origin.piece_layers)
+        return in_force(wanted.manifest, wanted.origin, layout, None)
+    if wanted.manifest is None:
+        raise SourceInvalid(
+            "only its peers know what this link holds",
+            path=f"{source:.60}",
+            hint="name its .torrent or its manifest; or run: grokfetch fetch LINK --to DIR, which "
+            "looks at the disk as soon as it knows",
+        )
+    return wanted.manifest
 
 
 def read_manifest(path: Path) -> Manifest:

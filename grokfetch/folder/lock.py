@@ -77,7 +77,6 @@ def _acquire(
         raise StateLocked(
             f"{_owner(file)} is using this folder",
             path=folder,
-            hint="wait until it has ended, or end it",
         ) from None
     except OSError as error:
         without = f"this file system knows no locks ({error.strerror})"

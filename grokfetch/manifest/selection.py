@@ -29,6 +29,7 @@ __all__ = [
     "Spans",
     "decode",
     "encode",
+    "extended",
     "parse_numbers",
     "pieces_of",
     "spans",
@@ -97,6 +98,23 @@ class Selection:
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.requests))
+
+
+def extended(
+    earlier: Selection | None, request: Request | None, *, everything: bool
+) -> Selection | None:
+    """What is asked for by a request beside earlier ones; None for everything.
+
+    Args:
+        earlier: what was asked for before.
+        request: what is asked for now; None for nothing more, an empty one for everything.
+        everything: whether no selection means that everything was asked for before.
+    """
+    if request is None:
+        return earlier
+    if request == Request() or (earlier is None and everything):
+        return None
+    return (earlier or Selection(())).extended(request)
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:

@@ -133,7 +133,10 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
         TorrentInvalid: the piece length is none, a name is too long, or it is too large.
     """
     if piece_length < BLOCK or piece_length & (piece_length - 1):
-        raise TorrentInvalid(f"the piece length must be a power of two from {BLOCK:,} on")
+        raise TorrentInvalid(
+            f"the piece length must be a power of two from {BLOCK:,} on",
+            hint="leave --piece-length out for a suitable one",
+        )
     stamps = [_stamp(folder / path) for path, _ in files]
     whole: list[FileResult] = [FileResult(None)] * len(files)
     pieces: list[list[_Pieces]] = [[] for _ in files]
@@ -173,7 +176,9 @@ def _check_unchanged(
         if digest.sha256 is None:
             raise StorageFailed(f"cannot be read: {digest.detail}", path=folder / path)
         if stamp[0] != size or _stamp(folder / path) != stamp:
-            raise StorageFailed("it changed while it was read", path=folder / path)
+            raise StorageFailed(
+                "it changed while it was read", path=folder / path, hint="run it when nobody writes"
+            )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

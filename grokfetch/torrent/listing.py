@@ -39,10 +39,16 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
             folders[:] = [name for name in folders if name.casefold() != STATE_FOLDER]
         for name in folders:
             if here.joinpath(name).is_symlink():
-                raise StorageFailed("a link to a folder cannot be shared", path=here / name)
+                raise StorageFailed(
+                    "a link to a folder cannot be shared",
+                    path=here / name,
+                    hint="put a copy in its place, or remove it",
+                )
         found.extend(_entry(folder, here / name) for name in names)
     if not any(size for _, size in found):
-        raise StorageFailed("it holds no bytes to share", path=folder)
+        raise StorageFailed(
+            "it holds no bytes to share", path=folder, hint="name a folder with files in it"
+        )
     if len(found) == 1 and str(found[0][0]) == folder.name:
         raise StorageFailed(
             "a folder that holds nothing but a file of its own name cannot be told from that file",
@@ -66,5 +72,9 @@ def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:
         if reason is None and not stat.S_ISREG(status.st_mode):
             reason = "it is not a regular file"
     if reason is not None:
-        raise StorageFailed(f"cannot be shared: {reason}", path=repr(str(path)))
+        raise StorageFailed(
+            f"cannot be shared: {reason}",
+            path=repr(str(path)),
+            hint="rename or replace it, or move it out of the folder",
+        )
     return relative, status.st_size

@@ -105,7 +105,10 @@ def check() -> None:
     """
     client = distributed.global_state.client
     for key, why in () if client is None else client.key_value_dir_get(FAILED):
-        raise OutOfReach(f"host {key.rpartition('/')[2]} has given up: {why}")
+        raise OutOfReach(
+            f"host {key.rpartition('/')[2]} has given up: {why}",
+            hint="mend what it says there, then start all hosts again",
+        )
 
 
 def give_up(why: str) -> None:

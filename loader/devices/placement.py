@@ -140,7 +140,10 @@ def _of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]
     each, rest = divmod(count, len(hosts))
     of_host = [[it for it in devices if it.process_index == host][:each] for host in hosts]
     if rest or any(len(some) < each for some in of_host):
-        raise MeshInvalid(f"{len(hosts)} hosts cannot have equally many of {count} devices")
+        raise MeshInvalid(
+            f"{len(hosts)} hosts cannot have equally many of {count} devices",
+            hint="choose another mesh: --mesh",
+        )
     return [device for some in of_host for device in some]
 
 

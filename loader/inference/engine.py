@@ -182,7 +182,10 @@ class Engine:
             PromptInvalid: if a row has reached the longest context of the model.
         """
         if state.longest >= self.config.sequence_len:
-            raise PromptInvalid(f"the context of {self.config.sequence_len} tokens is full")
+            raise PromptInvalid(
+                f"the context of {self.config.sequence_len:,} tokens is full",
+                hint="begin anew with the end of the text",
+            )
         if state.longest >= state.visible.shape[1]:
             state = self._grown(state)
         given, batch = len(tokens), state.visible.shape[0]

@@ -54,10 +54,14 @@ def share_of_host(mesh: MeshShape, host: int, hosts: int) -> Share:
         MeshInvalid: the hosts cannot have equally many devices, or there is no such host.
     """
     if not 0 <= host < hosts:
-        raise MeshInvalid(f"of {hosts} hosts there is none with the number {host}")
+        raise MeshInvalid(
+            f"of {hosts} hosts there is none with the number {host}",
+            hint=f"--host-id goes from 0 to {hosts - 1}",
+        )
     if mesh.devices % hosts:
         raise MeshInvalid(
-            f"a mesh of {mesh.devices} devices cannot be shared by {hosts} hosts alike"
+            f"a mesh of {mesh.devices} devices cannot be shared by {hosts} hosts alike",
+            hint="choose a mesh whose number of devices --num-hosts divides",
         )
     each = mesh.devices // hosts
     return Share(mesh, tuple(positions(mesh))[host * each : (host + 1) * each])

@@ -293,9 +293,14 @@ def address(peer: str) -> tuple[str, int]:
     host, _, port = peer.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise SourceInvalid(f"a peer is written HOST:PORT, not {peer!r:.100}")
+        raise SourceInvalid(
+            f"a peer is written HOST:PORT, not {peer!r:.100}", hint="--peer 192.0.2.1:6881, say"
+        )
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise SourceInvalid(f"the peer {peer!r:.100} is not known ({error})") from None
+        raise SourceInvalid(
+            f"the peer {peer!r:.100} is not known ({error})",
+            hint="correct its name, or leave it out",
+        ) from None
     return str(found[0][4][0]), int(port)
