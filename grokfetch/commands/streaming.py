@@ -45,6 +45,7 @@ def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[No
         manifest=wanted.manifest,
         limits=Limits(metadata_s=TIMEOUT_S, stall_s=TIMEOUT_S, save_s=SAVE_S),
         request=asked,
+        demand=store.demand,
     )
     with store.filled(_shown(events, reporter("fetch"))):
         bring_tokenizer(store, meanwhile.network)

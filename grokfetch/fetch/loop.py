@@ -25,6 +25,7 @@ from grokfetch.events import (
     Traffic,
 )
 from grokfetch.fetch import preflight
+from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.prepare import Asked, Prepared, prepare
 from grokfetch.fetch.silence import Silence, other_ways
 from grokfetch.fetch.source import Order, PieceSource
@@ -74,6 +75,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
     limits: Limits | None = None,
     repair: bool = False,
     request: Asked | None = None,
+    demand: Demand | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generator[FetchEvent, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
@@ -91,6 +93,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
         request: what of the checkpoint is wanted, beside what earlier fetches into this folder
             asked for; an empty one is all of it. By default just what they asked for, or all of it
             if there was none.
+        demand: pieces that others wait for, before all the others.
         clock: monotonic seconds.
 
     Yields:
@@ -114,21 +117,21 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
             metadata_s=patience.metadata_s,
             clock=clock,
         )
-        events = _brought(steps, source, patience, clock, repair=repair)
+        asked = demand or Demand()
+        events = _brought(
+            steps,
+            lambda prepared: _Bringing(prepared, source, patience, clock, asked).run(repair=repair),
+        )
         yield from checked(store, "fetch", recorded(store, events, clock))
 
 
 def _brought(
     steps: Iterator[Status | Notice | Metadata | Finding | Prepared],
-    source: PieceSource,
-    limits: Limits,
-    clock: Callable[[], float],
-    *,
-    repair: bool,
+    bring: Callable[[Prepared], Iterator[FetchEvent]],
 ) -> Generator[FetchEvent, None, None]:
     for step in steps:
         if isinstance(step, Prepared):
-            yield from _Bringing(step, source, limits, clock).run(repair=repair)
+            yield from bring(step)
         else:
             yield step
 
@@ -137,7 +140,12 @@ class _Bringing:
     """A prepared fetch under way: what is proven, and what the source has brought so far."""
 
     def __init__(
-        self, prepared: Prepared, source: PieceSource, limits: Limits, clock: Callable[[], float]
+        self,
+        prepared: Prepared,
+        source: PieceSource,
+        limits: Limits,
+        clock: Callable[[], float],
+        demand: Demand,
     ) -> None:
         self._plan = prepared
         self._store = prepared.store
@@ -145,6 +153,7 @@ class _Bringing:
         self._source = source
         self._limits = limits
         self._clock = clock
+        self._demand = demand
         self._proofs = Proofs(prepared.store, prepared.layout, prepared.torrent.info_hash)
         self._saver = Saver(self._proofs, limits.save_s, clock)
         self._total = prepared.weight(prepared.asked)
@@ -153,6 +162,7 @@ class _Bringing:
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
         self._told: deque[str] = deque(maxlen=TOLD)
+        demand.follow(lambda piece: piece in self._proofs.pieces)
 
     def run(self, *, repair: bool) -> Iterator[FetchEvent]:
         with self._saver:
@@ -215,7 +225,7 @@ class _Bringing:
         total = self._plan.weight(pieces)
         read = 0
         with Hashers[list[PieceResult]]() as hashers:
-            batches = in_batches(layout, pieces)
+            batches = in_batches(layout, self._urgent_first(pieces))
             for results in hashers.run(partial(check_pieces, root, layout, b) for b in batches):
                 for result in results:
                     self._rehashed += 1
@@ -224,6 +234,20 @@ class _Bringing:
                 yield PiecesProven(tuple(r.piece for r in results if r.verdict == "good"))
                 self._saver.turn()
                 yield dataclasses.replace(self._status("checking"), done=read, total=total)
+
+    def _urgent_first(self, pieces: list[int]) -> Iterator[int]:
+        """The pieces in order, but whatever is waited for by then comes next."""
+        left = dict.fromkeys(pieces)
+        version = -1
+        while left:
+            if self._demand.version != version:
+                version = self._demand.version
+                urgent = [piece for piece in self._demand.waited if piece in left]
+                order = iter((*urgent, *left))
+            piece = next(order)
+            if piece in left:
+                del left[piece]
+                yield piece
 
     def _download(self, missing: list[int], files: list[LayoutFile]) -> Iterator[FetchEvent]:
         self._saver.settle()
@@ -235,6 +259,7 @@ class _Bringing:
             frozenset(self._proofs.pieces),
             frozenset(missing),
             self._plan.urgency,
+            self._demand,
         )
         stream = self._source.download(order)
         with Hashers[list[PieceResult]]() as hashers:
@@ -277,6 +302,14 @@ class _Bringing:
                 self._fetched += len(event.pieces)
                 for batch in in_batches(self._layout, event.pieces):
                     hashers.submit(partial(check_pieces, self._store.root, self._layout, batch))
+                if not set(self._demand.waited).isdisjoint(event.pieces):
+                    # The stream may have nothing more to say for a while.
+                    while hashers.busy:
+                        yield from self._collect(hashers, traffic, wait=True)
+                    if not self._proofs.pieces.issuperset(
+                        set(self._demand.waited).intersection(event.pieces)
+                    ):
+                        return
             else:
                 alive = self._clock() if event.received > traffic.received else alive
                 traffic = event
@@ -314,6 +347,7 @@ class _Bringing:
         if result.verdict == "good":
             self._done += self._plan.weight({result.piece} & self._plan.asked)
             self._proofs.add(result.piece)
+            self._demand.answer((result.piece,))
 
     # --- digests ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from grokfetch.events import Arrived, Notice, Traffic
+from grokfetch.fetch.demand import Demand
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile
 
@@ -20,7 +21,8 @@ class Order:
 
     The pieces of `have` are on the disk and proven; the source may share them and must not write
     them. All others are neither to be fetched nor to be trusted. `urgency` says from 7 down to 1
-    which pieces are wanted earlier; the others are in the middle.
+    which pieces are wanted earlier; the others are in the middle. Those of `demand` come before all
+    of them, in its order, which changes while the source is at work.
     """
 
     torrent: TorrentFile
@@ -29,6 +31,7 @@ class Order:
     have: frozenset[int]
     want: frozenset[int]
     urgency: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    demand: Demand = dataclasses.field(default_factory=Demand)
 
 
 class PieceSource(Protocol):

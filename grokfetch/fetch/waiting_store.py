@@ -2,7 +2,8 @@
 
 The fetch runs in a thread of its own and holds the folder's lock; what reads in the same process
 does so under that lock, through `Store.require`, which here waits until the record says that the
-bytes are proven. Nothing else about a reader changes.
+bytes are proven, and meanwhile has them brought before all others. Nothing else about a reader
+changes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import FrameType
 
 from grokfetch.errors import NotProven
 from grokfetch.events import FetchEvent, Metadata, Outcome
+from grokfetch.fetch.demand import Demand
 from grokfetch.folder.record import Record
 from grokfetch.folder.store import Store
 
@@ -35,6 +37,9 @@ class Arriving(Store):
         root: the checkpoint folder; need not exist yet.
         state: where our own files are; `root/.grokfetch` by default.
         watch: called every second where somebody waits; what it raises ends the waiting.
+
+    Attributes:
+        demand: what is waited for, for the fetch to heed.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Arriving(Store):
     ) -> None:
         super().__init__(root, state)
         self._watch = watch
+        self.demand = Demand(self._tell)
         self._news = threading.Condition()
         self._saves = 0
         self._over = False
@@ -119,11 +125,13 @@ class Arriving(Store):
             GrokfetchError: the fetch has failed, and with what.
             StateMissing: there is no manifest.
         """
+        pieces, asked = self._pieces(path, start, length), False
         while True:
             with self._news:
-                saves, over = self._saves, self._over
+                news, over = self._saves, self._over
+            fresh = self.demand.proven(pieces)
             try:
-                super().require(path, start, length)
+                self._refuse(self.proven(fresh), path, start, length)
             except NotProven:
                 if over and self._error is not None:
                     raise self._error from None
@@ -131,7 +139,25 @@ class Arriving(Store):
                     raise
             else:
                 return
-            self._wait_until(partial(self._changed, saves))
+            if asked:
+                self._wait_until(partial(self._changed, news))
+            else:
+                # Whatever is proven before it was asked for wakes nobody: look once more.
+                self.demand.ask(pieces)
+                asked = True
+
+    def expect(self, path: PurePosixPath, start: int, length: int) -> None:
+        """Have a span of a payload file brought next, behind all that somebody waits for."""
+        pieces = self._pieces(path, start, length)
+        self.demand.ask(pieces, ahead=True)
+
+    def _pieces(self, path: PurePosixPath, start: int, length: int | None) -> range:
+        """The pieces over a span of a payload file; none if it is not one of the torrent's."""
+        layout = self.layout()
+        file = None if layout is None else layout.file(path)
+        if layout is None or file is None:
+            return range(0)
+        return layout.pieces_over(file, start, length)
 
     def _changed(self, saves: int) -> bool:
         """Whether there is news beyond that number of saves, or never will be."""

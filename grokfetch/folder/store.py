@@ -34,6 +34,7 @@ payload cannot be renamed into place, so that only the record makes its bytes tr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -326,13 +327,19 @@ class Store:
         torrent, manifest = self.torrent(), self.manifest()
         return torrent is not None and torrent.known_as(manifest.info_hash)
 
-    def proven(self) -> Proven:
+    def proven(self, fresh: frozenset[int] = frozenset()) -> Proven:
         """What is proven now. Each file is looked at once, when it is first asked about.
+
+        Args:
+            fresh: pieces that are proven and do not stand in the record yet.
 
         Raises:
             StateMissing: there is no manifest.
         """
-        return Proven(self.record(), _Stamps(self), self.layout(), named=self._named())
+        record = self.record()
+        if fresh:
+            record = dataclasses.replace(record, pieces=record.pieces | fresh)
+        return Proven(record, _Stamps(self), self.layout(), named=self._named())
 
     def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
         """Return if a span of a payload file, all of it by default, is proven.
@@ -347,6 +354,12 @@ class Store:
             StateMissing: there is no manifest.
         """
         self._refuse(self.proven(), path, start, length)
+
+    def expect(self, path: PurePosixPath, start: int, length: int) -> None:
+        """Say that a span of a payload file will be required soon.
+
+        Nothing follows from it here: a folder that is being filled brings such bytes first.
+        """
 
     def require_all(self) -> None:
         """Return if every file that the manifest names is proven.

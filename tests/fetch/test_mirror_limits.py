@@ -17,7 +17,7 @@ from support.web_server import WebServer
 from grokfetch.errors import Stalled
 from grokfetch.events import Notice
 from grokfetch.fetch import Limits, fetch
-from grokfetch.fetch.mirror import MirrorSettings, Together, pool
+from grokfetch.fetch.mirror import MirrorSettings, Together, jobs
 from grokfetch.fetch.mirror.environment import Environment
 from grokfetch.fetch.mirror.http import redirected
 from grokfetch.fetch.mirror.rate_limit import LONGEST_REST_S, told_rest
@@ -148,7 +148,7 @@ def test_a_server_that_ends_every_answer_half_way_still_completes_and_no_byte_co
 
 
 def test_a_server_that_sends_one_byte_at_a_time_is_dropped(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(pool, "MOST_ANSWERS", 5)
+    monkeypatch.setattr(jobs, "MOST_ANSWERS", 5)
     server.cut_after = 1e-9
     with pytest.raises(Stalled, match="in the middle of an answer"):
         run(tmp_path, server.url, swarm=Swarm(TORRENT, ALONE))
@@ -224,7 +224,7 @@ def test_where_peers_may_come_the_error_at_the_end_says_what_was_wrong_with_mirr
 def test_a_signed_address_that_answers_with_a_page_once_it_has_expired_is_asked_for_anew(
     tmp_path, server, monkeypatch
 ):
-    monkeypatch.setattr(pool, "SPAN", 4 * PIECE)
+    monkeypatch.setattr(jobs, "SPAN", 4 * PIECE)
     signed = {f"{path}?signed": data for path, data in PATHS.items()}
     server.files |= signed
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import random
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -12,7 +10,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from support.damage import spoil
-from support.listener import Listener
+from support.peer import Peer
 from support.torrents import content, lay_down, manifest_of, torrent_of
 
 from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, TorrentInvalid
@@ -283,59 +281,6 @@ def test_importing_fetch_and_swarm_needs_neither_jax_nor_numpy_nor_libtorrent():
 # --- peers that lie, or fall silent --------------------------------------------------------------
 
 
-class Peer(Listener):
-    """Speaks enough of the protocol to say that it has some pieces and to send their blocks.
-
-    `block` is called with piece, offset and length; where it returns None, nothing is sent.
-    """
-
-    def __init__(self, info_hash, pieces, block, has=None):
-        super().__init__()
-        self._hash = bytes.fromhex(info_hash)
-        self._pieces = pieces
-        self._has = range(pieces if has is None else has)
-        self._block = block
-        self.sent = 0
-
-    def run(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                connection.settimeout(20)
-                with contextlib.suppress(OSError, EOFError), connection:
-                    self._talk(connection, connection.makefile("rb"))
-
-    def _talk(self, connection, stream):
-        with stream:
-            read(stream, 68)
-            name = b"\x13BitTorrent protocol" + bytes(8)
-            connection.sendall(name + self._hash + b"-XX0000-" + random.randbytes(12))
-            have = bytearray(-(-self._pieces // 8))
-            for piece in self._has:
-                have[piece // 8] |= 128 >> piece % 8
-            say(connection, 5, bytes(have))
-            say(connection, 1, b"")
-            while True:
-                message = read(stream, struct.unpack(">I", read(stream, 4))[0])
-                if message[:1] == b"\x06":
-                    piece, begin, length = struct.unpack(">III", message[1:])
-                    block = self._block(piece, begin, length)
-                    if block is not None:
-                        say(connection, 7, struct.pack(">II", piece, begin) + block)
-                        self.sent += 1
-
-
-def read(stream, count):
-    data = stream.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
-
-
-def say(connection, kind, body):
-    connection.sendall(struct.pack(">IB", len(body) + 1, kind) + body)
-
-
 def test_a_peer_that_sends_wrong_data_is_banned_and_a_good_one_completes(tmp_path, torrent):
     folder, data = torrent
     known = parse_torrent(data)
@@ -343,7 +288,7 @@ def test_a_peer_that_sends_wrong_data_is_banned_and_a_good_one_completes(tmp_pat
     short = known.v1 or known.v2[:40]
     # A liar with many pieces would make libtorrent suspect the good peer, too: of blocks from both
     # it cannot tell at once whose was wrong.
-    with Peer(short, pieces, lambda _piece, _begin, length: bytes(length), has=2) as liar:
+    with Peer(short, pieces, lambda _piece, _begin, length: bytes(length), has=range(2)) as liar:
         settings = SwarmSettings.loopback((f"127.0.0.1:{liar.port}",))
         events = fetch(Store(tmp_path), Swarm(known, settings), limits=LIMITS)
         with contextlib.closing(events):

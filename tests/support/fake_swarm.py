@@ -58,13 +58,16 @@ class FakeSwarm:
     def download(self, order: Order) -> Iterator[Arrived | Traffic | Notice]:
         self.orders.append(order)
         try:
-            received = 0
-            for count, piece in enumerate(sorted(order.want)):
+            received = count = 0
+            left = sorted(order.want)
+            while left:
                 if count == self.full_after:
                     raise StorageFailed("the disk is full")
                 while count == self.stall_after:
                     self.tick()
                     yield Traffic(received, 0.0, 1)
+                piece = self._next(order, left)
+                left.remove(piece)
                 self._write(order, piece, half=count == self.die_after)
                 if count == self.die_after:
                     raise Killed
@@ -72,9 +75,15 @@ class FakeSwarm:
                 self.sent += order.layout.piece_size(piece)
                 yield Arrived((piece,))
                 yield Traffic(received, 1.0, 1, {PEER: self.sent})
+                count += 1
         finally:
             self.on_close()
             self.closed += 1
+
+    def _next(self, order: Order, left: list[int]) -> int:
+        """The piece to bring next."""
+        urgent = (*order.demand.waited, *order.demand.ahead)
+        return next((piece for piece in urgent if piece in left), left[0])
 
     def _write(self, order: Order, piece: int, *, half: bool) -> None:
         for part in order.layout.segments(piece):

@@ -14,23 +14,20 @@ import dataclasses
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Self
 
 from grokfetch.events import Arrived, Notice
+from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Limited, Short
+from grokfetch.fetch.mirror.jobs import Begun, Job, Jobs
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer
-from grokfetch.torrent.layout import Layout, PieceHasher, Segment
+from grokfetch.torrent.layout import Layout, Segment
 
 __all__ = ["Pool"]
-
-SPAN = 16 << 20
-"""Bytes of pieces that follow each other and are asked for by one request."""
 
 LEAST_RATE = 16 << 10
 """Bytes a second on one connection below which a mirror counts as silent."""
@@ -39,43 +36,10 @@ MOST_REFUSALS = 8
 """Files that a mirror may lack before it has delivered anything."""
 
 
-MOST_ANSWERS = 40
-"""Answers cut short, of which one piece may be made, before that counts against the mirror: enough
-where every answer ends half-way."""
-
 LONG_REST_S = 10.0
 """A rest that a server asks for is said if it is longer than this."""
 
 ZEROS = bytes(1 << 20)
-
-
-@dataclasses.dataclass(slots=True)
-class _Begun:
-    """A piece of which the first `done` bytes came from one mirror, in so many answers.
-
-    `brought` is whether the latest of them has brought anything.
-    """
-
-    piece: int
-    mirror: Mirror
-    hasher: PieceHasher
-    done: int = 0
-    answers: int = 0
-    brought: bool = False
-
-    @property
-    def useful(self) -> bool:
-        """Whether the latest answer brought something, and the piece does not take too many."""
-        return self.brought and self.answers < MOST_ANSWERS
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Job:
-    """Pieces that follow each other and are still to come, and the files they lie in."""
-
-    left: deque[int]
-    files: frozenset[PurePosixPath]
-    begun: _Begun | None = None
 
 
 class Pool:
@@ -87,18 +51,20 @@ class Pool:
         root: the checkpoint folder.
         pieces: what to bring, in order.
         settings: how to treat mirrors.
+        demand: which pieces come before the others.
 
     Attributes:
         received: payload bytes so far.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what, from whom, to where and how
         self,
         mirrors: Iterable[Mirror],
         layout: Layout,
         root: Path,
         pieces: list[int],
         settings: MirrorSettings,
+        demand: Demand | None = None,
     ) -> None:
         self._mirrors = [mirror for mirror in mirrors if not mirror.dropped]
         self._layout = layout
@@ -111,7 +77,8 @@ class Pool:
         if settings.down is not None:
             self._least_rate = min(LEAST_RATE, settings.down / (4 * workers))
         self._free_at = 0.0
-        self._jobs = deque(_jobs(layout, pieces, workers))
+        self._demand = demand or Demand()
+        self._jobs = Jobs(layout, pieces, workers, self._demand)
         self._running = 0
         self._retired = False
         self._begun = threading.Event()
@@ -122,9 +89,12 @@ class Pool:
         # Whoever waits for something to happen is to learn of the end.
         self._future.add_done_callback(lambda _: self._events.put(Arrived(())))
         self._begun.wait()
+        self._heeding = contextlib.ExitStack()
+        self._heeding.enter_context(self._demand.bell(lambda: self._tell(self._wake)))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._heeding.close()
         self._tell(self._task.cancel)
         self._thread.shutdown()
 
@@ -200,22 +170,23 @@ class Pool:
                 mirror.active = 0
                 for _ in range(connections):
                     group.create_task(self._work(mirror, http))
+                # The others may be in the middle of long pieces.
+                group.create_task(self._work(mirror, http, urgent=True))
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _work(self, mirror: Mirror, http: Http) -> None:
-        while (job := await self._next(mirror)) is not None:
+    async def _work(self, mirror: Mirror, http: Http, *, urgent: bool = False) -> None:
+        while (job := await self._next(mirror, urgent=urgent)) is not None:
             began, count = time.monotonic(), len(job.left)
-            parts = [job]
+            lacking = None
             try:
                 await self._bring(mirror, http, job)
                 mirror.grow(self._settings.connections)
             except Lacking as error:
                 self._note_lack(mirror, error)
-                # A file that is lacking shall not hold the others back.
-                parts = list(_split(self._layout, job, error.path))
+                lacking = error.path
             except Faulty as error:
                 self._drop(mirror, str(error))
             except Failed as error:
@@ -226,19 +197,25 @@ class Pool:
                 self._running -= 1
                 mirror.active -= 1
                 if not self._retired:
-                    self._jobs.extendleft(part for part in reversed(parts) if part.left)
+                    self._jobs.put_back(job, lacking)
                 self._wake()
 
-    async def _next(self, mirror: Mirror) -> _Job | None:
-        """Something that this mirror may have; None if nothing is left for it."""
+    async def _next(self, mirror: Mirror, *, urgent: bool) -> Job | None:
+        """Something that this mirror may have; None if nothing is left for it.
+
+        Args:
+            mirror: which one.
+            urgent: only what somebody waits for, by one connection more than is usual.
+        """
         while not mirror.dropped:
             rest_s = mirror.rests_until - time.monotonic()
-            found = next((job for job in self._jobs if mirror.serves(job.files)), None)
+            found = self._jobs.first(mirror.serves)
             if found is None and not self._running:
                 return None
-            waits = found is None or mirror.active >= int(mirror.allowed)
+            most = int(mirror.allowed) + urgent
+            waits = found is None or mirror.active >= most or (urgent and not found.urgent)
             if found is not None and not waits and rest_s <= 0:
-                self._jobs.remove(found)
+                self._jobs.take(found)
                 self._running += 1
                 mirror.active += 1
                 return found
@@ -281,7 +258,7 @@ class Pool:
     def _say(self, text: str) -> None:
         self._events.put(Notice(f"mirror {text}"))
 
-    async def _bring(self, mirror: Mirror, http: Http, job: _Job) -> None:
+    async def _bring(self, mirror: Mirror, http: Http, job: Job) -> None:
         """Bring pieces that follow each other; `job.left` loses each that has arrived."""
         size = len(job.left) * self._layout.piece_length
         longest_s = self._settings.patience_s + size / self._least_rate
@@ -299,16 +276,21 @@ class Pool:
                         await self._bring_piece(begun, reader, writer)
                         mirror.deliver()
                         self._events.put(Arrived((job.left.popleft(),)))
-                        if not job.left:
+                        if not job.left or (not job.urgent and self._others_wait(mirror)):
                             return
                         begun = job.begun = self._begin(job.left[0], mirror)
         except TimeoutError:
             raise Failed(f"it sent less than {size:,} bytes in {longest_s:.0f} s") from None
 
-    def _begin(self, piece: int, mirror: Mirror) -> _Begun:
-        return _Begun(piece, mirror, self._layout.hasher(piece))
+    def _others_wait(self, mirror: Mirror) -> bool:
+        """Whether there is something more urgent than what nobody waits for."""
+        first = self._jobs.first(mirror.serves) if self._demand.waited else None
+        return first is not None and first.urgent
 
-    async def _bring_piece(self, begun: _Begun, reader: Reader, writer: Writer) -> None:
+    def _begin(self, piece: int, mirror: Mirror) -> Begun:
+        return Begun(piece, mirror, self._layout.hasher(piece))
+
+    async def _bring_piece(self, begun: Begun, reader: Reader, writer: Writer) -> None:
         begun.answers += 1
         begun.brought = False
         for part in _rest(self._layout.segments(begun.piece), begun.done):
@@ -348,32 +330,3 @@ def _rest(parts: Iterable[Segment], done: int) -> Iterator[Segment]:
             yield dataclasses.replace(
                 part, offset=part.offset + skipped, length=part.length - skipped
             )
-
-
-def _split(layout: Layout, job: _Job, path: PurePosixPath) -> Iterator[_Job]:
-    """The rest of a job in runs that lie in a file or do not."""
-
-    def inside(piece: int) -> bool:
-        return any(part.file.path == path for part in layout.segments(piece))
-
-    for _, run in groupby(job.left, inside):
-        yield _job(layout, run)
-
-
-def _jobs(layout: Layout, pieces: list[int], workers: int) -> Iterator[_Job]:
-    """Pieces in runs, short enough that every connection gets some."""
-    longest = max(1, min(SPAN // layout.piece_length, len(pieces) // (2 * workers)))
-    run: list[int] = []
-    for piece in pieces:
-        if run and (piece != run[-1] + 1 or len(run) == longest):
-            yield _job(layout, run)
-            run = []
-        run.append(piece)
-    if run:
-        yield _job(layout, run)
-
-
-def _job(layout: Layout, pieces: Iterable[int]) -> _Job:
-    left = deque(pieces)
-    parts = (part for piece in left for part in layout.segments(piece))
-    return _Job(left, frozenset(part.file.path for part in parts if not part.file.pad))

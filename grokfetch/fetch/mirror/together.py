@@ -44,6 +44,9 @@ a swarm costs the blocks of its unfinished pieces and the search for peers."""
 QUIET_S = 10.0
 """So long without a byte, and a swarm does not keep idle mirrors waiting."""
 
+DEMAND_QUIET_S = 2.0
+"""So long without a byte, and what somebody waits for is not left to a swarm."""
+
 FAIR_S = 5.0
 """Before this nothing is known of how fast mirrors are."""
 
@@ -115,7 +118,9 @@ class Together:
                 return
             a_round = _Round(order, theirs, ours, received, self._can_help)
             with (
-                Pool(self._alive(), order.layout, order.root, ours, self._settings) as pool,
+                Pool(
+                    self._alive(), order.layout, order.root, ours, self._settings, order.demand
+                ) as pool,
                 contextlib.closing(a_round.run(pool, self._join(_want(order, theirs)))) as events,
             ):
                 yield from map(self._told_apart, events)
@@ -238,6 +243,8 @@ class _Round:
                 yield from self._from_mirrors(pool, 0.0)
                 yield from self._from_swarm(event)
                 yield self._traffic(pool)
+                if self._swarm_keeps_waiting():
+                    return
                 if not pool.busy and self._swarm_is_slow():
                     break
         give_up_at = math.inf
@@ -285,6 +292,15 @@ class _Round:
         if not slow or not self._can_help(self._order.layout, self._swarm_left):
             return False
         self.swarm_moved &= not quiet
+        return True
+
+    def _swarm_keeps_waiting(self) -> bool:
+        """Whether somebody waits for a piece of a silent swarm that a mirror may have."""
+        waited = self._swarm_left.intersection(self._order.demand.waited)
+        quiet = time.monotonic() - self._moved_at > DEMAND_QUIET_S
+        if not waited or not quiet or not self._can_help(self._order.layout, waited):
+            return False
+        self.swarm_moved = False
         return True
 
     def _mirrors_are_slow(self) -> bool:

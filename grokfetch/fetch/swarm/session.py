@@ -205,6 +205,12 @@ class Session:
             return f"/dev/fd/{handle}"
         return str(root)
 
+    def wake(self) -> None:
+        """Have `alerts` return at once; any thread may call it."""
+        # A socket that is full wakes as well.
+        with contextlib.suppress(BlockingIOError):
+            self._signal.send(b"!")
+
     def alerts(self) -> list[Any]:
         """The alerts that there are, after waiting for at least one, but not for long."""
         found = self._session.pop_alerts()
