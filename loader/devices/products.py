@@ -84,7 +84,7 @@ def select(weights: Weights, index: Array) -> Weights:
     )
 
 
-def product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
+def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True) -> Array:
     """`x @ dequantised(weights)`, without a dequantised matrix in memory.
 
     Every int8 value is exact in bfloat16. Products are summed in float32 and each group's sum is
@@ -97,6 +97,7 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         weights: weight `[K, N]`, scales `[G, N]`, or from `select`.
         dtype: float32 or bfloat16, what accelerators multiply; CPUs multiply in float32 either
             way, which is the faster there.
+        halves: whether `x` is split; otherwise it is rounded.
 
     Returns:
         float32 `[..., N]`.
@@ -105,16 +106,15 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         return weights.product(x)
     if weights.tuning is not None:
         return _in_place(x, weights, weights.tuning)
+
+    def multiplied(x: Array, weights: Quantized) -> Array:
+        if dtype == jnp.float32 or not halves:
+            return _grouped(x.astype(dtype), weights)
+        return jnp.sum(_grouped(_halves(x), weights), axis=0)
+
     if x.size == x.shape[-1]:
-        return by_platform(_summed, lambda x, weights: _multiplied(x, weights, dtype), x, weights)
-    return _multiplied(x, weights, dtype)
-
-
-def _multiplied(x: Array, weights: Quantized, dtype: jnp.dtype) -> Array:
-    """The product left to what an accelerator has for matrices."""
-    if dtype == jnp.float32:
-        return _grouped(x, weights)
-    return jnp.sum(_grouped(_halves(x), weights), axis=0)
+        return by_platform(_summed, multiplied, x, weights)
+    return multiplied(x, weights)
 
 
 def by_platform(

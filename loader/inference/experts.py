@@ -7,6 +7,7 @@ its part of each. Letters in shapes: N tokens of a step, D width, E experts.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ __all__ = ["Routed", "expert", "experts", "feed_forward", "route", "sum_over"]
 
 LARGEST_BLOCK = 128
 """Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
+
+Matrices: TypeAlias = tuple[Weights, Weights, Weights]
+"""Gate, up and down of one expert."""
 
 
 @jax.tree_util.register_dataclass
@@ -68,11 +72,16 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     return choices, weights
 
 
-def feed_forward(x: Array, gate: Weights, up: Weights, down: Weights, dtype: jnp.dtype) -> Array:
+def feed_forward(x: Array, matrices: Matrices, dtype: jnp.dtype, *, halves: bool = True) -> Array:
     """One expert over float32 `[N, D]`: the same shape, still to be summed over `model`."""
+    gate, up, down = matrices
+
+    def times(x: Array, weights: Weights) -> Array:
+        return product(x, weights, dtype, halves=halves)
+
     # The reference's GELU is the tanh approximation.
-    hidden = jax.nn.gelu(product(x, gate, dtype), approximate=True) * product(x, up, dtype)
-    return product(hidden, down, dtype)
+    hidden = jax.nn.gelu(times(x, gate), approximate=True) * times(x, up)
+    return times(hidden, down)
 
 
 def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: jnp.dtype) -> Array:
@@ -92,9 +101,7 @@ def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: j
     rows = pairs // routed.choices.shape[1]
     output = feed_forward(
         routed.x.at[rows].get(mode="clip"),
-        select(weights.gate, number),
-        select(weights.up, number),
-        select(weights.down, number),
+        _selected(weights, number),
         dtype,
     )
     gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
@@ -138,7 +145,7 @@ def experts(
     return sum_over(total, ("expert", "model"))
 
 
-def _selected(weights: Layer, number: Array) -> tuple[Weights, Weights, Weights]:
+def _selected(weights: Layer, number: Array) -> Matrices:
     """Gate, up and down of one of this device's experts."""
     gate, up, down = (select(it, number) for it in (weights.gate, weights.up, weights.down))
     return gate, up, down
@@ -152,7 +159,7 @@ def _by_pairs(weights: Layer, routed: Routed, dtype: jnp.dtype) -> Array:
     def pair(index: Array, total: Array) -> Array:
         row = index // chosen
         x = lax.dynamic_slice_in_dim(routed.x, row, 1)
-        output = feed_forward(x, *_selected(weights, numbers[index]), dtype)
+        output = feed_forward(x, _selected(weights, numbers[index]), dtype)
         return total.at[row].add(gates[index] * output[0])
 
     total: Array = lax.fori_loop(0, numbers.size, pair, jnp.zeros_like(routed.x))
@@ -166,7 +173,7 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
 
     def one(x: Array, weights: Layer, gates: Array) -> Array:
         def add(number: Array, total: Array) -> Array:
-            output = feed_forward(x, *_selected(weights, number), dtype)
+            output = feed_forward(x, _selected(weights, number), dtype)
             return total + gates[:, number, None] * output
 
         total: Array = lax.fori_loop(0, held, add, jnp.zeros_like(x))
@@ -195,7 +202,9 @@ def _by_blocks(
         expert, pairs, live = _block(plan, index, size)
         # Places beyond the group's end point outside: they read some row and add to none.
         rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
-        output = feed_forward(flat.at[rows].get(mode="clip"), *_selected(weights, expert), dtype)
+        x, matrices = flat.at[rows].get(mode="clip"), _selected(weights, expert)
+        # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
+        output = feed_forward(x, matrices, dtype, halves=False)
         gates = routed.gates.reshape(-1)[pairs]
         return total.at[rows].add(gates[:, None] * output, mode="drop")
 

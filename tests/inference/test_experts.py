@@ -31,7 +31,7 @@ def one_token(shape):
 
 
 @functools.cache
-def operations(shape, tokens):
+def operations(shape, tokens, dtype="float32"):
     """What XLA counts in a device's program for the experts; it counts a loop's body once."""
     mesh, params = golden.placed(shape)
     # On accelerators each product is one operation; on CPUs it is loops of its own.
@@ -44,7 +44,7 @@ def operations(shape, tokens):
     )
     everywhere = PartitionSpec()
     spread = jax.shard_map(
-        lambda *given: experts.experts(*given, CONFIG, jnp.dtype("float32")),
+        lambda *given: experts.experts(*given, CONFIG, jnp.dtype(dtype)),
         mesh=mesh,
         in_specs=(held, everywhere, everywhere),
         out_specs=everywhere,
@@ -64,6 +64,14 @@ def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens
     assert block <= found < 2 * block
     if shape != EXPERT_PARALLEL or tokens > 1:  # There one token has one expert on a device anyway.
         assert found < everything / 2
+
+
+def test_a_prompt_in_bfloat16_takes_no_more_operations_than_in_float32():
+    """Where a prompt is long the experts multiply once; few tokens in two halves."""
+    exact, found = (operations(TENSOR_PARALLEL, 128, it) for it in ("float32", "bfloat16"))
+    assert found < 1.1 * exact
+    exact, found = (operations(TENSOR_PARALLEL, 16, it) for it in ("float32", "bfloat16"))
+    assert found > 1.8 * exact
 
 
 def mixed(shape, weights, tokens, dtype="float32"):
