@@ -3,16 +3,25 @@
 import os
 import signal
 import tempfile
+from importlib.metadata import version
 
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Small models take longer to compile than to run, so XLA is told to optimise little. Where the
+# environment sets `XLA_FLAGS`, even to nothing, the tests run the programs that users run; so does
+# `.ci/run` with all that is marked slow.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    # Later ones know no other emitters, and end at a flag that they do not know.
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", QUICK) + " --xla_force_host_platform_device_count=8"
 )
 
 # Programs and measurements are those of this run of the tests, not the user's, and one worker
-# uses what another has compiled: most of the time goes into compiling.
+# uses what another has compiled.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.TemporaryDirectory(prefix="grokfetch-tests-")
     os.environ["XDG_CACHE_HOME"] = _caches.name

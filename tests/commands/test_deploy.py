@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import golden
-from support.program import grokfetch
+from support.program import grokfetch, with_devices
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 SBATCH = DEPLOY / "grok.sbatch"
@@ -84,10 +84,7 @@ def environment(tmp_path):
     """Four devices a process, and `grokfetch` on the PATH."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin/grokfetch", f'exec {shlex.quote(sys.executable)} -m grokfetch "$@"')
-    return os.environ | {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
+    return with_devices(4) | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
 
 def program(path, text):

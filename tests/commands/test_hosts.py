@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
-from support.program import grokfetch
+from support.program import grokfetch, with_devices
 from support.release import PIECE, publish
 
 from grokfetch.errors import MeshInvalid, NotProven, OutOfReach, SelectionInvalid
@@ -256,7 +256,6 @@ def free_port():
 def run_hosts(folders):
     """Two processes of four devices each; exit code, stdout and stderr of both."""
     tokens = ",".join(map(str, golden.prompt("p1")))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     coordinator = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
@@ -271,7 +270,7 @@ def run_hosts(folders):
                 *("--mesh", "expert=2,model=4", "--coordinator", coordinator),
                 *("--num-hosts", "2", "--host-id", str(number)),
             ],
-            env=environment,
+            env=with_devices(4),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from support import golden
 from support.parity import TOLERANCE, check_parity, furthest, step_logits
+from support.program import with_devices
 from support.reference import Reference
 
 from loader.devices.placement import load, make_mesh
@@ -57,11 +57,10 @@ def test_all_tokens_equal_the_reference_on_every_mesh(mesh):
 @pytest.mark.timeout(900)
 def test_up_to_64_devices_give_the_references_numbers():
     meshes = ["2,8", "4,8", "8,8"]
-    flags = "--xla_force_host_platform_device_count=64"
     checked = subprocess.run(
         [sys.executable, "-m", "support.parity", *meshes],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=with_devices(64),
         capture_output=True,
         text=True,
         timeout=800,

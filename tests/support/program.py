@@ -1,6 +1,7 @@
 """The program as tests run it: in this process, in one of its own, and what it imports."""
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,12 @@ def grokfetch(*arguments, code=0):
     """Run the program in this process; stdout, or both streams where it is to fail."""
     result = invoke(*arguments, code=code)
     return result.output if code else result.stdout
+
+
+def with_devices(count):
+    """The environment of a program that sees so many devices, compiled for as they are here."""
+    devices = f"--xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"}
 
 
 @contextlib.contextmanager
