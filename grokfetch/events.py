@@ -69,13 +69,15 @@ class Arrived:
 class Traffic:
     """How the source is doing: payload bytes received since the order, bytes a second, peers.
 
-    `sent` is who has sent how many payload bytes since the source was made, over all orders.
+    `mirrors` are the HTTP servers that are asked beside the peers. `sent` is who has sent how many
+    payload bytes since the source was made, over all orders.
     """
 
     received: int
     rate: float
     peers: int
     sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+    mirrors: int = 0
 
 
 Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
@@ -86,7 +88,8 @@ class Status:
     """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
 
     While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
-    the proven bytes in every phase. `sent` is who has sent how many payload bytes in this fetch.
+    the proven bytes in every phase. `mirrors` are the HTTP servers that are asked beside the peers.
+    `sent` is who has sent how many payload bytes in this fetch.
     """
 
     phase: Phase
@@ -98,6 +101,7 @@ class Status:
     pieces_total: int = 0
     proven: int = 0
     sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+    mirrors: int = 0
 
     @property
     def received(self) -> int:

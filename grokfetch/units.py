@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["bytes_text", "parse_bytes", "seconds_text", "share_text", "speed_text"]
+__all__ = ["bytes_text", "count_text", "parse_bytes", "seconds_text", "share_text", "speed_text"]
 
 FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
@@ -39,6 +39,11 @@ def seconds_text(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def count_text(count: int, noun: str) -> str:
+    """A number of things: 1 peer, 2 peers, 1,000 peers."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def share_text(part: int, whole: int) -> str:

@@ -157,7 +157,7 @@ def run(
         loaded_s = time.perf_counter() - start
         meet("loaded")
         taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)
-        generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling))
+        generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling), max_tokens)
         engine.warm_up(ids, sampling)
         with taken.kept(store):
             if is_first():
@@ -215,6 +215,7 @@ def _events(
         "text": None if stream is None else "".join(parts),
         "first_token_s": run.first_token_s if run.tokens else None,
         "tokens_per_s": run.tokens_per_s,
+        "stopped": taken.stopped,
         "compile_s": run.compile_s,
         "peak_memory": run.peak_memory,
         "read": run.read,
@@ -226,7 +227,7 @@ def _events(
 def _tell(taken: Measured, *, stats: bool) -> None:
     """Say how long it took, or all that it took."""
     if not taken.tokens:
-        click.echo("end of sequence at once", err=True)
+        click.echo("the text ended at once", err=True)
     elif stats:
         for line in taken.said(screen(sys.stderr)):
             click.echo(line, err=True)
@@ -236,7 +237,8 @@ def _tell(taken: Measured, *, stats: bool) -> None:
         click.echo(
             f"compiled in {seconds_text(taken.compile_s)}, "
             + (f"1 token after {first}" if speed is None else f"first token after {first}, ")
-            + ("" if speed is None else f"then {taken.tokens - 1} at {speed_text(speed)}"),
+            + ("" if speed is None else f"then {taken.tokens - 1} at {speed_text(speed)}")
+            + f"; {taken.stopped_text()}",
             err=True,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from grokfetch.folder.journal import Run, add_run
 from grokfetch.folder.store import Store
@@ -16,7 +16,11 @@ from loader.devices.meter import Meter
 if TYPE_CHECKING:
     from loader.inference.engine import Engine
 
-__all__ = ["Measured", "expert_lines"]
+__all__ = ["Measured", "expert_lines", "why_stopped"]
+
+
+Stopped = Literal["end", "max_tokens", "context"]
+"""Why a text is not longer: the model ended it, as many tokens were asked for, or it is full."""
 
 
 class Measured:
@@ -49,12 +53,13 @@ class Measured:
         self._before = meter.compile_s
         self._first = self._last = 0.0
         self._read_at_first: int | None = None
+        self._most = 0
         self.tokens = 0
         self.first_token_s = 0.0
 
-    def watch(self, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[int]:
-        """The same tokens, timed."""
-        self._prompt = len(prompt)
+    def watch(self, prompt: Sequence[int], tokens: Iterator[int], most: int) -> Iterator[int]:
+        """The same tokens, of which there may be `most`, timed."""
+        self._prompt, self._most = len(prompt), most
         start = self._now()
         for token in tokens:
             self._last = self._now()
@@ -78,6 +83,18 @@ class Measured:
     def tokens_per_s(self) -> float | None:
         """After the first; None if there was but one."""
         return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else None
+
+    @property
+    def stopped(self) -> Stopped:
+        """Why the text has ended, once it has."""
+        room = self._engine.config.sequence_len - self._prompt
+        return why_stopped(self.tokens, self._most, room)
+
+    def stopped_text(self) -> str:
+        """The same in words."""
+        context = f"the context of {self._engine.config.sequence_len:,} tokens is full"
+        limit = f"stopped at --max-tokens {self._most}"
+        return {"end": "the text ended", "max_tokens": limit, "context": context}[self.stopped]
 
     @contextlib.contextmanager
     def kept(self, store: Store) -> Iterator[None]:
@@ -115,6 +132,7 @@ class Measured:
         speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
         first = f"the first after {seconds_text(run.first_token_s)}{speed}"
         yield from view.fact("tokens", f"{run.tokens} after {run.prompt} of the prompt, {first}")
+        yield from view.fact("end", self.stopped_text())
         yield from view.fact("compiled", f"in {seconds_text(self.compile_s)}, counted apart")
         yield from view.fact("read", self._read(run.read))
         memory = "not known here" if run.peak_memory is None else bytes_text(run.peak_memory)
@@ -131,6 +149,13 @@ class Measured:
             each = (read - self._read_at_first) / (self.tokens - 1)
             text += f", {bytes_text(each)} for each token after the first"
         return text
+
+
+def why_stopped(tokens: int, most: int, room: int) -> Stopped:
+    """Why a text has so many tokens, where `most` were asked for and the context had room. Pure."""
+    if tokens == most:
+        return "max_tokens"
+    return "context" if tokens == room else "end"
 
 
 def expert_lines(experts: Sequence[Sequence[int]], view: Screen) -> Iterator[str]:

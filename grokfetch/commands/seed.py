@@ -28,7 +28,7 @@ from grokfetch.output.progress import Lines
 from grokfetch.output.reporting import held, lines
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
-from grokfetch.units import bytes_text, seconds_text
+from grokfetch.units import bytes_text, count_text, seconds_text
 
 LOOK_INTERVAL_S = 5.0
 """How often the files are looked at; what somebody else has written is not shared."""
@@ -123,7 +123,7 @@ class _Teller:
 
     def go_on(self, shared: Shared) -> None:
         if self.machine is None:
-            rate = f"{bytes_text(shared.rate)}/s to {shared.peers} peers"
+            rate = f"{bytes_text(shared.rate)}/s to {count_text(shared.peers, 'peer')}"
             _say(f"seed {bytes_text(shared.uploaded)}, {rate}")
             return
         now = dataclasses.asdict(shared)

@@ -18,7 +18,7 @@ from grokfetch.folder.overview import Overview, as_fields, missing_runs, overvie
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Group, Survey, piece_map
 from grokfetch.output.terminal import LABEL, Screen, screen
-from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
+from grokfetch.units import bytes_text, count_text, seconds_text, share_text, speed_text
 
 MAP_ROWS = 6
 GROUP_WIDTH = 25
@@ -141,18 +141,17 @@ def _fetch(seen: Overview, now: float) -> str:
         return f"{ended.how} {_ago(ended.time, now)}{why}"
     if seen.owner is None and last.phase != "done":
         return f"{last.phase} {_ago(last.time, now)}, then it ended without a word: it was killed"
-    peers = f"{last.peers} {'peer' if last.peers == 1 else 'peers'}"
+    peers = count_text(last.peers, "peer")
     speed = "" if last.phase == "done" else f", {bytes_text(last.rate)}/s from {peers}"
     return f"{last.phase} {_ago(last.time, now)}{speed}"
 
 
 def _senders(history: History) -> str:
     said = []
-    for kind, word in (("peer", "peers"), ("mirror", "mirrors")):
+    for kind in ("peer", "mirror"):
         counts = [count for origin, count in history.sent.items() if origin.kind == kind]
         if counts:
-            many = f"1 {kind}" if len(counts) == 1 else f"{len(counts)} {word}"
-            said.append(f"{bytes_text(sum(counts))} by {many}")
+            said.append(f"{bytes_text(sum(counts))} by {count_text(len(counts), kind)}")
     return ", ".join(said)
 
 

@@ -45,6 +45,7 @@ from grokfetch.torrent.read_back import (
     in_batches,
     may_be_on_disk,
 )
+from grokfetch.units import count_text
 
 __all__ = ["Limits", "fetch"]
 
@@ -322,7 +323,9 @@ class _Bringing:
 
     def _check_alive(self, alive: float, traffic: Traffic) -> None:
         if self._clock() - alive > self._limits.stall_s:
-            silence = f"no data for {self._limits.stall_s:.0f} s from {traffic.peers} peers"
+            silence = (
+                f"no data for {self._limits.stall_s:.0f} s from {count_text(traffic.peers, 'peer')}"
+            )
             raise Stalled(
                 "; ".join((silence, *self._told)),
                 path=self._store.root,
@@ -340,7 +343,10 @@ class _Bringing:
                 yield from corrupt(self._layout, result, self._plan.tensors)
         self._saver.turn()
         yield dataclasses.replace(
-            self._status("downloading"), rate=traffic.rate, peers=traffic.peers
+            self._status("downloading"),
+            rate=traffic.rate,
+            peers=traffic.peers,
+            mirrors=traffic.mirrors,
         )
 
     def _count(self, result: PieceResult) -> None:

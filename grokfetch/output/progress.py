@@ -7,25 +7,29 @@ coloured.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Never, Protocol, Self, TextIO
-
-from tqdm import tqdm
+from typing import Any, Protocol, Self, TextIO
 
 from grokfetch.events import Event, Finding, Notice, Progress, Status
+from grokfetch.output.gauge import Gauge, Speed
 from grokfetch.output.json_lines import as_fields
-from grokfetch.units import bytes_text
+from grokfetch.output.terminal import Screen, screen
 
 __all__ = ["Bar", "Lines", "Sink", "finding_line"]
 
 
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
+
+DRAW_INTERVAL_S = 0.1
+"""How often a bar is drawn anew."""
 
 PROGRESS_INTERVAL_S = 1.0
 """How often a machine is told how far a step is; other events are never left out."""
@@ -100,7 +104,7 @@ class Lines:
 
 
 class Bar:
-    """The progress of one step in bytes.
+    """The progress of one step in bytes, in the last line of a terminal.
 
     Args:
         label: the step, one word.
@@ -120,11 +124,11 @@ class Bar:
         self._label = label
         self._stream = stream or sys.stderr
         self._findings = findings or self._stream
-        self._tqdm: tqdm[Never] | None = None
-        self._start = time.monotonic()
-        self._next_line = self._start + LINE_INTERVAL_S
+        self._speed = Speed()
+        self._drawn = ""
         dumb = plain or os.environ.get("TERM") == "dumb"
         self._terminal = self._stream.isatty() and not dumb
+        self._due = -math.inf if self._terminal else time.monotonic() + LINE_INTERVAL_S
 
     def __enter__(self) -> Self:
         return self
@@ -135,14 +139,14 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._tqdm is not None:
-            self._tqdm.close()
+        self._clear()
+        self._stream.flush()
 
     def take(self, event: Event) -> None:
         """Show how far it is; write what was found and noticed above the bar."""
         match event:
             case Status():
-                self.show(event.done, event.total, _note(event))
+                self._show(self._of_fetch(event))
             case Progress():
                 self.show(event.done, event.total)
             case Finding():
@@ -153,51 +157,61 @@ class Bar:
                 # Results are printed by the command; single pieces are for machines.
                 return
 
-    def show(self, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` bytes are done, with a few words about the rest."""
-        if self._terminal:
-            self._draw(done, total, note)
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_INTERVAL_S
-            share = f"{100 * done / total:.1f} %" if total else "waiting"
-            text = f"{self._label} {share}, {bytes_text(done)} of {bytes_text(total)}"
-            self.say(f"{text}, {note}" if note else text)
+    def show(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes are done."""
+        rate = self._speed.of(done, time.monotonic())
+        self._show(Gauge(self._label, done, total, rate))
+
+    def _of_fetch(self, status: Status) -> Gauge:
+        downloads = status.phase == "downloading"
+        measured = self._speed.of(status.done, time.monotonic())
+        known = status.total if status.phase != "metadata" else 0
+        return Gauge(
+            self._label if downloads else status.phase,
+            status.done,
+            known,
+            status.rate if downloads else None if status.phase == "done" else measured,
+            status.peers if downloads or status.phase == "metadata" else None,
+            status.mirrors,
+        )
 
     def say(self, text: str) -> None:
         """Write one line above the bar."""
         self._print(text, self._stream)
 
-    def _print(self, text: str, stream: TextIO) -> None:
-        if self._tqdm is None:
-            print(text, file=stream, flush=True)
+    def _show(self, gauge: Gauge) -> None:
+        now = time.monotonic()
+        if now < self._due:
+            return
+        if self._terminal:
+            self._due = now + DRAW_INTERVAL_S
+            self._draw(gauge.line(self._view))
         else:
-            self._tqdm.write(text, file=stream)
+            self._due = now + LINE_INTERVAL_S
+            self.say(gauge.sentence())
 
-    def _draw(self, done: int, total: int, note: str) -> None:
-        bar = self._tqdm
-        if bar is None:
-            bar = self._tqdm = tqdm(
-                desc=self._label,
-                total=total or None,
-                initial=done,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1000,
-                dynamic_ncols=True,
-                file=self._stream,
-                leave=False,
-            )
-        bar.total = total or None
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(done - bar.n)
+    @property
+    def _view(self) -> Screen:
+        # In the last column some terminals begin a new line.
+        view = screen(self._stream)
+        return dataclasses.replace(view, width=view.columns - 1, colour=False)
 
+    def _print(self, text: str, stream: TextIO) -> None:
+        drawn = self._drawn
+        self._clear()
+        print(text, file=stream, flush=True)
+        if drawn:
+            self._draw(drawn)
 
-def _note(status: Status) -> str:
-    if status.phase == "metadata":
-        return f"metadata, {status.peers} peers"
-    if status.phase != "downloading":
-        return status.phase
-    return f"{status.pieces_done}/{status.pieces_total} pieces proven, {status.peers} peers"
+    def _draw(self, line: str) -> None:
+        self._stream.write(f"\r{line}{' ' * (len(self._drawn) - len(line))}")
+        self._stream.flush()
+        self._drawn = line
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\r{' ' * len(self._drawn)}\r")
+            self._drawn = ""
 
 
 def finding_line(finding: Finding) -> str:

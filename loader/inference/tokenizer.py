@@ -16,7 +16,7 @@ from typing import Any
 
 from grokfetch.errors import PromptInvalid, TokenizerMissing
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import TokenizerSource
+from grokfetch.manifest.schema import Manifest, TokenizerSource
 
 __all__ = ["TextStream", "Tokenizer", "decoded", "is_named", "tokenizer_of"]
 
@@ -149,19 +149,20 @@ def tokenizer_of(store: Store, alternative: str = "") -> Tokenizer:
         TokenizerMissing: there is none, or another one than the manifest names.
         StateMissing: the folder has no manifest.
     """
-    source = store.manifest().tokenizer
+    manifest = store.manifest()
+    source = manifest.tokenizer
     path = store.root / (USUAL_NAME if source is None else source.path)
     if not path.exists():
         raise TokenizerMissing(
             "the tokenizer is not there",
             path=path,
-            hint=_where(source, store.root) + alternative,
+            hint=_where(manifest, store.root) + alternative,
         )
     if source is not None and not is_named(path, source):
         raise TokenizerMissing(
             f"this is not the tokenizer of the model (its sha256 is not {source.sha256})",
             path=path,
-            hint=_where(source, store.root) + alternative,
+            hint=_where(manifest, store.root) + alternative,
         )
     return Tokenizer.load(path)
 
@@ -179,7 +180,10 @@ def is_named(path: Path, source: TokenizerSource) -> bool:
         raise TokenizerMissing(f"cannot be read: {error.strerror}", path=path) from error
 
 
-def _where(source: TokenizerSource | None, folder: Path) -> str:
+def _where(manifest: Manifest, folder: Path) -> str:
+    source = manifest.tokenizer
+    if source is not None and any(file.path == source.path for file in manifest.files):
+        return f"run: grokfetch fetch {folder}, which brings it"
     if source is None or source.url is None:
         return "put it there"
     return (

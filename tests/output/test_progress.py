@@ -6,9 +6,10 @@ import io
 
 import pytest
 
+from grokfetch.events import Status
 from grokfetch.output import progress
 from grokfetch.output.progress import Bar
-from grokfetch.units import bytes_text, seconds_text
+from grokfetch.units import bytes_text, count_text, seconds_text
 
 
 class Terminal(io.StringIO):
@@ -16,29 +17,70 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_without_a_terminal_only_sparse_lines_are_written(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def downloading(second, **changes):
+    return Status("downloading", second, 100, **{"rate": 1.0, "peers": 1} | changes)
+
+
+def test_without_a_terminal_only_sparse_lines_are_written(clock):
     out = io.StringIO()
     with Bar("fetch", out) as bar:
-        for second in range(35):
-            now = float(second)
-            bar.show(second, 100, "2 peers")
+        for clock.now in map(float, range(35)):
+            bar.take(downloading(int(clock.now), peers=2, mirrors=1))
     lines = out.getvalue().splitlines()
-    assert lines[0] == "fetch 10.0 %, 10 B of 100 B, 2 peers"
+    assert lines[0] == "fetch 10.0 %, 10 B of 100 B, 1 B/s, 1 min 30 s left, 2 peers, 1 mirror"
     assert len(lines) == 3
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_taken_away():
+def shown(text):
+    """What stands in each line of a terminal in the end."""
+    return [line.split("\r")[-1].rstrip() for line in text.split("\n")]
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_taken_away(monkeypatch, clock):
+    monkeypatch.setenv("COLUMNS", "80")
     out = Terminal()
     with Bar("fetch", out) as bar:
-        bar.show(250, 1000, "2 peers")
+        bar.take(downloading(25))
+        [drawn] = shown(out.getvalue())
         bar.say("a finding")
-    text = out.getvalue()
-    assert "fetch" in text
-    assert "25%" in text
-    assert "a finding\n" in text
-    assert text.endswith("\r")
+        assert shown(out.getvalue()) == ["a finding", drawn]
+        clock.now = 1.0
+        bar.take(downloading(100))
+        assert "100.0 %" in shown(out.getvalue())[-1]
+    assert drawn.startswith("fetch")
+    assert drawn.endswith("25.0 %  1 B/s  1 min 15 s left  1 peer")
+    assert shown(out.getvalue()) == ["a finding", ""]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_shorter_line_leaves_nothing_of_a_longer_one(monkeypatch, clock, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal()
+    with Bar("fetch", out) as bar:
+        bar.take(downloading(25, rate=1e6, peers=123, mirrors=10))
+        clock.now = 1.0
+        bar.take(Status("metadata", peers=1))
+        assert shown(out.getvalue()) == ["metadata  1 peer"]
+    assert all(len(line) < columns for line in out.getvalue().split("\r"))
+
+
+def test_a_bar_is_drawn_ten_times_a_second_at_most(monkeypatch, clock):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    with Bar("fetch", out) as bar:
+        for step in range(1000):
+            clock.now = step / 1000
+            bar.take(downloading(step // 10))
+    assert out.getvalue().count("%") <= 10
 
 
 @pytest.mark.parametrize(
@@ -62,3 +104,10 @@ def test_sizes_are_written_for_people(count, text):
 )
 def test_durations_are_written_for_people(seconds, text):
     assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 peers"), (1, "1 peer"), (2, "2 peers"), (1234, "1,234 peers")]
+)
+def test_one_thing_is_not_several(count, text):
+    assert count_text(count, "peer") == text

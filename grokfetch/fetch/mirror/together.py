@@ -143,7 +143,7 @@ class Together:
             raise type(error)(what, path=error.path, hint=error.hint) from None
 
     def _told_apart(self, event: Event) -> Event:
-        """Traffic with who has sent how much, in earlier rounds too; all else as it is."""
+        """Traffic with the mirrors, and who has sent how much, in earlier rounds too."""
         if not isinstance(event, Traffic):
             return event
         self._from_peers = event.sent or self._from_peers
@@ -151,7 +151,7 @@ class Together:
         for mirror in self._mirrors.values():
             if mirror is not None and mirror.received:
                 sent[Origin("mirror", mirror.name)] += mirror.received
-        return dataclasses.replace(event, sent=sent)
+        return dataclasses.replace(event, sent=sent, mirrors=len(self._alive()))
 
     def _meet(self, torrent: TorrentFile) -> Iterator[Notice]:
         """Take in the addresses, once each, and say what of the environment cannot be used."""
