@@ -191,7 +191,7 @@ def measure(folder: Path, layout: str, load: Callable[[Path, int], Any]) -> dict
 
 def copy_rate(nbytes: int = 2**29) -> float:
     """GB/s at which all cores together copy memory into fresh huge pages; the best of some."""
-    from loader.devices.assemble import fresh_memory
+    from loader.devices.staging import fresh_memory
 
     source, step = np.ones(nbytes, np.uint8), 2**24
     times = []

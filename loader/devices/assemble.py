@@ -2,7 +2,7 @@
 
 On CPU devices a block is written where the array will lie: into fresh memory on huge pages (page
 faults, not copying, are the cost of loading) that JAX takes over as it is. For other devices it
-goes through a buffer of the thread's own, used again as soon as they have what is in it.
+goes through buffers of `loader.devices.staging`, several of them under way at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,13 +21,10 @@ from jax import Array, lax
 from jax.sharding import Sharding
 
 from loader.devices.chunks import Chunk, Part
+from loader.devices.staging import ALIGNMENT, Staging, fresh_memory
 from loader.weights.partition import Block
 
-__all__ = ["Copy", "Landing", "fresh_memory", "landing"]
-
-HUGE_PAGE = 2**21
-ALIGNMENT = 64
-"""Bytes; JAX takes over host memory that is aligned so."""
+__all__ = ["Copy", "Landing", "landing", "on_host"]
 
 Holder = tuple[Block, tuple[jax.Device, ...]]
 
@@ -61,14 +57,33 @@ class Landing(Protocol):
         """Have the parts of a chunk copied to where they go; several threads may at a time."""
 
     def shards(self) -> list[Array]:
-        """Every device's block, once all parts are there."""
+        """Every device's block, once all parts have been taken; they may be under way still."""
 
 
-def landing(sharding: Sharding, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Landing:
-    """Where an array is to lie on the devices of this process."""
+def landing(
+    sharding: Sharding,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    staging: Callable[[Any], Staging],
+) -> Landing:
+    """Where an array is to lie on the devices of this process.
+
+    Args:
+        sharding: of the array.
+        shape: of the array.
+        dtype: of the array.
+        staging: makes the buffers for the client of devices that have memory of their own.
+    """
     holders = _holders(sharding, shape)
-    on_host = all(device.platform == "cpu" for _, devices in holders for device in devices)
-    return _Resident(holders, dtype) if on_host else _Staged(holders, dtype)
+    devices = [device for _, some in holders for device in some]
+    if on_host(devices):
+        return _Resident(holders, dtype)
+    return _Staged(holders, dtype, staging(devices[0].client))
+
+
+def on_host(devices: Sequence[jax.Device]) -> bool:
+    """Whether the memory of devices is the host's."""
+    return all(device.platform == "cpu" for device in devices)
 
 
 class _Resident:
@@ -98,62 +113,72 @@ class _Resident:
 class _Staged:
     """Blocks in the devices' own memory, to which the parts of a chunk are sent as they come."""
 
-    _staging = threading.local()
-
-    def __init__(self, holders: Sequence[Holder], dtype: np.dtype[Any]) -> None:
+    def __init__(self, holders: Sequence[Holder], dtype: np.dtype[Any], staging: Staging) -> None:
         self.blocks = [block for block, _ in holders]
         self._devices = [devices for _, devices in holders]
-        self._dtype = dtype
+        self._dtype, self._staging = dtype, staging
         self._arrays: list[list[Array]] = [[] for _ in holders]
         self._lock = threading.Lock()
 
     def take(self, chunk: Chunk, copy: Copy) -> None:
-        views = _views([part.shape for part in chunk.parts], self._dtype, self._buffer)
-        pieces = []
-        for part, view in zip(chunk.parts, views, strict=True):
-            copy(part, view)
-            pieces.append([jax.device_put(view, device) for device in self._devices[part.block]])
-        with self._lock:
-            for part, sent in zip(chunk.parts, pieces, strict=True):
-                self._add(part, sent)
-            # Only now may the buffer be written again, and nothing piles up on the devices.
-            jax.block_until_ready((pieces, self._arrays))  # type: ignore[no-untyped-call]
+        shapes = [part.shape for part in chunk.parts]
+        with self._staging.buffer(_room(shapes, self._dtype)) as (memory, waiting):
+            views = _views(shapes, self._dtype, lambda _: memory)
+            for part, view in zip(chunk.parts, views, strict=True):
+                copy(part, view)
+                sent = [jax.device_put(view, device) for device in self._devices[part.block]]
+                # Each part is written into what the one before has left.
+                with self._lock:
+                    waiting.extend(self._add(part, sent))
 
-    def _buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """This thread's buffer. It is not aligned as JAX likes it, lest it be taken over."""
-        held = getattr(self._staging, "buffer", None)
-        if held is None or held.size < nbytes:
-            held = self._staging.buffer = fresh_memory(nbytes + ALIGNMENT // 4)[ALIGNMENT // 4 :]
-        return held
-
-    def _add(self, part: Part, sent: list[Array]) -> None:
+    def _add(self, part: Part, sent: list[Array]) -> list[Array]:
+        """Have a part written into its block; arrays that are ready once it is."""
         arrays, shape = self._arrays[part.block], _shape(self.blocks[part.block])
         if part.shape == shape:
             arrays[:] = sent
-            return
+            return [_corner(piece) for piece in sent]
         start = tuple(cut.start for cut in part.target)
-        if not arrays:
-            arrays[:] = [_begin(piece, start, shape) for piece in sent]
-            return
-        arrays[:] = [_write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)]
+        if arrays:
+            both = [_write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)]
+        else:
+            both = [_begin(piece, start, shape) for piece in sent]
+        arrays[:] = [block for block, _ in both]
+        return [corner for _, corner in both]
 
     def shards(self) -> list[Array]:
         return list(itertools.chain.from_iterable(self._arrays))
 
 
+@jax.jit
+def _corner(piece: Array) -> Array:
+    """One element, which is ready when all are there."""
+    return piece[(slice(1),) * piece.ndim]
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def _begin(piece: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """A block of which one part is there."""
-    return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start)
+def _begin(piece: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """A block of which one part is there, and an element of the part."""
+    return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start), _corner(piece)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(block: Array, piece: Array, start: tuple[int, ...]) -> Array:
-    return lax.dynamic_update_slice(block, piece, start)
+def _write(block: Array, piece: Array, start: tuple[int, ...]) -> tuple[Array, Array]:
+    return lax.dynamic_update_slice(block, piece, start), _corner(piece)
 
 
 def _shape(block: Block) -> tuple[int, ...]:
     return tuple(cut.stop - cut.start for cut in block)
+
+
+def _room(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> int:
+    """Bytes that arrays of some shapes take one after another."""
+    return sum(_sizes(shapes, dtype)[1])
+
+
+def _sizes(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[list[int], list[int]]:
+    """Bytes of each array, and from its beginning to that of the next."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    return sizes, [size + -size % ALIGNMENT for size in sizes]
 
 
 def _views(
@@ -162,29 +187,10 @@ def _views(
     memory: Callable[[int], np.ndarray[Any, Any]],
 ) -> list[np.ndarray[Any, Any]]:
     """Arrays of some shapes, one after another in one piece of memory, each aligned like it."""
-    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-    steps = [size + -size % ALIGNMENT for size in sizes]
+    sizes, steps = _sizes(shapes, dtype)
     flat = memory(sum(steps))
     starts = itertools.accumulate(steps, initial=0)
     return [
         flat[start : start + size].view(dtype).reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
-
-
-def fresh_memory(nbytes: int) -> np.ndarray[Any, Any]:
-    """Bytes, aligned for JAX and on huge pages as far as they fill them; freed with the last view.
-
-    The system's own allocator would give pages of 4 KiB, each of which costs a fault.
-    """
-    if nbytes < HUGE_PAGE:
-        flat = np.empty(nbytes + ALIGNMENT, np.uint8)
-        start = -flat.ctypes.data % ALIGNMENT
-        return flat[start : start + nbytes]
-    pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    flat = np.frombuffer(pages, np.uint8)
-    start = -flat.ctypes.data % HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # The rest would take a huge page for itself, most of it unused.
-        pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE)
-    return flat[start : start + nbytes]

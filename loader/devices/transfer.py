@@ -1,11 +1,16 @@
 """Tensors from their files to devices: every byte read once, host memory in flight bounded.
 
 Chunks are read in file order by a few threads, several tensors at a time, and what will be read
-next is announced to the kernel. Where they go is `loader.devices.assemble`'s business.
+next is announced to the kernel. Where they go is `loader.devices.assemble`'s business. Devices with
+memory of their own are sent one chunk while others are read, and nothing waits for a tensor to have
+arrived before the next is begun.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +25,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from loader.devices.assemble import landing
 from loader.devices.chunks import Chunk, Part, chunks
 from loader.devices.products import Quantized
+from loader.devices.staging import Staging
 from loader.weights.checkpoint import Tensor
 from loader.weights.pages import Pages
 from loader.weights.partition import expanded_rows
@@ -66,7 +72,9 @@ def transfer(
     on_bytes: Callable[[int], None] | None = None,
     drop: bool = False,
 ) -> Iterator[OnDevices]:
-    """Tensors on their devices, in the order in which they are given.
+    """Tensors on their devices, in the order in which they are given; the last may be under way.
+
+    Once there is no more to come all have arrived.
 
     Weights stay int8 and scales bfloat16. Of several processes each reads what its own devices
     hold. A block that several CPU devices hold is one piece of memory.
@@ -80,9 +88,15 @@ def transfer(
     """
     size, workers = division(in_flight, os.cpu_count() or 1)
     waiting: deque[tuple[_Leg, ...]] = deque()
-    with _Reader(workers, on_bytes, drop=drop) as reader:
+    # The threads end first, then what they fill is closed.
+    with contextlib.ExitStack() as buffers, _Reader(workers, on_bytes, drop=drop) as reader:
+
+        @functools.cache
+        def staging(client: Any) -> Staging:
+            return buffers.enter_context(contextlib.closing(Staging(client, size, in_flight)))
+
         for tensor, sharding in tensors:
-            waiting.append(_legs(tensor, sharding, size))
+            waiting.append(_legs(tensor, _Route(sharding, size, staging)))
             for leg in waiting[-1]:
                 reader.begin(leg)
             while waiting and all(leg.landed for leg in waiting[0]):
@@ -114,18 +128,27 @@ def _together(legs: tuple[_Leg, ...]) -> OnDevices:
     return Quantized(weight, scales[0]) if scales else weight
 
 
-def _legs(tensor: Stored, sharding: Sharding, size: int) -> tuple[_Leg, ...]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Route:
+    """Where arrays go, in chunks of how many bytes, and what makes buffers for JAX's client."""
+
+    sharding: Sharding
+    size: int
+    staging: Callable[[Any], Staging]
+
+
+def _legs(tensor: Stored, route: _Route) -> tuple[_Leg, ...]:
     """The weight on its way, and the scales if it has any."""
     spec, scales = tensor.spec, tensor.scales
     file = tensor if isinstance(tensor, Tensor) else None
-    weight = _Leg(tensor.weight, sharding, size, file=file)
+    weight = _Leg(tensor.weight, route, file=file)
     if scales is None:
         return (weight,)
-    parts = spec.shape[-2] // sharding.shard_shape(spec.shape)[-2]
+    parts = spec.shape[-2] // route.sharding.shard_shape(spec.shape)[-2]
     groups = scales.shape[-2]
     times = expanded_rows(groups, parts) // groups
     repeated = scales if times == 1 else np.repeat(scales, times, axis=-2)
-    return weight, _Leg(repeated, sharding, size, times=times)
+    return weight, _Leg(repeated, route, times=times)
 
 
 class _Leg:
@@ -133,8 +156,7 @@ class _Leg:
 
     Args:
         source: the array on the host.
-        sharding: where it is to go.
-        size: bytes of a chunk.
+        route: where it is to go.
         file: what to tell of the pages that are read, if they are a file's.
         times: how often `source` repeats each byte of the checkpoint.
     """
@@ -142,17 +164,16 @@ class _Leg:
     def __init__(
         self,
         source: np.ndarray[Any, Any],
-        sharding: Sharding,
-        size: int,
+        route: _Route,
         *,
         file: Tensor | None = None,
         times: int = 1,
     ) -> None:
         self.file = file
-        self._source, self._sharding, self._times = source, sharding, times
-        self._landing = landing(sharding, source.shape, source.dtype)
+        self._source, self._sharding, self._times = source, route.sharding, times
+        self._landing = landing(route.sharding, source.shape, source.dtype, route.staging)
         itemsize = source.dtype.itemsize
-        self.chunks = tuple(chunks(source.shape, itemsize, self._landing.blocks, size))
+        self.chunks = tuple(chunks(source.shape, itemsize, self._landing.blocks, route.size))
         self._left, self._used = len(self.chunks), 0
 
     @property

@@ -18,8 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import golden
 
 from grokfetch.errors import CheckpointInvalid
-from loader.devices import assemble as landing
-from loader.devices import transfer
+from loader.devices import assemble, staging, transfer
 from loader.devices.transfer import division, to_devices
 from loader.weights import pages
 from loader.weights.pages import Pages
@@ -44,7 +43,7 @@ def resident(monkeypatch):
 
 def staged(monkeypatch):
     """As for devices with memory of their own."""
-    monkeypatch.setattr(landing, "_Resident", landing._Staged)
+    monkeypatch.setattr(assemble, "on_host", lambda _: False)
 
 
 WHOLE = transfer.CHUNK
@@ -97,7 +96,7 @@ def test_a_donated_array_leaves_the_memory_of_others_alone():
 
 
 def test_arrays_outlive_everything_that_they_were_made_from(monkeypatch):
-    monkeypatch.setattr(landing, "HUGE_PAGE", 4096)
+    monkeypatch.setattr(staging, "HUGE_PAGE", 4096)
     tensor = golden.CHECKPOINT[NAMES[1]]
     placed = [to_devices(tensor, split("a", "b")).weight for _ in range(20)]
     del placed[::2]
@@ -169,7 +168,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from loader.devices import assemble as landing
+from loader.devices import assemble
 from loader.weights.checkpoint import Tensor
 from loader.weights.schema import ParamSpec
 from loader.weights.shard_reader import read_shard
@@ -190,8 +189,8 @@ def load(tensor, seen):
 path, beyond = Path(sys.argv[1]), []
 spec = ParamSpec("big", 0, {BIG}, "float32", ("vocab", "embed"))
 tensor = Tensor(spec, path, read_shard(path).array)
-for way in ("_Resident", "_Staged"):
-    setattr(landing, "_Resident", getattr(landing, way))
+for on_host in (True, False):
+    assemble.on_host = lambda _: on_host
     seen = []
     load(tensor, seen)  # what is compiled stays
     gc.collect()
