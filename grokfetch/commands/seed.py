@@ -85,7 +85,7 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
                 hint=store.hint_above()
                 or f"fetch something into it, or: grokfetch publish {store.root}",
             )
-        look = _Look(store, torrent, layout)
+        look = Unchanged(store, torrent, layout)
         parts = (part for piece in look.pieces for part in layout.segments(piece))
         size = sum(part.length for part in parts if not part.file.pad)
         start = time.monotonic()
@@ -140,7 +140,7 @@ class _Teller:
         )
 
 
-def _follow(seeder: Seeder, look: _Look, goal: Goal, teller: _Teller) -> int:
+def _follow(seeder: Seeder, look: Unchanged, goal: Goal, teller: _Teller) -> int:
     """Wait until the goal is reached or somebody presses Ctrl-C; the bytes sent by then."""
     start = time.monotonic()
     look_at, line_at = start + LOOK_INTERVAL_S, start + teller.interval_s
@@ -160,7 +160,7 @@ def _follow(seeder: Seeder, look: _Look, goal: Goal, teller: _Teller) -> int:
     return seeder.uploaded()
 
 
-class _Look:
+class Unchanged:
     """How the files looked when their proofs were read.
 
     Args:

@@ -142,7 +142,7 @@ def serve(
             batch.slots,
             MOST_RANKED,
         )
-        worker = Worker(_Jobs(batch), batch.slots, queue_length)
+        worker = Worker(Jobs(batch), batch.slots, queue_length)
         access = Access(key, origins, _say if log_requests else None)
         listen(application(worker, served, words, access), at, _say, served.name)
 
@@ -151,7 +151,7 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-class _Jobs:
+class Jobs:
     """A batch that takes what the server asks for; see `grokfetch.serving.model.Model`."""
 
     def __init__(self, batch: Batch) -> None:
@@ -161,13 +161,16 @@ class _Jobs:
 
     @property
     def busy(self) -> bool:
+        """Whether a step has anything to do."""
         return self._batch.busy
 
     @property
     def working(self) -> int:
+        """Texts that have a slot."""
         return self._batch.working
 
     def add(self, number: int, generation: Generation) -> None:
+        """Take in a text under a number that no other text has now."""
         from loader.inference.batching import Job
         from loader.inference.penalties import Penalties
         from loader.inference.sampling import Sampling
@@ -196,6 +199,7 @@ class _Jobs:
         self._batch.add(number, job)
 
     def step(self) -> Sequence[Emission]:
+        """What one step of the model makes known."""
         return self._batch.step()
 
 

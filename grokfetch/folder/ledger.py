@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -25,7 +25,7 @@ from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.torrent.layout import Layout, LayoutFile
 
-__all__ = ["Proofs", "Saver", "flush"]
+__all__ = ["Proofs", "Saver", "flush", "flush_one"]
 
 FLUSH_BYTES = 256 << 20
 """So many proven bytes are worth a flush of their own."""
@@ -298,14 +298,21 @@ class Saver:
         proofs: what to save.
         save_s: seconds between two writings of the record.
         clock: monotonic seconds.
+        pool: where files are flushed, shut down at the end; by default a thread of its own.
     """
 
-    def __init__(self, proofs: Proofs, save_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        proofs: Proofs,
+        save_s: float,
+        clock: Callable[[], float],
+        pool: Executor | None = None,
+    ) -> None:
         self._proofs = proofs
         self._save_s = save_s
         self._clock = clock
         self._written_at = clock()
-        self._pool = ThreadPoolExecutor(1, "flush")
+        self._pool = pool or ThreadPoolExecutor(1, "flush")
         self._flush: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -350,7 +357,7 @@ class Saver:
 def flush(paths: Iterable[Path], root: Path) -> None:
     """Force files below `root`, and the folders that name them, to the disk.
 
-    What is gone is passed over. Every folder on the way is flushed, for whoever made it need not
+    Every folder on the way is flushed, for whoever made it need not
     have done so, and a file whose folder loses its name after a power cut is lost with it.
 
     Raises:
@@ -359,12 +366,17 @@ def flush(paths: Iterable[Path], root: Path) -> None:
     folders: set[Path] = set()
     for path in paths:
         folders.update(takewhile(lambda folder: folder != root.parent, path.parents))
-        _flush(path)
+        flush_one(path)
     for folder in folders:
-        _flush(folder)
+        flush_one(folder)
 
 
-def _flush(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk; what is gone is passed over.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
     try:
         atomic.flush(path)
     except FileNotFoundError:

@@ -68,9 +68,14 @@ class Worker:
         self.failures = 0
 
     @property
+    def texts(self) -> int:
+        """Texts at work or in the queue."""
+        return len(self._texts)
+
+    @property
     def waiting(self) -> int:
         """Texts in the queue."""
-        return max(0, len(self._texts) - self.working)
+        return max(0, self.texts - self.working)
 
     def start(self) -> None:
         """Start the thread; the running loop is the one that is told."""
@@ -88,7 +93,7 @@ class Worker:
         Raises:
             Busy: there is no room in the queue.
         """
-        if len(self._texts) + len(generations) > self.capacity:
+        if self.texts + len(generations) > self.capacity:
             raise Busy(self._patience(len(generations)))
         numbers = [next(self._numbers) for _ in generations]
         texts = Texts(self, numbers)
@@ -108,7 +113,7 @@ class Worker:
 
     def _patience(self, wanted: int) -> int:
         """Seconds until some texts may find room, by how long recent requests took."""
-        rounds = (len(self._texts) + wanted - self.capacity) / self._slots
+        rounds = (self.texts + wanted - self.capacity) / self._slots
         return max(1, min(LONGEST_WAIT_S, round(rounds * self._seconds)))
 
     def _tell(self, emissions: Sequence[Emission], working: int) -> None:

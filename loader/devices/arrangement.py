@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from grokfetch.errors import OutOfReach
 from grokfetch.units import bytes_text
 from loader.devices.cache_folder import cache_folder
-from loader.devices.memory import available
+from loader.devices.memory import free_memory
 from loader.weights.capacity import Memory, Shortage, Use, shortage
 from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig
@@ -106,7 +106,7 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
     Raises:
         OutOfReach: what is needed and what is free, and the smallest change that would do.
     """
-    memory = _free_memory(arrangement.mesh)
+    memory = free_memory(arrangement.mesh.local_devices)
     if memory is None:
         return
     use = Use(
@@ -124,17 +124,6 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
             f" {bytes_text(memory.free)} are free",
             hint=advice(short, memory),
         )
-
-
-def _free_memory(mesh: Mesh) -> Memory | None:
-    """What the devices of a mesh have free on this host; None where they do not tell."""
-    devices = mesh.local_devices
-    if all(device.platform == "cpu" for device in devices):
-        return Memory(available(), len(devices))
-    told = [device.memory_stats() for device in devices]
-    if not all(stats and "bytes_limit" in stats for stats in told):
-        return None
-    return Memory(min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told))
 
 
 def advice(short: Shortage, memory: Memory) -> str:

@@ -6,12 +6,18 @@ of files count against the limit too, but go when they are needed, so they count
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import psutil
 
-__all__ = ["available", "cgroup_room"]
+from loader.weights.capacity import Memory
+
+if TYPE_CHECKING:
+    import jax
+
+__all__ = ["available", "cgroup_room", "free_memory"]
 
 ROOT = Path("/")
 
@@ -21,6 +27,18 @@ def available() -> int:
     room = cgroup_room(ROOT)
     free = int(psutil.virtual_memory().available)
     return free if room is None else min(free, room)
+
+
+def free_memory(devices: Sequence[jax.Device]) -> Memory | None:
+    """What devices of this host have free; None where they do not tell."""
+    if all(device.platform == "cpu" for device in devices):
+        return Memory(available(), len(devices))
+    stats = [device.memory_stats() for device in devices]
+    if not all(of_device and "bytes_limit" in of_device for of_device in stats):
+        return None
+    return Memory(
+        min(of_device["bytes_limit"] - of_device.get("bytes_in_use", 0) for of_device in stats)
+    )
 
 
 def cgroup_room(root: Path) -> int | None:

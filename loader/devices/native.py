@@ -35,7 +35,8 @@ PATIENCE_S = 60
 NAME = f"grokfetch_product_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]}"
 """What XLA knows the function as; a compiled program that is kept finds no other version of it."""
 
-_libraries: list[ctypes.CDLL] = []
+LOADED: list[ctypes.CDLL] = []
+"""The C program once this process uses it: jax takes a function of a name only once."""
 
 
 def built(folder: Path, report: Callable[[str], object]) -> bool:
@@ -45,7 +46,7 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
         folder: of the user, who alone may write it, and of this processor and version of jaxlib.
         report: is told in one line if a compiler is there and the program cannot be used.
     """
-    if _libraries:
+    if LOADED:
         return True
     compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     try:
@@ -59,7 +60,7 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
         report(f"{SOURCE.name} cannot be built or used, hence slower products: {error}")
         return False
     jax.ffi.register_ffi_target(NAME, function, platform="cpu")
-    _libraries.append(library)
+    LOADED.append(library)
     return True
 
 

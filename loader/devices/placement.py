@@ -52,6 +52,7 @@ __all__ = [
     "check_shared",
     "load",
     "make_mesh",
+    "of_each_host",
     "params_of",
     "share",
 ]
@@ -130,11 +131,11 @@ def make_mesh(
             f"the mesh {shape} needs {shape.devices} devices, and there are {len(found)}",
             hint=what_works(config, len(found)),
         )
-    chosen = np.array(_of_each_host(found, shape.devices), object)
+    chosen = np.array(of_each_host(found, shape.devices), object)
     return Mesh(chosen.reshape(shape.data, shape.expert, shape.model), ("data", "expert", "model"))
 
 
-def _of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+def of_each_host(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
     """The first devices of each host, `count` in all, host after host."""
     hosts = sorted({device.process_index for device in devices})
     each, rest = divmod(count, len(hosts))

@@ -26,7 +26,7 @@ from loader.devices.cache_folder import cache_folder
 from loader.devices.kernels import Rows, Tuning, product
 from loader.devices.xla_setup import processor
 
-__all__ = ["decode", "encode", "measure", "suited"]
+__all__ = ["decode", "encode", "measure", "product_seconds", "suited"]
 
 SCHEMA = 2
 ROWS, COLUMNS = 6144, 16384
@@ -66,21 +66,43 @@ def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
     return measured
 
 
+def product_seconds(flat: Array, tokens: int, rows: int, columns: int, tuning: Tuning) -> float:
+    """The shortest of some products of so many tokens with a matrix in `flat`."""
+
+    def compute(flat: Array, x: Array) -> Array:
+        matrix = Rows(flat, jnp.int32(0), jnp.int32(0), rows, columns, columns)
+        return product(x, matrix, 1, lambda _: jnp.ones(columns), tuning)
+
+    options = {"xla_cpu_prefer_vector_width": tuning.vector_width}
+    run = jax.jit(compute, compiler_options=options)
+    x = jnp.ones((tokens, rows), jnp.float32)
+    run(flat, x).block_until_ready()
+    taken = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run(flat, x).block_until_ready()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
 def measure(
-    folder: Path | None = None, report: Callable[[str], object] = lambda _reason: None
+    folder: Path | None = None,
+    report: Callable[[str], object] = lambda _reason: None,
+    seconds: Callable[[Array, int, int, int, Tuning], float] = product_seconds,
 ) -> Tuning:
     """The fastest formulations, each in its turn, on the first device of this process.
 
     Args:
         folder: where `loader.devices.native` keeps what it compiles; None leaves it out.
         report: is told in one line why it could not be compiled.
+        seconds: how long a product takes, called as `product_seconds` is.
     """
     device = jax.local_devices()[0]
     flat = jax.device_put(np.arange(ROWS * COLUMNS, dtype=np.int8), device)
     best = Tuning()
 
     def fastest(tokens: int, rows: int, columns: int, among: Iterable[Tuning]) -> Tuning:
-        return min(among, key=lambda tuning: _seconds(flat, tokens, rows, columns, tuning))
+        return min(among, key=lambda tuning: seconds(flat, tokens, rows, columns, tuning))
 
     best = fastest(
         1,
@@ -111,25 +133,6 @@ def measure(
             break
         best = both[0]
     return best
-
-
-def _seconds(flat: Array, tokens: int, rows: int, columns: int, tuning: Tuning) -> float:
-    """The shortest of some products of so many tokens with a matrix in `flat`."""
-
-    def compute(flat: Array, x: Array) -> Array:
-        matrix = Rows(flat, jnp.int32(0), jnp.int32(0), rows, columns, columns)
-        return product(x, matrix, 1, lambda _: jnp.ones(columns), tuning)
-
-    options = {"xla_cpu_prefer_vector_width": tuning.vector_width}
-    run = jax.jit(compute, compiler_options=options)
-    x = jnp.ones((tokens, rows), jnp.float32)
-    run(flat, x).block_until_ready()
-    taken = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        run(flat, x).block_until_ready()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def encode(tuning: Tuning, processor: str) -> bytes:

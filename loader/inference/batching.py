@@ -134,6 +134,11 @@ class Batch:
         """Texts that are being read or continued."""
         return len(self._reading) + len(self._writing)
 
+    @property
+    def rows(self) -> int:
+        """Slots that a step over those at work has, taken or free; few of them are compiled."""
+        return len(self._rows.lengths)
+
     def add(self, number: int, job: Job) -> None:
         """Take in a text under a number that no other text has now.
 
@@ -253,7 +258,7 @@ class Batch:
             moved = self._rows.shrink()
             for text in self._writing.values():
                 text.slot = moved[text.slot]
-        texts: list[_Text | None] = [None] * len(self._rows.lengths)
+        texts: list[_Text | None] = [None] * self.rows
         for text in self._writing.values():
             texts[text.slot] = text
         latest = np.array([0 if text is None else text.latest for text in texts], np.int32)

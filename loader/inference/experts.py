@@ -24,7 +24,17 @@ from loader.devices.products import (
 )
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Routed", "expert", "experts", "feed_forward", "route", "sum_over"]
+__all__ = [
+    "Plan",
+    "Routed",
+    "block_size",
+    "expert",
+    "experts",
+    "feed_forward",
+    "plan",
+    "route",
+    "sum_over",
+]
 
 LARGEST_BLOCK = 128
 """Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
@@ -195,11 +205,11 @@ def _by_blocks(
 ) -> Array:
     """Blocks of pairs of one expert each; how many there are is known only at run time."""
     flat, pairs = routed.x, routed.choices.size
-    size = _block_size(pairs, config.num_experts)
-    plan = _plan(routed.choices.reshape(-1), held, size)
+    size = block_size(pairs, config.num_experts)
+    blocks = plan(routed.choices.reshape(-1), held, size)
 
     def block(index: Array, total: Array) -> Array:
-        expert, pairs, live = _block(plan, index, size)
+        expert, pairs, live = _block(blocks, index, size)
         # Places beyond the group's end point outside: they read some row and add to none.
         rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
         x, matrices = flat.at[rows].get(mode="clip"), _selected(weights, expert)
@@ -208,7 +218,7 @@ def _by_blocks(
         gates = routed.gates.reshape(-1)[pairs]
         return total.at[rows].add(gates[:, None] * output, mode="drop")
 
-    trips = plan.ends[-1]
+    trips = blocks.ends[-1]
     if held == config.num_experts:
         # The host of a GPU would wait for every trip of a loop of unknown length.
         most = pairs // size + held - 1
@@ -217,14 +227,14 @@ def _by_blocks(
     return total
 
 
-def _block_size(pairs: int, num_experts: int) -> int:
+def block_size(pairs: int, num_experts: int) -> int:
     """Tokens in a block: about what an expert gets on average, one for a single token."""
     average = max(1, pairs // num_experts)
     return min(LARGEST_BLOCK, 1 << (average.bit_length() - 1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """Pairs sorted by expert, and where each expert's pairs start, how many, and its last block."""
 
     order: Array
@@ -234,10 +244,14 @@ class _Plan:
     ends: Array
 
 
-def _plan(choices: Array, held: int, size: int) -> _Plan:
+def plan(choices: Array, held: int, size: int) -> Plan:
+    """The blocks of up to `size` pairs that choices, int32 `[pairs]`, of `held` experts make.
+
+    A choice of `held` or more is nobody's.
+    """
     counts = jnp.sum(choices[:, None] == jnp.arange(held), axis=0)
     blocks = -(-counts // size)
-    return _Plan(
+    return Plan(
         order=jnp.argsort(choices, stable=True),
         starts=jnp.cumsum(counts) - counts,
         counts=counts,
@@ -246,7 +260,7 @@ def _plan(choices: Array, held: int, size: int) -> _Plan:
     )
 
 
-def _block(plan: _Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
+def _block(plan: Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
     """A block's expert (scalar), its pairs `[size]`, and which of those are the expert's at all."""
     # Blocks beyond the last have no live pair.
     expert = jnp.minimum(jnp.sum(plan.ends <= index), plan.ends.size - 1)

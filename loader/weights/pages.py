@@ -62,8 +62,8 @@ class Pages:
     def announce(self) -> None:
         """Have the kernel begin to read them."""
         # Looking up each page of what is there already would take a tenth of the time of a copy.
-        if not (self._is_cached(self.start) and self._is_cached(self.start + self.length - 1)):
-            self._advise(WILL_NEED)
+        if not (self.is_cached(self.start) and self.is_cached(self.start + self.length - 1)):
+            self.advise(WILL_NEED)
 
     def bring(self) -> None:
         """Have them read and mapped.
@@ -71,9 +71,9 @@ class Pages:
         Raises:
             StorageFailed: the file has been truncated, or its disk fails.
         """
-        failed = self._advise(POPULATE_READ) if LINUX else errno.EINVAL
+        failed = self.advise(POPULATE_READ) if LINUX else errno.EINVAL
         if failed == errno.EINVAL:  # Linux before 5.14, and other systems: the reading begins only.
-            failed = self._advise(WILL_NEED)
+            failed = self.advise(WILL_NEED)
         if failed == errno.EFAULT:
             raise StorageFailed(
                 "it has become shorter, or its disk fails, while the model is using it",
@@ -85,7 +85,7 @@ class Pages:
 
     def drop(self) -> None:
         """Let go of them: of our mapping, then of the page cache. The disk brings them again."""
-        self._advise(DO_NOT_NEED)
+        self.advise(DO_NOT_NEED)
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError), self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), self.start, self.length, os.POSIX_FADV_DONTNEED)
@@ -101,9 +101,9 @@ class Pages:
     def enlarge(self) -> None:
         """Ask for huge pages, where that can save enough."""
         if LINUX and self.length >= LARGE:
-            self._advise(HUGE)
+            self.advise(HUGE)
 
-    def _advise(self, advice: int) -> int:
+    def advise(self, advice: int) -> int:
         """Give the kernel advice; 0 or the number of the error."""
         return ctypes.get_errno() if _libc.madvise(*self._range(), advice) else 0
 
@@ -113,7 +113,7 @@ class Pages:
         address = np.frombuffer(self.mapped, np.uint8).ctypes.data
         return address + first, self.start + self.length - first
 
-    def _is_cached(self, place: int) -> bool:
+    def is_cached(self, place: int) -> bool:
         """Whether the page of a byte of the file is in memory; False where that is not told."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False

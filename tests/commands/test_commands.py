@@ -381,7 +381,7 @@ def test_copies_of_mapped_weights_are_refused(fetched_once):
 def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(
     fetched_once, monkeypatch
 ):
-    monkeypatch.setattr(arrangement, "_free_memory", lambda _: Memory(3_000_000))
+    monkeypatch.setattr(arrangement, "free_memory", lambda _: Memory(3_000_000))
     text = grokfetch(
         *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
         code=errors.OutOfReach.exit_code,

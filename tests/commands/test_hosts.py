@@ -148,9 +148,9 @@ def test_hosts_that_cannot_share_alike_are_refused(host, hosts):
 
 def test_mesh_stands_in_the_order_of_the_hosts_with_equally_many_devices_of_each():
     devices = [types.SimpleNamespace(process_index=it % 2, id=it) for it in range(6)]
-    assert [it.id for it in placement._of_each_host(devices, 4)] == [0, 2, 1, 3]
+    assert [it.id for it in placement.of_each_host(devices, 4)] == [0, 2, 1, 3]
     with pytest.raises(MeshInvalid, match="2 hosts cannot have equally many of 3 devices"):
-        placement._of_each_host(devices, 3)
+        placement.of_each_host(devices, 3)
 
 
 # --- what is asked for ---------------------------------------------------------------------------

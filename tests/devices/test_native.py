@@ -32,7 +32,7 @@ def multiply(tmp_path_factory):
 @pytest.fixture
 def unbuilt(monkeypatch):
     """As if this process had built nothing yet; jax takes a function of a name only once."""
-    monkeypatch.setattr(native, "_libraries", [])
+    monkeypatch.setattr(native, "LOADED", [])
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_args, **_more: None)
 
 
@@ -72,7 +72,7 @@ def check(multiply, sizes, left, stride, seed):
 def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     tmp_path, monkeypatch, processor
 ):
-    monkeypatch.setattr(native, "_libraries", [])
+    monkeypatch.setattr(native, "LOADED", [])
     monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
     monkeypatch.setattr(native, "PROCESSOR", (processor,))
     monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
@@ -114,9 +114,9 @@ def test_what_was_built_is_used_again_and_half_a_file_is_not(tmp_path, unbuilt, 
     assert native.built(tmp_path, pytest.fail)
     (file,) = tmp_path.iterdir()
     monkeypatch.setenv("CC", "/nowhere/cc")
-    native._libraries.clear()
+    native.LOADED.clear()
     assert native.built(tmp_path, pytest.fail)
-    native._libraries.clear()
+    native.LOADED.clear()
     # A copy is cut, since the file itself is mapped.
     half = tmp_path / "half"
     half.mkdir()

@@ -195,7 +195,7 @@ def test_system_without_such_advice_is_told_that_pages_will_be_needed(folder, mo
         asked.append(advice)
         return errno.EINVAL if advice == pages.POPULATE_READ else 0
 
-    monkeypatch.setattr(Pages, "_advise", advise)
+    monkeypatch.setattr(Pages, "advise", advise)
     managed = Managed(open_folder(folder, CONFIG), 1 << 40)
     managed.expert(0, 0)
     assert pages.WILL_NEED in asked

@@ -108,10 +108,10 @@ def test_arrays_outlive_everything_that_they_were_made_from(monkeypatch):
 def test_pages_that_are_dropped_are_read_again_and_announced(monkeypatch):
     announced = []
     monkeypatch.setattr(
-        Pages, "_advise", lambda these, advice: announced.append((advice, these.length))
+        Pages, "advise", lambda these, advice: announced.append((advice, these.length))
     )
     tensor = golden.CHECKPOINT[NAMES[1]]
-    monkeypatch.setattr(Pages, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(Pages, "is_cached", lambda *_: False)
     list(transfer.transfer([(tensor, split("a"))], drop=True))
     nbytes = tensor.weight.nbytes
     assert announced == [(pages.WILL_NEED, nbytes), (pages.DO_NOT_NEED, nbytes)]

@@ -41,7 +41,7 @@ def test_no_bytes_raise(data):
     assert decode(data, "x") is None
 
 
-def test_fastest_of_each_kind_is_chosen(monkeypatch):
+def test_fastest_of_each_kind_is_chosen():
     def seconds(_flat, tokens, _rows, columns, tried):
         if tokens == 1 and columns == tuning.COLUMNS:
             return abs(tried.vector_width - 256) + abs(tried.wide_rows - 16)
@@ -51,8 +51,7 @@ def test_fastest_of_each_kind_is_chosen(monkeypatch):
             return abs(tried.block_columns - 2048)
         return (tried.few_tokens < tokens) == (tokens <= 8)
 
-    monkeypatch.setattr(tuning, "_seconds", seconds)
-    found = measure()
+    found = measure(seconds=seconds)
     assert (found.vector_width, found.wide_rows, found.narrow_rows) == (256, 16, 8)
     assert (found.block_rows, found.block_columns, found.halves) == (512, 2048, False)
     assert found.few_tokens == 8
@@ -68,10 +67,9 @@ def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many
     def seconds(_flat, tokens, _rows, _columns, tried):
         return 1 if tried.native == (tokens != slower) else 2
 
-    monkeypatch.setattr(tuning, "_seconds", seconds)
     monkeypatch.setattr(tuning.native, "built", lambda folder, _: built and folder == tmp_path)
-    assert measure(tmp_path).native == chosen
-    assert not measure().native
+    assert measure(tmp_path, seconds=seconds).native == chosen
+    assert not measure(seconds=seconds).native
 
 
 def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):

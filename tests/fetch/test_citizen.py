@@ -20,12 +20,12 @@ from support.release import publish_files
 from support.torrents import content, torrent_of
 
 from grokfetch import errors
-from grokfetch.commands.seed import Goal, _Look
+from grokfetch.commands.seed import Goal, Unchanged
 from grokfetch.commands.value_types import Rate, proxy_of
 from grokfetch.events import Outcome
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Proxy, Swarm, SwarmSettings, seed
-from grokfetch.fetch.swarm.session import _session_settings
+from grokfetch.fetch.swarm.session import session_settings
 from grokfetch.folder.lock import SEEDER, read_owner
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_torrent
@@ -148,7 +148,7 @@ def test_while_it_is_shared_a_folder_is_read_and_not_written(whole):
 
 def test_a_file_that_changes_is_shared_no_more(whole):
     store = Store(whole[0])
-    look = _Look(store, store.torrent(), store.layout())
+    look = Unchanged(store, store.torrent(), store.layout())
     look.again()
     spoil(whole[0] / "top/b", 5)
     with pytest.raises(errors.NotProven, match="changed"):
@@ -205,7 +205,7 @@ def test_each_way_to_find_peers_can_be_left_out():
     ways = ("enable_dht", "enable_lsd", "enable_upnp", "enable_natpmp")
 
     def on(**settings):
-        found = _session_settings(libtorrent, SwarmSettings(**settings))
+        found = session_settings(libtorrent, SwarmSettings(**settings))
         return [way for way in ways if found[way]]
 
     assert on() == list(ways)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -161,7 +162,14 @@ def test_a_file_that_others_spoil_during_a_fetch_is_fetched_again(tmp_path, how,
 
 
 def test_a_cut_file_is_noticed_where_holes_cannot_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(proofs, "_holes", lambda *_: ())
+    real = os.lseek
+
+    def without_holes(handle, offset, whence):
+        if whence == os.SEEK_HOLE:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", without_holes)
     cut = [tmp_path / "top/a", 5000]
     during(tmp_path, FakeSwarm(TORRENT, dict(FILES)), 30, lambda: os.truncate(*cut))
     assert whole(tmp_path)

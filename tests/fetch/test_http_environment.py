@@ -216,5 +216,5 @@ def test_an_address_of_a_stranger_stays_where_it_says(tmp_path):
     named = dataclasses.replace(TORRENT, web_seeds=(f"{HUB}/x/{{path}}",))
     found = environment({"HF_ENDPOINT": "http://127.0.0.1:1"})
     source = Together(NoPeers(named), settings=MirrorSettings(environment=found))
-    list(source._meet(named))
-    assert [mirror.address for mirror in source._alive()] == [f"{HUB}/x/{{path}}"]
+    list(source.meet(named))
+    assert [mirror.address for mirror in source.alive] == [f"{HUB}/x/{{path}}"]

@@ -103,10 +103,10 @@ def run(folder, seeder, target):
 
 
 def test_whatever_moment_the_process_is_killed_at_nothing_proven_is_lost(published, monkeypatch):
-    plain = session._session_settings
+    plain = session.session_settings
     # Upload in many small steps instead of one each half second.
     monkeypatch.setattr(
-        session, "_session_settings", lambda *args: {**plain(*args), "tick_interval": 20}
+        session, "session_settings", lambda *args: {**plain(*args), "tick_interval": 20}
     )
     folder, data = published
     known = parse_torrent(data)

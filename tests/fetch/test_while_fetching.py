@@ -261,7 +261,7 @@ def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp
 
         def watched(store, path, start=0, length=None):
             if path.name in SECOND_LAYER:
-                peer._handle.set_upload_limit(-1)
+                peer.handle.set_upload_limit(-1)
             real(store, path, start, length)
 
         monkeypatch.setattr(Arriving, "require", watched)

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from concurrent.futures import wait
+from concurrent.futures import Executor, Future
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -32,6 +32,15 @@ def at_work(tmp_path):
         yield store, proofs
 
 
+class AtOnce(Executor):
+    """Has done what it is given before it returns."""
+
+    def submit(self, function, /, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 def saved(store):
     return set(Store(store.root).record().pieces)
 
@@ -51,14 +60,11 @@ def test_the_record_claims_no_piece_that_is_not_flushed(at_work):
 def test_a_record_is_written_when_it_is_old_or_a_file_has_become_whole(at_work):
     store, proofs = at_work
     now = [0.0]
-    with Saver(proofs, 3.0, lambda: now[0]) as saver:
+    with Saver(proofs, 3.0, lambda: now[0], AtOnce()) as saver:
 
         def turn(at):
             now[0] = at
             saver.turn()
-            if saver._flush is not None:
-                wait([saver._flush])
-                saver.turn()
             return saved(store)
 
         proofs.add(4)

@@ -14,7 +14,6 @@ from support.program import invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
 from grokfetch.errors import NotProven, StateLocked, StateMissing, StorageFailed
-from grokfetch.folder import lock
 from grokfetch.folder import record as records
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.record import FileProof, Record, Stamp
@@ -299,13 +298,14 @@ def test_readers_share_and_keep_writers_out(tmp_path, holder):
         pass
 
 
-def test_a_lock_that_a_full_disk_does_not_take_is_told(tmp_path):
+def test_a_lock_that_a_full_disk_does_not_take_is_reported(tmp_path, monkeypatch):
     class Full(io.FileIO):
         def write(self, _):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Full(tmp_path / "lock", "w+") as file, pytest.raises(StorageFailed, match="disk is full"):
-        lock._acquire(file, tmp_path, print, exclusive=True)
+    monkeypatch.setattr(Path, "open", lambda path, *_args, **_more: Full(path, "w+"))
+    with pytest.raises(StorageFailed, match="disk is full"), Store(tmp_path).lock():
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):

@@ -12,6 +12,7 @@ from support import golden
 
 from grokfetch.errors import PromptInvalid
 from loader.inference.batching import Batch, Job, Scored
+from loader.inference.engine import Engine
 from loader.inference.sampling import Sampling
 from loader.weights.partition import MeshShape
 
@@ -130,23 +131,23 @@ def test_slots_grow_with_the_texts_and_are_given_up_when_few_are_left(batch):
     counts, made = [], []
     while batch.busy:
         made += [emission for emission in batch.step() if emission.number == 0]
-        counts.append(len(batch._rows.lengths))
+        counts.append(batch.rows)
     assert tokens(made)[:32] == wanted("p1")
     assert [count for count, _ in itertools.groupby(counts)] == [1, 2, 4, 1, 0]
 
 
-def test_a_free_slot_is_no_token_to_the_model(batch, engine, monkeypatch):
-    seen = []
-
-    def layers(cache, x, window, run=engine._steps.layers):
-        seen.append(np.asarray(window.real)[:, 0].tolist())
-        return run(cache, x, window)
-
-    monkeypatch.setattr(engine._steps, "layers", layers)
+def test_a_free_slot_chooses_no_expert():
+    mesh, params = golden.placed(golden.ONE)
+    engine = Engine(golden.CONFIG, params, mesh, "float32")
+    choices = engine.count_experts()
+    batch = Batch(engine, slots=2, chunk=16)
     finish(batch, [Job([5, 6], 3), Job([7, 8], 4)])
-    # The first prompt and a token, the second prompt and a token of both, then the second alone.
-    alone = [False, True]
-    assert seen == [[True], [True], [True], [True, True], alone, alone]
+    # Of what is generated the model reads all but the last token.
+    tokens_read = (2 + 2) + (2 + 3)
+    chosen = golden.CONFIG.num_selected_experts
+    assert (
+        choices.counts().sum(axis=-1).tolist() == [tokens_read * chosen] * golden.CONFIG.num_layers
+    )
 
 
 def test_logprobs_are_those_of_the_models_logits(batch, engine):

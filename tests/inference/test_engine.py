@@ -109,13 +109,27 @@ def test_cache_grows_without_changing_the_tokens(monkeypatch):
     assert state.cache[0].keys.shape[1] == 64
 
 
-def test_one_compiled_layer_serves_all_layers(short):
-    list(short.generate(golden.prompt("p1"), 3))
-    list(short.generate(golden.prompt("p0"), 3))
-    list(short.generate(golden.prompt("p2"), 3))
-    # A first step of 16 or of 30 tokens, and steps of one, whatever the number of layers; the
-    # cache is as long as the context from the start.
-    assert short._steps._layer._cache_size() == 3
+def test_all_layers_take_no_more_compiling_than_one(caplog):
+    def compiled(layers):
+        mesh, params = golden.placed(golden.ONE)
+        config = dataclasses.replace(golden.CONFIG, num_layers=layers)
+        params = dataclasses.replace(params, layers=params.layers[:layers])
+        caplog.clear()
+        with jax.log_compiles():
+            list(Engine(config, params, mesh, "float32").generate(golden.prompt("p1"), 3))
+        return sum(it.getMessage().startswith("Compiling ") for it in caplog.records)
+
+    one = compiled(1)
+    assert 0 < compiled(golden.CONFIG.num_layers) <= one
+
+
+def test_prompts_of_any_length_are_read_by_few_programs(short, caplog):
+    for name in ("p1", "p0", "p2"):
+        list(short.generate(golden.prompt(name), 3))
+    with jax.log_compiles():
+        for length in (3, 9, 17, 25):
+            list(short.generate([5] * length, 3))
+    assert not [it for it in caplog.records if it.getMessage().startswith("Compiling ")]
 
 
 def test_same_seed_same_text_and_another_seed_another(short):

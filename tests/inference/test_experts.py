@@ -57,7 +57,7 @@ def operations(shape, tokens, dtype="float32"):
 @pytest.mark.parametrize("tokens", [1, 128], ids=["decode", "prefill"])
 @pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH], ids=str)
 def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens):
-    block = experts._block_size(tokens * CHOSEN, EXPERTS) * one_token(shape)
+    block = experts.block_size(tokens * CHOSEN, EXPERTS) * one_token(shape)
     everything = tokens * EXPERTS // shape.expert * one_token(shape)
     found = operations(shape, tokens)
     # Routing, gates and the activation function are the rest; of a block, less than its products.
@@ -136,12 +136,12 @@ def test_blocks_that_are_run_hold_the_chosen_pairs_and_little_more(tokens, hosts
     """The number of trips is known at run time alone: here for any choices of any tokens."""
     random = np.random.default_rng(seed)
     choices = random.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :CHOSEN]
-    size, held = experts._block_size(choices.size, EXPERTS), EXPERTS // hosts
+    size, held = experts.block_size(choices.size, EXPERTS), EXPERTS // hosts
     trips = 0
     for host in range(hosts):
         mine = choices - host * held
         local = np.where((mine < 0) | (mine >= held), held, mine).reshape(-1)
-        trips += int(experts._plan(jnp.asarray(local), held, size).ends[-1])
+        trips += int(experts.plan(jnp.asarray(local), held, size).ends[-1])
     assert choices.size <= trips * size <= choices.size + min(EXPERTS, choices.size) * (size - 1)
     if tokens == 1:
         assert trips == CHOSEN

@@ -53,7 +53,7 @@ def test_what_does_not_stay_in_memory_is_said():
 
 
 def test_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
-    monkeypatch.setattr(arrangement, "_free_memory", lambda _: Memory(1000))
+    monkeypatch.setattr(arrangement, "free_memory", lambda _: Memory(1000))
     with pytest.raises(OutOfReach, match="are free"):
         loader.load_model(golden.CHECKPOINT, mesh=golden.ONE)
 

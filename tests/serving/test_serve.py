@@ -19,7 +19,7 @@ from support import golden
 from support.program import grokfetch, started
 from support.serving import DEADLINE_S, EOS, P1, SERVED, WANTED, Held, error, letters, post, serving
 
-from grokfetch.commands.serve import _Jobs
+from grokfetch.commands.serve import Jobs
 from grokfetch.serving.fields import Refused
 from grokfetch.serving.gate import LARGEST_BODY
 from grokfetch.serving.requests import read_completion
@@ -29,7 +29,7 @@ from loader.inference.batching import Batch
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(_Jobs(Batch(golden.engine(), 4, chunk=16)), queue=100) as (url, worker):
+    with serving(Jobs(Batch(golden.engine(), 4, chunk=16)), queue=100) as (url, worker):
         yield SimpleNamespace(url=url, worker=worker)
 
 
@@ -135,7 +135,7 @@ def test_sixteen_clients_at_once_of_which_half_leave_disturb_nobody(server):
         assert time.monotonic() < end
         numbers = httpx.get(f"{server.url}/metrics").text
     assert "grokfetch_disconnects_total 8.0" in numbers
-    assert not server.worker._texts
+    assert not server.worker.texts
 
 
 def test_a_full_queue_says_when_to_come_back_and_forgets_nobody_in_it():
@@ -173,7 +173,7 @@ def test_a_client_that_leaves_before_the_first_token_frees_its_slot():
                     timeout=httpx.Timeout(DEADLINE_S, read=0.2),
                 )
             assert model.dropped.wait(DEADLINE_S)
-        assert not worker._texts
+        assert not worker.texts
 
 
 @pytest.mark.parametrize("stream", [False, True])

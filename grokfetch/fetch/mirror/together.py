@@ -106,7 +106,7 @@ class Together:
         # httpx takes a tenth of a second to import, which only those pay who ask a mirror.
         from grokfetch.fetch.mirror.pool import Pool
 
-        yield from self._meet(order.torrent)
+        yield from self.meet(order.torrent)
         left = set(order.want)
         received = 0
         share, quiet = 0.5, False
@@ -119,7 +119,7 @@ class Together:
             a_round = _Round(order, theirs, ours, received, self._can_help)
             with (
                 Pool(
-                    self._alive(), order.layout, order.root, ours, self._settings, order.demand
+                    self.alive, order.layout, order.root, ours, self._settings, order.demand
                 ) as pool,
                 contextlib.closing(a_round.run(pool, self._join(_want(order, theirs)))) as events,
             ):
@@ -151,9 +151,9 @@ class Together:
         for mirror in self._mirrors.values():
             if mirror is not None and mirror.received:
                 sent[Origin("mirror", mirror.name)] += mirror.received
-        return dataclasses.replace(event, sent=sent, mirrors=len(self._alive()))
+        return dataclasses.replace(event, sent=sent, mirrors=len(self.alive))
 
-    def _meet(self, torrent: TorrentFile) -> Iterator[Notice]:
+    def meet(self, torrent: TorrentFile) -> Iterator[Notice]:
         """Take in the addresses, once each, and say what of the environment cannot be used."""
         if not self._mirrors and (self._addresses or self._strange or torrent.web_seeds):
             yield from map(Notice, self._settings.environment.notices)
@@ -173,12 +173,14 @@ class Together:
         here = address if stranger else self._settings.environment.at_hub(address)
         return Mirror(here, label(here), self._settings.connections)
 
-    def _alive(self) -> list[Mirror]:
+    @property
+    def alive(self) -> list[Mirror]:
+        """The mirrors that are of use, as far as is known."""
         return [it for it in self._mirrors.values() if it is not None and not it.dropped]
 
     def _share(self, layout: Layout, left: set[int], share: float) -> list[int]:
         """The pieces for the mirrors: the last ones of those that a mirror may have."""
-        mirrors = self._alive()
+        mirrors = self.alive
         able = [
             piece
             for piece in sorted(left)
@@ -189,7 +191,7 @@ class Together:
         return able[len(able) - math.floor(share * len(able) + 0.5) :]
 
     def _can_help(self, layout: Layout, pieces: set[int]) -> bool:
-        mirrors = self._alive()
+        mirrors = self.alive
         return any(it.serves(_files(layout, piece)) for piece in pieces for it in mirrors)
 
     def _join(self, order: Order) -> Generator[Event, None, None]:
@@ -200,7 +202,7 @@ class Together:
             yield from self._swarm.download(order)
         except (OutOfReach, Stalled) as error:
             self._swarm_works = False
-            names = ", ".join(mirror.name for mirror in self._alive())
+            names = ", ".join(mirror.name for mirror in self.alive)
             yield Notice(f"{error.what}; going on with {names} alone")
 
 

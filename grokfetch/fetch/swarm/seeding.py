@@ -31,16 +31,17 @@ class Seeder:
 
     Attributes:
         port: where it listens.
+        handle: libtorrent's, of the torrent.
     """
 
     def __init__(self, session: Session, handle: Any) -> None:
         self._session = session
-        self._handle = handle
+        self.handle = handle
         self.port = session.port
 
     def uploaded(self) -> int:
         """The payload bytes sent so far."""
-        return int(self._handle.status().total_payload_upload)
+        return int(self.handle.status().total_payload_upload)
 
     def wait(self) -> Shared:
         """How it is doing, after waiting for something to happen, but not for long.
@@ -52,7 +53,7 @@ class Seeder:
         for alert in self._session.alerts():
             if isinstance(alert, lt.file_error_alert):
                 raise file_error(alert)
-        status = self._handle.status()
+        status = self.handle.status()
         return Shared(
             int(status.total_payload_upload), float(status.upload_payload_rate), status.num_peers
         )

@@ -20,7 +20,7 @@ from grokfetch.errors import (
     storage_failed,
 )
 
-__all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent"]
+__all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent", "session_settings"]
 
 WAIT_S = 0.2
 """Longest wait for an alert: the delay of Ctrl-C, and of a caller's own clock."""
@@ -114,7 +114,7 @@ class Session:
     def __init__(self, settings: SwarmSettings) -> None:
         self._lt = libtorrent()
         self._settings = settings
-        self._session = self._lt.session(_session_settings(self._lt, settings))
+        self._session = self._lt.session(session_settings(self._lt, settings))
         if settings.proxy is None and not self.port:
             raise OutOfReach(
                 f"cannot listen on {settings.listen:.100}",
@@ -222,7 +222,8 @@ class Session:
         return list(found)
 
 
-def _session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
+def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
+    """The settings of a libtorrent session, by libtorrent's names, that mean what ours do."""
     category = lt.alert_category
     found: dict[str, Any] = {
         "user_agent": "grokfetch",
