@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from grokfetch.errors import Contradiction, Stalled
+from grokfetch.errors import Contradiction, SelectionInvalid, Stalled
 from grokfetch.events import Finding, Metadata, Notice, Status
 from grokfetch.fetch.preflight import asked_bytes, check_early
 from grokfetch.fetch.silence import Silence, other_ways
@@ -132,10 +132,13 @@ def _expected_files(
     """The files that a fresh fetch of this will write, with their bytes, as far as it is known."""
     if callable(request):
         return ()
-    everything = request is None or request == Request()
-    return asked_bytes(
-        manifest, None if everything else spans(manifest, Selection((request or Request(),)))
-    )
+    if request is None or request == Request():
+        return asked_bytes(manifest, None)
+    try:
+        return asked_bytes(manifest, spans(manifest, Selection((request,))))
+    except SelectionInvalid:
+        # A pattern may match names of files that lie elsewhere, which the metadata will tell.
+        return ()
 
 
 def _metadata(
