@@ -11,8 +11,8 @@ FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 def parse_bytes(text: str) -> int | None:
     """The bytes that a person names, with k, M, G or T for powers of 1000; None if they do not."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
-    return None if found is None else round(float(found[1]) * FACTORS[found[2]])
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
+    return None if match is None else round(float(match[1]) * FACTORS[match[2]])
 
 
 def bytes_text(count: float) -> str:

@@ -154,9 +154,9 @@ def _recite(store: Store, engine: Engine) -> tuple[str, int]:
     """
     from loader.inference.engine import Sampling
 
-    words = find_tokenizer(store, None)
-    tokens = list(engine.generate(words.encode(PROMPT), MOST_TOKENS, Sampling()))
-    stream = words.stream()
+    tokenizer = find_tokenizer(store, None)
+    tokens = list(engine.generate(tokenizer.encode(PROMPT), MOST_TOKENS, Sampling()))
+    stream = tokenizer.stream()
     said = "".join([*map(stream.push, tokens), stream.finish()])
     known = store.payload(TEXT).read_text(encoding="utf-8")
     if f"{PROMPT}{said}" not in " ".join(known.splitlines()):

@@ -146,7 +146,7 @@ def _row(verdict: _Verdict) -> tuple[str, ...]:
     made, name = verdict.prospect, verdict.slice.name
     if made is None:
         return name, "", "", "", "NO", "no mesh divides the model"
-    needed, there = bytes_text(made.need.total), bytes_text(made.memory.free)
+    needed, free = bytes_text(made.need.total), bytes_text(made.memory.free)
     reading = f"{bytes_text(made.read)}, {made.token_s * 1e3:.1f} ms at the rate of the memory"
     word = "yes" if made.fits else "NO"
-    return name, needed, there, str(made.use.shape), word, f"a token reads {reading}"
+    return name, needed, free, str(made.use.shape), word, f"a token reads {reading}"

@@ -50,8 +50,8 @@ def asked(hosts: Hosts, loading: Loading) -> Asked:
     def share(manifest: Manifest, layout: Layout) -> Request:
         from loader.devices.cluster import local_share
 
-        there = arrange(_config(manifest), loading)
-        return share_request(local_share(there.mesh), manifest, layout)
+        arrangement = arrange(_config(manifest), loading)
+        return share_request(local_share(arrangement.mesh), manifest, layout)
 
     return share if hosts.several else Request()
 

@@ -118,9 +118,9 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
 
     homes = sorted({shard.parent for shard in folder.rglob(FIRST_SHARD)})
     if len(homes) != 1:
-        found = ", ".join(map(str, homes)) or "none"
+        listed = ", ".join(map(str, homes)) or "none"
         raise CheckpointInvalid(
-            f"one folder must hold {FIRST_SHARD}, here it is: {found}",
+            f"one folder must hold {FIRST_SHARD}, here it is: {listed}",
             path=folder,
             hint="name the folder of one checkpoint",
         )

@@ -194,9 +194,9 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
     place = probe(folder, needed.longest)
     machine = Machine(psutil.virtual_memory().total, devices())
     wanted = None if selection is None else Part(str(selection), sum(size for _, size in files))
-    found = checks(needed, place)
+    checked = checks(needed, place)
     of_devices = tuple(shares(manifest, machine))
-    return Plan(manifest, wanted, needed, place, found, machine, of_devices)
+    return Plan(manifest, wanted, needed, place, checked, machine, of_devices)
 
 
 def _planned(
@@ -242,18 +242,18 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
 
 def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
     """Whether `count` devices with `each` bytes will do here; None if it cannot be told. Pure."""
-    there = machine.devices
-    if not there:
+    devices = machine.devices
+    if not devices:
         if count > 1:
             return False, "no GPU or TPU here"
         fits = each <= machine.memory
         return fits, f"CPU, {bytes_text(machine.memory)} of memory"
-    if count > len(there):
-        return False, f"{len(there)} here"
-    memory = [device.memory for device in there[:count] if device.memory is not None]
+    if count > len(devices):
+        return False, f"{len(devices)} here"
+    memory = [device.memory for device in devices[:count] if device.memory is not None]
     if len(memory) < count:
-        return None, f"{there[0].name}, memory unknown"
-    return each <= min(memory), f"{there[0].name}, {bytes_text(min(memory))}"
+        return None, f"{devices[0].name}, memory unknown"
+    return each <= min(memory), f"{devices[0].name}, {bytes_text(min(memory))}"
 
 
 def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
@@ -262,13 +262,13 @@ def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
         return None
     one = shares[0]
     fits = one.cache + WORK <= machine.memory
-    there = bytes_text(machine.memory)
+    memory = bytes_text(machine.memory)
     why = (
-        f"{there} of memory; what it does not hold is read for each token"
+        f"{memory} of memory; what it does not hold is read for each token"
         if one.weights > machine.memory
-        else f"{there} of memory hold them all"
+        else f"{memory} of memory hold them all"
     )
-    return dataclasses.replace(one, fits=fits, why=why if fits else f"{there} of memory")
+    return dataclasses.replace(one, fits=fits, why=why if fits else f"{memory} of memory")
 
 
 # --- what is printed -----------------------------------------------------------------------------
@@ -349,8 +349,10 @@ def _check_row(check: Check) -> tuple[str, str, str, str]:
     show = bytes_text if check.name in {"free disk", "longest file"} else "{:,}".format
     needed = "" if check.needed is None else show(check.needed)
     limitless = check.there is None or check.there >= LIMITLESS
-    there = ("" if check.needed is None else "no limit") if limitless else show(check.there or 0)
-    return check.name, needed, there, "yes" if check.ok else "NO"
+    available = (
+        ("" if check.needed is None else "no limit") if limitless else show(check.there or 0)
+    )
+    return check.name, needed, available, "yes" if check.ok else "NO"
 
 
 def _durations(missing: int, view: Screen) -> Iterator[str]:

@@ -117,7 +117,7 @@ def serve(
     key = _key(api_key_file)
     if not unproven:
         require_whole(store)
-    words = _words(store, tokenizer)
+    known_tokenizer = _found_tokenizer(store, tokenizer)
     if key is None and host not in LOOPBACK:
         click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
     with held(store), bound(host, port) as at:
@@ -144,7 +144,7 @@ def serve(
         )
         worker = Worker(Jobs(batch), batch.slots, queue_length)
         access = Access(key, origins, _say if log_requests else None)
-        listen(application(worker, served, words, access), at, _say, served.name)
+        listen(application(worker, served, known_tokenizer, access), at, _say, served.name)
 
 
 def _say(text: str) -> None:
@@ -216,7 +216,7 @@ def _warm_up(batch: Batch) -> None:
     click.echo(text, err=True)
 
 
-def _words(store: Store, chosen: Path | None) -> Tokenizer | None:
+def _found_tokenizer(store: Store, chosen: Path | None) -> Tokenizer | None:
     """The tokenizer, or a warning that there is none."""
     try:
         return find_tokenizer(store, chosen)

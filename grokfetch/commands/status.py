@@ -60,29 +60,29 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
 
 def lines(seen: Overview, view: Screen, *, now: float) -> Iterator[str]:
     """What a person sees, as wide as the screen at most."""
-    found = seen.found
-    yield from view.wrapped(f"{seen.folder}: {found.name}, {bytes_text(found.total)}")
+    survey = seen.survey
+    yield from view.wrapped(f"{seen.folder}: {survey.name}, {bytes_text(survey.total)}")
     for label, text in _facts(seen, now):
         yield from view.fact(label, text)
     yield from _rates(seen.history, view)
-    if found.pieces:
-        yield from _map(found.pieces, view)
-    if found.groups:
-        yield from _groups(found.groups, view)
+    if survey.pieces:
+        yield from _map(survey.pieces, view)
+    if survey.groups:
+        yield from _groups(survey.groups, view)
 
 
 def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
     """What can be said in words: what it is about, and the rest of the statement."""
-    found = seen.found
-    share = share_text(found.proven, found.total)
-    yield "proven", f"{share}, {found.proven:,} of {found.total:,} bytes{_by(found)}"
-    if found.proven < found.total:
-        yield "missing", f"{bytes_text(found.total - found.proven)}{_missing_pieces(found)}"
-    if found.asked is not None:
-        asked = found.asked
+    survey = seen.survey
+    share = share_text(survey.proven, survey.total)
+    yield "proven", f"{share}, {survey.proven:,} of {survey.total:,} bytes{_by(survey)}"
+    if survey.proven < survey.total:
+        yield "missing", f"{bytes_text(survey.total - survey.proven)}{_missing_pieces(survey)}"
+    if survey.asked is not None:
+        asked = survey.asked
         share = share_text(asked.proven, asked.total)
         yield "asked", f"{asked.what}, {share} of {asked.total:,} bytes are proven"
-    yield "files", _files(found)
+    yield "files", _files(survey)
     yield "at work", _at_work(seen)
     if seen.history.samples:
         yield "fetch", _fetch(seen, now)
@@ -98,31 +98,31 @@ def _ago(then: float, now: float) -> str:
     return f"{seconds_text(max(0.0, now - then))} ago"
 
 
-def _by(found: Survey) -> str:
+def _by(survey: Survey) -> str:
     ways = []
-    if found.by_pieces:
+    if survey.by_pieces:
         ways.append("piece hashes")
-    if found.by_sha256:
+    if survey.by_sha256:
         ways.append(
             "sha256"
-            if found.measured is None
-            else f"sha256 measured on {found.measured} (unchanged since)"
+            if survey.measured is None
+            else f"sha256 measured on {survey.measured} (unchanged since)"
         )
     return f", by {' and '.join(ways)}" if ways else ""
 
 
-def _missing_pieces(found: Survey) -> str:
-    missing = len(found.pieces) - sum(found.pieces)
-    return f", {missing:,} of {len(found.pieces):,} pieces" if found.pieces else ""
+def _missing_pieces(survey: Survey) -> str:
+    missing = len(survey.pieces) - sum(survey.pieces)
+    return f", {missing:,} of {len(survey.pieces):,} pieces" if survey.pieces else ""
 
 
-def _files(found: Survey) -> str:
-    counts = Counter(found.files.values())
-    changed = [str(path) for path, state in found.files.items() if state == "changed"]
-    said = {"changed": f" since they were verified: {', '.join(changed[:3])}"}
+def _files(survey: Survey) -> str:
+    counts = Counter(survey.files.values())
+    changed = [str(path) for path, state in survey.files.items() if state == "changed"]
+    details = {"changed": f" since they were verified: {', '.join(changed[:3])}"}
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(
-        f"{count} {state}{said.get(state, '')}{more if state == 'changed' else ''}"
+        f"{count} {state}{details.get(state, '')}{more if state == 'changed' else ''}"
         for state, count in sorted(counts.items())
     )
 
@@ -158,7 +158,7 @@ def _senders(history: History) -> str:
 def _findings(check: Check) -> str:
     if not check.count:
         return "nothing wrong"
-    kinds = Counter(found.kind for found in check.findings)
+    kinds = Counter(finding.kind for finding in check.findings)
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + (
         f" of the first {len(check.findings)} of {check.count:,}"
         if check.count > len(check.findings)
@@ -185,12 +185,14 @@ def _compiling(run: Run) -> str:
 
 def _rates(history: History, view: Screen) -> Iterator[str]:
     """Bytes a second over the time at work, each cell an equal part of it."""
-    found = rates(history.samples, max(10, view.columns - LABEL))
-    if not found or not max(found):
+    rates_shown = rates(history.samples, max(10, view.columns - LABEL))
+    if not rates_shown or not max(rates_shown):
         return
-    yield from view.fact("rate", f"up to {bytes_text(max(found))}/s")
-    if len(found) > 1 and not view.plain:
-        yield " " * LABEL + view.painted([view.shade(rate / max(found)) for rate in found])
+    yield from view.fact("rate", f"up to {bytes_text(max(rates_shown))}/s")
+    if len(rates_shown) > 1 and not view.plain:
+        yield " " * LABEL + view.painted(
+            [view.shade(rate / max(rates_shown)) for rate in rates_shown]
+        )
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:

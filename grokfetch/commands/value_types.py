@@ -58,10 +58,10 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """The number of seconds."""
-        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(value))
-        if found is None:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(value))
+        if match is None:
             self.fail(f"{value!r:.40} is not a duration such as 90s, 30m, 12h or 7d", param, ctx)
-        return float(found[1]) * SECONDS[found[2]]
+        return float(match[1]) * SECONDS[match[2]]
 
 
 class Mesh(click.ParamType):  # type: ignore[type-arg]

@@ -146,7 +146,7 @@ def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
     """
     from loader.weights.checkpoint import faults
 
-    found = []
+    damaged = []
     machine = lines()
     for fault in faults(store):
         kind = "unreadable" if isinstance(fault, StorageFailed) else "wrong"
@@ -154,9 +154,9 @@ def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
             click.echo(f"{kind} {fault}")
         else:
             machine.put({"event": "finding", "kind": kind, "path": fault.path, **_wrong(fault)})
-        found.append(Found(kind, fault.path or "", None, None, fault.what))
-    note_more(store, command, found)
-    return found
+        damaged.append(Found(kind, fault.path or "", None, None, fault.what))
+    note_more(store, command, damaged)
+    return damaged
 
 
 def _wrong(fault: GrokfetchError) -> dict[str, str | None]:

@@ -154,11 +154,11 @@ def check_early(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
     Raises:
         StorageFailed: what is short, and what to do.
     """
-    there = [status.st_blocks * 512 for status in _files_below(root)]
+    sizes = [status.st_blocks * 512 for status in _files_below(root)]
     longest = max(files, key=lambda file: file[1], default=(None, 0))
     needed = Need(
-        max(0, sum(size for _, size in files) - sum(there)),
-        max(0, len(files) - len(there)) + STATE_INODES,
+        max(0, sum(size for _, size in files) - sum(sizes)),
+        max(0, len(files) - len(sizes)) + STATE_INODES,
         longest[1],
         longest[0],
     )
@@ -182,15 +182,15 @@ def asked_bytes(manifest: Manifest, asked: Spans | None) -> list[tuple[PurePosix
     ]
 
 
-def refuse(found: Sequence[Check], folder: Path) -> None:
+def refuse(checks: Sequence[Check], folder: Path) -> None:
     """Refuse to begin what cannot end.
 
     Raises:
         StorageFailed: of the first check that is not passed: what is short, and what to do.
     """
-    for one in found:
-        if not one.ok:
-            raise StorageFailed(one.what, path=folder, hint=one.hint)
+    for check in checks:
+        if not check.ok:
+            raise StorageFailed(check.what, path=folder, hint=check.hint)
 
 
 def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
@@ -204,8 +204,8 @@ def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
         try:
             status = target.lstat()
             # What a link leads to is not written; a copy takes its place.
-            there = 0 if stat.S_ISLNK(status.st_mode) else status.st_blocks * 512
-            missing += max(0, size - there)
+            allocated = 0 if stat.S_ISLNK(status.st_mode) else status.st_blocks * 512
+            missing += max(0, size - allocated)
         except OSError:
             missing += size
             new.update(_absent(target))

@@ -215,15 +215,15 @@ def _from_repository(name: str, manifest: Manifest | None, source: str) -> Wante
     """What stands for a repository on Hugging Face: the manifest that we ship for it."""
     part = f"huggingface.co/{name}/".lower()
     known = (it for it in shipped() if any(part in mirror.lower() for mirror in it.mirrors))
-    found = next(known, None)
-    if found is None:
+    of_repository = next(known, None)
+    if of_repository is None:
         raise SourceInvalid(
             "not a file or folder here; as a repository on Hugging Face it has no manifest among "
             "those that come with grokfetch",
             path=source,
             hint=f"run: hf download {name} --local-dir DIR, then: grokfetch manifest DIR",
         )
-    return _from_manifest(manifest or found, source)
+    return _from_manifest(manifest or of_repository, source)
 
 
 def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:

@@ -48,20 +48,20 @@ def adopt(store: Store, layout: Layout) -> Iterator[Progress]:
     if not absent:
         return
     ours = {file.path for file in layout.payload}
-    there = _files(store, absent)
-    found: dict[PurePosixPath, PurePosixPath] = {}
-    for guess in guesses(absent, (item for item in there.items() if item[0] not in ours)):
-        taken = {*found, *found.values()}
+    sizes = _files(store, absent)
+    places: dict[PurePosixPath, PurePosixPath] = {}
+    for guess in guesses(absent, (item for item in sizes.items() if item[0] not in ours)):
+        taken = {*places, *places.values()}
         left = {n: place for n, place in guess.items() if n not in taken and place not in taken}
-        trial = layout.moved({**found, **left})
+        trial = layout.moved({**places, **left})
         for file, right, progress in _examined(store.root, trial, left):
             if right:
-                found[file.name] = left[file.name]
+                places[file.name] = left[file.name]
             yield progress
-    found = _named(store.root, found)
-    nowhere = [file.name for file in absent if file.name not in found]
-    found.update(_free(store.root, beside(found, nowhere), ours))
-    moved = {name: place for name, place in found.items() if name != place}
+    places = _named(store.root, places)
+    nowhere = [file.name for file in absent if file.name not in places]
+    places.update(_free(store.root, beside(places, nowhere), ours))
+    moved = {name: place for name, place in places.items() if name != place}
     if moved:
         store.save_places({**store.places(), **moved})
 
@@ -72,28 +72,28 @@ def _files(store: Store, absent: Iterable[LayoutFile]) -> dict[PurePosixPath, in
     Links to folders are not followed, for they may lead anywhere and in circles, but where the end
     of a path that is looked for leads through one.
     """
-    found: dict[PurePosixPath, int] = {}
+    sizes: dict[PurePosixPath, int] = {}
     ours = {store.root / STATE_FOLDER, store.state}
     for folder, names, files in os.walk(store.root):
         place = PurePosixPath(os.path.relpath(folder, store.root))
         names[:] = [name for name in names if Path(folder, name) not in ours]
         if len(place.parts) >= DEEPEST:
             names.clear()
-        _add(store, found, (place / name for name in files))
+        _add(store, sizes, (place / name for name in files))
     tails = (
         PurePosixPath(*file.name.parts[start:])
         for file in absent
         for start in range(1, len(file.name.parts))
     )
-    _add(store, found, tails)
-    return found
+    _add(store, sizes, tails)
+    return sizes
 
 
-def _add(store: Store, found: dict[PurePosixPath, int], paths: Iterable[PurePosixPath]) -> None:
+def _add(store: Store, sizes: dict[PurePosixPath, int], paths: Iterable[PurePosixPath]) -> None:
     for path in paths:
-        if path not in found and store.payload(path).is_file():
+        if path not in sizes and store.payload(path).is_file():
             stamp = store.stamp(path)
-            found[path] = 0 if stamp is None else stamp.size
+            sizes[path] = 0 if stamp is None else stamp.size
 
 
 def _examined(
@@ -125,10 +125,10 @@ def _speak(
     return file, False
 
 
-def _named(root: Path, found: Places) -> dict[PurePosixPath, PurePosixPath]:
+def _named(root: Path, places: Places) -> dict[PurePosixPath, PurePosixPath]:
     """The places once files that bear the ending of what is not complete have lost it."""
     named = {}
-    for name, place in found.items():
+    for name, place in places.items():
         proper = finished_name(place)
         if proper != place:
             if os.path.lexists(root / proper):

@@ -41,10 +41,10 @@ def number(value: Any) -> float:
     Raises:
         ValueError, TypeError: it is none, or not finite.
     """
-    found = float(value)
-    if not math.isfinite(found):
-        raise ValueError(f"not finite: {found}")
-    return found
+    parsed = float(value)
+    if not math.isfinite(parsed):
+        raise ValueError(f"not finite: {parsed}")
+    return parsed
 
 
 def count(value: Any) -> int:
@@ -53,7 +53,7 @@ def count(value: Any) -> int:
     Raises:
         ValueError, TypeError, OverflowError: it is none, or negative.
     """
-    found = int(value)
-    if found < 0:
-        raise ValueError(f"negative: {found}")
-    return found
+    parsed = int(value)
+    if parsed < 0:
+        raise ValueError(f"negative: {parsed}")
+    return parsed

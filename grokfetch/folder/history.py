@@ -1,7 +1,7 @@
 """How the fetches into a folder have gone: samples over time, and who has sent how much.
 
 The list goes on from one fetch to the next, so that a fetch of days shows as one however often it
-was interrupted. A convenience, see `notes`: it proves nothing.
+was interrupted. A convenience, see `advisory`: it proves nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from grokfetch.errors import GrokfetchError
 from grokfetch.events import FetchEvent, Origin, Status
-from grokfetch.folder import advisory as notes
+from grokfetch.folder import advisory
 from grokfetch.folder.store import Store
 
 __all__ = [
@@ -184,7 +184,7 @@ def _received(samples: Sequence[Sample], worked: float) -> float:
 
 def read(store: Store) -> History:
     """The history of a folder; an empty one if there is none to be read."""
-    return notes.read(store.state / FILE, SCHEMA, _decode) or History()
+    return advisory.read(store.state / FILE, SCHEMA, _decode) or History()
 
 
 def _write(store: Store, history: History) -> None:
@@ -193,7 +193,7 @@ def _write(store: Store, history: History) -> None:
         "sent": [(origin.kind, origin.name, count) for origin, count in history.sent.items()],
         "ended": None if history.ended is None else dataclasses.astuple(history.ended),
     }
-    notes.write(store.state / FILE, SCHEMA, fields)
+    advisory.write(store.state / FILE, SCHEMA, fields)
 
 
 def _decode(fields: dict[str, Any]) -> History:
@@ -205,7 +205,7 @@ def _decode(fields: dict[str, Any]) -> History:
     samples = (_decode_sample(row) for row in fields["samples"][-LIMIT:])
     sent: Counter[Origin] = Counter()
     for kind, name, count in fields["sent"]:
-        sent[Origin("mirror" if kind == "mirror" else "peer", str(name))] += notes.count(count)
+        sent[Origin("mirror" if kind == "mirror" else "peer", str(name))] += advisory.count(count)
     ended = fields.get("ended")
     return History(
         tuple(sorted(samples, key=lambda it: it.worked)),
@@ -216,17 +216,17 @@ def _decode(fields: dict[str, Any]) -> History:
 
 def _decode_ended(row: Iterable[Any]) -> Ended:
     when, how, why = row
-    return Ended(notes.number(when), str(how), str(why))
+    return Ended(advisory.number(when), str(how), str(why))
 
 
 def _decode_sample(row: Iterable[Any]) -> Sample:
     when, worked, proven, received, peers, rate, phase = row
     return Sample(
-        notes.number(when),
-        notes.number(worked),
-        notes.count(proven),
-        notes.count(received),
-        notes.count(peers),
-        notes.number(rate),
+        advisory.number(when),
+        advisory.number(worked),
+        advisory.count(proven),
+        advisory.count(received),
+        advisory.count(peers),
+        advisory.number(rate),
         str(phase),
     )

@@ -1,7 +1,7 @@
 """What the latest checks of a folder have found, and how the last runs of its model went.
 
-Kept for `report` and `status`. A convenience, see `notes`: it proves nothing. Two runs that end at
-the same moment may cost one of them its entry.
+Kept for `report` and `status`. A convenience, see `advisory`: it proves nothing. Two runs that end
+at the same moment may cost one of them its entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from grokfetch.events import Finding
-from grokfetch.folder import advisory as notes
+from grokfetch.folder import advisory
 from grokfetch.folder.store import Store
 
 __all__ = [
@@ -99,7 +99,7 @@ class Run:
 
 def checks(store: Store) -> Mapping[str, Check]:
     """The latest check by the command that made it, "fetch" or "verify"; none if none is kept."""
-    return notes.read(store.state / CHECKS_FILE, CHECKS_SCHEMA, _decode_checks) or {}
+    return advisory.read(store.state / CHECKS_FILE, CHECKS_SCHEMA, _decode_checks) or {}
 
 
 def checked(
@@ -112,7 +112,7 @@ def checked(
 
     They take the place of those that the same command made before.
     """
-    found: list[Found] = []
+    findings: list[Found] = []
     count = 0
     begun = False
     try:
@@ -121,22 +121,22 @@ def checked(
                 begun = True
                 if isinstance(event, Finding):
                     count += 1
-                    if len(found) < FINDINGS:
-                        found.append(_found(event))
+                    if len(findings) < FINDINGS:
+                        findings.append(_found(event))
                 yield event
     finally:
         # What cannot begin, for want of the lock say, has not checked anything.
         if begun:
-            _write_checks(store, {**checks(store), command: Check(now(), count, tuple(found))})
+            _write_checks(store, {**checks(store), command: Check(now(), count, tuple(findings))})
 
 
-def note_more(store: Store, command: Command, found: Sequence[Found]) -> None:
+def note_more(store: Store, command: Command, findings: Sequence[Found]) -> None:
     """Add findings to those of the latest check, which they complete."""
     kept = dict(checks(store))
-    if found and command in kept:
+    if findings and command in kept:
         last = kept[command]
-        together = (*last.findings, *found)[:FINDINGS]
-        kept[command] = Check(last.time, last.count + len(found), together)
+        together = (*last.findings, *findings)[:FINDINGS]
+        kept[command] = Check(last.time, last.count + len(findings), together)
         _write_checks(store, kept)
 
 
@@ -150,7 +150,7 @@ def standing(check: Check, mended: Callable[[Found], bool]) -> Check:
         check: as it was made.
         mended: whether a finding has been.
     """
-    left = tuple(found for found in check.findings if not mended(found))
+    left = tuple(finding for finding in check.findings if not mended(finding))
     unknown = check.count - len(check.findings) if left or not check.findings else 0
     return Check(check.time, len(left) + unknown, left)
 
@@ -161,28 +161,28 @@ def _found(finding: Finding) -> Found:
 
 def _write_checks(store: Store, kept: Mapping[str, Check]) -> None:
     fields = {command: dataclasses.asdict(check) for command, check in kept.items()}
-    notes.write(store.state / CHECKS_FILE, CHECKS_SCHEMA, {"checks": fields})
+    advisory.write(store.state / CHECKS_FILE, CHECKS_SCHEMA, {"checks": fields})
 
 
 def _decode_checks(fields: dict[str, Any]) -> dict[str, Check]:
     return {
         command: Check(
-            notes.number(check["time"]),
-            notes.count(check["count"]),
-            tuple(_decode_found(found) for found in check["findings"][:FINDINGS]),
+            advisory.number(check["time"]),
+            advisory.count(check["count"]),
+            tuple(_decode_found(finding) for finding in check["findings"][:FINDINGS]),
         )
         for command, check in dict(fields["checks"]).items()
     }
 
 
-def _decode_found(found: Mapping[str, Any]) -> Found:
-    piece, tensor = found["piece"], found["tensor"]
+def _decode_found(fields: Mapping[str, Any]) -> Found:
+    piece, tensor = fields["piece"], fields["tensor"]
     return Found(
-        str(found["kind"]),
-        str(found["path"]),
-        None if piece is None else notes.count(piece),
+        str(fields["kind"]),
+        str(fields["path"]),
+        None if piece is None else advisory.count(piece),
         None if tensor is None else str(tensor),
-        str(found["detail"]),
+        str(fields["detail"]),
     )
 
 
@@ -191,14 +191,14 @@ def _decode_found(found: Mapping[str, Any]) -> Found:
 
 def runs(store: Store) -> tuple[Run, ...]:
     """The last runs, oldest first; none if none is kept."""
-    return notes.read(store.state / RUNS_FILE, RUNS_SCHEMA, _decode_runs) or ()
+    return advisory.read(store.state / RUNS_FILE, RUNS_SCHEMA, _decode_runs) or ()
 
 
 def add_run(store: Store, run: Run) -> None:
     """Keep a run behind those before, the oldest of which may go."""
     kept = (*runs(store), run)[-RUNS:]
     rows = [dataclasses.asdict(run) for run in kept]
-    notes.write(store.state / RUNS_FILE, RUNS_SCHEMA, {"runs": rows})
+    advisory.write(store.state / RUNS_FILE, RUNS_SCHEMA, {"runs": rows})
 
 
 def _decode_runs(fields: dict[str, Any]) -> tuple[Run, ...]:
@@ -208,25 +208,25 @@ def _decode_runs(fields: dict[str, Any]) -> tuple[Run, ...]:
 def _decode_run(run: Mapping[str, Any]) -> Run:
     speed, memory, read = run["tokens_per_s"], run["peak_memory"], run["read"]
     return Run(
-        notes.number(run["time"]),
+        advisory.number(run["time"]),
         str(run["placement"]),
         str(run["platform"]),
-        notes.count(run["devices"]),
-        notes.count(run["weights"]),
-        notes.number(run["loaded_s"]),
-        notes.count(run["prompt"]),
-        notes.count(run["tokens"]),
-        notes.number(run["first_token_s"]),
-        None if speed is None else notes.number(speed),
-        None if memory is None else notes.count(memory),
-        None if read is None else notes.count(read),
+        advisory.count(run["devices"]),
+        advisory.count(run["weights"]),
+        advisory.number(run["loaded_s"]),
+        advisory.count(run["prompt"]),
+        advisory.count(run["tokens"]),
+        advisory.number(run["first_token_s"]),
+        None if speed is None else advisory.number(speed),
+        None if memory is None else advisory.count(memory),
+        None if read is None else advisory.count(read),
         None if run["experts"] is None else _decode_experts(run["experts"]),
-        None if run.get("compile_s") is None else notes.number(run["compile_s"]),
+        None if run.get("compile_s") is None else advisory.number(run["compile_s"]),
     )
 
 
 def _decode_experts(rows: Iterable[Iterable[Any]]) -> tuple[tuple[int, ...], ...]:
-    found = tuple(tuple(notes.count(chosen) for chosen in row) for row in rows)
-    if len({len(row) for row in found}) > 1:
+    counts = tuple(tuple(advisory.count(chosen) for chosen in row) for row in rows)
+    if len({len(row) for row in counts}) > 1:
         raise ValueError("layers differ in their experts")
-    return found
+    return counts

@@ -243,9 +243,9 @@ class Proofs:
 
     def look_again(self) -> list[PurePosixPath]:
         """Doubt the files that others have changed since; the paths of those, each told once."""
-        told = dict.fromkeys((*self._spoilt, *self._doubt_changed()))
+        changed = dict.fromkeys((*self._spoilt, *self._doubt_changed()))
         self._spoilt = []
-        return list(told)
+        return list(changed)
 
     def renew(self, files: Iterable[LayoutFile]) -> None:
         """Doubt files that we have replaced ourselves; nobody need be told."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from grokfetch.errors import StateLocked, StorageFailed, storage_failed
 from grokfetch.folder.atomic import make_folder
 
@@ -160,9 +162,6 @@ def _alive(owner: Owner) -> bool:
     if owner.host != socket.gethostname():
         return True
     try:
-        os.kill(owner.pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return psutil.pid_exists(owner.pid)
+    except OverflowError:
         return False
-    except PermissionError:
-        return True
-    return True

@@ -30,7 +30,7 @@ class Overview:
     """
 
     folder: Path
-    found: Survey
+    survey: Survey
     owner: Owner | None
     seeder: Owner | None
     history: History
@@ -51,15 +51,15 @@ def overview(store: Store) -> Overview:
             path=store.root,
             hint="look again in a while",
         )
-    found = survey(store)
+    surveyed = survey(store)
     return Overview(
         store.root,
-        found,
+        surveyed,
         owner,
         read_owner(store.state, SEEDER),
         history.read(store),
         {
-            command: journal.standing(check, partial(_mended, store, found, command, check))
+            command: journal.standing(check, partial(_mended, store, surveyed, command, check))
             for command, check in journal.checks(store).items()
         },
         journal.runs(store),
@@ -106,31 +106,31 @@ def missing_runs(pieces: Sequence[bool]) -> Iterator[tuple[int, int]]:
 
 def as_fields(seen: Overview) -> dict[str, Any]:
     """The JSON object of `grokfetch status --json`; docs/events.md describes it."""
-    found, owner = seen.found, seen.owner
+    survey, owner = seen.survey, seen.owner
     return {
         "schema": SCHEMA,
         "folder": str(seen.folder),
-        "name": found.name,
-        "info_hash": found.info_hash,
+        "name": survey.name,
+        "info_hash": survey.info_hash,
         "owner": None if owner is None else dataclasses.asdict(owner),
         "seeder": None if seen.seeder is None else dataclasses.asdict(seen.seeder),
         "bytes": {
-            "total": found.total,
-            "proven": found.proven,
-            "by_pieces": found.by_pieces,
-            "by_sha256": found.by_sha256,
+            "total": survey.total,
+            "proven": survey.proven,
+            "by_pieces": survey.by_pieces,
+            "by_sha256": survey.by_sha256,
         },
         "pieces": {
-            "total": len(found.pieces),
-            "proven": sum(found.pieces),
-            "missing": list(missing_runs(found.pieces)),
+            "total": len(survey.pieces),
+            "proven": sum(survey.pieces),
+            "missing": list(missing_runs(survey.pieces)),
         },
-        "asked": None if found.asked is None else dataclasses.asdict(found.asked),
-        "files": Counter(found.files.values()),
-        "not_proven": {str(p): state for p, state in found.files.items() if state != "proven"},
+        "asked": None if survey.asked is None else dataclasses.asdict(survey.asked),
+        "files": Counter(survey.files.values()),
+        "not_proven": {str(p): state for p, state in survey.files.items() if state != "proven"},
         "layers": [
             {"name": group.name, "proven": group.proven, "total": group.total}
-            for group in found.groups
+            for group in survey.groups
         ],
         "ended": None if seen.history.ended is None else dataclasses.asdict(seen.history.ended),
         "history": [dataclasses.asdict(sample) for sample in seen.history.samples],

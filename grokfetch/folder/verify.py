@@ -172,8 +172,8 @@ class _Verification:
         return pieces_of(self._layout, spans)
 
     def _pieces_to_check(self) -> list[int]:
-        there = (file for file in self._by_pieces if self._before[file.path] is not None)
-        return sorted(self._asked_pieces(there))
+        present = (file for file in self._by_pieces if self._before[file.path] is not None)
+        return sorted(self._asked_pieces(present))
 
     def run(self) -> Iterator[VerifyEvent]:
         yield from self._note(self._at_first_sight())

@@ -68,8 +68,8 @@ def guesses(
         for file in wanted
     }
     in_folder: Counter[PurePosixPath] = Counter()
-    for found in fitting.values():
-        in_folder.update({path.parent: size for path, size in found})
+    for candidates in fitting.values():
+        in_folder.update({path.parent: size for path, size in candidates})
 
     def rank(
         name: PurePosixPath, path: PurePosixPath, *, right: bool
@@ -152,13 +152,13 @@ def decode(text: bytes) -> dict[PurePosixPath, PurePosixPath]:
     if schema != SCHEMA:
         raise ManifestInvalid(f"schema is {schema}, this grokfetch reads {SCHEMA}")
     field = top.get("places")
-    found: dict[PurePosixPath, PurePosixPath] = {}
+    places: dict[PurePosixPath, PurePosixPath] = {}
     for name in field.members():
         place = field.get(name).text()
         reason = unsafe_name(place) or unsafe_name(name)
         if reason is not None:
             field.get(name).refuse(f"must be a plain relative path: {reason}")
-        found[PurePosixPath(name)] = PurePosixPath(place)
-    if len(set(found.values())) < len(found):
+        places[PurePosixPath(name)] = PurePosixPath(place)
+    if len(set(places.values())) < len(places):
         field.refuse("must be distinct")
-    return found
+    return places

@@ -160,13 +160,13 @@ def bind(manifest: Manifest, files: Iterable[tuple[PurePosixPath, int]]) -> Mani
     Raises:
         Contradiction: a file is missing, has another size, or two fit equally well.
     """
-    there = list(files)
+    listed = list(files)
     by_name: defaultdict[str, list[tuple[PurePosixPath, int]]] = defaultdict(list)
-    for path, size in there:
+    for path, size in listed:
         by_name[path.name].append((path, size))
     place = {file.path: _place(file, by_name[file.path.name]) for file in manifest.files}
     taken = set(place.values())
-    extra = [ManifestFile(path, size) for path, size in there if path not in taken]
+    extra = [ManifestFile(path, size) for path, size in listed if path not in taken]
     bound = manifest.moved(place)
     return dataclasses.replace(bound, files=(*bound.files, *extra))
 

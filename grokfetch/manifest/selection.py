@@ -123,13 +123,13 @@ def parse_numbers(text: str) -> tuple[int, ...]:
     Raises:
         SelectionInvalid: it is something else.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise SelectionInvalid(f"not numbers or ranges like 0-3,7: {text!r:.80}")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return tuple(sorted(found))
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(numbers))
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -154,15 +154,15 @@ def spans(manifest: Manifest, selection: Selection) -> Spans:
     Raises:
         SelectionInvalid: a request names what the checkpoint does not have, or matches nothing.
     """
-    found: dict[PurePosixPath, list[tuple[int, int]]] = {}
+    parts_by_path: dict[PurePosixPath, list[tuple[int, int]]] = {}
     for request in selection.requests:
         some = False
         for path, start, stop in _request_spans(manifest, request):
             some = True
-            found.setdefault(path, []).append((start, stop))
+            parts_by_path.setdefault(path, []).append((start, stop))
         if not some:
             raise SelectionInvalid(f"nothing of {manifest.name} matches: {request}")
-    return {path: _merged(parts) for path, parts in found.items()}
+    return {path: _merged(parts) for path, parts in parts_by_path.items()}
 
 
 def _request_spans(
@@ -204,8 +204,8 @@ def _matching_spans(
 
 def layer_of(tensor: ManifestTensor) -> int | None:
     """The decoder layer that a tensor belongs to, None if it lies outside the layers."""
-    found = re.search(r"decoder_layer_(\d+)/", tensor.name)
-    return None if found is None else int(found[1])
+    match = re.search(r"decoder_layer_(\d+)/", tensor.name)
+    return None if match is None else int(match[1])
 
 
 def _by_expert(manifest: Manifest, tensor: ManifestTensor) -> bool:
@@ -224,7 +224,7 @@ def _matches(request: Request, name: str, path: PurePosixPath) -> bool:
 def _check(manifest: Manifest, request: Request) -> None:
     if request.extract is not None:
         _check_extract(manifest, request.extract)
-    there = {
+    known = {
         "layers": {layer for layer in map(layer_of, manifest.tensors) if layer is not None},
         "experts": {
             expert
@@ -233,18 +233,18 @@ def _check(manifest: Manifest, request: Request) -> None:
             for expert in range(tensor.shape[0])
         },
     }
-    for what, asked in (("layers", request.layers), ("experts", request.experts)):
+    for kind, asked in (("layers", request.layers), ("experts", request.experts)):
         if asked is None:
             continue
-        if not there[what]:
+        if not known[kind]:
             raise SelectionInvalid(
-                f"the manifest of {manifest.name} names no {what}",
+                f"the manifest of {manifest.name} names no {kind}",
                 hint="choose files with --only GLOB",
             )
-        unknown = set(asked) - there[what]
+        unknown = set(asked) - known[kind]
         if unknown:
             raise SelectionInvalid(
-                f"{manifest.name} has {what} {_ranges(sorted(there[what]))}, "
+                f"{manifest.name} has {kind} {_ranges(sorted(known[kind]))}, "
                 f"not {_ranges(sorted(unknown))}"
             )
 

@@ -30,9 +30,9 @@ def begin_lines(context: click.Context) -> None:
 def lines(context: click.Context | None = None) -> Lines | None:
     """The JSON lines of this run of the program, None if people read it."""
     context = context or click.get_current_context(silent=True)
-    found = None if context is None else context.meta.get(KEY)
-    assert found is None or isinstance(found, Lines)
-    return found
+    begun = None if context is None else context.meta.get(KEY)
+    assert begun is None or isinstance(begun, Lines)
+    return begun
 
 
 @contextlib.contextmanager

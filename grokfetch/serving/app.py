@@ -19,7 +19,7 @@ from grokfetch.serving.fields import Refused, as_integer, is_text
 from grokfetch.serving.following import Following, Stream, unless_gone
 from grokfetch.serving.gate import OPEN, Gate, read_json, read_object
 from grokfetch.serving.metrics import Metrics
-from grokfetch.serving.model import Served, Words
+from grokfetch.serving.model import Served, Tokenizer
 from grokfetch.serving.reply import Reply
 from grokfetch.serving.requests import Completion, read_completion
 from grokfetch.serving.responses import HANDLERS, as_json
@@ -43,19 +43,19 @@ class Access:
 
 
 def application(
-    worker: Worker, served: Served, words: Words | None, access: Access | None = None
+    worker: Worker, served: Served, tokenizer: Tokenizer | None, access: Access | None = None
 ) -> Starlette:
     """The server as an ASGI application; its lifespan is that of the worker's thread.
 
     Args:
         worker: over the model.
         served: the model as clients see it.
-        words: the tokenizer; None where only token ids are spoken.
+        tokenizer: the tokenizer; None where only token ids are spoken.
         access: who may ask; None for everybody.
     """
     access = access or Access()
     metrics = Metrics(worker, served.slots)
-    desk = _Desk(worker, served, words, metrics)
+    desk = _Desk(worker, served, tokenizer, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -109,11 +109,11 @@ class _Desk:
     """Answers requests about the model."""
 
     def __init__(
-        self, worker: Worker, served: Served, words: Words | None, metrics: Metrics
+        self, worker: Worker, served: Served, tokenizer: Tokenizer | None, metrics: Metrics
     ) -> None:
         self._worker = worker
         self._served = served
-        self._words: Words = words or Numbers()
+        self._tokenizer: Tokenizer = tokenizer or Numbers()
         self._metrics = metrics
         self._created = int(time.time())
 
@@ -151,13 +151,13 @@ class _Desk:
         """Continue prompts."""
         start = time.monotonic()
         wanted = read_completion(await read_json(request), self._served)
-        if wanted.stop and isinstance(self._words, Numbers):
+        if wanted.stop and isinstance(self._tokenizer, Numbers):
             raise Refused("stop needs a tokenizer, and this server has none", param="stop")
         self._check_count(wanted)
         encoded = await asyncio.to_thread(self._encoded, wanted)
         texts = self._worker.open(wanted.generations(encoded, self._served))
         self._metrics.prompt_tokens.inc(sum(map(len, encoded)))
-        reply = Reply(wanted, encoded, self._served, self._words)
+        reply = Reply(wanted, encoded, self._served, self._tokenizer)
         following = Following(texts, reply, self._metrics, start)
         if wanted.stream:
             return Stream(following, usage=wanted.include_usage)
@@ -175,7 +175,7 @@ class _Desk:
     def _encoded(self, wanted: Completion) -> list[tuple[int, ...]]:
         return [
             wanted.truncated(
-                tuple(self._words.encode(prompt)) if isinstance(prompt, str) else prompt,
+                tuple(self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt,
                 self._served,
             )
             for prompt in wanted.prompts
@@ -183,22 +183,28 @@ class _Desk:
 
     async def tokenizer_info(self, _: Request) -> Response:
         """What vLLM's clients ask, lm-evaluation-harness among them."""
-        return as_json({"eos_token": self._real_words().piece(self._served.eos), "bos_token": None})
+        return as_json(
+            {"eos_token": self._own_tokenizer().piece(self._served.eos), "bos_token": None}
+        )
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text; the name of the end of a sequence stands for its id."""
-        words, text = self._real_words(), (await read_object(request)).get("prompt")
+        tokenizer, text = self._own_tokenizer(), (await read_object(request)).get("prompt")
         if not isinstance(text, str) or not is_text(text):
             raise Refused("prompt must be a string without half a character", param="prompt")
         eos = self._served.eos
-        tokens = [eos] if text == words.piece(eos) else await asyncio.to_thread(words.encode, text)
+        tokens = (
+            [eos]
+            if text == tokenizer.piece(eos)
+            else await asyncio.to_thread(tokenizer.encode, text)
+        )
         return as_json(
             {"tokens": tokens, "count": len(tokens), "max_model_len": self._served.context}
         )
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        words, given = self._real_words(), (await read_object(request)).get("tokens")
+        tokenizer, given = self._own_tokenizer(), (await read_object(request)).get("tokens")
         if not isinstance(given, list):
             raise Refused("tokens must be a list of token ids", param="tokens")
         tokens = [token for token in map(as_integer, given) if token is not None]
@@ -209,9 +215,9 @@ class _Desk:
                 f"tokens must be a list of token ids from 0 to {self._served.vocabulary - 1:,}",
                 param="tokens",
             )
-        return as_json({"prompt": decoded(words, tokens)})
+        return as_json({"prompt": decoded(tokenizer, tokens)})
 
-    def _real_words(self) -> Words:
-        if isinstance(self._words, Numbers):
+    def _own_tokenizer(self) -> Tokenizer:
+        if isinstance(self._tokenizer, Numbers):
             raise Refused("this server has no tokenizer", code="tokenizer_missing", status=404)
-        return self._words
+        return self._tokenizer

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
-__all__ = ["Emission", "Generation", "Model", "Scored", "Served", "TextStream", "Words"]
+__all__ = ["Emission", "Generation", "Model", "Scored", "Served", "TextStream", "Tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class TextStream(Protocol):
         """What is left at the end."""
 
 
-class Words(Protocol):
+class Tokenizer(Protocol):
     """A tokenizer."""
 
     def encode(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grokfetch.serving.model import Emission, Served, Words
+from grokfetch.serving.model import Emission, Served, Tokenizer
 from grokfetch.serving.requests import Completion, Prompt
 from grokfetch.serving.text import Answer, Piece, Shown, decoded
 
@@ -22,7 +22,7 @@ class Reply:
         wanted: the request.
         encoded: the token ids of each of its prompts.
         served: the model.
-        words: its tokenizer.
+        tokenizer: its tokenizer.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Reply:
         wanted: Completion,
         encoded: Sequence[Sequence[int]],
         served: Served,
-        words: Words,
+        tokenizer: Tokenizer,
     ) -> None:
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -41,7 +41,7 @@ class Reply:
         self._wanted = wanted
         self._prompt_tokens = sum(map(len, encoded))
         self._answers = [
-            self._answer(prompt, tokens, words)
+            self._answer(prompt, tokens, tokenizer)
             for prompt, tokens in zip(wanted.prompts, encoded, strict=True)
             for _ in range(wanted.candidates)
         ]
@@ -50,15 +50,15 @@ class Reply:
             for index in range(len(self._answers))
         ]
 
-    def _answer(self, prompt: Prompt, tokens: Sequence[int], words: Words) -> Answer:
+    def _answer(self, prompt: Prompt, tokens: Sequence[int], tokenizer: Tokenizer) -> Answer:
         wanted = self._wanted
         # Of a truncated prompt the text is what its tokens say.
         text = prompt if isinstance(prompt, str) and wanted.truncate is None else None
         logprobs, before = wanted.logprobs is not None, 0
         if logprobs and not wanted.generation.echo:
-            before = len(decoded(words, tokens) if text is None else text)
+            before = len(decoded(tokenizer, tokens) if text is None else text)
         return Answer(
-            words,
+            tokenizer,
             Shown(
                 wanted.stop,
                 logprobs,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from grokfetch.serving.fields import Refused
-from grokfetch.serving.model import Emission, Scored, Words
+from grokfetch.serving.model import Emission, Scored, Tokenizer
 
 __all__ = ["Answer", "Numbers", "Piece", "Shown", "Stops", "decoded"]
 
@@ -83,7 +83,7 @@ class Answer:
     """What one text has come to.
 
     Args:
-        words: the tokenizer.
+        tokenizer: the tokenizer.
         shown: what the request wants to see.
         prompt: the text of the prompt where it was given as text, to be echoed as it is.
         before: characters of the prompt, where it is not echoed.
@@ -93,9 +93,11 @@ class Answer:
         finished: whether nothing more comes, though the model might go on.
     """
 
-    def __init__(self, words: Words, shown: Shown, *, prompt: str | None, before: int) -> None:
-        self._words = words
-        self._stream = words.stream()
+    def __init__(
+        self, tokenizer: Tokenizer, shown: Shown, *, prompt: str | None, before: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
         self._stops = Stops(shown.stops)
         self._wanted = shown
         self._prompt = prompt
@@ -129,8 +131,8 @@ class Answer:
         whole = self.finished and not self._stops.found
         while self._held and (whole or self._held[0].text_offset < self._shown):
             rows.append(self._held.popleft())
-        told = self._wanted.logprobs and (rows or self.finished)
-        return Piece(text, _columns(rows) if told else None, reason)
+        due = self._wanted.logprobs and (rows or self.finished)
+        return Piece(text, _columns(rows) if due else None, reason)
 
     def _echo(self, tokens: Sequence[Scored]) -> tuple[str, list[_Row]]:
         """The prompt's text, and a row for each of its tokens."""
@@ -154,26 +156,26 @@ class Answer:
         return part if self.generated <= self._wanted.min_tokens else self._stops.push(part)
 
     def _part(self, token: int) -> str:
-        named = self._wanted.special and self._words.special(token)
-        return self._words.piece(token) if named else self._stream.push(token)
+        named = self._wanted.special and self._tokenizer.special(token)
+        return self._tokenizer.piece(token) if named else self._stream.push(token)
 
     def _row(self, scored: Scored, part: str) -> _Row:
-        name = self._words.piece(scored.token)
+        name = self._tokenizer.piece(scored.token)
         best: dict[str, float] | None = None
         if scored.logprob is not None:
             best = {}
             # Different tokens may have the same name; the most probable one then stands for it.
             for token, score in (*scored.best, (scored.token, scored.logprob)):
-                best.setdefault(self._words.piece(token), max(score, LEAST))
+                best.setdefault(self._tokenizer.piece(token), max(score, LEAST))
         logprob = None if scored.logprob is None else max(scored.logprob, LEAST)
         row = _Row(name, logprob, best, self._offset)
         self._offset += len(part)
         return row
 
 
-def decoded(words: Words, tokens: Sequence[int]) -> str:
+def decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of tokens, without the space that a tokenizer puts before the first word."""
-    stream = words.stream()
+    stream = tokenizer.stream()
     text = "".join(stream.push(token) for token in tokens) + stream.finish()
     return text.removeprefix(" ")
 

@@ -136,16 +136,16 @@ class Worker:
     def _work(self) -> None:
         """The thread: orders, a step, orders, a step, until told to end."""
         ended = False
-        told: Callable[[], object]
+        report: Callable[[], object]
         while not ended:
             try:
                 ended = self._obey()
-                told = functools.partial(self._tell, self._model.step(), self._model.working)
+                report = functools.partial(self._tell, self._model.step(), self._model.working)
             except Exception:
                 log.exception("a step of the model failed, and all texts at work with it")
                 self._model.reset()
-                told = self._fail
-            self._loop.call_soon_threadsafe(told)
+                report = self._fail
+            self._loop.call_soon_threadsafe(report)
 
     def _obey(self) -> bool:
         """Carry out all orders; where there is nothing to do, wait for one. True: it is over."""

@@ -101,20 +101,20 @@ def _value(data: bytes, position: int, depth: int) -> tuple[Value, int]:
 
 
 def _integer(data: bytes, position: int) -> tuple[int, int]:
-    found = _INTEGER.match(data, position)
-    if found is None:
+    match = _INTEGER.match(data, position)
+    if match is None:
         raise TorrentInvalid(f"not bencoding: a malformed integer (byte {position:,})")
-    return int(found[1]), found.end()
+    return int(match[1]), match.end()
 
 
 def _string(data: bytes, position: int) -> tuple[bytes, int]:
-    found = _LENGTH.match(data, position)
-    if found is None:
+    match = _LENGTH.match(data, position)
+    if match is None:
         raise TorrentInvalid(f"not bencoding: no value begins here (byte {position:,})")
-    end = found.end() + int(found[1])
+    end = match.end() + int(match[1])
     if end > len(data):
         _refuse(position, "a string reaches beyond the end")
-    return data[found.end() : end], end
+    return data[match.end() : end], end
 
 
 def _list(data: bytes, position: int, depth: int) -> tuple[list[Value], int]:

@@ -290,12 +290,12 @@ def _info(
     listed: list[Value] = []
     hashes: list[bytes] = []
     layers: dict[bytes, bytes] = {}
-    for (path, size), found in zip(files, pieces, strict=True):
-        found.sort(key=lambda batch: batch.first)
+    for (path, size), batches in zip(files, pieces, strict=True):
+        batches.sort(key=lambda batch: batch.first)
         parts = [part.encode() for part in path.parts]
         leaf: dict[bytes, Value] = {b"length": size}
         if size:
-            layer = b"".join(batch.v2 for batch in found)
+            layer = b"".join(batch.v2 for batch in batches)
             leaf[b"pieces root"] = root = _root(layer, piece_length)
             if size > piece_length:
                 layers[root] = layer
@@ -304,7 +304,7 @@ def _info(
         gap = -size % piece_length
         if gap and len(files) > 1:
             listed.append({b"attr": b"p", b"length": gap, b"path": [b".pad", str(gap).encode()]})
-        hashes.extend(batch.v1 for batch in found)
+        hashes.extend(batch.v1 for batch in batches)
     info: dict[bytes, Value] = {
         b"file tree": tree,
         b"files": listed,

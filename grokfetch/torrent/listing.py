@@ -32,7 +32,7 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
             path=repr(str(folder)),
             hint="rename the folder",
         )
-    found: list[tuple[PurePosixPath, int]] = []
+    files: list[tuple[PurePosixPath, int]] = []
     for place, folders, names in os.walk(folder, onerror=failed):
         here = Path(place)
         if here == folder:
@@ -44,18 +44,18 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
                     path=here / name,
                     hint="put a copy in its place, or remove it",
                 )
-        found.extend(_entry(folder, here / name) for name in names)
-    if not any(size for _, size in found):
+        files.extend(_entry(folder, here / name) for name in names)
+    if not any(size for _, size in files):
         raise StorageFailed(
             "it holds no bytes to share", path=folder, hint="name a folder with files in it"
         )
-    if len(found) == 1 and str(found[0][0]) == folder.name:
+    if len(files) == 1 and str(files[0][0]) == folder.name:
         raise StorageFailed(
             "a folder that holds nothing but a file of its own name cannot be told from that file",
             path=folder,
             hint="rename the folder",
         )
-    return tuple(sorted(found, key=lambda it: [part.encode() for part in it[0].parts]))
+    return tuple(sorted(files, key=lambda it: [part.encode() for part in it[0].parts]))
 
 
 def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:

@@ -86,8 +86,8 @@ def link_of_hash(text: str) -> str | None:
     digits = unquoted(text)
     if re.fullmatch(r"[0-9A-Fa-f]{64}", digits):
         return f"magnet:?xt=urn:btmh:1220{digits.lower()}"
-    found = _topic(f"urn:btih:{digits}")
-    return None if found is None else f"magnet:?xt=urn:btih:{found}"
+    topic = _topic(f"urn:btih:{digits}")
+    return None if topic is None else f"magnet:?xt=urn:btih:{topic}"
 
 
 def _pairs(link: str) -> list[tuple[str, str]]:
@@ -107,10 +107,10 @@ def _all(pairs: Iterable[tuple[str, str]], key: str) -> list[str]:
 
 def _topic(topic: str) -> str | None:
     """The info hash of one xt, in hexadecimal; None where it is of another kind."""
-    found = re.fullmatch(r"urn:(btih|btmh):([0-9A-Za-z]+)", topic, re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"urn:(btih|btmh):([0-9A-Za-z]+)", topic, re.IGNORECASE)
+    if match is None:
         return None
-    kind, digits = found[1].lower(), found[2].lower()
+    kind, digits = match[1].lower(), match[2].lower()
     if kind == "btmh":
         # 12 20 says: a SHA-256 of 32 bytes.
         return digits[4:] if re.fullmatch(r"1220[0-9a-f]{64}", digits) else None
@@ -153,8 +153,8 @@ def _has_scheme(url: str, schemes: tuple[str, ...]) -> bool:
 
 
 def _is_peer(peer: str) -> bool:
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", peer)
-    return found is not None and 0 < int(found[2]) < 1 << 16
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", peer)
+    return match is not None and 0 < int(match[2]) < 1 << 16
 
 
 def _numbers(values: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -163,11 +163,11 @@ def _numbers(values: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     bad = []
     for value in values:
         for part in value.split(","):
-            found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-            if found is None:
+            match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+            if match is None:
                 bad.append(f"the magnet link's selection (so=) {part!r:.40} is left out")
             else:
-                numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+                numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(numbers)), tuple(bad)
 
 

@@ -212,11 +212,11 @@ def _has_data(root: Path, segment: Segment) -> bool:
         return True
     try:
         with _reading(root / segment.file.path) as handle:
-            found = os.lseek(handle, segment.offset, os.SEEK_DATA)
+            data_at = os.lseek(handle, segment.offset, os.SEEK_DATA)
     except OSError:
         # ENXIO says that no data follows. Any other error shows again when the piece is read.
         return False
-    return found < segment.offset + segment.length
+    return data_at < segment.offset + segment.length
 
 
 def _zero_hash(layout: Layout) -> bytes:

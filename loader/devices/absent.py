@@ -88,21 +88,21 @@ def _graphics(kind: Accelerator, graphics: Graphics, count: int) -> Sequence[jax
         block=graphics.shared - 1024,
         name=f"NVIDIA {kind.name.upper()}",
     )
-    found: Sequence[jax.Device] = topologies.get_topology_desc(
+    devices: Sequence[jax.Device] = topologies.get_topology_desc(
         platform="cuda",
         topology_name=kind.name,
         topology=f"1x1x{count}",
         target_config=target,
     ).devices
-    return found
+    return devices
 
 
 def _tensor(kind: Accelerator, count: int) -> Sequence[jax.Device]:
     extra = {"chip_config_name": "megacore"} if kind.name == "v4" else {}
-    found: Sequence[jax.Device] = topologies.get_topology_desc(
+    devices: Sequence[jax.Device] = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{kind.name}:{slice_grid(kind.dimensions, count)}", **extra
     ).devices
-    return found
+    return devices
 
 
 def slice_grid(dimensions: int, count: int) -> str:

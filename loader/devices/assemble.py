@@ -31,14 +31,14 @@ Holder = tuple[Block, tuple[jax.Device, ...]]
 
 def _holders(sharding: Sharding, shape: tuple[int, ...]) -> list[Holder]:
     """Every block that this process holds, and its devices that hold it."""
-    found: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = (cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
-        found.setdefault(tuple(bounds), []).append(device)
+        holders.setdefault(tuple(bounds), []).append(device)
     return [
         (tuple(slice(*bounds) for bounds in block), tuple(devices))
-        for block, devices in found.items()
+        for block, devices in holders.items()
     ]
 
 

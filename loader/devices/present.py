@@ -26,8 +26,8 @@ def devices(root: Path = Path("/")) -> tuple[Device, ...]:
     """The devices here, by the drivers' files below `root`; NVIDIA's own tool adds the memory."""
     graphics = _nvidia(root)
     if graphics:
-        told = _nvidia_smi() if root == Path("/") else ()
-        return told if len(told) == len(graphics) else graphics
+        named = _nvidia_smi() if root == Path("/") else ()
+        return named if len(named) == len(graphics) else graphics
     tensor = (*root.glob("dev/accel[0-9]*"), *root.glob("dev/vfio/[0-9]*"))
     return tuple(Device("TPU") for _ in tensor)
 
@@ -36,10 +36,10 @@ def _nvidia(root: Path) -> tuple[Device, ...]:
     names = []
     for path in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
         with contextlib.suppress(OSError):
-            found = re.search(
+            match = re.search(
                 r"^Model:\s*(.+?)\s*$", path.read_text(errors="replace"), re.MULTILINE
             )
-            names.append(found[1] if found else "NVIDIA GPU")
+            names.append(match[1] if match else "NVIDIA GPU")
     files = [path for path in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     # In a container the files of /proc name every GPU of the machine, those of /dev ours.
     names = names[: len(files)]

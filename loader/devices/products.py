@@ -190,8 +190,8 @@ def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
         row: Array = lax.dynamic_index_in_dim(scales, index * groups + number, keepdims=False)
         return row.astype(jnp.float32)
 
-    found = kernels.product(x.reshape(-1, height), rows, groups, scale, tuning)
-    return found.reshape(*x.shape[:-1], width)
+    flat = kernels.product(x.reshape(-1, height), rows, groups, scale, tuning)
+    return flat.reshape(*x.shape[:-1], width)
 
 
 def _grouped(x: Array, weights: Quantized) -> Array:

@@ -179,8 +179,8 @@ def _parsed(text: str) -> tuple[_Computations, str]:
                 entry = head[2] if head[1] else entry
         elif line.startswith("}"):
             current = None
-        elif found := _instruction(line):
-            current[found.name] = found
+        elif instruction := _instruction(line):
+            current[instruction.name] = instruction
     return computations, entry
 
 

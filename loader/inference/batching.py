@@ -229,15 +229,15 @@ class Batch:
                     scored += more
             if state.longest < len(job.prompt):
                 yield
-        told = [Emission(text.number, prompt=tuple(scored))] if job.echo else []
+        emissions = [Emission(text.number, prompt=tuple(scored))] if job.echo else []
         if job.max_tokens == 0:
-            return [*told, Emission(text.number, finished="length")]
+            return [*emissions, Emission(text.number, finished="length")]
         assert last is not None
         (first,) = self._choose(self._engine.logits(last)[:1, 0], [text])
         if first.finished is None:
             text.slot = self._rows.join(state)
             self._writing[text.number] = text
-        return [*told, first]
+        return [*emissions, first]
 
     def _score(self, job: Job, part: Part, known: int) -> Iterator[list[Scored]]:
         """What a chunk says of the prompt's tokens from number `known` on, some at a time."""

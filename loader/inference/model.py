@@ -84,8 +84,8 @@ def embed(table: Table, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> 
     rows = table_rows(table)
     local = tokens - lax.axis_index(RULES["vocab"]) * rows
     mine = (local >= 0) & (local < rows)
-    found = jnp.where(mine[..., None], lookup(table, jnp.where(mine, local, 0)), 0.0)
-    return sum_over(found, RULES["vocab"]) * _rounded(config.embedding_multiplier_scale, dtype)
+    rows_here = jnp.where(mine[..., None], lookup(table, jnp.where(mine, local, 0)), 0.0)
+    return sum_over(rows_here, RULES["vocab"]) * _rounded(config.embedding_multiplier_scale, dtype)
 
 
 def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:

@@ -123,14 +123,14 @@ def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
     """
     if devices < 1:
         raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
-    found = next(arrangements(config, devices), None)
-    if found is None:
+    shape = next(arrangements(config, devices), None)
+    if shape is None:
         misfit = _misfit(config, MeshShape(model=devices))
         raise MeshInvalid(
             f"{devices} devices cannot share this model: {misfit}",
             hint=what_works(config, devices),
         )
-    return found
+    return shape
 
 
 def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
@@ -209,10 +209,10 @@ def _units(config: GrokConfig, axis: Axis, size: int) -> int:
 @functools.cache
 def _distinct(config: GrokConfig) -> tuple[ParamSpec, ...]:
     """The first tensor of each kind; layers are alike."""
-    found: dict[tuple[Axis, ...], ParamSpec] = {}
+    specs: dict[tuple[Axis, ...], ParamSpec] = {}
     for spec in parameters(config):
-        found.setdefault(spec.axes, spec)
-    return tuple(found.values())
+        specs.setdefault(spec.axes, spec)
+    return tuple(specs.values())
 
 
 def _misfit(config: GrokConfig, shape: MeshShape) -> str:
@@ -236,9 +236,9 @@ def arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
 def what_works(config: GrokConfig, devices: int) -> str:
     """The meshes of so many devices that fit, or of the largest smaller count, in words."""
     counts = range(devices, 0, -1)
-    found = next(shapes for n in counts if (shapes := list(arrangements(config, n))))
-    count = found[0].devices
-    meshes = " or ".join(f"--mesh {shape}" for shape in found)
+    working = next(shapes for n in counts if (shapes := list(arrangements(config, n))))
+    count = working[0].devices
+    meshes = " or ".join(f"--mesh {shape}" for shape in working)
     if count == devices:
         return f"with {devices} devices this works: {meshes}"
     return f"the largest smaller count that works is {count}: {meshes}"

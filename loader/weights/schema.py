@@ -163,8 +163,8 @@ class ParamSpec:
     @property
     def layer(self) -> int | None:
         """The number of the decoder layer that it belongs to, None outside of all layers."""
-        found = re.match(r"transformer/decoder_layer_(\d+)/", self.name)
-        return None if found is None else int(found[1])
+        match = re.match(r"transformer/decoder_layer_(\d+)/", self.name)
+        return None if match is None else int(match[1])
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:

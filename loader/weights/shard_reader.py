@@ -267,10 +267,10 @@ class _Walk:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise Refusal("a global's name is not a string")
-        found = GLOBALS.get((module, name))
-        if found is None:
+        allowed = GLOBALS.get((module, name))
+        if allowed is None:
             raise Refusal(f"the global {module!a:.80}.{name!a:.80} has no business here")
-        self._stack.append(found)
+        self._stack.append(allowed)
 
     def new_object(self) -> None:
         match (args := self._pop(), self._pop()):

@@ -214,8 +214,8 @@ def large(seen):
     sent = {Origin("peer", "192.0.2.1"): 5000, Origin("mirror", "https://host.example/x"): 4801}
     return dataclasses.replace(
         seen,
-        found=dataclasses.replace(
-            seen.found, pieces=tuple(i % 3 > 0 for i in range(20_000)), groups=groups
+        survey=dataclasses.replace(
+            seen.survey, pieces=tuple(i % 3 > 0 for i in range(20_000)), groups=groups
         ),
         history=history.History(samples, sent),
     )

@@ -242,8 +242,8 @@ def test_a_folder_about_which_little_is_known_has_a_page_that_says_so(tmp_path):
 
 def test_a_file_name_that_is_no_text_is_shown_by_its_bytes(filled):
     seen = overview(Store(filled))
-    odd = dataclasses.replace(seen.found, files={PurePosixPath(os.fsdecode(b"a\xff")): "absent"})
-    page = render(dataclasses.replace(seen, found=odd), now=0.0)
+    odd = dataclasses.replace(seen.survey, files={PurePosixPath(os.fsdecode(b"a\xff")): "absent"})
+    page = render(dataclasses.replace(seen, survey=odd), now=0.0)
     assert "a\\udcff" in page.encode("utf-8", "backslashreplace").decode()
 
 

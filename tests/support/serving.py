@@ -50,11 +50,11 @@ WANTED = letters(golden.arrays()["f32/p1_tokens"].tolist())
 
 
 @contextlib.contextmanager
-def serving(model, *, words=None, queue=2, slots=4, **access):
+def serving(model, *, tokenizer=None, queue=2, slots=4, **access):
     """A server over a model, in a thread; yields its address and its worker."""
     worker = Worker(model, slots, queue)
     started = threading.Event()
-    app = application(worker, SERVED, words or Letters(), Access(**access))
+    app = application(worker, SERVED, tokenizer or Letters(), Access(**access))
     server = Server(app, lambda _: started.set(), "golden")
     with bound("127.0.0.1", 0) as at:
         thread = threading.Thread(target=server.run, args=([at],))

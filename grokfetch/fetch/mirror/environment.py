@@ -138,8 +138,8 @@ def _excepts(entry: str, host: str, port: int | None) -> bool:
     if entry == "*":
         return True
     entry = urlsplit(entry).netloc if "://" in entry else entry
-    found = re.fullmatch(r"\[(.*)\](?::(\d+))?", entry) or re.fullmatch(r"([^:]*)(?::(\d+))", entry)
-    name, wanted = (found[1], found[2]) if found else (entry, None)
+    match = re.fullmatch(r"\[(.*)\](?::(\d+))?", entry) or re.fullmatch(r"([^:]*)(?::(\d+))", entry)
+    name, wanted = (match[1], match[2]) if match else (entry, None)
     if wanted is not None and wanted != str(port):
         return False
     with contextlib.suppress(ValueError):

@@ -309,17 +309,17 @@ def redirected(response: httpx.Response) -> str:
     """
     here = response.url
     try:
-        there = here.join(response.headers["location"])
+        target = here.join(response.headers["location"])
     except httpx.InvalidURL as error:
         raise Faulty(f"it redirects to an address that cannot be used: {error}") from None
-    if there.scheme not in ("http", "https"):
-        raise Faulty(f"it redirects to {there.scheme}, which is not HTTP")
-    if here.scheme == "https" and there.scheme != "https":
+    if target.scheme not in ("http", "https"):
+        raise Faulty(f"it redirects to {target.scheme}, which is not HTTP")
+    if here.scheme == "https" and target.scheme != "https":
         raise Faulty("it redirects from https to http")
-    ends = zone(there.host)
+    ends = zone(target.host)
     if ends not in ("world", _zone(response)) and _zone(response) != "machine":
         raise Faulty("it redirects into the private network")
-    return str(there)
+    return str(target)
 
 
 def _zone(response: httpx.Response) -> Zone:
@@ -369,8 +369,8 @@ def _denial(status: int, headers: httpx.Headers) -> Exception:
 
 
 def _check_range(text: str, span: Span) -> None:
-    found = re.fullmatch(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", text.strip())
-    if found is None or int(found[1]) != span.start:
+    match = re.fullmatch(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", text.strip())
+    if match is None or int(match[1]) != span.start:
         raise Faulty("it answers with another range than the one asked for")
-    if found[3] not in ("*", str(span.size)):
-        raise Refused(f"it has {found[3]} bytes there, not {span.size}")
+    if match[3] not in ("*", str(span.size)):
+        raise Refused(f"it has {match[3]} bytes there, not {span.size}")

@@ -209,16 +209,16 @@ class Pool:
         """
         while not mirror.dropped:
             rest_s = mirror.rests_until - time.monotonic()
-            found = self._jobs.first(mirror.serves)
-            if found is None and not self._running:
+            job = self._jobs.first(mirror.serves)
+            if job is None and not self._running:
                 return None
             most = int(mirror.allowed) + urgent
-            waits = found is None or mirror.active >= most or (urgent and not found.urgent)
-            if found is not None and not waits and rest_s <= 0:
-                self._jobs.take(found)
+            waits = job is None or mirror.active >= most or (urgent and not job.urgent)
+            if job is not None and not waits and rest_s <= 0:
+                self._jobs.take(job)
                 self._running += 1
                 mirror.active += 1
-                return found
+                return job
             with contextlib.suppress(TimeoutError):
                 # Not `wait_for`, which may swallow a cancellation in Python 3.11.
                 async with asyncio.timeout(None if waits else max(rest_s, 0)):

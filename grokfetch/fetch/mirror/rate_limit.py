@@ -28,12 +28,12 @@ def told_rest(headers: Mapping[str, str], now: float) -> float | None:
         now: seconds since 1970, where the answer bears no date of its own.
     """
     now = _date(headers.get("date", ""), now)
-    found = _after(headers.get("retry-after", "").strip(), now)
-    if found is None:
-        found = _quota(headers.get("ratelimit", ""))
-    if found is None:
-        found = _reset(headers, now)
-    return None if found is None else min(max(found, 0.0), LONGEST_REST_S)
+    rest_s = _after(headers.get("retry-after", "").strip(), now)
+    if rest_s is None:
+        rest_s = _quota(headers.get("ratelimit", ""))
+    if rest_s is None:
+        rest_s = _reset(headers, now)
+    return None if rest_s is None else min(max(rest_s, 0.0), LONGEST_REST_S)
 
 
 def _date(text: str, otherwise: float) -> float:

@@ -213,19 +213,19 @@ class Session:
 
     def alerts(self) -> list[Any]:
         """The alerts that there are, after waiting for at least one, but not for long."""
-        found = self._session.pop_alerts()
-        if not found:
+        alerts = self._session.pop_alerts()
+        if not alerts:
             select.select([self._wake], [], [], WAIT_S)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096)
-            found = self._session.pop_alerts()
-        return list(found)
+            alerts = self._session.pop_alerts()
+        return list(alerts)
 
 
 def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     """The settings of a libtorrent session, by libtorrent's names, that mean what ours do."""
     category = lt.alert_category
-    found: dict[str, Any] = {
+    by_name: dict[str, Any] = {
         "user_agent": "grokfetch",
         "listen_interfaces": settings.listen,
         "enable_dht": settings.discovery and settings.dht,
@@ -246,21 +246,21 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         "announce_to_all_tiers": True,
         "stop_tracker_timeout": 1,
     }
-    found.update(_encryption(lt, settings))
+    by_name.update(_encryption(lt, settings))
     if settings.proxy is not None:
-        found.update(_proxy(lt, settings.proxy))
+        by_name.update(_proxy(lt, settings.proxy))
     if not settings.discovery or not settings.dht:
-        found["dht_bootstrap_nodes"] = ""
+        by_name["dht_bootstrap_nodes"] = ""
     if not settings.discovery:
-        found["webtorrent_stun_server"] = ""
+        by_name["webtorrent_stun_server"] = ""
     if settings.local:
         # Here several peers share one address, and a lost one is worth trying again at once.
-        found["allow_multiple_connections_per_ip"] = True
-        found["min_reconnect_time"] = 1
+        by_name["allow_multiple_connections_per_ip"] = True
+        by_name["min_reconnect_time"] = 1
         # uTP is 20 times slower than TCP on loopback, where there is nobody to be fair to.
-        found["enable_outgoing_utp"] = False
-        found["enable_incoming_utp"] = False
-    return found
+        by_name["enable_outgoing_utp"] = False
+        by_name["enable_incoming_utp"] = False
+    return by_name
 
 
 def _encryption(lt: Any, settings: SwarmSettings) -> dict[str, int]:
@@ -304,10 +304,10 @@ def address(peer: str) -> tuple[str, int]:
             f"a peer is written HOST:PORT, not {peer!r:.100}", hint="--peer 192.0.2.1:6881, say"
         )
     try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise SourceInvalid(
             f"the peer {peer!r:.100} is not known ({error})",
             hint="correct its name, or leave it out",
         ) from None
-    return str(found[0][4][0]), int(port)
+    return str(resolved[0][4][0]), int(port)

@@ -51,5 +51,5 @@ class Tally:
         for endpoint, count in self._open.items():
             known[endpoint[0]] += count
         rest = received - (known.total() - self._before)
-        found = {Origin("peer", host): count for host, count in known.items()}
-        return found | {Origin("peer", ""): rest} if rest > 0 else found
+        by_host = {Origin("peer", host): count for host, count in known.items()}
+        return by_host | {Origin("peer", ""): rest} if rest > 0 else by_host

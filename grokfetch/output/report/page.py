@@ -54,20 +54,20 @@ def render(seen: Overview, *, now: float) -> str:
         ago=lambda then: _ago(then, now),
     )
     environment.globals.update(share=share_text)
-    names = [group.name for group in seen.found.groups]
+    names = [group.name for group in seen.survey.groups]
     return environment.get_template("page.html").render(
         seen=seen,
-        found=seen.found,
+        survey=seen.survey,
         now=now,
         version=__version__,
         width=charts.WIDTH,
         height=charts.HEIGHT,
         most=MOST_ROWS,
-        files=Counter(seen.found.files.values()),
-        not_proven=[(str(p), state) for p, state in seen.found.files.items() if state != "proven"],
+        files=Counter(seen.survey.files.values()),
+        not_proven=[(str(p), state) for p, state in seen.survey.files.items() if state != "proven"],
         others=[name for name in names if not name.startswith("layer ")],
-        pieces=_pieces(seen.found.pieces),
-        fetch=_fetch(seen.history, seen.found.total),
+        pieces=_pieces(seen.survey.pieces),
+        fetch=_fetch(seen.history, seen.survey.total),
         senders=_senders(seen.history),
         heat=_heat(seen.runs),
     )
@@ -101,22 +101,22 @@ def _pieces(pieces: Sequence[bool]) -> dict[str, Any]:
 def _fetch(history: History, total: int) -> dict[str, Any] | None:
     """The curves of the fetches; None if there is nothing to be drawn."""
     samples = history.samples
-    found = rates(samples, RATE_CELLS)
-    if not found:
+    rates_shown = rates(samples, RATE_CELLS)
+    if not rates_shown:
         return None
-    top = charts.ceiling(max(found))
+    top = charts.ceiling(max(rates_shown))
     start, length = samples[0].worked, samples[-1].worked - samples[0].worked
     received = samples[-1].received - samples[0].received
     every = max(1, len(samples) // 24)
     return {
-        "rate": charts.steps(found, top),
+        "rate": charts.steps(rates_shown, top),
         "ticks": [top * quarter / 4 for quarter in (4, 3, 2, 1, 0)],
         "times": [length * quarter / 4 for quarter in range(5)],
         "proven": charts.curve(
             [((it.worked - start) / length, it.proven / total if total else 1) for it in samples]
         ),
         "pauses": list(charts.pauses(samples)),
-        "highest": max(found),
+        "highest": max(rates_shown),
         "mean": received / length,
         "length": length,
         "last": samples[-1],
