@@ -81,7 +81,7 @@ class ManifestInvalid(GrokfetchError):
     """A manifest is malformed; the message names the field."""
 
     exit_code = 12
-    next_step = "correct it, or write it anew: grokfetch manifest DIR"
+    next_step = "correct it, or create it again: grokfetch manifest DIR"
 
 
 class Contradiction(GrokfetchError):
@@ -128,7 +128,7 @@ class OutOfReach(GrokfetchError):
     """What the command needs is not to be had here: libtorrent, the memory, the other hosts."""
 
     exit_code = 18
-    next_step = "mend that, or run it where it is to be had"
+    next_step = "fix that, or run it where it is available"
 
 
 class SelectionInvalid(GrokfetchError):

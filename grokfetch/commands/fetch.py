@@ -140,7 +140,9 @@ def _request(part: Request | None, of_host: Share | None) -> Asked | None:
     if of_host is None:
         return part
     if part is not None:
-        raise click.UsageError("what a host needs goes with no other choice")
+        raise click.UsageError(
+            "the options of a host cannot be combined with those that choose a part"
+        )
     return functools.partial(share_request, of_host)
 
 

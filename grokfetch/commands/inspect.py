@@ -30,7 +30,7 @@ SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
     ),
 )
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a tensor and line.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines, one object for each tensor.")
 @plain_option
 @state_option
 def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:

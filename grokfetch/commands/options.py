@@ -309,7 +309,7 @@ def _part(
     if layers is None and experts is None and not only:
         return Request() if everything else None
     if everything:
-        raise click.UsageError("--all goes with no other choice")
+        raise click.UsageError("--all cannot be combined with --layers, --experts or --only")
     return Request(
         None if layers is None else parse_numbers(layers),
         None if experts is None else parse_numbers(experts),

@@ -59,7 +59,7 @@ def _addresses(*schemes: str) -> Checked:
             except ValueError:
                 sound = None
             if not sound:
-                raise click.BadParameter(f"{url!r:.100} is no {' or '.join(schemes)} address")
+                raise click.BadParameter(f"{url!r:.100} is not a {' or '.join(schemes)} address")
         return urls
 
     return check
@@ -119,8 +119,8 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     "--v1",
     "v1_only",
     is_flag=True,
-    help="Make a torrent of BitTorrent v1 alone, for clients that read no hybrids, Transmission 3 "
-    "and aria2 1.36 for example; its info hash is another one.",
+    help="Make a torrent of BitTorrent v1 only, for clients that cannot read hybrids, such as "
+    "Transmission 3 and aria2 1.36; it has another info hash.",
 )
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options

@@ -189,7 +189,7 @@ class Unchanged:
         for path, before in self._before.items():
             if self._store.stamp(path) != before:
                 raise NotProven(
-                    "it has changed since it was verified, and is shared no more",
+                    "it has changed since it was verified, and is no longer shared",
                     path=self._store.payload(path),
                     hint=f"run: grokfetch verify {self._store.root} --repair",
                 )

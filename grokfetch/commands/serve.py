@@ -119,7 +119,7 @@ def serve(
         require_whole(store)
     known_tokenizer = _found_tokenizer(store, tokenizer)
     if key is None and host not in LOOPBACK:
-        click.echo(f"warning: whoever reaches {host} can use it; ask for a key", err=True)
+        click.echo(f"warning: anyone who can reach {host} can use it; require a key", err=True)
     with held(store), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
         with loading_shown() as report:

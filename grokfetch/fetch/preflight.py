@@ -116,7 +116,7 @@ def checks(needed: Need, place: Place) -> tuple[Check, ...]:
             needed.inodes <= inodes,
             needed.inodes,
             place.inodes,
-            f"{needed.inodes:,} files and folders are to be made, {inodes:,} more are possible",
+            f"{needed.inodes:,} files and folders are needed, the disk takes only {inodes:,}",
             f"remove small files, or {elsewhere}",
         ),
         Check(
@@ -124,7 +124,7 @@ def checks(needed: Need, place: Place) -> tuple[Check, ...]:
             needed.longest <= place.longest,
             needed.longest,
             place.longest,
-            f"{longest}, {place.longest:,} are the most here ({place.file_system})",
+            f"{longest}, at most {place.longest:,} are possible here ({place.file_system})",
             f"raise the limit (ulimit -f unlimited), or {elsewhere}",
         ),
         Check(
@@ -132,7 +132,7 @@ def checks(needed: Need, place: Place) -> tuple[Check, ...]:
             place.open_files >= OPEN_FILES,
             OPEN_FILES,
             place.open_files,
-            f"{OPEN_FILES} files must be open at once, {place.open_files} may be",
+            f"{OPEN_FILES} files must be open at once, {place.open_files} are allowed",
             "raise the limit: ulimit -n 1024",
         ),
     )

@@ -183,7 +183,7 @@ def _metadata(
             if clock() > deadline:
                 break
     raise Stalled(
-        f"no metadata of {asked} within {within_s:.0f} s",
+        f"no metadata for {asked} within {within_s:.0f} s",
         hint=f"is the network open to BitTorrent? what else works: {ways}",
     )
 

@@ -30,7 +30,7 @@ def folder_lock(
 
     The kernel drops the lock of a process that dies. NFS passes it on to the server. A shared lock
     is not a lock where there is no folder, where it cannot be written, and, with a warning, where
-    the file system knows no locks. To write, the folder is made if need be.
+    the file system has no locks. To write, the folder is made if need be.
 
     Args:
         folder: of our state files.
@@ -39,7 +39,7 @@ def folder_lock(
 
     Raises:
         StateLocked: another process holds it; names that process where it is known.
-        StorageFailed: the folder cannot be written, or its file system knows no locks.
+        StorageFailed: the folder cannot be written, or its file system has no locks.
     """
     file = _open(folder / "lock", exclusive=exclusive)
     if file is None:
@@ -81,7 +81,7 @@ def _acquire(
             path=folder,
         ) from None
     except OSError as error:
-        without = f"this file system knows no locks ({error.strerror})"
+        without = f"this file system has no locks ({error.strerror})"
         if not exclusive:
             warn(f"{folder}: {without}, so nobody is kept from changing files while they are read")
             return

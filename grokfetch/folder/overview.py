@@ -47,7 +47,7 @@ def overview(store: Store) -> Overview:
     owner = read_owner(store.state)
     if owner is not None and store.manifest_or_none() is None:
         raise StateMissing(
-            f"{owner} is at work here and has not got the torrent's metadata yet",
+            f"{owner} is at work here and has not received the torrent's metadata yet",
             path=store.root,
             hint="look again in a while",
         )

@@ -120,7 +120,7 @@ class Proven:
         if now is None:
             return "it is not there"
         if now.size > entry.size or stop > now.size or start < 0:
-            return f"it has {now.size:,} bytes, {entry.size:,} would be right"
+            return f"it has {now.size:,} bytes instead of {entry.size:,}"
         if not self.unchanged(entry.path):
             return "it has changed since it was verified" if proof else "it has never been verified"
         if self._by_digest(entry):

@@ -122,7 +122,7 @@ class Store:
 
         Raises:
             StateLocked: another process holds it; names that process where it is known.
-            StorageFailed: the folder cannot be written, or its file system knows no locks.
+            StorageFailed: the folder cannot be written, or its file system has no locks.
         """
         begins = exclusive and not self.state.exists()
         with self._files.lock(exclusive=exclusive):

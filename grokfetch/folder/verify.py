@@ -203,7 +203,7 @@ class _Verification:
                     file.path,
                     None,
                     self._tensors.names(file.path, now.size, file.size - now.size),
-                    f"it has {now.size:,} bytes, {file.size:,} would be right",
+                    f"it has {now.size:,} bytes instead of {file.size:,}",
                 )
             elif file.path not in hashed:
                 yield Finding("unproven", file.path, None, names, "no hash of it is known")

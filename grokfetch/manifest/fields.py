@@ -54,9 +54,9 @@ class Field:
         return (Field(item, f"{self.name}[{index}]") for index, item in enumerate(self.value))
 
     def text(self) -> str:
-        """A text that is not empty; anything else is refused."""
+        """A non-empty string; anything else is refused."""
         if not isinstance(self.value, str) or not self.value:
-            self.refuse("must be a text that is not empty")
+            self.refuse("must be a non-empty string")
         return str(self.value)
 
     def matching(self, pattern: str, why: str) -> str:

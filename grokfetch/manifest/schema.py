@@ -173,11 +173,11 @@ def bind(manifest: Manifest, files: Iterable[tuple[PurePosixPath, int]]) -> Mani
 
 def _place(file: ManifestFile, candidates: list[tuple[PurePosixPath, int]]) -> PurePosixPath:
     if not candidates:
-        raise Contradiction(f"{file.path} of the manifest is not there")
+        raise Contradiction(f"{file.path} of the manifest is missing")
     fitting = [path for path, size in candidates if size == file.size]
     if not fitting:
         sizes = " or ".join(f"{size:,}" for _, size in candidates)
-        raise Contradiction(f"{file.path} must have {file.size:,} bytes, here it has {sizes}")
+        raise Contradiction(f"{file.path} must have {file.size:,} bytes, and has {sizes} here")
     ranked = sorted(fitting, key=lambda path: common_tail(path, file.path), reverse=True)
     if len(ranked) > 1 and common_tail(ranked[0], file.path) == common_tail(ranked[1], file.path):
         raise Contradiction(f"both {ranked[0]} and {ranked[1]} fit {file.path} of the manifest")
@@ -281,7 +281,7 @@ def _check_files(manifest: Manifest) -> None:
         # Two names that differ only in case are one file on many file systems.
         key = str(file.path).casefold()
         if key in seen:
-            raise ManifestInvalid(f"files[{index}].path {file.path} stands there twice")
+            raise ManifestInvalid(f"files[{index}].path {file.path} appears twice")
         seen.add(key)
 
 
@@ -291,7 +291,7 @@ def _check_tensors(manifest: Manifest) -> None:
     for index, tensor in enumerate(manifest.tensors):
         field = f"tensors[{index}]"
         if tensor.name in names:
-            raise ManifestInvalid(f"{field}.name {tensor.name} stands there twice")
+            raise ManifestInvalid(f"{field}.name {tensor.name} appears twice")
         names.add(tensor.name)
         if tensor.file not in sizes:
             raise ManifestInvalid(f"{field}.file {tensor.file} is not among files")

@@ -142,7 +142,7 @@ class _Desk:
     async def chat(self, _: Request) -> Response:
         """Refused: nobody has taught this model to chat."""
         raise Refused(
-            f"{self._served.name} is a base model: it continues a text and knows no chat; "
+            f"{self._served.name} is a base model: it continues text and does not chat; "
             "use /v1/completions",
             code="model_not_chat",
         )
@@ -191,7 +191,9 @@ class _Desk:
         """Token ids of a text; the name of the end of a sequence stands for its id."""
         tokenizer, text = self._own_tokenizer(), (await read_object(request)).get("prompt")
         if not isinstance(text, str) or not is_text(text):
-            raise Refused("prompt must be a string without half a character", param="prompt")
+            raise Refused(
+                "prompt must not contain half a character (a lone surrogate)", param="prompt"
+            )
         eos = self._served.eos
         tokens = (
             [eos]

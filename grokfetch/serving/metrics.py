@@ -49,9 +49,9 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._gauge("slots", "Texts that are worked at at once").set(slots)
-        self._gauge("slots_in_use", "Texts at work").set_function(lambda: worker.working)
-        self._gauge("queue_length", "Texts that wait").set_function(lambda: worker.waiting)
+        self._gauge("slots", "Texts that can be generated at the same time").set(slots)
+        self._gauge("slots_in_use", "Texts being generated").set_function(lambda: worker.working)
+        self._gauge("queue_length", "Texts waiting for a slot").set_function(lambda: worker.waiting)
         self._gauge("failures", "Steps that failed").set_function(lambda: worker.failures)
 
     def _gauge(self, name: str, meaning: str) -> Gauge:

@@ -229,7 +229,7 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     made = {}
     for name in value:
         if not (name.isascii() and name.isdigit() and int(name[:20]) < served.vocabulary):
-            refuse("logit_bias", f"names {name!r:.40}, which is no token id of this model")
+            refuse("logit_bias", f"names {name!r:.40}, which is not a token id of this model")
         made[int(name)] = biases.number(name, 0.0, -100.0, 100.0)
     return made
 
@@ -248,7 +248,7 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
         return tuple(map(_ids, value))
     texts = [value] if isinstance(value, str) else value
     if all_of(texts, lambda one: isinstance(one, str)):
-        refuse("prompt", f"holds half a character, which no text can: {texts!r:.80}")
+        refuse("prompt", f"contains half a character (a lone surrogate): {texts!r:.80}")
     return refuse(
         "prompt", "must be a string, a list of strings, token ids, or a list of lists of them"
     )

@@ -132,7 +132,7 @@ def _members(data: bytes, position: int, depth: int) -> Iterator[tuple[bytes, Va
     while data[position : position + 1] != b"e":
         key, start = _string(data, position)
         if key in seen:
-            _refuse(position, f"the key {key[:40]!r} stands there twice")
+            _refuse(position, f"the key {key[:40]!r} appears twice")
         seen.add(key)
         value, end = _value(data, start, depth + 1)
         yield key, value, start, end

@@ -177,7 +177,9 @@ def _check_unchanged(
             raise StorageFailed(f"cannot be read: {digest.detail}", path=folder / path)
         if stamp[0] != size or _stamp(folder / path) != stamp:
             raise StorageFailed(
-                "it changed while it was read", path=folder / path, hint="run it when nobody writes"
+                "it changed while it was read",
+                path=folder / path,
+                hint="run it when nothing writes there",
             )
 
 

@@ -230,7 +230,7 @@ def _v1(value: Mapping[bytes, Value], name: str, piece_length: int) -> Layout:
     count = -(-start // piece_length)
     if len(hashes) != 20 * count:
         raise TorrentInvalid(
-            f"pieces holds {len(hashes):,} bytes, {count:,} hashes of 20 bytes would be right"
+            f"pieces holds {len(hashes):,} bytes, not {count:,} hashes of 20 bytes"
         )
     return Layout(name, 1, piece_length, tuple(files), hashes)
 
@@ -310,7 +310,7 @@ def _layer(
         raise PieceLayerInvalid(f"the piece layer of {path} is missing")
     if len(layer) != 32 * count:
         raise PieceLayerInvalid(
-            f"the piece layer of {path} holds {len(layer):,} bytes, {32 * count:,} would be right"
+            f"the piece layer of {path} holds {len(layer):,} bytes instead of {32 * count:,}"
         )
     leaves = (layer[index : index + 32] for index in range(0, len(layer), 32))
     padding = merkle_root((), piece_length // BLOCK)
@@ -373,7 +373,7 @@ def _check_names(layout: Layout) -> None:
         if file.pad:
             continue
         if file.path in files:
-            raise TorrentInvalid(f"{str(file.path)!r:.80} stands there twice")
+            raise TorrentInvalid(f"{str(file.path)!r:.80} appears twice")
         files.add(file.path)
         folders.update(file.path.parents)
     both = sorted(files & folders)

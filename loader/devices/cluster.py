@@ -69,7 +69,7 @@ def _wait_for(coordinator: str) -> None:
             if time.monotonic() > deadline:
                 raise OutOfReach(
                     f"host 0 is not found at {coordinator}: {error.strerror or error}",
-                    hint="start the process with --host-id 0 there, and let the port through",
+                    hint="start the process with --host-id 0 there, and open its port",
                 ) from None
             time.sleep(POLL_S)
         else:
@@ -107,7 +107,7 @@ def check() -> None:
     for key, why in () if client is None else client.key_value_dir_get(FAILED):
         raise OutOfReach(
             f"host {key.rpartition('/')[2]} has given up: {why}",
-            hint="mend what it says there, then start all hosts again",
+            hint="fix what it reports, then start all hosts again",
         )
 
 

@@ -310,7 +310,8 @@ def _table(
 def _check_indices(tensor: Tensor, elements: int) -> None:
     if elements >= LONGEST:
         raise OutOfReach(
-            f"{tensor.spec.name} has {elements:,} elements, mapped placement takes {LONGEST:,}",
+            f"{tensor.spec.name} has {elements:,} elements, mapped placement takes fewer than"
+            f" {LONGEST:,}",
             path=tensor.path,
             hint="use --placement sharded",
         )

@@ -149,7 +149,7 @@ class Batch:
         context = self._engine.config.sequence_len
         if len(job.prompt) + job.max_tokens > context:
             raise PromptInvalid(
-                f"{len(job.prompt)} tokens and {job.max_tokens} more are longer than the model's "
+                f"{len(job.prompt)} tokens and {job.max_tokens} more exceed the model's "
                 f"context of {context}",
                 hint="shorten the prompt, or ask for fewer tokens",
             )

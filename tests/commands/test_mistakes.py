@@ -133,7 +133,7 @@ def test_plan_knows_the_part_that_was_asked_for_before(tmp_path):
     assert "has layers" in grokfetch(
         "plan", root, "--layers", "99", code=errors.SelectionInvalid.exit_code
     )
-    assert "goes with no other" in grokfetch("plan", root, "--layers", "1", "--all", code=2)
+    assert "--all cannot be combined" in grokfetch("plan", root, "--layers", "1", "--all", code=2)
 
 
 def test_plan_of_a_link_that_only_peers_know_says_what_to_name(tmp_path):

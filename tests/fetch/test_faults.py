@@ -119,7 +119,7 @@ def test_a_file_longer_than_the_process_may_write_is_refused(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == StorageFailed.exit_code
-    assert f"top/c has {len(FILES['c']):,} bytes, 200,000 are the most here" in done.stderr
+    assert f"top/c has {len(FILES['c']):,} bytes, at most 200,000 are possible here" in done.stderr
 
 
 # --- others at work ------------------------------------------------------------------------------

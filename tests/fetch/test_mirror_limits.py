@@ -171,7 +171,7 @@ def first_notice(root, *addresses, swarm=None, **settings):
 
 WRONG = {
     "refused": "the connection is refused",
-    "host": "the host is not known",
+    "host": "the host cannot be resolved",
     "password": "a password",
     "circle": "redirects more than 10 times",
     "proxy": "ALL_PROXY names a proxy that cannot be used",

@@ -55,9 +55,9 @@ def test_what_is_just_enough_is_enough():
     ("need_change", "place_change", "said"),
     [
         ({}, {"free": 999}, "1,000 bytes are still to come, 999 are free"),
-        ({}, {"inodes": 99}, "100 files and folders are to be made, 99 more are possible"),
-        ({}, {"longest": 999}, "top/c has 1,000 bytes, 999 are the most here (ext4)"),
-        ({}, {"open_files": 64}, "128 files must be open at once, 64 may be"),
+        ({}, {"inodes": 99}, "100 files and folders are needed, the disk takes only 99"),
+        ({}, {"longest": 999}, "top/c has 1,000 bytes, at most 999 are possible here (ext4)"),
+        ({}, {"open_files": 64}, "128 files must be open at once, 64 are allowed"),
         ({}, {"refused": "it is read-only"}, "it is read-only"),
         ({"denied": Path("d/top/a")}, {}, "d/top/a cannot be written"),
     ],
@@ -116,7 +116,7 @@ def test_a_small_disk_is_refused_before_the_first_byte(tmp_path):
 def test_a_disk_without_inodes_is_refused_before_the_first_byte(tmp_path):
     with small_disk(tmp_path / "disk", "size=8m,nr_inodes=12") as disk:
         swarm = FakeSwarm(TORRENT, dict(FILES))
-        with pytest.raises(StorageFailed, match="files and folders are to be made"):
+        with pytest.raises(StorageFailed, match="files and folders are needed"):
             list(fetch(Store(disk), swarm))
         assert swarm.orders == []
 
@@ -143,7 +143,10 @@ def test_a_file_that_may_not_be_written_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("limit", "said"),
-    [(("RLIMIT_FSIZE", 100_000), "100,000 are the most"), (("RLIMIT_NOFILE", 60), "60 may be")],
+    [
+        (("RLIMIT_FSIZE", 100_000), "at most 100,000 are possible"),
+        (("RLIMIT_NOFILE", 60), "60 are allowed"),
+    ],
 )
 def test_limits_of_the_process_are_refused_by_plan(tmp_path, limit, said):
     manifest = tmp_path / "m.json"

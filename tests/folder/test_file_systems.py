@@ -89,8 +89,8 @@ def test_without_locks_readers_work_with_a_warning_and_writers_are_told(demo, lo
     with store.lock(exclusive=False):
         for file in store.manifest().files:
             store.require(file.path)
-        assert "knows no locks" in " ".join(store.warnings)
-    with pytest.raises(StorageFailed, match="knows no locks") as caught, Store(tmp_path).lock():
+        assert "has no locks" in " ".join(store.warnings)
+    with pytest.raises(StorageFailed, match="has no locks") as caught, Store(tmp_path).lock():
         pass
     assert "--state DIR" in caught.value.hint
 
@@ -101,7 +101,7 @@ def test_without_locks_a_folder_is_verified_and_run(demo, lockless):
     assert summary.complete
     assert not summary.recorded
     ran = invoke("run", demo, "Every piece is read back", "--max-tokens", 2, "--mesh", "model=1")
-    assert "knows no locks" in ran.stderr
+    assert "has no locks" in ran.stderr
     assert ran.stdout.startswith(" from")
 
 

@@ -141,7 +141,7 @@ def test_a_fetch_that_has_no_metadata_yet_is_told_from_a_folder_of_nobody(tmp_pa
     assert "nothing here says" in text
     with Store(tmp_path).lock():
         text = shown(tmp_path, code=errors.StateMissing.exit_code)
-        assert "has not got the torrent's metadata yet" in text
+        assert "has not received the torrent's metadata yet" in text
 
 
 def test_the_name_that_a_dead_process_left_is_not_at_work(tmp_path):

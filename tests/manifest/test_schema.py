@@ -172,7 +172,7 @@ def test_of_two_files_of_one_name_the_one_with_the_longer_common_path_is_meant()
 @pytest.mark.parametrize(
     ("there", "said"),
     [
-        ([(Path("ckpt-0/tensor00000_000"), 500)], "tensor00001_000 of the manifest is not there"),
+        ([(Path("ckpt-0/tensor00000_000"), 500)], "tensor00001_000 of the manifest is missing"),
         (
             [(Path("a/tensor00000_000"), 499), (Path("a/tensor00001_000"), 170)],
             "must have 500 bytes",

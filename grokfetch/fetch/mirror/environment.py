@@ -120,7 +120,7 @@ def _proxy_address(name: str, text: str, notices: list[str]) -> str:
 def _unusable_proxy(address: str) -> str | None:
     kind, _, rest = address.partition("://")
     if kind.lower() not in KINDS:
-        return f"{kind:.20}:// is none of {', '.join(f'{it}://' for it in KINDS)}"
+        return f"{kind:.20}:// is not one of {', '.join(f'{it}://' for it in KINDS)}"
     try:
         parts = urlsplit(address)
         _ = parts.port
@@ -185,7 +185,7 @@ def _hub(endpoint: str, notices: list[str]) -> str:
             return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
     except ValueError:
         pass
-    notices.append("HF_ENDPOINT is not used: it is no http or https address")
+    notices.append("HF_ENDPOINT is not used: it is not an http or https address")
     return HUB
 
 

@@ -240,9 +240,9 @@ def _meaning(error: httpx.HTTPError) -> Exception:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Faulty(f"its certificate is not valid: {cause.verify_message}")
         if isinstance(cause, ssl.SSLError):
-            return Failed(f"no encrypted connection: {cause.reason or cause}")
+            return Failed(f"no secure connection: {cause.reason or cause}")
         if isinstance(cause, socket.gaierror):
-            return Failed(f"the host is not known ({cause.strerror})")
+            return Failed(f"the host cannot be resolved ({cause.strerror})")
         if isinstance(cause, ConnectionRefusedError):
             return Failed("the connection is refused")
         if isinstance(cause, OSError) and cause.strerror:

@@ -53,7 +53,7 @@ def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Not
         _bring(store, path, source, source.url, settings or MirrorSettings())
     except (StorageFailed, Refused, Faulty, Failed) as error:
         return Notice(f"the tokenizer could not be fetched from {label(source.url)}: {error}")
-    return Notice(f"tokenizer fetched from {label(source.url)}, its sha256 is the manifest's")
+    return Notice(f"tokenizer fetched from {label(source.url)}, its sha256 matches the manifest")
 
 
 def _bring(
@@ -67,7 +67,7 @@ def _bring(
     refuse_linked_folders(store, path)
     data = asyncio.run(_read(url, source.size, settings))
     if hashlib.sha256(data).hexdigest() != source.sha256:
-        raise Refused(f"what lies there has another sha256 than {source.sha256}")
+        raise Refused(f"what is there has another sha256 than {source.sha256}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -93,5 +93,5 @@ async def _read(url: str, size: int, settings: MirrorSettings) -> bytes:
     except TimeoutError:
         raise Failed(f"it did not come within {LONGEST_S:.0f} s") from None
     if len(data) != size:
-        raise Refused(f"what lies there has other than {size:,} bytes")
+        raise Refused(f"what is there does not have {size:,} bytes")
     return bytes(data)

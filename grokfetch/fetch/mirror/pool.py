@@ -241,7 +241,7 @@ class Pool:
             mirror.limit(began, error.rest_s, self._settings)
             news = mirror.note(text)
             if news and error.rest_s >= LONG_REST_S:
-                self._say(f"{mirror.name}: {text} and asks to be left alone: {error.rest_s:.0f} s")
+                self._say(f"{mirror.name}: {text} and asks us to wait {error.rest_s:.0f} s")
             return
         if mirror.strike(began, self._settings, fewer=isinstance(error, Limited)):
             self._drop(mirror, text)

@@ -153,7 +153,9 @@ class Session:
             # The alert comes when the files are closed.
             left -= sum(isinstance(it, self._lt.torrent_removed_alert) for it in self.alerts())
             if left and time.monotonic() > deadline:
-                raise StorageFailed(f"the disk has not ended writing in {CLOSE_TIMEOUT_S:.0f} s")
+                raise StorageFailed(
+                    f"the disk has not finished writing after {CLOSE_TIMEOUT_S:.0f} s"
+                )
 
     @property
     def port(self) -> int:
