@@ -8,8 +8,8 @@ exchange, as counted in the compiled program.
 One row is one step of one layer on one device (L), or the logits of its tokens (V). temp: bytes
 held beside arguments and results. read: bytes from main memory, each operand of each operation
 counted once. of it: over the bytes that are needed. loops: those of unknown length, for each trip
-of which the host of a GPU waits. ms: of all layers and the logits at the rate of the memory. fits:
-weights, cache and the work of this step in the memory of a device.
+of which the host of a GPU waits; a TPU decides by itself. ms: of all layers and the logits at the
+rate of the memory. fits: weights, cache and the work of this step in the memory of a device.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def show(kind: Accelerator, shape: MeshShape, step: str) -> int:
     for part, row in rows.items():
         ratio = None if row.needed is None else row.read / row.needed
         most = MOST_PREFILL if load.fresh else MOST_DECODE
-        good = row.temporaries < most and not row.loops and (ratio is None or ratio <= MOST_READ)
+        waits = bool(row.loops) and (kind.graphics is not None or not load.fresh)
+        good = row.temporaries < most and not waits and (ratio is None or ratio <= MOST_READ)
         missed += not good
         last = part == "logits"
         print(

@@ -73,14 +73,20 @@ def select(weights: Weights, index: Array) -> Weights:
         What `product` takes; inside a compiled product it is not copied whole, and of mapped
         weights no page of another matrix is touched.
     """
-    if isinstance(weights, Mapped):
-        return dataclasses.replace(weights, index=index)
-    if weights.tuning is not None and weights.weight.size < LONGEST:
-        return dataclasses.replace(weights, index=index)
-    return dataclasses.replace(
-        weights,
-        weight=lax.dynamic_index_in_dim(weights.weight, index, keepdims=False),
-        scales=lax.dynamic_index_in_dim(weights.scales, index, keepdims=False),
+    chosen = dataclasses.replace(weights, index=index)
+    if isinstance(chosen, Mapped) or chosen.tuning is None or chosen.weight.size < LONGEST:
+        return chosen
+    return _matrix(chosen)
+
+
+def _matrix(weights: Quantized) -> Quantized:
+    """The chosen matrix of a stack as one by itself."""
+    if weights.index is None:
+        return weights
+    return Quantized(
+        lax.dynamic_index_in_dim(weights.weight, weights.index, keepdims=False),
+        lax.dynamic_index_in_dim(weights.scales, weights.index, keepdims=False),
+        tuning=weights.tuning,
     )
 
 
@@ -137,6 +143,7 @@ def _summed(x: Array, weights: Quantized) -> Array:
     copy the matrix for a product that it leaves to a kernel for matrices. A vector and not a matrix
     of one row, and scaled within the sum: otherwise the stack is transposed first.
     """
+    weights = _matrix(weights)
     groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape
     factors = x.reshape(groups, rows // groups, 1)
     matrix = weights.weight.reshape(groups, rows // groups, columns).astype(jnp.float32)
@@ -195,22 +202,34 @@ def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
 
 
 def _grouped(x: Array, weights: Quantized) -> Array:
-    groups, rows = weights.scales.shape[0], weights.weight.shape[0]
+    groups, rows = weights.scales.shape[-2], weights.weight.shape[-2] // weights.scales.shape[-2]
     total = jnp.zeros((), jnp.float32)
     # One product a group, not one batched over groups: XLA's CPU backend has no batched product of
     # bfloat16 with a float32 result.
     for group in range(groups):
-        part = slice(group * rows // groups, (group + 1) * rows // groups)
         sums = jnp.einsum(
             "...k,kn->...n",
-            x[..., part],
-            weights.weight[part].astype(x.dtype),
+            x[..., group * rows : (group + 1) * rows],
+            _rows(weights.weight, weights.index, group * rows, rows).astype(x.dtype),
             # Accelerators would otherwise multiply float32 in fewer bits than asked for.
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        total = total + sums * weights.scales[group].astype(jnp.float32)
+        scales = _rows(weights.scales, weights.index, group, 1)[0]
+        total = total + sums * scales.astype(jnp.float32)
     return total
+
+
+def _rows(array: Array, index: Array | None, start: int, count: int) -> Array:
+    """Some rows of a matrix, or of one of a stack.
+
+    They are cut out of the stack in one step: a matrix that several products take rows of would be
+    copied out of it first.
+    """
+    if index is None:
+        return array[start : start + count]
+    found: Array = lax.dynamic_slice(array, (index, start, 0), (1, count, array.shape[-1]))
+    return found[0]
 
 
 def table_rows(table: Table) -> int:

@@ -39,6 +39,9 @@ __all__ = [
 LARGEST_BLOCK = 128
 """Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
 
+FEW_HELD = 2
+"""Experts of a device whose stack is multiplied at once, where one after another would do."""
+
 Matrices: TypeAlias = tuple[Weights, Weights, Weights]
 """Gate, up and down of one expert."""
 
@@ -148,7 +151,7 @@ def experts(
     )
     if not reads_decide(weights.gate, routed.x.shape[0]):
         total = _by_blocks(weights, mine, held, config, dtype)
-    elif routed.choices.size <= held:
+    elif routed.choices.size < held:
         total = _by_pairs(weights, mine, dtype)
     else:
         total = _by_experts(weights, mine, held, dtype)
@@ -195,9 +198,10 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         hidden = hidden * stack_product(every, weights.up, dtype)
         return jnp.einsum("ne,end->nd", gates, stack_product(hidden, weights.down, dtype))
 
-    if routed.x.shape[0] == 1:
-        return one(routed.x, weights, gates)
-    return by_platform(together, one, routed.x, weights, gates)
+    # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
+    elsewhere = together if held <= FEW_HELD else one
+    on_gpus = one if routed.x.shape[0] == 1 else together
+    return by_platform(on_gpus, elsewhere, routed.x, weights, gates)
 
 
 def _by_blocks(

@@ -66,14 +66,30 @@ def test_group_boundaries_are_contiguous_rows():
     assert product(x, weights, jnp.dtype("float32")).tolist() == [1 + 2 + 400 + 800]
 
 
-def test_select_takes_one_matrix_at_run_time():
-    stack = [made(8, 4, 2, seed) for seed in range(3)]
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
+def test_one_matrix_of_a_stack_is_chosen_at_run_time(monkeypatch, gpus, rows):
+    monkeypatch.setattr(quantized, "GPUS", gpus)
+    stack = [made(48, 7, 3, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
-    one = jax.jit(select)(stacked, 2)
-    assert one.weight.dtype == jnp.int8
-    assert one.scales.dtype == jnp.bfloat16
-    assert (one.weight == stack[2][0].weight).all()
-    assert (one.scales == stack[2][0].scales).all()
+    x = np.random.default_rng(1).standard_normal((rows, 48), np.float32)
+    run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
+    for number, (_, matrix) in enumerate(stack):
+        np.testing.assert_allclose(run(x, stacked, number), x @ matrix, rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_rows_of_a_chosen_matrix_are_cut_out_of_the_stack_and_the_matrix_is_not(groups):
+    """An accelerator's compiler would copy a matrix of which several products take rows."""
+    stack = [made(64, 8, groups, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    traced = jax.make_jaxpr(lambda x, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
+    cuts = [
+        equation.outvars[0].aval.shape
+        for equation in traced(np.zeros((5, 64), np.float32), jnp.int32(1)).eqns
+        if equation.primitive.name == "dynamic_slice" and equation.outvars[0].aval.dtype == np.int8
+    ]
+    assert cuts == groups * [(1, 64 // groups, 8)]
 
 
 @pytest.mark.parametrize("longest", [2**31, 5])

@@ -23,6 +23,7 @@ from loader.weights.partition import MeshShape
 CONFIG = golden.CONFIG
 CHOSEN, EXPERTS = CONFIG.num_selected_experts, CONFIG.num_experts
 TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH = MeshShape(1, 8), MeshShape(8, 1), MeshShape(2, 4)
+FEW_EACH = MeshShape(4, 2)
 
 
 def one_token(shape):
@@ -97,7 +98,7 @@ def mixed(shape, weights, tokens, dtype="float32"):
 
 
 @pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
-@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH], ids=str)
+@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH, FEW_EACH], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
 def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, tokens):
     """By pairs, by experts, by blocks; each as GPUs and as other accelerators have it."""
