@@ -155,11 +155,16 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes of a step done so far, and to be done in all; here they are read back."""
+    """Bytes of a step done so far, and to be done in all, or how many of another `unit`.
+
+    The phase is "verifying" where bytes are read back, "loading" where they go to devices, and
+    "prompts" where the units are texts.
+    """
 
     done: int
     total: int
     phase: str = "verifying"
+    unit: str = "byte"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,12 +12,14 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "honour", "install", "settle", "uninstall"]
+__all__ = ["Interrupted", "honour", "install", "noted", "settle", "uninstall"]
 
 AGAIN_S = 0.02
 """Seconds until an interruption that was dropped is raised again: by then whatever dropped it has
@@ -99,6 +101,29 @@ def honour(error: KeyboardInterrupt) -> int:
     _Count.honoured = _Count.raised
     signal.setitimer(signal.ITIMER_REAL, 0)
     return error.exit_code
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C only noted while the block runs, but a second one interrupt as ever.
+
+    The callable that is yielded says whether it was pressed. Where Ctrl-C is ignored it stays so.
+    """
+    pressed = False
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed and callable(usual):
+            usual(number, frame)
+        pressed = True
+
+    if usual is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def settle() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,21 +25,23 @@ from grokfetch.commands.options import (
     state_option,
     tokenizer_option,
 )
+from grokfetch.commands.prompt_list import Settings, work_on
+from grokfetch.commands.prompt_options import Listed, Prompt, Session, prompt_options
 from grokfetch.commands.run_figures import Measured
+from grokfetch.commands.run_text import converse, tell, write
 from grokfetch.commands.streaming import fetching
 from grokfetch.commands.tokenizer import find_tokenizer
-from grokfetch.events import Ended, Token
 from grokfetch.fetch import Asked
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
-from grokfetch.output.progress import Lines
 from grokfetch.output.reporting import held, lines
-from grokfetch.output.terminal import screen
-from grokfetch.units import seconds_text, speed_text
-from loader.devices.arrangement import Loading, arrange
+from loader.devices.arrangement import Arrangement, Loading, arrange
 from loader.devices.meter import Meter
 from loader.inference.tokenizer import Tokenizer
-from loader.weights.schema import weight_bytes
+from loader.weights.schema import GrokConfig, weight_bytes
+
+if TYPE_CHECKING:
+    from loader.inference.engine import Engine, Sampling
 
 BAR_S = 1.0
 """How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
@@ -49,12 +51,12 @@ BAR_S = 1.0
     cls=Explained,
     examples=(
         'grokfetch run /data/grok-1 "The answer to life" --max-tokens 40',
-        'grokfetch run /data/grok-1 --tokens "1 2 3" --temperature 0.7 --top-p 0.9',
+        "grokfetch run /data/grok-1 --prompts prompts.jsonl --output texts.jsonl",
     ),
     groups={
-        "Prompt and text": (
-            *("tokens", "tokenizer", "max_tokens", "temperature", "top_p", "top_k", "seed"),
-        ),
+        "Prompt": ("tokens", "prompt_file", "tokenizer"),
+        "Many prompts": ("prompts", "output", "slots"),
+        "Text": ("max_tokens", "temperature", "top_p", "top_k", "seed"),
         "How the model is held": ("dtype", "placement", "mesh", "memory", "unproven"),
         "Several hosts": ("cluster", "coordinator", "num_hosts", "host_id"),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
@@ -63,8 +65,7 @@ BAR_S = 1.0
     extra="put the prompt in quotes",
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("prompt", required=False)
-@click.option("--tokens", metavar="IDS", help='Token ids as the prompt, "181 13 437"; prints ids.')
+@prompt_options
 @tokenizer_option
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
@@ -91,10 +92,9 @@ BAR_S = 1.0
 @json_option
 def run(
     folder: Path,
-    prompt: str | None,
-    tokens: str | None,
     tokenizer: Path | None,
     *,
+    wanted: Prompt | Session | Listed,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -109,63 +109,132 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in DIR.
 
-    The text goes to stdout as it is generated, timings go to stderr. Of several hosts, host 0
-    writes it; each reads only the bytes that its own devices need.
+    The text goes to stdout as it is generated, timings go to stderr. A PROMPT of - or none at all
+    reads stdin; on a terminal each line that is typed is continued. Of several hosts, host 0 writes
+    the text; each reads only the bytes that its own devices need.
     """
-    if (prompt is None) == (tokens is None):
-        raise click.UsageError("give either a PROMPT or --tokens")
-    if unproven and meanwhile is not None:
-        raise click.UsageError("--while-fetching waits until bytes are proven")
-    ids = None if tokens is None else _ids(tokens)
-    from loader.devices.cluster import is_first, local_share, meet
+    _refuse_together(wanted, hosts, meanwhile, unproven=unproven, stats=stats)
+    from loader.devices.cluster import meet
     from loader.inference.engine import Sampling
-    from loader.inference.loading import load_as_it_comes, load_onto
-    from loader.inference.prompts import check_prompts
-    from loader.weights.checkpoint import (
-        expect_checkpoint,
-        model_of,
-        open_checkpoint,
-        require_whole,
-    )
+    from loader.weights.checkpoint import model_of, require_whole
 
+    sampling = Sampling(temperature, top_p, top_k, seed)
     with (
         joined(hosts),
         _reading(folder, state, meanwhile, asked(hosts, loading)) as store,
         Meter() as meter,
+        contextlib.ExitStack() as files,
     ):
         config = model_of(store)
         # Where the weights are not all there, nobody should look for the tokenizer first.
         if not (unproven or hosts.several or meanwhile):
             require_whole(store)
-        words = None if prompt is None else find_tokenizer(store, tokenizer)
-        if words is not None and prompt is not None:
-            ids = words.encode(prompt)
-        assert ids is not None
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        words = find_tokenizer(store, tokenizer) if wanted.needs_tokenizer else None
         # What can be refused is refused before minutes are spent on loading.
-        check_prompts(config, [ids])
-        there = arrange(config, loading, len(ids) + max_tokens)
-        share, start = local_share(there.mesh), time.perf_counter()
-        with loading_shown() as report:
-            if isinstance(store, Arriving):
-                checkpoint = expect_checkpoint(store, share)
-                engine = load_as_it_comes(there, checkpoint, ids, sampling, report)
-                store.wait_for_end(BAR_S)
-            else:
-                checkpoint = open_checkpoint(store, proven=not unproven, share=share)
-                engine = load_onto(there, checkpoint, report)
+        if isinstance(wanted, Listed):
+            settings = Settings(store.manifest().name, max_tokens, sampling)
+            work = files.enter_context(work_on(wanted, words, config, settings))
+            prompts = [ids for _, ids in work.left]
+            if not prompts:
+                work.tell(0, 0.0, 0.0)
+                return
+        else:
+            prompts = [_ids(wanted, words, config)]
+        there = arrange(config, loading, max(map(len, prompts)) + max_tokens)
+        start = time.perf_counter()
+        engine = _loaded(there, store, prompts[0], sampling, proven=not unproven)
         loaded_s = time.perf_counter() - start
         meet("loaded")
-        taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)
-        generated = taken.watch(ids, engine.generate(ids, max_tokens, sampling), max_tokens)
-        engine.warm_up(ids, sampling)
-        with taken.kept(store):
-            if is_first():
-                _write(generated, words, taken)
-            else:
-                deque(generated, maxlen=0)
-        if is_first() and lines() is None:
-            _tell(taken, stats=stats)
+
+        def begin(ids: Sequence[int]) -> tuple[Iterator[int], Measured]:
+            taken = Measured(meter, engine, weight_bytes(config), loaded_s, stats=stats)
+            tokens = taken.watch(ids, engine.generate(ids, max_tokens, sampling), max_tokens)
+            engine.warm_up(ids, sampling)
+            return tokens, taken
+
+        if isinstance(wanted, Listed):
+            work.run(engine, meter)
+        elif words is not None and isinstance(wanted, Session):
+            converse(words, begin, store)
+        else:
+            _write_one(begin(prompts[0]), words, store, stats=stats)
+
+
+def _ids(wanted: Prompt | Session, words: Tokenizer | None, config: GrokConfig) -> list[int]:
+    """The token ids of the prompt; of what somebody will type, as many as there may be.
+
+    Raises:
+        PromptInvalid: the model cannot read it.
+    """
+    from loader.inference.prompts import check_room
+
+    if isinstance(wanted, Session):
+        return [config.bos_token] * (config.sequence_len - 1)
+    ids = list(wanted.ids)
+    if words is not None and wanted.text is not None:
+        ids = words.encode(wanted.text)
+    check_room(config, ids)
+    return ids
+
+
+def _write_one(
+    begun: tuple[Iterator[int], Measured], words: Tokenizer | None, store: Store, *, stats: bool
+) -> None:
+    """Write a text and what it took; of several hosts the first one does, the others work along."""
+    from loader.devices.cluster import is_first
+
+    generated, taken = begun
+    with taken.kept(store):
+        if is_first():
+            write(generated, words, taken)
+        else:
+            deque(generated, maxlen=0)
+    if is_first() and lines() is None:
+        tell(taken, stats=stats)
+
+
+def _refuse_together(
+    wanted: Prompt | Session | Listed,
+    hosts: Hosts,
+    meanwhile: Meanwhile | None,
+    *,
+    unproven: bool,
+    stats: bool,
+) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if unproven and meanwhile is not None:
+        raise click.UsageError("--while-fetching waits until bytes are proven")
+    if isinstance(wanted, Listed) and stats:
+        raise click.UsageError("--stats tells of one text, and --prompts continues many")
+    if isinstance(wanted, Listed) and hosts.several:
+        raise click.UsageError("--prompts is for one host")
+    if isinstance(wanted, Session) and (hosts.several or meanwhile or lines()):
+        raise click.UsageError(
+            "give a PROMPT: several hosts, --while-fetching and --json continue one text"
+        )
+
+
+def _loaded(
+    there: Arrangement, store: Store, prompt: Sequence[int], sampling: Sampling, *, proven: bool
+) -> Engine:
+    """The model on its devices; where the folder is being fetched, as its bytes come."""
+    from loader.devices.cluster import local_share
+    from loader.inference.loading import load_as_it_comes, load_onto
+    from loader.weights.checkpoint import expect_checkpoint, open_checkpoint
+
+    share = local_share(there.mesh)
+    with loading_shown() as report:
+        if isinstance(store, Arriving):
+            checkpoint = expect_checkpoint(store, share)
+            engine = load_as_it_comes(there, checkpoint, prompt, sampling, report)
+            store.wait_for_end(BAR_S)
+            return engine
+        checkpoint = open_checkpoint(store, proven=proven, share=share)
+        return load_onto(there, checkpoint, report)
 
 
 @contextlib.contextmanager
@@ -183,80 +252,3 @@ def _reading(
         arriving = Arriving(folder, state, watch=check)
         with fetching(meanwhile, arriving, wanted):
             yield arriving
-
-
-def _write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> None:
-    """Write the text as it is generated."""
-    machine = lines()
-    if machine is not None:
-        _events(machine, tokens, words, taken)
-        return
-    for text in _numbers(tokens) if words is None else _texts(tokens, words):
-        click.echo(text, nl=False)
-    click.echo()
-
-
-def _events(
-    machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
-) -> None:
-    """Tell a machine each token as it comes, and at the end the text and what it took."""
-    start = time.perf_counter()
-    stream = None if words is None else words.stream()
-    parts: list[str] = []
-    for token in tokens:
-        text = None if stream is None else stream.push(token)
-        parts.append(text or "")
-        machine.take(Token(token, text))
-    if stream is not None:
-        parts.append(stream.finish())
-    run = taken.run()
-    results: dict[str, object] = {
-        "tokens": run.tokens,
-        "text": None if stream is None else "".join(parts),
-        "first_token_s": run.first_token_s if run.tokens else None,
-        "tokens_per_s": run.tokens_per_s,
-        "stopped": taken.stopped,
-        "compile_s": run.compile_s,
-        "peak_memory": run.peak_memory,
-        "read": run.read,
-        "experts": run.experts,
-    }
-    machine.take(Ended(time.perf_counter() - start, results))
-
-
-def _tell(taken: Measured, *, stats: bool) -> None:
-    """Say how long it took, or all that it took."""
-    if not taken.tokens:
-        click.echo("the text ended at once", err=True)
-    elif stats:
-        for line in taken.said(screen(sys.stderr)):
-            click.echo(line, err=True)
-    else:
-        first = seconds_text(taken.first_token_s)
-        speed = taken.tokens_per_s
-        click.echo(
-            f"compiled in {seconds_text(taken.compile_s)}, "
-            + (f"1 token after {first}" if speed is None else f"first token after {first}, ")
-            + ("" if speed is None else f"then {taken.tokens - 1} at {speed_text(speed)}")
-            + f"; {taken.stopped_text()}",
-            err=True,
-        )
-
-
-def _numbers(tokens: Iterable[int]) -> Iterator[str]:
-    for index, token in enumerate(tokens):
-        yield f" {token}" if index else str(token)
-
-
-def _texts(tokens: Iterable[int], words: Tokenizer) -> Iterator[str]:
-    stream = words.stream()
-    for token in tokens:
-        yield stream.push(token)
-    yield stream.finish()
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.replace(",", " ").split()]
-    except ValueError:
-        raise click.BadParameter(f"not token ids: {text!r:.80}", param_hint="--tokens") from None

@@ -30,8 +30,9 @@ SMOOTH_S = 5.0
 class Gauge:
     """The state of a step.
 
-    step: one word. done, total: bytes; a total of 0 is not known yet. rate: bytes a second, None if
-    that is not known. peers: who sends, None where nobody does. mirrors: HTTP servers beside them.
+    step: one word. done, total: bytes, or how many of another unit; a total of 0 is not known yet.
+    rate: so much a second, None if that is not known. peers: who sends, None where nobody does.
+    mirrors: HTTP servers beside them.
     """
 
     step: str
@@ -40,6 +41,7 @@ class Gauge:
     rate: float | None = None
     peers: int | None = None
     mirrors: int = 0
+    unit: str = "byte"
 
     def line(self, view: Screen) -> str:
         """A line with a bar that fits the screen: the less room, the fewer words, no fact less."""
@@ -56,7 +58,7 @@ class Gauge:
     def sentence(self) -> str:
         """The same in words."""
         share = share_text(self.done, self.total) if self.total else "waiting"
-        amount = f"{bytes_text(self.done)} of {bytes_text(self.total)}" if self.total else ""
+        amount = f"{self._amount(self.done)} of {self._amount(self.total)}" if self.total else ""
         left = self._left()
         facts = (
             f"{self.step} {share}",
@@ -80,8 +82,15 @@ class Gauge:
         yield _Wording((), (share, rate, left, *senders), " ", LEAST)
         yield _Wording((), (share, rate, left, *initials), " ", 0)
 
+    def _amount(self, count: int) -> str:
+        return bytes_text(count) if self.unit == "byte" else count_text(count, self.unit)
+
     def _rate(self) -> str:
-        return "" if self.rate is None else f"{bytes_text(self.rate)}/s"
+        if self.rate is None:
+            return ""
+        if self.unit == "byte":
+            return f"{bytes_text(self.rate)}/s"
+        return f"{self.rate:.2f} {self.unit}s/s"
 
     def _left(self) -> str:
         """How long it still takes; empty where that is not known."""

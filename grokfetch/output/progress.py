@@ -148,7 +148,7 @@ class Bar:
             case Status():
                 self._show(self._of_fetch(event))
             case Progress():
-                self.show(event.done, event.total)
+                self.show(event.done, event.total, event.unit)
             case Finding():
                 self._print(finding_line(event), self._findings)
             case Notice():
@@ -157,10 +157,10 @@ class Bar:
                 # Results are printed by the command; single pieces are for machines.
                 return
 
-    def show(self, done: int, total: int) -> None:
-        """Show that `done` of `total` bytes are done."""
+    def show(self, done: int, total: int, unit: str = "byte") -> None:
+        """Show that `done` of `total` bytes, or of other units, are done."""
         rate = self._speed.of(done, time.monotonic())
-        self._show(Gauge(self._label, done, total, rate))
+        self._show(Gauge(self._label, done, total, rate, unit=unit))
 
     def _of_fetch(self, status: Status) -> Gauge:
         downloads = status.phase == "downloading"

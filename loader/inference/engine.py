@@ -21,7 +21,7 @@ from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.inference.model import KeyValues, Window
-from loader.inference.prompts import Ids, check_prompts, token_ids
+from loader.inference.prompts import Ids, check_prompts, check_room, token_ids
 from loader.inference.routing_counts import Choices
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.inference.steps import steps_for
@@ -226,13 +226,7 @@ class Engine:
     def _continued(
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling | None
     ) -> Iterator[int]:
-        check_prompts(self.config, [ids])
-        room = self.config.sequence_len - len(ids)
-        if room < 1:
-            raise PromptInvalid(
-                f"the prompt fills the whole context of {self.config.sequence_len:,} tokens",
-                hint="shorten it",
-            )
+        room = check_room(self.config, ids)
         return self._stream(ids, min(max_tokens, room), sampling or Sampling())
 
     def count_experts(self) -> Choices:

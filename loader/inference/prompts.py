@@ -11,7 +11,7 @@ import numpy as np
 from grokfetch.errors import PromptInvalid
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Ids", "check_prompts", "token_ids"]
+__all__ = ["Ids", "check_prompts", "check_room", "token_ids"]
 
 Ids = Sequence[int] | Any
 """Token ids: a sequence of integers, or an array `[T]` of NumPy, JAX or PyTorch."""
@@ -59,6 +59,22 @@ def check_prompts(config: GrokConfig, prompts: Sequence[Sequence[int]]) -> None:
                 f"token {token} is outside the vocabulary of {config.vocab_size:,}",
                 hint=f"token ids of this model lie between 0 and {config.vocab_size - 1:,}",
             )
+
+
+def check_room(config: GrokConfig, prompt: Sequence[int]) -> int:
+    """How many tokens may follow a prompt, at least one.
+
+    Raises:
+        PromptInvalid: as `check_prompts`, or the prompt leaves no room for a token.
+    """
+    check_prompts(config, [prompt])
+    room = config.sequence_len - len(prompt)
+    if room < 1:
+        raise PromptInvalid(
+            f"the prompt fills the whole context of {config.sequence_len:,} tokens",
+            hint="shorten it",
+        )
+    return room
 
 
 def _not_ids(prompt: object) -> PromptInvalid:

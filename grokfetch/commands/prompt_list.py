@@ -1,0 +1,251 @@
+"""`run --prompts`: many texts continued together, each written as it is done; no command.
+
+A line of the output names its prompt by number and by a digest of all that its text depends on, so
+that a run that was ended goes on with what is missing, and lines of other settings are never mixed
+in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from grokfetch.commands.prompt_options import Entry, Listed
+from grokfetch.errors import Contradiction, PromptInvalid, StateLocked, storage_failed
+from grokfetch.events import Progress
+from grokfetch.output.reporting import ended, reporter
+from grokfetch.units import count_text, seconds_text, speed_text
+from loader.devices.meter import Meter
+from loader.inference.tokenizer import Tokenizer
+from loader.weights.schema import GrokConfig
+
+if TYPE_CHECKING:
+    from loader.inference.engine import Engine, Sampling
+
+__all__ = ["Settings", "Work", "already_done", "work_on"]
+
+HEAD = b'{"index": '
+"""What every line of the output begins with."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """All else that a text depends on: the model's name, and how it is continued."""
+
+    model: str
+    max_tokens: int
+    sampling: Sampling
+
+    def key(self, entry: Entry) -> str:
+        """A digest of a prompt and these settings, 16 hexadecimal digits."""
+        whole = [entry.prompt, self.model, self.max_tokens, dataclasses.astuple(self.sampling)]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+def _encoded(
+    entry: Entry, words: Tokenizer | None, config: GrokConfig, path: Path
+) -> tuple[Entry, list[int]]:
+    """A prompt with its token ids.
+
+    Raises:
+        PromptInvalid: the model cannot read it, or it fills the context; names the prompt.
+    """
+    from loader.inference.prompts import check_room
+
+    try:
+        if isinstance(entry.prompt, str):
+            assert words is not None
+            ids = words.encode(entry.prompt)
+        else:
+            ids = list(entry.prompt)
+        check_room(config, ids)
+    except PromptInvalid as error:
+        raise PromptInvalid(
+            f"prompt {entry.index + 1:,}: {error.what}", path=path, hint=error.hint
+        ) from None
+    return entry, ids
+
+
+# --- the file of texts ---------------------------------------------------------------------------
+
+
+def already_done(data: bytes, keys: Sequence[str], path: Path) -> tuple[set[int], int]:
+    """Which prompts an earlier run has continued. Pure.
+
+    Args:
+        data: what is in the output.
+        keys: of the prompts, in order.
+        path: of the output.
+
+    Returns:
+        Their numbers, and the length of the whole lines in bytes; a piece of a line may follow.
+
+    Raises:
+        Contradiction: a line is of another prompt, of other settings, or not ours.
+    """
+    whole, _, rest = data.rpartition(b"\n")
+    texts = whole.split(b"\n") if whole else []
+    done = set()
+    for number, line in enumerate(texts, 1):
+        fields = _fields(line)
+        index = fields.get("index")
+        if type(index) is not int or not 0 <= index < len(keys) or fields.get("key") != keys[index]:
+            raise Contradiction(
+                f"line {number:,} is not of these prompts and settings", path=path, hint=_ELSEWHERE
+            )
+        done.add(index)
+    if rest and not (rest.startswith(HEAD) or HEAD.startswith(rest)):
+        raise Contradiction(
+            "holds something that grokfetch did not write", path=path, hint=_ELSEWHERE
+        )
+    return done, len(data) - len(rest)
+
+
+_ELSEWHERE = "name another --output, or move this file away"
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The output, for one process alone; where a text is to be added behind what is there.
+
+    Raises:
+        StateLocked: another process writes it.
+        StorageFailed: it cannot be written.
+    """
+    try:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateLocked("another process is writing this file", path=path) from None
+            except OSError:
+                # A file system without locks: nobody else is believed to write there.
+                pass
+            yield file
+    except OSError as error:
+        raise storage_failed(error, path) from error
+
+
+# --- the texts -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """The prompts that are left, with their ids, and the file for their texts."""
+
+    listed: Listed
+    words: Tokenizer | None
+    settings: Settings
+    file: IO[bytes]
+    left: tuple[tuple[Entry, list[int]], ...]
+
+    def run(self, engine: Engine, meter: Meter) -> None:
+        """Continue what is left, write each text as it is done, and say how it went."""
+        from loader.inference.batching import Batch, Job
+        from loader.inference.prompts import check_room
+
+        start, compiled, tokens = time.perf_counter(), meter.compile_s, 0
+        batch = Batch(engine, self.listed.slots)
+        texts: dict[int, tuple[Entry, list[int]]] = {}
+        for entry, prompt in self.left:
+            most = min(self.settings.max_tokens, check_room(engine.config, prompt))
+            batch.add(entry.index, Job(prompt, most, self.settings.sampling))
+            texts[entry.index] = entry, []
+        with reporter("run") as sink:
+            while batch.busy:
+                sink.take(self._progress(len(texts)))
+                for emission in batch.step():
+                    entry, ids = texts[emission.number]
+                    if emission.token is not None and emission.finished != "stop":
+                        ids.append(emission.token.token)
+                    if emission.finished is not None:
+                        self._write(entry, ids, emission.finished)
+                        tokens += len(ids)
+                        del texts[emission.number]
+            sink.take(self._progress(0))
+        self.tell(tokens, time.perf_counter() - start, meter.compile_s - compiled)
+
+    def tell(self, tokens: int, seconds: float, compile_s: float) -> None:
+        """Say that all is done, and what this run did of it, compiling told apart."""
+        count, before = len(self.left), len(self.listed.entries) - len(self.left)
+        said = []
+        if count:
+            speed = speed_text(tokens / max(seconds - compile_s, 1e-3))
+            said.append(
+                f"{count_text(count, 'text')} in {seconds_text(seconds)}, "
+                f"{seconds_text(compile_s)} of it compiling, then {speed} together"
+            )
+        if before:
+            said.append(f"{before:,} done before")
+        ended(
+            f"{self.listed.output}: {'; '.join(said)}",
+            seconds,
+            texts=count,
+            before=before,
+            tokens=tokens,
+            compile_s=round(compile_s, 3),
+        )
+
+    def _progress(self, left: int) -> Progress:
+        total = len(self.listed.entries)
+        return Progress(total - left, total, "prompts", "text")
+
+    def _write(self, entry: Entry, ids: list[int], finished: str) -> None:
+        try:
+            self.file.write(_line(entry, ids, finished, self.words, self.settings))
+            self.file.flush()
+        except OSError as error:
+            raise storage_failed(error, self.listed.output) from error
+
+
+@contextlib.contextmanager
+def work_on(
+    listed: Listed, words: Tokenizer | None, config: GrokConfig, settings: Settings
+) -> Iterator[Work]:
+    """What is left of a list of prompts; its output is ours as long as the block lasts.
+
+    Raises:
+        PromptInvalid: the model cannot read one of them.
+        Contradiction: the output holds other texts.
+        StateLocked: another process writes it.
+        StorageFailed: it cannot be read or written.
+    """
+    entries = [_encoded(entry, words, config, listed.prompts) for entry in listed.entries]
+    with _opened(listed.output) as file:
+        file.seek(0)
+        keys = [settings.key(entry) for entry in listed.entries]
+        done, length = already_done(file.read(), keys, listed.output)
+        file.truncate(length)
+        left = tuple(it for it in entries if it[0].index not in done)
+        yield Work(listed, words, settings, file, left)
+
+
+def _line(
+    entry: Entry, ids: list[int], finished: str, words: Tokenizer | None, settings: Settings
+) -> bytes:
+    fields: dict[str, Any] = {"index": entry.index}
+    if entry.name is not None:
+        fields["id"] = entry.name
+    fields["prompt"] = entry.prompt
+    if words is None:
+        fields["ids"] = ids
+    else:
+        stream = words.stream()
+        fields["text"] = "".join([*map(stream.push, ids), stream.finish()])
+    fields |= {"tokens": len(ids), "finish_reason": finished, "key": settings.key(entry)}
+    return json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
