@@ -48,7 +48,7 @@ REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE),
 }
-"""What a file system refuses for its own reasons, wherever in a command that comes up."""
+"""What a file system answers when it refuses something for reasons of its own."""
 
 MEANT = {
     **dict.fromkeys(("get", "download", "pull", "clone", "add"), "fetch"),
@@ -61,7 +61,7 @@ MEANT = {
     **dict.fromkeys(("progress", "ps"), "status"),
     "help": "--help",
 }
-"""What other programs call our commands."""
+"""Names that other programs give to commands like ours."""
 
 
 class Program(click.Group):
@@ -79,7 +79,7 @@ class Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the arguments name; of a mistyped name, the nearest is told."""
+        """The command that the arguments name; for a mistyped name the nearest is suggested."""
         name = args[0]
         if name not in COMMANDS and name[:1] != "-":
             near = [MEANT[name]] if name in MEANT else []
@@ -138,7 +138,7 @@ class Program(click.Group):
             ctx.exit(code)
 
     def _invoke(self, ctx: click.Context) -> Any:
-        """Run the command; of an interruption nothing else may come than its end."""
+        """Run the command; an interruption ends it, and has no other effect."""
         try:
             result = super().invoke(ctx)
         except click.exceptions.Exit:
@@ -158,7 +158,7 @@ def _end(ctx: click.Context, error: GrokfetchError) -> None:
 
 
 def _open_streams() -> None:
-    """Make sure that whatever is said can be said.
+    """Make sure that any text can be written to stdout and stderr.
 
     Streams that the caller has closed, of which Python makes None, lead nowhere. A name that is not
     UTF-8 is written as it is, as `ls` does, and what the stream's encoding lacks as an escape.

@@ -125,7 +125,7 @@ class Stalled(GrokfetchError):
 
 
 class OutOfReach(GrokfetchError):
-    """What the command needs is not to be had here: libtorrent, the memory, the other hosts."""
+    """What the command needs is not available here: libtorrent, the memory, the other hosts."""
 
     exit_code = 18
     next_step = "fix that, or run it where it is available"
@@ -236,7 +236,7 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
 
 
 def gone(path: Path) -> StorageFailed:
-    """The error that says that something of ours is not there any more."""
+    """The error for something of ours that has vanished."""
     return StorageFailed(
         "it has vanished: somebody has removed or unmounted it",
         path=path,

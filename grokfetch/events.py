@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """Who sends bytes: a peer by its address, or a mirror by its address for people.
+    """Who sends bytes: a peer by its address, or a mirror by its address as it is shown.
 
     An empty name stands for those that are not told apart.
     """
@@ -194,7 +194,7 @@ class Summary:
 
     @property
     def proven(self) -> int:
-        """PiecesProven bytes, whichever way."""
+        """Proven bytes, whichever way."""
         return self.by_pieces + self.by_sha256
 
     @property

@@ -55,7 +55,7 @@ class Explained(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments; a mistake that is often made is told with what to do."""
+        """Read the arguments; a common mistake is reported with what to do instead."""
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:

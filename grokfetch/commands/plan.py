@@ -52,7 +52,7 @@ RATES = (10, 100, 1000)
 """Megabytes a second; the same figures in megabits take eight times as long."""
 
 LIMITLESS = 2**62
-"""From here on a limit is none."""
+"""A limit of so many bytes or more is as good as none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """What of a checkpoint is asked for, in words, and its bytes."""
+    """Which part of a checkpoint is asked for, in words, and its bytes."""
 
     what: str
     bytes: int

@@ -37,7 +37,7 @@ LINE_INTERVAL_S = 60.0
 """How often a line says how it goes."""
 
 EVENT_INTERVAL_S = 1.0
-"""How often an event does."""
+"""How often an event says so."""
 
 
 @click.command(

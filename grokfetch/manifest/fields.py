@@ -10,12 +10,35 @@ from typing import Any, NoReturn, TypeVar
 
 from grokfetch.errors import ManifestInvalid
 
-__all__ = ["Field"]
+__all__ = ["Field", "parsed"]
 
 T = TypeVar("T")
 
 LARGEST = 2**63 - 1
 """No file system holds a larger file; sums and products of what passes stay exact in Python."""
+
+
+def parsed(text: bytes, name: str, newest: int) -> Field:
+    """The JSON object that a text holds.
+
+    Args:
+        text: the JSON.
+        name: of the object, for refusals.
+        newest: the latest version of its schema that can be read.
+
+    Raises:
+        ManifestInvalid: it is no object, or one of a later version.
+    """
+    try:
+        top = Field(json.loads(text), name)
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"is not valid JSON: {error}") from None
+    schema = top.get("schema").integer(minimum=1)
+    if schema > newest:
+        raise ManifestInvalid(
+            f"schema is {schema}, this grokfetch reads up to {newest}", hint="upgrade grokfetch"
+        )
+    return top
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,20 +76,20 @@ class Field:
             self.refuse("must be a list")
         return (Field(item, f"{self.name}[{index}]") for index, item in enumerate(self.value))
 
-    def text(self) -> str:
+    def string(self) -> str:
         """A non-empty string; anything else is refused."""
         if not isinstance(self.value, str) or not self.value:
             self.refuse("must be a non-empty string")
         return str(self.value)
 
     def matching(self, pattern: str, why: str) -> str:
-        """A text that matches a regular expression as a whole."""
-        if not re.fullmatch(pattern, self.text()):
+        """A string that a regular expression matches as a whole; anything else is refused."""
+        if not re.fullmatch(pattern, self.string()):
             self.refuse(why)
-        return self.text()
+        return self.string()
 
-    def whole(self, minimum: int = 0) -> int:
-        """An integer from `minimum` to `LARGEST`."""
+    def integer(self, minimum: int = 0) -> int:
+        """An integer from `minimum` to `LARGEST`; anything else is refused."""
         if isinstance(self.value, bool) or not isinstance(self.value, int):
             self.refuse("must be an integer")
         if not minimum <= self.value <= LARGEST:

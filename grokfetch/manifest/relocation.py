@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import PurePath, PurePosixPath
 
-from grokfetch.errors import ManifestInvalid
-from grokfetch.manifest.fields import Field
+from grokfetch.manifest.fields import parsed
 from grokfetch.manifest.schema import common_tail
 from grokfetch.torrent.layout import LayoutFile
 from grokfetch.torrent.names import unsafe_name
@@ -144,17 +143,10 @@ def decode(text: bytes) -> dict[PurePosixPath, PurePosixPath]:
     Raises:
         ManifestInvalid: they are malformed, unsafe, not distinct, or of a later version.
     """
-    try:
-        top = Field(json.loads(text), "places")
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"is not valid JSON: {error}") from None
-    schema = top.get("schema").whole(minimum=1)
-    if schema != SCHEMA:
-        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads {SCHEMA}")
-    field = top.get("places")
+    field = parsed(text, "places", SCHEMA).get("places")
     places: dict[PurePosixPath, PurePosixPath] = {}
     for name in field.members():
-        place = field.get(name).text()
+        place = field.get(name).string()
         reason = unsafe_name(place) or unsafe_name(name)
         if reason is not None:
             field.get(name).refuse(f"must be a plain relative path: {reason}")

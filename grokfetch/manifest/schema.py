@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 from grokfetch.errors import Contradiction, ManifestInvalid
-from grokfetch.manifest.fields import Field
+from grokfetch.manifest.fields import Field, parsed
 from grokfetch.torrent.names import unsafe_name
 
 __all__ = [
@@ -241,24 +241,15 @@ def parse(text: bytes, origin: str) -> Manifest:
         ManifestInvalid: naming the field that is malformed, missing or contradicts another.
     """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"is not valid JSON: {error}", path=origin) from None
-    try:
-        return _manifest(Field(value, "manifest"))
+        return _manifest(parsed(text, "manifest", SCHEMA))
     except ManifestInvalid as error:
         raise ManifestInvalid(error.what, path=origin, hint=error.hint) from None
 
 
 def _manifest(top: Field) -> Manifest:
-    schema = top.get("schema").whole(minimum=1)
-    if schema != SCHEMA:
-        raise ManifestInvalid(
-            f"schema is {schema}, this grokfetch reads {SCHEMA}", hint="upgrade grokfetch"
-        )
     manifest = Manifest(
-        name=top.get("name").text(),
-        licence=top.optional("licence", Field.text),
+        name=top.get("name").string(),
+        licence=top.optional("licence", Field.string),
         info_hash=top.optional("info_hash", _info_hash),
         magnet=top.optional("magnet", _magnet),
         mirrors=tuple(
@@ -305,32 +296,32 @@ def _check_tensors(manifest: Manifest) -> None:
 
 def _file(field: Field) -> ManifestFile:
     return ManifestFile(
-        _path(field.get("path")), field.get("size").whole(), field.optional("sha256", _sha256)
+        _path(field.get("path")), field.get("size").integer(), field.optional("sha256", _sha256)
     )
 
 
 def _tensor(field: Field) -> ManifestTensor:
-    dtype = field.get("dtype").text()
+    dtype = field.get("dtype").string()
     if dtype not in ITEM_SIZES:
         field.get("dtype").refuse(f"must be one of {', '.join(ITEM_SIZES)}")
     return ManifestTensor(
-        name=field.get("name").text(),
+        name=field.get("name").string(),
         file=_path(field.get("file")),
         dtype=dtype,
         shape=_shape(field.get("shape")),
-        offset=field.get("offset").whole(),
+        offset=field.get("offset").integer(),
         scales=field.optional("scales", _scales),
     )
 
 
 def _scales(field: Field) -> Scales:
-    return Scales(_shape(field.get("shape")), field.get("offset").whole())
+    return Scales(_shape(field.get("shape")), field.get("offset").integer())
 
 
 def _tokenizer(field: Field) -> TokenizerSource:
     return TokenizerSource(
         _path(field.get("path")),
-        field.get("size").whole(),
+        field.get("size").integer(),
         _sha256(field.get("sha256")),
         field.optional("url", _url),
     )
@@ -345,7 +336,7 @@ def _model(field: Field) -> dict[str, int | float]:
 
 
 def _shape(field: Field) -> tuple[int, ...]:
-    return tuple(item.whole() for item in field.items())
+    return tuple(item.integer() for item in field.items())
 
 
 def _sha256(field: Field) -> str:
@@ -371,7 +362,7 @@ def _url(field: Field) -> str:
 
 
 def _path(field: Field) -> PurePosixPath:
-    reason = unsafe_name(field.text())
+    reason = unsafe_name(field.string())
     if reason is not None:
         field.refuse(f"must be a plain relative path: {reason}")
-    return PurePosixPath(field.text())
+    return PurePosixPath(field.string())

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from grokfetch.errors import ManifestInvalid, SelectionInvalid
-from grokfetch.manifest.fields import Field
+from grokfetch.errors import SelectionInvalid
+from grokfetch.manifest.fields import Field, parsed
 from grokfetch.manifest.schema import ITEM_SIZES, Manifest, ManifestTensor
 from grokfetch.torrent.layout import Layout
 
@@ -323,24 +323,18 @@ def decode(text: bytes) -> Selection:
     Raises:
         ManifestInvalid: it is malformed, or of a later version.
     """
-    try:
-        top = Field(json.loads(text), "selection")
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"is not valid JSON: {error}") from None
-    schema = top.get("schema").whole(minimum=1)
-    if schema > SCHEMA:
-        raise ManifestInvalid(f"schema is {schema}, this grokfetch reads up to {SCHEMA}")
+    top = parsed(text, "selection", SCHEMA)
     return Selection(tuple(map(_request, top.get("requests").items())))
 
 
 def _request(field: Field) -> Request:
     def numbers(part: Field) -> tuple[int, ...]:
-        return tuple(item.whole() for item in part.items())
+        return tuple(item.integer() for item in part.items())
 
     return Request(
         field.optional("layers", numbers),
         field.optional("experts", numbers),
-        tuple(field.optional("only", lambda part: [item.text() for item in part.items()]) or ()),
+        tuple(field.optional("only", lambda part: [item.string() for item in part.items()]) or ()),
         field.optional("extract", _extract),
     )
 
@@ -348,7 +342,7 @@ def _request(field: Field) -> Request:
 def _extract(field: Field) -> Extract:
     files = field.get("spans")
     return Extract(
-        field.get("what").text(),
+        field.get("what").string(),
         tuple(
             (PurePosixPath(path), tuple(map(_span, files.get(path).items())))
             for path in files.members()
@@ -357,7 +351,7 @@ def _extract(field: Field) -> Extract:
 
 
 def _span(field: Field) -> tuple[int, int]:
-    numbers = [item.whole() for item in field.items()]
+    numbers = [item.integer() for item in field.items()]
     if len(numbers) != 2 or numbers[0] >= numbers[1]:
         field.refuse("must be start and stop of a span")
     return numbers[0], numbers[1]

@@ -31,7 +31,7 @@ __all__ = ["Access", "application"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask, and who is told of it.
+    """Who may use the server, and where its responses are logged.
 
     key: what clients must send as a bearer token; None for nothing. origins: of web pages whose
     scripts may ask; "*" for all. log: is told a line for each response; None for no log.
@@ -140,7 +140,7 @@ class _Desk:
         }
 
     async def chat(self, _: Request) -> Response:
-        """Refused: nobody has taught this model to chat."""
+        """Refused: a base model does not chat."""
         raise Refused(
             f"{self._served.name} is a base model: it continues text and does not chat; "
             "use /v1/completions",

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 __all__ = ["LARGEST", "Fields", "Refused", "all_of", "as_integer", "is_text", "refuse"]
 
 LARGEST = 2**63 - 1
-"""What stands for "no limit" among integers."""
+"""The integer that means "no limit"."""
 
 
 class Refused(Exception):

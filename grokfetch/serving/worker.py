@@ -78,7 +78,7 @@ class Worker:
         return max(0, self.texts - self.working)
 
     def start(self) -> None:
-        """Start the thread; the running loop is the one that is told."""
+        """Start the thread, which reports to the running loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -103,7 +103,7 @@ class Worker:
         return texts
 
     def closed(self, seconds: float) -> None:
-        """Learn how long some texts took, for the guess when there will be room."""
+        """Learn how long some texts took, from which the wait for room is estimated."""
         self._seconds += SMOOTHING * (seconds - self._seconds)
 
     def forget(self, number: int) -> None:

@@ -126,7 +126,7 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
         v1_only: make no hybrid, for clients that read none.
 
     Yields:
-        How far it is, then the torrent.
+        Progress in bytes, then the torrent.
 
     Raises:
         StorageFailed: a file cannot be read, or changes meanwhile.

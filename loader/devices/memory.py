@@ -23,7 +23,7 @@ ROOT = Path("/")
 
 
 def available() -> int:
-    """Bytes that may be taken without anybody being ended for it."""
+    """Bytes that may be taken before the kernel ends a process for it."""
     room = cgroup_room(ROOT)
     free = int(psutil.virtual_memory().available)
     return free if room is None else min(free, room)

@@ -1,4 +1,4 @@
-"""Measures which formulations of a product suit this processor: some seconds, once a machine.
+"""Measures which formulations of a product suit this processor: some seconds, once per machine.
 
 What is fastest follows from vector width, registers, caches and matrix instructions, and cannot be
 told from a processor's name. The matrices are larger than any cache, as those of the model are. The

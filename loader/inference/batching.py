@@ -136,7 +136,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Slots that a step over those at work has, taken or free; few of them are compiled."""
+        """Rows of the shared decoding step, taken or free: few of their numbers are compiled."""
         return len(self._rows.lengths)
 
     def add(self, number: int, job: Job) -> None:

@@ -249,7 +249,7 @@ class Plan:
 
 
 def plan(choices: Array, held: int, size: int) -> Plan:
-    """The blocks of up to `size` pairs that choices, int32 `[pairs]`, of `held` experts make.
+    """Divide choices of `held` experts, int32 `[pairs]`, into blocks of at most `size` pairs.
 
     A choice of `held` or more is nobody's.
     """

@@ -88,7 +88,7 @@ class Slots:
         self._state, self.lengths = None, []
 
     def shrink(self) -> dict[int, int]:
-        """Give up slots and places that far fewer would do for.
+        """Give up slots and places where far fewer are needed.
 
         Returns:
             Where each taken slot is now.

@@ -35,7 +35,6 @@ __all__ = [
     "scale_block",
     "scale_rows",
     "scale_shape",
-    "source_rows",
     "weight_block",
     "what_works",
 ]
@@ -178,13 +177,6 @@ def scale_shape(spec: ParamSpec, shape: MeshShape) -> tuple[int, ...]:
 def scale_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:
     """The block of the expanded scales that the device at `position` holds."""
     return _block(spec, scale_shape(spec, shape), shape, position)
-
-
-def source_rows(spec: ParamSpec, shape: MeshShape, rows: slice) -> list[int]:
-    """The scale row of the file that each of the expanded `rows` repeats."""
-    assert spec.scale_groups is not None, spec.name
-    expanded = scale_rows(spec, shape)
-    return [row * spec.scale_groups // expanded for row in range(*rows.indices(expanded))]
 
 
 def _block(spec: ParamSpec, sizes: tuple[int, ...], shape: MeshShape, position: Position) -> Block:

@@ -23,7 +23,6 @@ from loader.weights.partition import (
     scale_block,
     scale_rows,
     scale_shape,
-    source_rows,
     weight_block,
 )
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
@@ -123,6 +122,12 @@ def test_official_blocks_on_sixteen_devices():
     assert weight_block(DOWN, shape, last) == (slice(4, 8), slice(28672, 32768), slice(0, 6144))
     assert scale_block(DOWN, shape, last) == (slice(4, 8), slice(7, 8), slice(0, 6144))
     assert weight_block(LAYER["router/w"], shape, last) == (slice(0, 6144), slice(0, 8))
+
+
+def source_rows(spec, shape, rows):
+    """The scale row of the file that each of the expanded `rows` repeats."""
+    expanded = scale_rows(spec, shape)
+    return [row * spec.scale_groups // expanded for row in range(*rows.indices(expanded))]
 
 
 def test_scale_rows_are_repeated_only_where_a_device_holds_part_of_a_group():

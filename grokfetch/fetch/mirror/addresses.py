@@ -66,7 +66,7 @@ def zone(host: str) -> Zone:
 
 
 def label(address: str) -> str:
-    """The address for people: without user, password, query and fragment."""
+    """The address as it is shown to people: without user, password, query and fragment."""
     parts = urlsplit(address)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

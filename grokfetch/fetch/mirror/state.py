@@ -40,7 +40,7 @@ class MirrorSettings:
 class Mirror:
     """What is known of a mirror; lives as long as the fetch.
 
-    `address` is where it is asked, `name` how it is called before people. `lacks` are files that it
+    `address` is where it is asked, `name` how it is shown to people. `lacks` are files that it
     does not have, `form` the form of its addresses that answered last, `received` the payload bytes
     that came from it, `faults` what was wrong with it, the latest last. `active` requests are under
     way, and at most `allowed` may be.

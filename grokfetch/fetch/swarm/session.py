@@ -26,7 +26,7 @@ WAIT_S = 0.2
 """Longest wait for an alert: the delay of Ctrl-C, and of a caller's own clock."""
 
 CLOSE_TIMEOUT_S = 60.0
-"""How long the disk may take to end its writing."""
+"""How long the disk may take to finish writing."""
 
 PREFER_TCP = 0
 NO_LIMIT = -1
