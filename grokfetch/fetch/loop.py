@@ -15,7 +15,6 @@ from grokfetch.events import (
     Arrived,
     FetchEvent,
     Finding,
-    Metadata,
     Notice,
     Origin,
     Outcome,
@@ -110,31 +109,23 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
     """
     with store.lock():
         patience = limits or Limits()
-        steps = prepare(
-            store,
-            source,
-            manifest=manifest,
-            request=request,
-            metadata_s=patience.metadata_s,
-            clock=clock,
-        )
-        asked = demand or Demand()
-        events = _brought(
-            steps,
-            lambda prepared: _Bringing(prepared, source, patience, clock, asked).run(repair=repair),
-        )
-        yield from checked(store, "fetch", recorded(store, events, clock))
 
+        def events() -> Generator[FetchEvent, None, None]:
+            for step in prepare(
+                store,
+                source,
+                manifest=manifest,
+                request=request,
+                metadata_s=patience.metadata_s,
+                clock=clock,
+            ):
+                if isinstance(step, Prepared):
+                    bringing = _Bringing(step, source, patience, clock, demand or Demand())
+                    yield from bringing.run(repair=repair)
+                else:
+                    yield step
 
-def _brought(
-    steps: Iterator[Status | Notice | Metadata | Finding | Prepared],
-    bring: Callable[[Prepared], Iterator[FetchEvent]],
-) -> Generator[FetchEvent, None, None]:
-    for step in steps:
-        if isinstance(step, Prepared):
-            yield from bring(step)
-        else:
-            yield step
+        yield from checked(store, "fetch", recorded(store, events(), clock))
 
 
 class _Bringing:

@@ -14,18 +14,17 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from grokfetch.errors import StorageFailed, gone, storage_failed
-from grokfetch.folder import atomic
+from grokfetch.errors import StorageFailed, gone
+from grokfetch.folder.payload import flush
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.torrent.layout import Layout, LayoutFile
 
-__all__ = ["Proofs", "Saver", "flush", "flush_one"]
+__all__ = ["Proofs", "Saver"]
 
 FLUSH_BYTES = 256 << 20
 """So many proven bytes are worth a flush of their own."""
@@ -352,38 +351,6 @@ class Saver:
             self._proofs.end_flush(well=False)
             raise
         self._proofs.end_flush(well=True)
-
-
-def flush(paths: Iterable[Path], root: Path) -> None:
-    """Force files below `root`, and the folders that name them, to the disk.
-
-    Every folder on the way is flushed, for whoever made it need not
-    have done so, and a file whose folder loses its name after a power cut is lost with it.
-
-    Raises:
-        StorageFailed: the disk refuses.
-    """
-    folders: set[Path] = set()
-    for path in paths:
-        folders.update(takewhile(lambda folder: folder != root.parent, path.parents))
-        flush_one(path)
-    for folder in folders:
-        flush_one(folder)
-
-
-def flush_one(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk; what is gone is passed over.
-
-    Raises:
-        StorageFailed: the disk refuses.
-    """
-    try:
-        atomic.flush(path)
-    except FileNotFoundError:
-        # Its stamp will not be the one that its proofs rest on.
-        return
-    except OSError as error:
-        raise storage_failed(error, path) from error
 
 
 def _holes(path: Path, stop: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The payload files as targets of writing: links, and the lengths they must have."""
+"""The payload files as targets of writing: links, lengths, names, and the way to the disk."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.folder import atomic
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.store import Store, part_name
 from grokfetch.torrent.layout import Layout, LayoutFile
@@ -17,6 +19,8 @@ from grokfetch.torrent.names import look_alikes
 __all__ = [
     "behind_link",
     "cut_long_files",
+    "flush",
+    "flush_one",
     "make_empty_files",
     "name_asked_files",
     "own",
@@ -186,3 +190,35 @@ def make_empty_files(store: Store, layout: Layout) -> None:
                 path.touch()
             except OSError as error:
                 raise storage_failed(error, path) from error
+
+
+def flush(paths: Iterable[Path], root: Path) -> None:
+    """Force files below `root`, and the folders that name them, to the disk.
+
+    Every folder on the way is flushed, for whoever made it need not
+    have done so, and a file whose folder loses its name after a power cut is lost with it.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    folders: set[Path] = set()
+    for path in paths:
+        folders.update(takewhile(lambda folder: folder != root.parent, path.parents))
+        flush_one(path)
+    for folder in folders:
+        flush_one(folder)
+
+
+def flush_one(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk; what is gone is passed over.
+
+    Raises:
+        StorageFailed: the disk refuses.
+    """
+    try:
+        atomic.flush(path)
+    except FileNotFoundError:
+        # Its stamp will not be the one that its proofs rest on.
+        return
+    except OSError as error:
+        raise storage_failed(error, path) from error

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StateLocked, StorageFailed
 from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, VerifyEvent
-from grokfetch.folder.ledger import flush
+from grokfetch.folder.payload import flush
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store

@@ -45,7 +45,7 @@ def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, tmp_path):
 
 
 def test_a_record_written_before_its_data_is_found(tmp_path):
-    fault = "import grokfetch.folder.ledger as it; it.flush_one = lambda path: None"
+    fault = "import grokfetch.folder.payload as it; it.flush_one = lambda path: None"
     with planted(fault):
         recorded = record("swarm", tmp_path / "swarm")
     assert any("count as proven and are wrong" in promise for promise in broken(recorded, 30))
@@ -53,7 +53,7 @@ def test_a_record_written_before_its_data_is_found(tmp_path):
 
 def test_a_folder_that_is_not_flushed_is_found(tmp_path):
     fault = """
-import grokfetch.folder.ledger as it
+import grokfetch.folder.payload as it
 real = it.flush_one
 it.flush_one = lambda path: None if path.is_dir() else real(path)
 """
