@@ -157,13 +157,13 @@ def _recite(store: Store, engine: Engine) -> tuple[str, int]:
     tokenizer = find_tokenizer(store, None)
     tokens = list(engine.generate(tokenizer.encode(PROMPT), MOST_TOKENS, Sampling()))
     stream = tokenizer.stream()
-    said = "".join([*map(stream.push, tokens), stream.finish()])
-    known = store.payload(TEXT).read_text(encoding="utf-8")
-    if f"{PROMPT}{said}" not in " ".join(known.splitlines()):
+    text = "".join([*map(stream.push, tokens), stream.finish()])
+    text_known = store.payload(TEXT).read_text(encoding="utf-8")
+    if f"{PROMPT}{text}" not in " ".join(text_known.splitlines()):
         raise Damaged(
-            f"the model says something else than its text: {said!r}", path=store.root, hint=LOOK
+            f"the model says something else than its text: {text!r}", path=store.root, hint=LOOK
         )
-    lines = textwrap.wrap(said.strip(), WIDTH, initial_indent="text    ", subsequent_indent=" " * 8)
+    lines = textwrap.wrap(text.strip(), WIDTH, initial_indent="text    ", subsequent_indent=" " * 8)
     return "\n".join([f"prompt  {PROMPT}", *lines]), len(tokens)
 
 

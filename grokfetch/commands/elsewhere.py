@@ -111,19 +111,19 @@ def _as_fields(manifest: Manifest, verdicts: Sequence[_Verdict]) -> dict[str, An
 
 
 def _slice_fields(verdict: _Verdict) -> dict[str, Any]:
-    made, kind = verdict.prospect, verdict.slice.kind
+    prospect, kind = verdict.prospect, verdict.slice.kind
     return {
         "name": verdict.slice.name,
         "kind": kind.name,
         "devices": verdict.slice.devices,
         "memory": kind.usable,
-        "mesh": "" if made is None else str(made.use.shape),
-        "weights": None if made is None else made.need.weights,
-        "cache": None if made is None else made.need.cache,
-        "work": None if made is None else made.need.work,
-        "read": None if made is None else made.read,
-        "token_s": None if made is None else made.token_s,
-        "compiled": made is not None and made.compiled,
+        "mesh": "" if prospect is None else str(prospect.use.shape),
+        "weights": None if prospect is None else prospect.need.weights,
+        "cache": None if prospect is None else prospect.need.cache,
+        "work": None if prospect is None else prospect.need.work,
+        "read": None if prospect is None else prospect.read,
+        "token_s": None if prospect is None else prospect.token_s,
+        "compiled": prospect is not None and prospect.compiled,
         "fits": verdict.misfit is None,
         "what": verdict.misfit.what if verdict.misfit else None,
         "hint": verdict.misfit.hint if verdict.misfit else None,

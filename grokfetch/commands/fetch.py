@@ -101,8 +101,8 @@ def fetch(
     --layers, --experts and --only narrow each other and ask for a part; each later run with them
     asks for more, and DIR remembers what was asked for. So do --num-hosts, --host-id and --mesh.
     """
-    known = None if manifest_file is None else read_manifest(manifest_file)
-    wanted = resolve(source, known, state, network)
+    manifest = None if manifest_file is None else read_manifest(manifest_file)
+    wanted = resolve(source, manifest, state, network)
     target = folder or wanted.begun
     if target is None:
         raise click.UsageError("say where to: --to DIR")

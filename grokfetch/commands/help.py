@@ -37,12 +37,12 @@ class Explained(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options under their titles."""
         title_of = {name: title for title, names in self.groups.items() for name in names}
-        rest = REST if self.groups else "Options"
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, rest)}
+        other = REST if self.groups else "Options"
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, other)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                sections[title_of.get(parameter.name or "", rest)].append(record)
+                sections[title_of.get(parameter.name or "", other)].append(record)
         for title, records in sections.items():
             if records:
                 with formatter.section(title):

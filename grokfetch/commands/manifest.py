@@ -71,14 +71,14 @@ def manifest(folder: Path, config: Path | None, output: Path | None, state: Path
     store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
     with held(store, exclusive=True):
-        made, proofs = _measure(store, _describe(store, checkpoint))
-        store.save_manifest(made)
+        measured, proofs = _measure(store, _describe(store, checkpoint))
+        store.save_manifest(measured)
         store.save_record(dataclasses.replace(store.record(), files=proofs))
     if output is not None:
-        write_file(output, encode(made))
+        write_file(output, encode(measured))
     click.echo(
-        f"{store.state / 'manifest.json'}: {len(made.files)} files, "
-        f"{len(made.tensors)} tensors, {bytes_text(made.size)}"
+        f"{store.state / 'manifest.json'}: {len(measured.files)} files, "
+        f"{len(measured.tensors)} tensors, {bytes_text(measured.size)}"
     )
 
 
@@ -167,8 +167,8 @@ def _fetched(store: Store) -> Manifest | None:
 
 
 def _with_known_digests(files: Sequence[ManifestFile], base: Manifest) -> list[ManifestFile]:
-    known = {file.path.name: file.sha256 for file in base.files}
-    return [dataclasses.replace(file, sha256=known.get(file.path.name)) for file in files]
+    digests = {file.path.name: file.sha256 for file in base.files}
+    return [dataclasses.replace(file, sha256=digests.get(file.path.name)) for file in files]
 
 
 def _tokenizer(root: Path) -> TokenizerSource | None:

@@ -62,8 +62,8 @@ def bundle(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def bundled(*args: Any, **kwargs: Any) -> None:
-            made = make(**{key: kwargs.pop(key) for key in keys})
-            command(*args, **{name: made}, **kwargs)
+            value = make(**{key: kwargs.pop(key) for key in keys})
+            command(*args, **{name: value}, **kwargs)
 
         for option in reversed(options):
             bundled = option(bundled)

@@ -162,13 +162,13 @@ def plan(
     if slices:
         show_elsewhere(manifest, slices, by_compiler=by_compiler, as_json=as_json)
         return
-    made = make(manifest, part, store)
+    planned = make(manifest, part, store)
     if as_json:
-        click.echo(json.dumps(as_fields(made)))
+        click.echo(json.dumps(as_fields(planned)))
     else:
-        for line in lines(made, screen()):
+        for line in lines(planned, screen()):
             click.echo(line)
-    refuse(made.checks, folder)
+    refuse(planned.checks, folder)
 
 
 def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
@@ -193,10 +193,10 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
     needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
     machine = Machine(psutil.virtual_memory().total, devices())
-    wanted = None if selection is None else Part(str(selection), sum(size for _, size in files))
+    chosen = None if selection is None else Part(str(selection), sum(size for _, size in files))
     checked = checks(needed, place)
     of_devices = tuple(shares(manifest, machine))
-    return Plan(manifest, wanted, needed, place, checked, machine, of_devices)
+    return Plan(manifest, chosen, needed, place, checked, machine, of_devices)
 
 
 def _planned(
@@ -260,15 +260,15 @@ def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
     """The weights left in their files for the CPU: what is in memory is the cache. Pure."""
     if not shares:
         return None
-    one = shares[0]
-    fits = one.cache + WORK <= machine.memory
+    single = shares[0]
+    fits = single.cache + WORK <= machine.memory
     memory = bytes_text(machine.memory)
     why = (
         f"{memory} of memory; what it does not hold is read for each token"
-        if one.weights > machine.memory
+        if single.weights > machine.memory
         else f"{memory} of memory hold them all"
     )
-    return dataclasses.replace(one, fits=fits, why=why if fits else f"{memory} of memory")
+    return dataclasses.replace(single, fits=fits, why=why if fits else f"{memory} of memory")
 
 
 # --- what is printed -----------------------------------------------------------------------------

@@ -160,13 +160,13 @@ def publish(
     with _settled(Store(folder)), _settled(store):
         described = _describe(folder, config)
         hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
-        made = _make(folder, piece_length, hashing)
-    magnet = magnet_of(made.torrent, folder.name, sum(file.size for file in made.files))
-    manifest = _complete(described, made, magnet)
+        published = _make(folder, piece_length, hashing)
+    magnet = magnet_of(published.torrent, folder.name, sum(file.size for file in published.files))
+    manifest = _complete(described, published, magnet)
     torrent_path, manifest_path = (
         target / with_ending(folder.name, ending) for ending in (".torrent", ".json")
     )
-    _write(made.torrent, torrent_path, manifest, manifest_path)
+    _write(published.torrent, torrent_path, manifest, manifest_path)
     click.echo(
         f"{torrent_path} and {manifest_path}: {len(manifest.files)} files, "
         f"{len(manifest.tensors)} tensors, {bytes_text(manifest.size)} "
@@ -174,7 +174,7 @@ def publish(
         err=True,
     )
     click.echo(magnet)
-    _keep(store, made, manifest, must=go_on or state is not None)
+    _keep(store, published, manifest, must=go_on or state is not None)
     if go_on:
         share(store, swarm, goal)
 
@@ -232,8 +232,8 @@ def _make(
             if isinstance(event, Hashed):
                 bar.show(event.done // 2, sum(sizes))
             else:
-                made = event
-    return made
+                torrent = event
+    return torrent
 
 
 def _warn_of_look_alikes(paths: Iterable[PurePosixPath]) -> None:

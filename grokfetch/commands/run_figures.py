@@ -171,8 +171,8 @@ def expert_lines(experts: Sequence[Sequence[int]], view: Screen) -> Iterator[str
     )
     if view.plain:
         for number, row in enumerate(experts):
-            said = ", ".join(f"{expert} {count}" for expert, count in enumerate(row) if count)
-            yield f"layer {number}, expert and times: {said}"
+            listed = ", ".join(f"{expert} {count}" for expert, count in enumerate(row) if count)
+            yield f"layer {number}, expert and times: {listed}"
         return
     top = max(1, *(count for row in experts for count in row))
     width = LABEL + len(experts[0])

@@ -147,12 +147,12 @@ def _fetch(seen: Overview, now: float) -> str:
 
 
 def _senders(history: History) -> str:
-    said = []
+    shown = []
     for kind in ("peer", "mirror"):
         counts = [count for origin, count in history.sent.items() if origin.kind == kind]
         if counts:
-            said.append(f"{bytes_text(sum(counts))} by {count_text(len(counts), kind)}")
-    return ", ".join(said)
+            shown.append(f"{bytes_text(sum(counts))} by {count_text(len(counts), kind)}")
+    return ", ".join(shown)
 
 
 def _findings(check: Check) -> str:

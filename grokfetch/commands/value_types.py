@@ -74,10 +74,10 @@ class Mesh(click.ParamType):  # type: ignore[type-arg]
     ) -> MeshShape:
         """The mesh, 1 along an axis that is not named."""
         parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
-        given = [(part[1], int(part[2])) for part in parts if part is not None]
-        if len(dict(given)) != len(parts):
+        axes = [(part[1], int(part[2])) for part in parts if part is not None]
+        if len(dict(axes)) != len(parts):
             self.fail(f"not expert=N,model=M: {value!r:.80}", param, ctx)
-        return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(given)})
+        return MeshShape(**{"data": 1, "expert": 1, "model": 1, **dict(axes)})
 
 
 class Devices(click.ParamType):  # type: ignore[type-arg]

@@ -95,9 +95,9 @@ def verify(
 
 def _repair(store: Store, network: Network, start: float, timeout_s: float) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
-    wanted = begun_in(store)
+    begun = begun_in(store)
     outcome = bring(
-        store, wanted.pieces(store, network), wanted.manifest, timeout_s=timeout_s, repair=True
+        store, begun.pieces(store, network), begun.manifest, timeout_s=timeout_s, repair=True
     )
     faults = check_tensors(store, "fetch")
     again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"

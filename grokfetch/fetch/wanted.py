@@ -214,8 +214,8 @@ def _files_request(numbers: Sequence[int], _manifest: Manifest, layout: Layout) 
 def _from_repository(name: str, manifest: Manifest | None, source: str) -> Wanted:
     """What stands for a repository on Hugging Face: the manifest that we ship for it."""
     part = f"huggingface.co/{name}/".lower()
-    known = (it for it in shipped() if any(part in mirror.lower() for mirror in it.mirrors))
-    of_repository = next(known, None)
+    fitting = (it for it in shipped() if any(part in mirror.lower() for mirror in it.mirrors))
+    of_repository = next(fitting, None)
     if of_repository is None:
         raise SourceInvalid(
             "not a file or folder here; as a repository on Hugging Face it has no manifest among "
@@ -247,9 +247,9 @@ def _kind(data: bytes) -> str:
     head = data[:512].lstrip().lower()
     if not head:
         return "an empty file"
-    for start, what in KINDS:
+    for start, kind in KINDS:
         if head.startswith(start):
-            return what
+            return kind
     return f"a file that begins with {data[:12]!r}"
 
 

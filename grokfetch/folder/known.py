@@ -25,8 +25,8 @@ SCHEMA = 1
 def made_here(store: Store) -> bool:
     """Whether the torrent in the state is one that an earlier `keep_published` put there."""
     torrent = store.torrent()
-    known = advisory.read(_mark(store), SCHEMA, _info_hash)
-    return torrent is not None and torrent.known_as(known)
+    info_hash = advisory.read(_mark(store), SCHEMA, _info_hash)
+    return torrent is not None and torrent.known_as(info_hash)
 
 
 def keep_published(store: Store, made: Made, manifest: Manifest) -> None:

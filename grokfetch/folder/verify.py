@@ -146,8 +146,8 @@ class _Verification:
             self._total += sum(map(self._layout.piece_size, self._pieces))
 
     def _is_by_pieces(self, file: ManifestFile) -> bool:
-        known = None if self._layout is None else self._layout.file(file.path)
-        if known is None or known.size != file.size:
+        laid_out = None if self._layout is None else self._layout.file(file.path)
+        if laid_out is None or laid_out.size != file.size:
             return False
         return self._store.pieces_speak_for(file.path)
 
@@ -284,18 +284,18 @@ class _Verification:
         return dataclasses.replace(record, pieces=Proven(record, before, layout).pieces)
 
     def _extras(self) -> Iterator[Finding]:
-        known = {file.path for file in self._manifest.files}
+        named = {file.path for file in self._manifest.files}
         if self._layout is not None:
-            known.update(file.path for file in self._layout.payload)
+            named.update(file.path for file in self._layout.payload)
         if self._manifest.tokenizer is not None:
-            known.add(self._manifest.tokenizer.path)
+            named.add(self._manifest.tokenizer.path)
         ours = {self._store.root / STATE_FOLDER, self._store.state}
         for folder, names, files in os.walk(self._store.root):
             names.sort()
             names[:] = [name for name in names if Path(folder, name) not in ours]
             place = PurePosixPath(os.path.relpath(folder, self._store.root))
             for name in sorted(files):
-                if place / name not in known and not re.fullmatch(r"\.[0-9a-f]+\.parts", name):
+                if place / name not in named and not re.fullmatch(r"\.[0-9a-f]+\.parts", name):
                     yield Finding("extra", place / name, detail="the manifest does not name it")
 
     def _summary(self) -> Summary:

@@ -58,13 +58,13 @@ def guesses(
         files: that do not lie where they should.
         there: path and size in bytes of each file there is.
     """
-    wanted = list(files)
+    elsewhere = list(files)
     by_name: defaultdict[str, list[tuple[PurePosixPath, int]]] = defaultdict(list)
     for path, size in there:
         by_name[finished_name(path).name].append((path, size))
     fitting = {
         file.name: [(path, size) for path, size in by_name[file.name.name] if 0 < size <= file.size]
-        for file in wanted
+        for file in elsewhere
     }
     in_folder: Counter[PurePosixPath] = Counter()
     for candidates in fitting.values():
@@ -81,7 +81,7 @@ def guesses(
             (rank(file.name, path, right=size == file.size), path)
             for path, size in fitting[file.name]
         )
-        for file in wanted
+        for file in elsewhere
     }
     for turn in range(MOST_GUESSES):
         guess: dict[PurePosixPath, PurePosixPath] = {}

@@ -156,11 +156,11 @@ def spans(manifest: Manifest, selection: Selection) -> Spans:
     """
     parts_by_path: dict[PurePosixPath, list[tuple[int, int]]] = {}
     for request in selection.requests:
-        some = False
+        matches = False
         for path, start, stop in _request_spans(manifest, request):
-            some = True
+            matches = True
             parts_by_path.setdefault(path, []).append((start, stop))
-        if not some:
+        if not matches:
             raise SelectionInvalid(f"nothing of {manifest.name} matches: {request}")
     return {path: _merged(parts) for path, parts in parts_by_path.items()}
 
@@ -196,9 +196,9 @@ def _matching_spans(
             yield tensor.file, tensor.offset + expert * each, tensor.offset + (expert + 1) * each
         yield tensor.file, tensor.offset + tensor.shape[0] * each, size
     if request.layers is None and request.experts is None:
-        held = {tensor.file for tensor in manifest.tensors}
+        tensor_files = {tensor.file for tensor in manifest.tensors}
         for file in manifest.files:
-            if file.path not in held and _matches(request, "", file.path):
+            if file.path not in tensor_files and _matches(request, "", file.path):
                 yield file.path, 0, file.size
 
 
@@ -292,8 +292,8 @@ def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[i
             for piece in layout.pieces_over(file):
                 if piece in wanted:
                     order.setdefault(piece, len(order))
-    rest = len(order)
-    return {piece: BANDS - order.get(piece, rest - 1) * BANDS // max(rest, 1) for piece in wanted}
+    last = len(order)
+    return {piece: BANDS - order.get(piece, last - 1) * BANDS // max(last, 1) for piece in wanted}
 
 
 # --- JSON --------------------------------------------------------------------------------------

@@ -77,12 +77,12 @@ def error_fields(error: BaseException) -> dict[str, Any]:
             "hint": error.hint,
         }
     code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-    kind, what = type(error).__name__, str(error)
+    kind, message = type(error).__name__, str(error)
     return {
         "event": "error",
         "kind": kind,
         "exit_code": code,
-        "what": what,
+        "what": message,
         "path": None,
         "hint": "",
     }

@@ -23,8 +23,8 @@ KEY = "grokfetch.lines"
 
 def begin_lines(context: click.Context) -> None:
     """Write events as JSON lines from now on; the first says that the command has started."""
-    made = context.meta[KEY] = Lines(click.echo)
-    made.take(Started(context.info_name or "", __version__))
+    lines_begun = context.meta[KEY] = Lines(click.echo)
+    lines_begun.take(Started(context.info_name or "", __version__))
 
 
 def lines(context: click.Context | None = None) -> Lines | None:

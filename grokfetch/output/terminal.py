@@ -81,10 +81,10 @@ class Screen:
     def bar(self, share: float, length: int) -> str:
         """A row of `length` cells that is filled from the left."""
         full = int(share * length)
-        rest = [self.shade(share * length - full)] if full < length else []
-        if rest and not rest[0] and not full and share > 0:
-            rest = [1]
-        return self.painted(([4] * full + rest + [0] * length)[:length])
+        partial = [self.shade(share * length - full)] if full < length else []
+        if partial and not partial[0] and not full and share > 0:
+            partial = [1]
+        return self.painted(([4] * full + partial + [0] * length)[:length])
 
     def fact(self, label: str, text: str) -> Iterator[str]:
         """A statement behind the word that says what it is about, wrapped behind it."""
@@ -109,8 +109,8 @@ class Screen:
         if self.plain:
             for row in rows:
                 both = zip(titles[1:], row[1:], strict=True)
-                said = [f"{title} {cell}".strip() for title, cell in both if cell]
-                yield f"{row[0]}: {', '.join(said)}"
+                named = [f"{title} {cell}".strip() for title, cell in both if cell]
+                yield f"{row[0]}: {', '.join(named)}"
             return
         cells = [titles, *rows]
         widths = [max(map(_columns, column)) for column in zip(*cells, strict=True)]

@@ -206,11 +206,11 @@ class _Desk:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        tokenizer, given = self._own_tokenizer(), (await read_object(request)).get("tokens")
-        if not isinstance(given, list):
+        tokenizer, tokens_given = self._own_tokenizer(), (await read_object(request)).get("tokens")
+        if not isinstance(tokens_given, list):
             raise Refused("tokens must be a list of token ids", param="tokens")
-        tokens = [token for token in map(as_integer, given) if token is not None]
-        if len(tokens) < len(given) or not all(
+        tokens = [token for token in map(as_integer, tokens_given) if token is not None]
+        if len(tokens) < len(tokens_given) or not all(
             0 <= one < self._served.vocabulary for one in tokens
         ):
             raise Refused(

@@ -100,7 +100,7 @@ class Fields:
         """
         for name, values in table.items():
             value = self.take(name)
-            if value is not None and not any(_same(value, one) for one in values):
+            if value is not None and not any(_same(value, allowed) for allowed in values):
                 refuse(name, "is not supported by this server", "unsupported_parameter")
 
     def ignore(self, *names: str) -> None:
@@ -139,7 +139,7 @@ def as_integer(value: object) -> int | None:
 
 def all_of(value: object, fits: Callable[[object], bool]) -> bool:
     """Whether it is a list that is not empty and whose items all fit."""
-    return isinstance(value, list) and bool(value) and all(fits(one) for one in value)
+    return isinstance(value, list) and bool(value) and all(fits(item) for item in value)
 
 
 def _is_number(value: object) -> bool:

@@ -108,8 +108,8 @@ def _check_framing(headers: Mapping[bytes, bytes]) -> None:
 
 
 def _check_key(headers: Mapping[bytes, bytes], key: str) -> None:
-    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
+    scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(credentials.strip(), key.encode()):
         raise Refused("no valid API key", code="invalid_api_key", status=401)
 
 

@@ -68,8 +68,8 @@ class Completion:
         """The end of a prompt, as long as the request wants it."""
         if self.truncate is None:
             return prompt
-        wanted = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        kept = max(served.context - wanted, 1) if self.truncate < 0 else self.truncate
+        room = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+        kept = max(served.context - room, 1) if self.truncate < 0 else self.truncate
         return prompt[-kept:]
 
     def generations(self, encoded: list[tuple[int, ...]], served: Served) -> list[Generation]:
@@ -105,15 +105,15 @@ class Completion:
                 param="prompt",
             )
         room = served.context - len(prompt)
-        wanted = min(DEFAULT_TOKENS, max(room, 1)) if self.max_tokens is None else self.max_tokens
-        if wanted > room:
+        count = min(DEFAULT_TOKENS, max(room, 1)) if self.max_tokens is None else self.max_tokens
+        if count > room:
             raise Refused(
                 f"this model's context is {served.context:,} tokens: the prompt has "
-                f"{len(prompt):,}, and {wanted:,} more are asked for",
+                f"{len(prompt):,}, and {count:,} more are asked for",
                 param="prompt" if room <= 0 else "max_tokens",
                 code="context_length_exceeded",
             )
-        return wanted
+        return count
 
 
 def read_completion(body: object, served: Served) -> Completion:
@@ -205,11 +205,11 @@ def _counts(fields: Fields, *, stream: bool) -> tuple[int, int]:
 
 
 def _max_tokens(fields: Fields) -> int | None:
-    given = fields.integer("max_tokens", 0)
+    asked_for = fields.integer("max_tokens", 0)
     newer = fields.integer("max_completion_tokens", 0)
-    if given is not None and newer is not None and given != newer:
-        refuse("max_completion_tokens", f"says {newer:,}, and max_tokens {given:,}")
-    return given if newer is None else newer
+    if asked_for is not None and newer is not None and asked_for != newer:
+        refuse("max_completion_tokens", f"says {newer:,}, and max_tokens {asked_for:,}")
+    return asked_for if newer is None else newer
 
 
 def _truncate(fields: Fields) -> int | None:
@@ -226,12 +226,12 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     if not isinstance(value, dict) or len(value) > MOST_BIASES:
         refuse("logit_bias", f"must be an object of at most {MOST_BIASES:,} members")
     biases = Fields(value)
-    made = {}
+    by_token = {}
     for name in value:
         if not (name.isascii() and name.isdigit() and int(name[:20]) < served.vocabulary):
             refuse("logit_bias", f"names {name!r:.40}, which is not a token id of this model")
-        made[int(name)] = biases.number(name, 0.0, -100.0, 100.0)
-    return made
+        by_token[int(name)] = biases.number(name, 0.0, -100.0, 100.0)
+    return by_token
 
 
 def _prompts(fields: Fields) -> tuple[Prompt, ...]:

@@ -40,19 +40,19 @@ def bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        made = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
         except OSError:
-            made.close()
+            listener.close()
             raise
     except OSError as error:
         raise OutOfReach(
             f"cannot listen on {host} port {port}: {error.strerror}",
             hint="choose another one: --host, --port",
         ) from error
-    return made
+    return listener
 
 
 def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name: str) -> None:

@@ -34,19 +34,19 @@ class Stops:
         """What may be shown now: nothing that could still be the beginning of a stop text."""
         if self.found:
             return ""
-        held = self._held + text
-        ends = [at for at in (held.find(stop) for stop in self._texts) if at >= 0]
+        text_held = self._held + text
+        ends = [at for at in (text_held.find(stop) for stop in self._texts) if at >= 0]
         if ends:
             self.found, self._held = True, ""
-            return held[: min(ends)]
-        keep = max((_overlap(held, stop) for stop in self._texts), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            return text_held[: min(ends)]
+        keep = max((_overlap(text_held, stop) for stop in self._texts), default=0)
+        self._held = text_held[len(text_held) - keep :]
+        return text_held[: len(text_held) - keep]
 
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
-        held, self._held = self._held, ""
-        return held
+        text_held, self._held = self._held, ""
+        return text_held
 
 
 def _overlap(text: str, stop: str) -> int:

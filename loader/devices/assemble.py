@@ -75,7 +75,7 @@ def landing(
         staging: makes the buffers for the client of devices that have memory of their own.
     """
     holders = _holders(sharding, shape)
-    devices = [device for _, some in holders for device in some]
+    devices = [device for _, of_block in holders for device in of_block]
     if on_host(devices):
         return _Resident(holders, dtype)
     return _Staged(holders, dtype, staging(devices[0].client))

@@ -138,8 +138,8 @@ def _sums(x: Array, rows: Rows, tuning: Tuning) -> Array:
 
 def _rows_of_one(width: int, tuning: Tuning) -> int:
     """Rows in a step for one token."""
-    wanted = tuning.wide_rows if width >= WIDE else tuning.narrow_rows
-    return wanted if wanted * width >= SPLIT else max(1, min(wanted, SERIAL // width))
+    rows = tuning.wide_rows if width >= WIDE else tuning.narrow_rows
+    return rows if rows * width >= SPLIT else max(1, min(rows, SERIAL // width))
 
 
 def _accumulated(x: Array, rows: Rows, columns: int, at_once: int) -> Array:

@@ -228,8 +228,8 @@ def _rows(array: Array, index: Array | None, start: int, count: int) -> Array:
     """
     if index is None:
         return array[start : start + count]
-    found: Array = lax.dynamic_slice(array, (index, start, 0), (1, count, array.shape[-1]))
-    return found[0]
+    sliced: Array = lax.dynamic_slice(array, (index, start, 0), (1, count, array.shape[-1]))
+    return sliced[0]
 
 
 def table_rows(table: Table) -> int:

@@ -188,17 +188,17 @@ def _instruction(line: str) -> _Instruction | None:
     match = _LINE.match(line)
     if match is None:
         return None
-    rest = match[3]
-    end = _closed(rest, 0) if rest.startswith("(") else _end_of_type(rest)
-    operation = _OPERATION.match(rest, end)
+    tail = match[3]
+    end = _closed(tail, 0) if tail.startswith("(") else _end_of_type(tail)
+    operation = _OPERATION.match(tail, end)
     if operation is None:
         return None
-    close = _closed(rest, operation.end() - 1)
-    inside, attributes = rest[operation.end() : close - 1], rest[close:]
+    close = _closed(tail, operation.end() - 1)
+    inside, attributes = tail[operation.end() : close - 1], tail[close:]
     operands = (
         (inside,) if operation[1] in {"parameter", "constant"} else tuple(_NAME.findall(inside))
     )
-    return _Instruction(match[2], rest[:end], operation[1], operands, attributes, bool(match[1]))
+    return _Instruction(match[2], tail[:end], operation[1], operands, attributes, bool(match[1]))
 
 
 def _end_of_type(text: str) -> int:
@@ -266,9 +266,9 @@ def _cost_of(
     if one.operation in _FREE:
         return Cost(0)
     if one.operation == "while":
-        known = _trips(one, computations)
-        once = of(_called(one)[0]).times(assumed_trips if known is None else known)
-        return once + Cost(0, unknown_loops=int(known is None))
+        trips = _trips(one, computations)
+        once = of(_called(one)[0]).times(assumed_trips if trips is None else trips)
+        return once + Cost(0, unknown_loops=int(trips is None))
     if one.operation == "conditional":
         branches = [of(name) for name in _called(one)]
         return max(branches, key=lambda branch: branch.read) + Cost(0, branches=1)
@@ -299,9 +299,9 @@ def _trips(loop: _Instruction, computations: _Computations) -> int | None:
     The compiler for TPUs does not say so; there the condition compares the counter, from zero, with
     a constant.
     """
-    said = _TRIPS.search(loop.attributes)
-    if said:
-        return int(said[1])
+    match = _TRIPS.search(loop.attributes)
+    if match:
+        return int(match[1])
     name = _CONDITION.search(loop.attributes)
     condition = computations.get(name[1], {}) if name else {}
     root = next((one for one in condition.values() if one.root), None)

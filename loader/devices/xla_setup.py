@@ -34,8 +34,8 @@ def processor() -> str:
             elif key.strip() == "flags":
                 flags = value.strip()
     # Virtual machines of one model name differ in what they let through.
-    known = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    text = f"{model or platform.machine()}-{known}-{os.cpu_count()}-{version('jaxlib')}"
+    flags_digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    text = f"{model or platform.machine()}-{flags_digest}-{os.cpu_count()}-{version('jaxlib')}"
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
@@ -71,8 +71,8 @@ def use_cores(config: GrokConfig) -> None:
     too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
     share of the columns. Where XLA_FLAGS or an earlier use of jax has decided, that holds.
     """
-    wanted = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
-    count = next(n for n in range(wanted, 0, -1) if config.num_kv_heads % n == 0)
+    devices = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
+    count = next(n for n in range(devices, 0, -1) if config.num_kv_heads % n == 0)
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]

@@ -276,8 +276,8 @@ class Batch:
             [0 if text is None else text.made for text in texts],
         )
         changes = Changes.of([{} if text is None else self._changes(text) for text in texts])
-        wanted = logits if changes is None else self._change(logits, changes)
-        drawn = self._engine.draw(wanted, choice)
+        changed_logits = logits if changes is None else self._change(logits, changes)
+        drawn = self._engine.draw(changed_logits, choice)
         tokens = np.asarray(drawn).tolist()
         ranked = None
         if any(job is not None and job.logprobs is not None for job in jobs):
@@ -290,8 +290,8 @@ class Batch:
             text.repeated.add(token)
             score = Scored(token)
             if ranked is not None and text.job.logprobs is not None:
-                one = Ranked(*(part[row : row + 1] for part in ranked))
-                (score,) = _scored([token], one, text.job.logprobs)
+                row_ranked = Ranked(*(part[row : row + 1] for part in ranked))
+                (score,) = _scored([token], row_ranked, text.job.logprobs)
             emissions.append(Emission(text.number, token=score, finished=self._end(text)))
         return emissions
 

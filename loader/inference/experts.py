@@ -118,8 +118,8 @@ def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: j
         dtype,
     )
     gates = routed.gates.reshape(-1).at[pairs].get(mode="clip")
-    given = gates[:, None] * sum_over(output, "model")
-    return jnp.zeros(routed.x.shape, jnp.float32).at[rows].add(given, mode="drop")
+    weighted = gates[:, None] * sum_over(output, "model")
+    return jnp.zeros(routed.x.shape, jnp.float32).at[rows].add(weighted, mode="drop")
 
 
 def experts(

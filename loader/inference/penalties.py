@@ -116,6 +116,6 @@ def changed(logits: Array, changes: Changes) -> Array:
     rows = jnp.arange(logits.shape[0])[:, None]
     # A negative index would count from the end: one beyond it is dropped.
     tokens = jnp.where(changes.tokens < 0, logits.shape[1], changes.tokens)
-    held = logits.at[rows, tokens].get(mode="fill", fill_value=0)
-    repeated = jnp.where(held > 0, held / changes.factor, held * changes.factor)
+    now = logits.at[rows, tokens].get(mode="fill", fill_value=0)
+    repeated = jnp.where(now > 0, now / changes.factor, now * changes.factor)
     return logits.at[rows, tokens].set(repeated + changes.plus, mode="drop")

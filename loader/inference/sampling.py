@@ -60,8 +60,8 @@ def _check(
     name: str, value: Any, kind: type, least: float = -math.inf, most: float = math.inf
 ) -> None:
     if not issubclass(type(value), kind):
-        what = "an integer" if kind is Integral else "a number"
-        raise TypeError(f"{name} must be {what}, not {value!r:.40}")
+        kind_text = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {kind_text}, not {value!r:.40}")
     # Python's own number: NumPy would round the bounds to the value's precision.
     if not least <= (int(value) if kind is Integral else float(value)) <= most:
         bounds = "between 0 and 1" if most == 1 else f"{least:g} or more, and finite"

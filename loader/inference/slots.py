@@ -134,20 +134,22 @@ class Slots:
         cache = [take(layers.pop(0), index, places=places) for _ in range(len(layers))]
         self.lengths = [self.lengths[row] if row >= 0 else 0 for row in rows]
         visible = small(visible, index, places=places)
-        held = jax.device_put(np.array(self.lengths, np.int32), self._engine.by_rows)
-        self._state = State(tuple(cache), visible, held, longest)
+        lengths = jax.device_put(np.array(self.lengths, np.int32), self._engine.by_rows)
+        self._state = State(tuple(cache), visible, lengths, longest)
 
     def _write(self, slot: int, state: State) -> None:
         """Write the one text of a state over a slot."""
         assert self._state is not None
         put, small = self._put[self._engine.heads], self._put[self._engine.by_rows]
         at = np.int32(slot)
-        held, self._state = self._state, None
+        batch_state, self._state = self._state, None
         self._state = dataclasses.replace(
-            held,
-            cache=tuple(put(*pair, at) for pair in zip(held.cache, state.cache, strict=True)),
-            visible=small(held.visible, state.visible, at),
-            lengths=small(held.lengths, state.lengths, at),
+            batch_state,
+            cache=tuple(
+                put(*pair, at) for pair in zip(batch_state.cache, state.cache, strict=True)
+            ),
+            visible=small(batch_state.visible, state.visible, at),
+            lengths=small(batch_state.lengths, state.lengths, at),
         )
 
 

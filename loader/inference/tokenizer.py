@@ -133,9 +133,9 @@ def decoded(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         text = stream.push(token)
         if text:
             yield text
-    rest = stream.finish()
-    if rest:
-        yield rest
+    tail = stream.finish()
+    if tail:
+        yield tail
 
 
 def tokenizer_of(store: Store, alternative: str = "") -> Tokenizer:

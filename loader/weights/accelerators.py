@@ -117,10 +117,10 @@ def slice_of(name: str) -> Slice | None:
     kind = ACCELERATORS.get(match[1].replace("v5litepod", "v5e")) if match else None
     if match is None or kind is None:
         return None
-    count, rest = int(match[3] or 1), 0
+    count, remainder = int(match[3] or 1), 0
     if match[2] == "-":
-        count, rest = divmod(count, kind.cores) if kind.cores else (0, 0)
-    return None if rest or not count else Slice(name, kind, count)
+        count, remainder = divmod(count, kind.cores) if kind.cores else (0, 0)
+    return None if remainder or not count else Slice(name, kind, count)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -94,10 +94,10 @@ class Shortage:
 def need(use: Use) -> Need:
     """What one device holds."""
     config, ways = use.config, use.shape.model
-    held = cache_length(config, use.tokens)
-    cache = cache_bytes_per_token(config, use.itemsize) * held // ways
-    stream = STREAMS * min(held, LONGEST_STEP) * config.emb_size * 4
-    scores = 2 * min(held, QUERY_BLOCK) * held * (config.num_q_heads // ways) * 4
+    places = cache_length(config, use.tokens)
+    cache = cache_bytes_per_token(config, use.itemsize) * places // ways
+    stream = STREAMS * min(places, LONGEST_STEP) * config.emb_size * 4
+    scores = 2 * min(places, QUERY_BLOCK) * places * (config.num_q_heads // ways) * 4
     if use.mapped:
         return Need(0, cache, stream + scores)
     # A matrix of one expert, taken out of its stack and converted.
@@ -124,13 +124,13 @@ def reads(use: Use, rows: int = 1) -> Reads:
     device with the most work decides how long a step takes.
     """
     config, shape = use.config, use.shape
-    held = config.num_experts // shape.expert
-    chosen = min(held, rows * config.num_selected_experts)
+    experts_held = config.num_experts // shape.expert
+    chosen = min(experts_held, rows * config.num_selected_experts)
     layer = table = 0
     for spec in parameters(config):
         size = _stored(spec, shape)
         if spec.layer == 0:
-            layer += size * chosen // held if spec.axes[0] == "expert" else size
+            layer += size * chosen // experts_held if spec.axes[0] == "expert" else size
         elif spec.axes[0] == "vocab":
             table = size
     cache = rows * cache_length(config, use.tokens) * cache_bytes_per_token(config, use.itemsize)
@@ -158,12 +158,12 @@ def _fits(use: Use, memory: Memory) -> bool:
 
 
 def _needed(use: Use, memory: Memory) -> int:
-    one = need(use)
+    needed = need(use)
     if not memory.sharers:
-        return one.total
+        return needed.total
     # What several CPU devices hold alike is one piece of memory.
-    weights = min(memory.sharers * one.weights, _bytes_once(use.config, use.shape))
-    return weights + memory.sharers * (one.cache + one.work)
+    weights = min(memory.sharers * needed.weights, _bytes_once(use.config, use.shape))
+    return weights + memory.sharers * (needed.cache + needed.work)
 
 
 def _roomier(use: Use, memory: Memory) -> MeshShape | None:

@@ -142,8 +142,8 @@ def check_mesh(config: GrokConfig, shape: MeshShape) -> None:
         raise MeshInvalid(f"every mesh axis must be at least 1, not {shape}")
     misfit = _misfit(config, shape)
     if misfit:
-        what = f"the mesh {shape} does not fit: {misfit}"
-        raise MeshInvalid(what, hint=what_works(config, shape.devices))
+        message = f"the mesh {shape} does not fit: {misfit}"
+        raise MeshInvalid(message, hint=what_works(config, shape.devices))
 
 
 def weight_block(spec: ParamSpec, shape: MeshShape, position: Position) -> Block:

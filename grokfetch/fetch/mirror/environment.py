@@ -139,8 +139,8 @@ def _excepts(entry: str, host: str, port: int | None) -> bool:
         return True
     entry = urlsplit(entry).netloc if "://" in entry else entry
     match = re.fullmatch(r"\[(.*)\](?::(\d+))?", entry) or re.fullmatch(r"([^:]*)(?::(\d+))", entry)
-    name, wanted = (match[1], match[2]) if match else (entry, None)
-    if wanted is not None and wanted != str(port):
+    name, only_port = (match[1], match[2]) if match else (entry, None)
+    if only_port is not None and only_port != str(port):
         return False
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)

@@ -168,10 +168,10 @@ class Http:
             raise Short("its connection ended in the middle of an answer") from None
 
     async def _open(self, url: str, span: Span) -> httpx.Response:
-        known = self._direct.get(url)
-        if known is not None:
+        remembered = self._direct.get(url)
+        if remembered is not None:
             try:
-                return await self._ask(known, span)
+                return await self._ask(remembered, span)
             except Limited:
                 raise
             except (Refused, Faulty, Failed):

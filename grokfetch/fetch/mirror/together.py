@@ -139,8 +139,8 @@ class Together:
                 if it is not None
                 for fault in list(it.faults)[-1:]
             ]
-            what = "; ".join((error.what, *faults))
-            raise type(error)(what, path=error.path, hint=error.hint) from None
+            failures = "; ".join((error.what, *faults))
+            raise type(error)(failures, path=error.path, hint=error.hint) from None
 
     def _told_apart(self, event: Event) -> Event:
         """Traffic with the mirrors, and who has sent how much, in earlier rounds too."""
@@ -157,9 +157,9 @@ class Together:
         """Take in the addresses, once each, and say what of the environment cannot be used."""
         if not self._mirrors and (self._addresses or self._strange or torrent.web_seeds):
             yield from map(Notice, self._settings.environment.notices)
-        known = [(address, False) for address in self._addresses]
-        known += [(address, True) for address in (*self._strange, *torrent.web_seeds)]
-        for address, stranger in known:
+        addresses = [(address, False) for address in self._addresses]
+        addresses += [(address, True) for address in (*self._strange, *torrent.web_seeds)]
+        for address, stranger in addresses:
             if address not in self._mirrors:
                 why = unusable(address, stranger=stranger)
                 if why is None:

@@ -73,13 +73,13 @@ class Reader:
         self._rest = memoryview(b"")
         file = part.file
         span = Span(part.offset, min(file.size, self._stop - file.start), file.size)
-        known = places(self._mirror.address, file.name)
-        first = min(self._mirror.form, len(known) - 1)
+        candidates = places(self._mirror.address, file.name)
+        first = min(self._mirror.form, len(candidates) - 1)
         why = ""
-        for form in sorted(range(len(known)), key=lambda form: form != first):
+        for form in sorted(range(len(candidates)), key=lambda form: form != first):
             try:
                 self._chunks = await self._open.enter_async_context(
-                    self._http.opened(known[form], span)
+                    self._http.opened(candidates[form], span)
                 )
             except Refused as error:
                 why = str(error)

@@ -47,9 +47,9 @@ class Tally:
             received: bytes of this session; what nobody is known to have sent, because a connection
                 has ended between two looks, stands under no name.
         """
-        known = self._ended.copy()
+        by_host_so_far = self._ended.copy()
         for endpoint, count in self._open.items():
-            known[endpoint[0]] += count
-        rest = received - (known.total() - self._before)
-        by_host = {Origin("peer", host): count for host, count in known.items()}
-        return by_host | {Origin("peer", ""): rest} if rest > 0 else by_host
+            by_host_so_far[endpoint[0]] += count
+        unknown = received - (by_host_so_far.total() - self._before)
+        by_host = {Origin("peer", host): count for host, count in by_host_so_far.items()}
+        return by_host | {Origin("peer", ""): unknown} if unknown > 0 else by_host

@@ -129,13 +129,13 @@ def _senders(history: History) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     for origin, count in rows:
         kinds[origin.kind] += count
-    rest = sum(count for _, count in rows[SENDERS:])
+    others = sum(count for _, count in rows[SENDERS:])
     return {
         "total": sum(kinds.values()),
         "kinds": kinds,
         "rows": [(origin, _name(origin), count) for origin, count in rows[:SENDERS]],
         "more": max(0, len(rows) - SENDERS),
-        "rest": rest,
+        "rest": others,
         "top": rows[0][1] if rows else 1,
     }
 
