@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from grokfetch.commands.run_figures import Measured
 from grokfetch.commands.run_text import converse, tell, write
 from grokfetch.commands.streaming import fetching
 from grokfetch.commands.tokenizer import find_tokenizer
+from grokfetch.events import Ended
 from grokfetch.fetch import Asked
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
@@ -42,9 +44,6 @@ from loader.weights.schema import GrokConfig, weight_bytes
 
 if TYPE_CHECKING:
     from loader.inference.engine import Engine, Sampling
-
-BAR_S = 1.0
-"""How long text waits for the bar of the fetch to go: no longer, there may be more to fetch."""
 
 
 @click.command(
@@ -119,9 +118,10 @@ def run(
     from loader.weights.checkpoint import model_of, require_whole
 
     sampling = Sampling(temperature, top_p, top_k, seed)
+    speaking, finished = threading.Event(), None
     with (
         joined(hosts),
-        _reading(folder, state, meanwhile, asked(hosts, loading)) as store,
+        _reading(folder, state, meanwhile, asked(hosts, loading), speaking) as store,
         Meter() as meter,
         contextlib.ExitStack() as files,
     ):
@@ -142,7 +142,9 @@ def run(
             prompts = [_ids(wanted, words, config)]
         there = arrange(config, loading, max(map(len, prompts)) + max_tokens)
         start = time.perf_counter()
-        engine = _loaded(there, store, prompts[0], sampling, proven=not unproven)
+        # Several texts read nearly all, and there is no reason to begin before that is there.
+        by_parts = isinstance(wanted, Prompt) and not hosts.several
+        engine = _loaded(there, store, prompts[0], sampling, proven=not unproven, by_parts=by_parts)
         loaded_s = time.perf_counter() - start
         meet("loaded")
 
@@ -157,7 +159,13 @@ def run(
         elif words is not None and isinstance(wanted, Session):
             converse(words, begin, store)
         else:
-            _write_one(begin(prompts[0]), words, store, stats=stats)
+            speaking.set()
+            finished = _write_one(begin(prompts[0]), words, store, stats=stats)
+            # What is left of the fetch may take long.
+            speaking.clear()
+    machine = lines()
+    if finished is not None and machine is not None:
+        machine.take(finished)
 
 
 def _ids(wanted: Prompt | Session, words: Tokenizer | None, config: GrokConfig) -> list[int]:
@@ -179,18 +187,24 @@ def _ids(wanted: Prompt | Session, words: Tokenizer | None, config: GrokConfig) 
 
 def _write_one(
     begun: tuple[Iterator[int], Measured], words: Tokenizer | None, store: Store, *, stats: bool
-) -> None:
-    """Write a text and what it took; of several hosts the first one does, the others work along."""
+) -> Ended | None:
+    """Write a text and what it took; of several hosts the first one does, the others work along.
+
+    Returns:
+        For machines, what the last event is to say.
+    """
     from loader.devices.cluster import is_first
 
     generated, taken = begun
+    finished = None
     with taken.kept(store):
         if is_first():
-            write(generated, words, taken)
+            finished = write(generated, words, taken)
         else:
             deque(generated, maxlen=0)
     if is_first() and lines() is None:
         tell(taken, stats=stats)
+    return finished
 
 
 def _refuse_together(
@@ -218,8 +232,14 @@ def _refuse_together(
         )
 
 
-def _loaded(
-    there: Arrangement, store: Store, prompt: Sequence[int], sampling: Sampling, *, proven: bool
+def _loaded(  # noqa: PLR0913 - each is a choice of its own, by name
+    there: Arrangement,
+    store: Store,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    proven: bool,
+    by_parts: bool,
 ) -> Engine:
     """The model on its devices; where the folder is being fetched, as its bytes come."""
     from loader.devices.cluster import local_share
@@ -229,17 +249,20 @@ def _loaded(
     share = local_share(there.mesh)
     with loading_shown() as report:
         if isinstance(store, Arriving):
-            checkpoint = expect_checkpoint(store, share)
-            engine = load_as_it_comes(there, checkpoint, prompt, sampling, report)
-            store.wait_for_end(BAR_S)
-            return engine
+            mapped = there.placement == "mapped"
+            checkpoint = expect_checkpoint(store, share, by_parts=by_parts and mapped)
+            return load_as_it_comes(there, checkpoint, prompt, sampling, report)
         checkpoint = open_checkpoint(store, proven=proven, share=share)
         return load_onto(there, checkpoint, report)
 
 
 @contextlib.contextmanager
 def _reading(
-    folder: Path, state: Path | None, meanwhile: Meanwhile | None, wanted: Asked
+    folder: Path,
+    state: Path | None,
+    meanwhile: Meanwhile | None,
+    wanted: Asked,
+    speaking: threading.Event,
 ) -> Iterator[Store]:
     """The folder, while nobody else writes it."""
     if meanwhile is None:
@@ -250,5 +273,5 @@ def _reading(
         from loader.devices.cluster import check
 
         arriving = Arriving(folder, state, watch=check)
-        with fetching(meanwhile, arriving, wanted):
+        with fetching(meanwhile, arriving, wanted, speaking):
             yield arriving

@@ -26,15 +26,15 @@ Continue = Callable[[Sequence[int]], tuple[Iterator[int], Measured]]
 """Begins to continue a prompt: its tokens, and the figures of the run."""
 
 
-def write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> None:
-    """Write the text as it is generated."""
+def write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> Ended | None:
+    """Write the text as it is generated; for machines, what the last event is to say."""
     machine = lines()
     if machine is not None:
-        _events(machine, tokens, words, taken)
-        return
+        return _events(machine, tokens, words, taken)
     for text in _numbers(tokens) if words is None else _texts(tokens, words):
         click.echo(text, nl=False)
     click.echo()
+    return None
 
 
 def converse(words: Tokenizer, begin: Continue, store: Store) -> None:
@@ -95,8 +95,8 @@ def tell(taken: Measured, *, stats: bool) -> None:
 
 def _events(
     machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
-) -> None:
-    """Tell a machine each token as it comes, and at the end the text and what it took."""
+) -> Ended:
+    """Tell a machine each token as it comes; the text and what it took are for the end."""
     start = time.perf_counter()
     stream = None if words is None else words.stream()
     parts: list[str] = []
@@ -118,7 +118,7 @@ def _events(
         "read": run.read,
         "experts": run.experts,
     }
-    machine.take(Ended(time.perf_counter() - start, results))
+    return Ended(time.perf_counter() - start, results)
 
 
 def _numbers(tokens: Iterable[int]) -> Iterator[str]:

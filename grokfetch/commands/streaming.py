@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import PurePosixPath
 
 from grokfetch.commands.options import Meanwhile
 from grokfetch.commands.tokenizer import bring_tokenizer
-from grokfetch.events import FetchEvent, Outcome
+from grokfetch.events import FetchEvent, Outcome, Status
 from grokfetch.fetch import Asked, Limits, fetch
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.fetch.wanted import resolve
 from grokfetch.output.progress import Sink
-from grokfetch.output.reporting import reporter
+from grokfetch.output.reporting import lines, reporter
 
 __all__ = ["fetching"]
 
@@ -25,7 +26,9 @@ SAVE_S = 1.0
 
 
 @contextlib.contextmanager
-def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[None]:
+def fetching(
+    meanwhile: Meanwhile, store: Arriving, asked: Asked, speaking: threading.Event
+) -> Iterator[None]:
     """Fetch into a folder, with a bar, while the block runs under the folder's lock.
 
     When the block begins it is known what the folder is to hold, and the tokenizer is there.
@@ -34,6 +37,7 @@ def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[No
         meanwhile: where from.
         store: the folder.
         asked: what to fetch of the checkpoint.
+        speaking: set while text is written, which no bar is to disturb.
     """
     begun = meanwhile.source is None and store.manifest_or_none() is not None
     wanted = resolve(
@@ -47,20 +51,23 @@ def fetching(meanwhile: Meanwhile, store: Arriving, asked: Asked) -> Iterator[No
         request=asked,
         demand=store.demand,
     )
-    with store.filled(_shown(events, reporter("fetch"))):
+    with store.filled(_shown(events, reporter("fetch"), speaking)):
         bring_tokenizer(store, meanwhile.network)
         _await_tokenizer(store)
         yield
 
 
 def _shown(
-    events: Generator[FetchEvent, None, None], sink: Sink
+    events: Generator[FetchEvent, None, None], sink: Sink, speaking: threading.Event
 ) -> Generator[FetchEvent, None, None]:
     """The same events; the bar has gone when the last one comes, and text may follow."""
     with contextlib.closing(events):
         with sink:
             for event in events:
-                sink.take(event)
+                if speaking.is_set() and isinstance(event, Status) and lines() is None:
+                    sink.hide()
+                else:
+                    sink.take(event)
                 if isinstance(event, Outcome):
                     break
                 yield event

@@ -112,11 +112,6 @@ class Arriving(Store):
         self._error = running.exception()
         self._tell(over=True)
 
-    def wait_for_end(self, timeout_s: float) -> None:
-        """Return once the fetch has ended, or after so many seconds."""
-        with self._news:
-            self._news.wait_for(lambda: self._over, timeout_s)
-
     def require(self, path: PurePosixPath, start: int = 0, length: int | None = None) -> None:
         """Return once a span of a payload file, all of it by default, is proven.
 
@@ -146,10 +141,20 @@ class Arriving(Store):
                 self.demand.ask(pieces)
                 asked = True
 
-    def expect(self, path: PurePosixPath, start: int, length: int) -> None:
-        """Have a span of a payload file brought next, behind all that somebody waits for."""
+    def expect(
+        self, path: PurePosixPath, start: int, length: int, *, at_once: bool = False
+    ) -> None:
+        """Have a span of a payload file brought before what nobody has asked for.
+
+        Args:
+            path: as in the manifest.
+            start: the first byte.
+            length: how many bytes.
+            at_once: whether it is to come before what will be needed later, too.
+        """
         pieces = self._pieces(path, start, length)
-        self.demand.ask(pieces, ahead=True)
+        there = self.record().pieces
+        self.demand.ask((piece for piece in pieces if piece not in there), ahead=not at_once)
 
     def _pieces(self, path: PurePosixPath, start: int, length: int | None) -> range:
         """The pieces over a span of a payload file; none if it is not one of the torrent's."""

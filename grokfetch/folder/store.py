@@ -355,8 +355,10 @@ class Store:
         """
         self._refuse(self.proven(), path, start, length)
 
-    def expect(self, path: PurePosixPath, start: int, length: int) -> None:
-        """Say that a span of a payload file will be required soon.
+    def expect(
+        self, path: PurePosixPath, start: int, length: int, *, at_once: bool = False
+    ) -> None:
+        """Say that a span of a payload file will be required, `at_once` or some time soon.
 
         Nothing follows from it here: a folder that is being filled brings such bytes first.
         """

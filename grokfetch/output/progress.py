@@ -55,6 +55,9 @@ class Sink(Protocol):
     def say(self, text: str) -> None:
         """Say something that a person may want to know."""
 
+    def hide(self) -> None:
+        """Leave the screen to others until the next event."""
+
 
 class Lines:
     """Events as JSON lines, each with its time in seconds since 1970.
@@ -98,6 +101,9 @@ class Lines:
         """Write a notice."""
         self.take(Notice(text))
 
+    def hide(self) -> None:
+        """Nothing to do: lines stay where they are."""
+
     def put(self, fields: dict[str, Any]) -> None:
         """Write one object as a line."""
         self._write(json.dumps({**fields, "time": round(time.time(), 3)}, ensure_ascii=False))
@@ -139,8 +145,7 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._clear()
-        self._stream.flush()
+        self.hide()
 
     def take(self, event: Event) -> None:
         """Show how far it is; write what was found and noticed above the bar."""
@@ -178,6 +183,11 @@ class Bar:
     def say(self, text: str) -> None:
         """Write one line above the bar."""
         self._print(text, self._stream)
+
+    def hide(self) -> None:
+        """Take the bar away until the next event."""
+        self._clear()
+        self._stream.flush()
 
     def _show(self, gauge: Gauge) -> None:
         now = time.monotonic()

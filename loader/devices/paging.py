@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Literal, Protocol
 
 from loader.weights.checkpoint import Checkpoint, Tensor
 from loader.weights.pages import Pages
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
 __all__ = ["Computed", "Division", "Kept", "Managed", "Paging", "divide"]
 
@@ -44,6 +46,14 @@ class Computed(Protocol):
 
 class Paging:
     """What a step says of the pages that it touches. This one leaves them to the system."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `rows` wants to be asked."""
+        return False
+
+    def rows(self, tokens: Iterable[int]) -> None:
+        """Return when the rows of the embedding for these tokens may be touched."""
 
     def layer(self, number: int) -> None:
         """Return when the attention weights of a layer may be touched."""
@@ -132,32 +142,75 @@ class Managed(Paging):
     Args:
         checkpoint: whose pages; its tensors must stay open.
         budget: bytes that its pages may take.
+        arriving: its files are still on their way; each part is waited for when it is wanted.
 
     Attributes:
         division: what stays in memory.
         unlocked: why what every token needs is not locked there, empty if it is or need not be.
     """
 
-    def __init__(self, checkpoint: Checkpoint, budget: int) -> None:
-        self._layers = checkpoint.config.num_layers
-        self._pages = _parts(checkpoint)
-        base = [it for part, pages in self._pages.items() if part[0] != "expert" for it in pages]
-        self.division = divide(
-            _distinct(checkpoint.values()),
-            _bytes(base),
-            _bytes(self._pages["expert", 0, 0]),
-            budget,
-        )
+    def __init__(self, checkpoint: Checkpoint, budget: int, *, arriving: bool = False) -> None:
+        config = checkpoint.config
+        self._checkpoint, self._layers = checkpoint, config.num_layers
+        self._names: dict[int | None, list[str]] = {}
+        for spec in parameters(config):
+            self._names.setdefault(spec.layer, []).append(spec.name)
+        everything = checkpoint.nbytes if arriving else _distinct(checkpoint.values())
+        self.division = divide(everything, *_needed(config), budget)
         self._kept = Kept(self.division.experts)
         self._wanted: deque[_Part] = deque()
         self._coming: dict[_Part, list[Future[None]]] = {}
         self._there: set[_Part] = set()
         self._readers = ThreadPoolExecutor(READERS, "read-ahead")
-        for tensor in checkpoint.values():
+        self._pages: dict[_Part, list[Pages]] = {}
+        self._opening = threading.Lock()
+        # What has not come yet is opened and waited for when it is wanted, in the readers' threads.
+        self._expected: set[_Part] = set()
+        self.unlocked = ""
+        if arriving:
+            self._expected.add(_TABLE)
+            for layer in range(self._layers):
+                self._expected.add(("layer", layer, 0))
+                self._expected.update(("expert", layer, n) for n in range(config.num_experts))
+        else:
+            for number in self._names:
+                self._open(number)
+
+    def _open(self, number: int | None) -> None:
+        """Find the pages of a layer, or of what lies outside the layers."""
+        tensors = [self._checkpoint[name] for name in self._names[number]]
+        for tensor in tensors:
             tensor.pages(0, tensor.file.size).enlarge()
+        parts = _parts(tensors, self._checkpoint.config.num_experts)
+        base = [it for part, pages in parts.items() if part[0] != "expert" for it in pages]
         keep = self.division.base and not self.division.everything
         failed = next((error for it in base if (error := it.lock())), 0) if keep else 0
-        self.unlocked = os.strerror(failed) if failed else ""
+        if failed and not self.unlocked:
+            self.unlocked = os.strerror(failed)
+        self._pages.update(parts)
+
+    def _pages_of(self, part: _Part) -> list[Pages]:
+        if part not in self._pages:
+            with self._opening:
+                if part not in self._pages:
+                    self._open(None if part == _TABLE else part[1])
+        return self._pages[part]
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether not all of the embedding has come yet."""
+        return _TABLE in self._expected
+
+    def rows(self, tokens: Iterable[int]) -> None:
+        """Return when the rows of the embedding for these tokens have come."""
+        table = next(
+            tensor
+            for tensor in map(self._checkpoint.__getitem__, self._names[None])
+            if tensor.spec.axes[0] == "vocab"
+        )
+        each = table.array.nbytes // table.shape[0]
+        pages = [table.pages(table.array.offset + row * each, each) for row in sorted(set(tokens))]
+        _require(pages)
 
     def layer(self, number: int) -> None:
         """Return when the attention weights of a layer are in memory."""
@@ -188,7 +241,7 @@ class Managed(Paging):
         if parts:
             result.block_until_ready()
             for part in parts:
-                for pages in self._pages[part]:
+                for pages in self._pages_of(part):
                     pages.drop()
                 self._there.discard(part)
 
@@ -202,12 +255,27 @@ class Managed(Paging):
         for _ in range(min(count, len(self._wanted))):
             part = self._wanted.popleft()
             if part not in self._there and part not in self._coming:
-                chunks = (chunk for it in self._pages[part] for chunk in it.chunks(CHUNK))
-                self._coming[part] = [self._readers.submit(chunk.bring) for chunk in chunks]
+                self._coming[part] = self._reads(part)
+
+    def _reads(self, part: _Part) -> list[Future[None]]:
+        """Begin to read a part."""
+        if part in self._expected:
+            return [self._readers.submit(self._await, part)]
+        chunks = (chunk for it in self._pages_of(part) for chunk in it.chunks(CHUNK))
+        return [self._readers.submit(chunk.bring) for chunk in chunks]
+
+    def _await(self, part: _Part) -> None:
+        """Read a part when its bytes have come; runs in a thread."""
+        pages = self._pages_of(part)
+        _require(pages)
+        for it in pages:
+            it.bring()
+        self._expected.discard(part)
 
     def _wait(self, part: _Part) -> None:
-        for pages in self._pages[part]:
-            pages.check()
+        if part not in self._expected:
+            for pages in self._pages_of(part):
+                pages.check()
         if part in self._there:
             return
         if part not in self._coming:
@@ -218,14 +286,21 @@ class Managed(Paging):
         self._there.add(part)
 
 
-def _parts(checkpoint: Checkpoint) -> dict[_Part, list[Pages]]:
-    """The mapped bytes of a checkpoint by what needs them; norms and routers are copied."""
+def _require(pages: Sequence[Pages]) -> None:
+    """Return when all of these pages are proven, having asked for all before waiting for one."""
+    for it in pages:
+        it.expect()
+    for it in pages:
+        it.require()
+
+
+def _parts(tensors: Iterable[Tensor], count: int) -> dict[_Part, list[Pages]]:
+    """The mapped bytes of tensors by what needs them; norms and routers are copied."""
     parts: dict[_Part, list[Pages]] = {}
-    count = checkpoint.config.num_experts
-    for tensor in checkpoint.values():
+    for tensor in tensors:
         number, kind = tensor.spec.layer, tensor.spec.axes[0]
         for array in (tensor.array, tensor.scale_span):
-            if array is None or (tensor.scale_span is None and kind != "vocab"):
+            if array is None or not _is_mapped(tensor.spec):
                 continue
             if number is None:
                 parts.setdefault(_TABLE, []).append(tensor.pages(array.offset, array.nbytes))
@@ -240,8 +315,16 @@ def _parts(checkpoint: Checkpoint) -> dict[_Part, list[Pages]]:
     return parts
 
 
-def _bytes(pages: Iterable[Pages]) -> int:
-    return sum(it.length for it in pages)
+def _is_mapped(spec: ParamSpec) -> bool:
+    return spec.scale_groups is not None or spec.axes[0] == "vocab"
+
+
+def _needed(config: GrokConfig) -> tuple[int, int]:
+    """Mapped bytes that every token needs, and those of one expert."""
+    mapped = [spec for spec in parameters(config) if _is_mapped(spec)]
+    base = sum(spec.nbytes for spec in mapped if spec.axes[0] != "expert")
+    layer = sum(spec.nbytes for spec in mapped if spec.axes[0] == "expert" and spec.layer == 0)
+    return base, layer // config.num_experts
 
 
 def _distinct(tensors: Iterable[Tensor]) -> int:

@@ -9,9 +9,10 @@ dropped, without touching another.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import jax
 import numpy as np
@@ -50,6 +51,7 @@ __all__ = [
     "Source",
     "Stored",
     "check_shared",
+    "layer_by_layer",
     "load",
     "make_mesh",
     "of_each_host",
@@ -104,7 +106,27 @@ class Params:
 
     embedding: Table
     norm: Array
-    layers: tuple[Layer, ...]
+    layers: Sequence[Layer]
+
+
+class _Arriving(Sequence[Layer]):
+    """Layers that are still on their way, each placed when it is first asked for."""
+
+    def __init__(self, count: int, place: Callable[[int], Layer]) -> None:
+        self._numbers = range(count)
+        self._place = functools.cache(place)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> Layer: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, number: int | slice) -> Layer | tuple[Layer, ...]:
+        if isinstance(number, slice):
+            return tuple(map(self._place, self._numbers[number]))
+        return self._place(self._numbers[number])
 
 
 def make_mesh(
@@ -169,7 +191,7 @@ def load(
         on_bytes: called with bytes of the checkpoint as they have been read.
     """
     config = checkpoint.config
-    specs = _layer_by_layer(config)
+    specs = layer_by_layer(config)
     placed = transfer(
         ((checkpoint[spec.name], sharding(spec, mesh)) for spec in specs),
         in_flight=in_flight,
@@ -202,21 +224,28 @@ def _only_cpus(mesh: Mesh) -> bool:
     return all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
-def _layer_by_layer(config: GrokConfig) -> list[ParamSpec]:
+def layer_by_layer(config: GrokConfig) -> list[ParamSpec]:
     """Every tensor, layer by layer; in the files layer 10 comes before layer 2."""
     return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
 
 
-def params_of(place: Callable[[str], Any], layers: int) -> Params:
-    """The weights of a model of so many layers: what `place` makes of each tensor by its name."""
+def params_of(place: Callable[[str], Any], layers: int, *, arriving: bool = False) -> Params:
+    """The weights of a model of so many layers: what `place` makes of each tensor by its name.
+
+    Args:
+        place: makes weights of a tensor's name.
+        layers: how many.
+        arriving: place a layer only when it is asked for.
+    """
 
     def fields(kinds: Sequence[Kind], prefix: str = "") -> dict[str, Any]:
         return {kind.field: place(prefix + kind.name) for kind in kinds}
 
-    return Params(
-        **fields(OUTER),
-        layers=tuple(Layer(**fields(LAYER, layer_prefix(number))) for number in range(layers)),
-    )
+    def layer(number: int) -> Layer:
+        return Layer(**fields(LAYER, layer_prefix(number)))
+
+    each = _Arriving(layers, layer)
+    return Params(**fields(OUTER), layers=each if arriving else tuple(each))
 
 
 def check_shared(shape: MeshShape) -> None:
@@ -232,7 +261,9 @@ def check_shared(shape: MeshShape) -> None:
         )
 
 
-def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> Params:
+def share(
+    checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None, *, arriving: bool = False
+) -> Params:
     """Give every device the mapped pages of the shard files as they lie, without a copy.
 
     Only norms and routers are copied. The files must stay as they are while the result is in use.
@@ -241,6 +272,7 @@ def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> P
         checkpoint: the tensors in their files.
         mesh: of CPU devices, with one place along `data` and `expert`.
         tuning: what suits their processor; from `loader.devices.tuning`.
+        arriving: the files are still on their way: open those of a layer when it is asked for.
 
     Raises:
         MeshInvalid: as `check_shared`.
@@ -270,7 +302,7 @@ def share(checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None) -> P
             tensor.spec.shape, everywhere, lambda _: np.array(tensor.weight)
         )
 
-    return params_of(place, checkpoint.config.num_layers)
+    return params_of(place, checkpoint.config.num_layers, arriving=arriving)
 
 
 def _matrix_place(tensor: Tensor, mesh: Mesh) -> MatrixPlace:

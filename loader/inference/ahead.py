@@ -59,7 +59,7 @@ def described(config: GrokConfig, mesh: Mesh, layers: int = 1) -> Params:
     """The weights of a model as shapes, dtypes and shardings."""
     specs = {spec.name: spec for spec in parameters(config)}
     one = params_of(lambda name: _described(specs[name], mesh), 1)
-    return dataclasses.replace(one, layers=one.layers * layers)
+    return dataclasses.replace(one, layers=tuple(one.layers) * layers)
 
 
 def _described(spec: ParamSpec, mesh: Mesh) -> Any:

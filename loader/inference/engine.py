@@ -348,7 +348,7 @@ class Engine:
             return jnp.zeros(shape, self.dtype, device=self._steps.heads)
 
         return State(
-            cache=tuple(KeyValues(zeros(), zeros()) for _ in self.params.layers),
+            cache=tuple(KeyValues(zeros(), zeros()) for _ in range(len(self.params.layers))),
             visible=jnp.zeros((batch, places), bool),
             lengths=jnp.zeros(batch, jnp.int32),
             longest=0,

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grokfetch.events import Loaded, LoadEvent, Notice, Progress
 from grokfetch.units import bytes_text
@@ -28,6 +28,8 @@ from loader.inference.tokenizer import Tokenizer, tokenizer_of
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.limits import WORK, cache_bytes_per_token
 from loader.weights.partition import MeshShape
+from loader.weights.schema import ParamSpec
+from loader.weights.tensor import Index
 
 __all__ = ["Report", "load_as_it_comes", "load_model", "load_onto"]
 
@@ -101,8 +103,10 @@ def load_as_it_comes(
     """The weights as their bytes arrive, and the model compiled before the last of them.
 
     What lies outside the layers and the first layer come first. With them a model of one layer is
-    compiled, and compiled code serves every layer. Until the rest is there these weights lie on the
-    devices twice.
+    compiled, and compiled code serves every layer. Weights that are copied lie on the devices twice
+    until the rest is there. Of a checkpoint that is read by parts mapped weights are waited for
+    when a token needs them, and no sooner: what every token needs is asked for in the order of the
+    layers, experts when they have been chosen.
 
     Args:
         arrangement: the devices.
@@ -113,6 +117,12 @@ def load_as_it_comes(
     """
     report = report or _silent
     config = checkpoint.config
+    if checkpoint.by_parts and arrangement.placement == "mapped":
+        _announce(checkpoint)
+        params, paging = _place(arrangement, checkpoint, report)
+        engine = Engine(config, params, arrangement.mesh, arrangement.loading.dtype, paging)
+        engine.warm_up(prompt, sampling)
+        return engine
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
     mesh, tuning = arrangement.mesh, _tuning(arrangement, checkpoint, report)
     params = (
@@ -127,6 +137,24 @@ def load_as_it_comes(
     return engine
 
 
+def _announce(checkpoint: Checkpoint) -> None:
+    """Ask for what every token needs, in the order in which the first one does.
+
+    Of mixtures of experts that is the frames, of the embedding its rows first.
+    """
+    specs = placing.layer_by_layer(checkpoint.config)
+    tables = [spec.name for spec in specs if spec.axes[0] == "vocab"]
+    first = [spec for spec in specs if spec.layer in {None, 0}]
+    later = [spec for spec in specs if spec.layer not in {None, 0}]
+
+    def needed(some: Iterable[ParamSpec]) -> Iterator[tuple[str, Index]]:
+        for spec in some:
+            by_parts = spec.axes[0] in {"vocab", "expert"} and len(spec.axes) > 1
+            yield spec.name, slice(0, 0) if by_parts else ...
+
+    checkpoint.prefetch((*needed(first), *tables, *needed(later)))
+
+
 def _place(
     arrangement: Arrangement, checkpoint: Checkpoint, report: Report
 ) -> tuple[Params, Managed | None]:
@@ -138,7 +166,7 @@ def _place(
     if arrangement.placement == "sharded":
         params = _copy(checkpoint, arrangement, tuning, report)
     else:
-        params = placing.share(checkpoint, mesh, tuning)
+        params = placing.share(checkpoint, mesh, tuning, arriving=checkpoint.by_parts)
         paging = _paging(checkpoint, arrangement.loading, report)
     seconds = round(time.perf_counter() - start, 3)
     report(Loaded(total, mesh.size, arrangement.platform, arrangement.placement, seconds))
@@ -164,7 +192,7 @@ def _paging(checkpoint: Checkpoint, loading: Loading, report: Report) -> Managed
     config = checkpoint.config
     memory = available() if loading.memory is None else loading.memory
     cache = cache_bytes_per_token(config, loading.itemsize) * config.sequence_len
-    paging = Managed(checkpoint, memory - cache - WORK)
+    paging = Managed(checkpoint, memory - cache - WORK, arriving=checkpoint.by_parts)
     division = paging.division
     if not division.everything:
         kept = "attention, embedding and" if division.base else "no more than"

@@ -176,6 +176,12 @@ class _OnDemand(Steps):
         )
         self._close = self._spread(model.close, (weights, nothing, nothing), nothing)
 
+    def embed(self, tokens: Any) -> Array:
+        """Token ids `[B, T]` to the residual stream, float32 `[B, T, D]`."""
+        if self._paging.by_rows:
+            self._paging.rows(np.asarray(tokens).reshape(-1).tolist())
+        return super().embed(tokens)
+
     def layers(
         self, cache: Sequence[KeyValues], x: Array, window: Window
     ) -> tuple[Array, tuple[KeyValues, ...]]:

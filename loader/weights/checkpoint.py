@@ -12,27 +12,26 @@ import dataclasses
 import difflib
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator, KeysView, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from grokfetch.errors import (
-    CheckpointInvalid,
     GrokfetchError,
     NoModel,
     NotProven,
-    StorageFailed,
 )
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import Manifest, ManifestTensor, Scales
+from grokfetch.manifest.schema import ManifestTensor
 from grokfetch.units import bytes_text
+from loader.weights.binding import bind, entries, open_tensor
 from loader.weights.host_share import Share, Span, tensor_spans
 from loader.weights.schema import GrokConfig, ParamSpec, parameters, weight_bytes
-from loader.weights.shard_reader import read_shard
-from loader.weights.tensor import Tensor
+from loader.weights.shard_values import ArraySpan
+from loader.weights.tensor import Index, Tensor, index_spans
 
 __all__ = [
     "Checkpoint",
@@ -55,6 +54,7 @@ class Checkpoint(Mapping[str, Tensor]):
         config: the hyperparameters.
         tensors: by name.
         store: the folder that it lies in, if that is one of ours.
+        expect: has a part of a tensor brought that will be read later, by name and index.
     """
 
     def __init__(
@@ -62,11 +62,18 @@ class Checkpoint(Mapping[str, Tensor]):
         config: GrokConfig,
         tensors: Mapping[str, Tensor],
         store: Store | None = None,
+        expect: Callable[[str, Index], None] | None = None,
     ) -> None:
+        self._expect = expect
         self.config = config
         self.store = store
         self._tensors = tensors
         self._held = contextlib.ExitStack()
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether its bytes may still be on their way, and are waited for when they are read."""
+        return self._expect is not None
 
     @property
     def nbytes(self) -> int:
@@ -100,10 +107,31 @@ class Checkpoint(Mapping[str, Tensor]):
             KeyError: there is none; names the nearest.
             NotProven: it was not asked for, or its bytes are not proven.
         """
+        self._check_name(name)
+        return self._tensors[name]
+
+    def _check_name(self, name: str) -> None:
         if name not in self._tensors:
             near = difflib.get_close_matches(str(name), self._tensors, 3, cutoff=0.5)
             raise KeyError(f"no tensor {name!r:.80}" + (f"; near it: {near}" if near else ""))
-        return self._tensors[name]
+
+    def prefetch(self, wanted: Iterable[str | tuple[str, Index]]) -> None:
+        """Have tensors, or parts of them, brought before they are read; returns at once.
+
+        They come in this order, behind what somebody waits for. Where all is there nothing happens.
+
+        Args:
+            wanted: names, or pairs of a name and what the tensor will be indexed with.
+
+        Raises:
+            KeyError: there is no tensor of a name.
+            IndexError: an index does not fit the tensor's shape.
+        """
+        for each in wanted:
+            name, index = (each, ...) if isinstance(each, str) else each
+            self._check_name(name)
+            if self._expect is not None:
+                self._expect(name, index)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -149,14 +177,23 @@ def open_checkpoint(
     return Checkpoint(model_of(store), tensors, store)
 
 
-def expect_checkpoint(store: Store, share: Share | None = None) -> Checkpoint:
+def expect_checkpoint(
+    store: Store, share: Share | None = None, *, by_parts: bool = False
+) -> Checkpoint:
     """The same, each tensor being opened when it is first asked for, and its bytes required then.
+
+    Args:
+        store: the checkpoint directory.
+        share: as of `open_checkpoint`.
+        by_parts: require only the frame and the scales of a tensor when it is asked for, and of its
+            weight what is read of it, when it is read.
 
     Raises:
         StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`, which see
             also for what asking for a tensor raises.
     """
-    return Checkpoint(model_of(store), _Opened(store, share), store)
+    tensors = _Opened(store, share, by_parts=by_parts)
+    return Checkpoint(model_of(store), tensors, store, tensors.expect if by_parts else None)
 
 
 def require_whole(store: Store) -> None:
@@ -192,12 +229,15 @@ def model_of(store: Store) -> GrokConfig:
 class _Opened(Mapping[str, Tensor]):
     """The tensors of a store, each opened when it is first asked for."""
 
-    def __init__(self, store: Store, share: Share | None, *, proven: bool = True) -> None:
+    def __init__(
+        self, store: Store, share: Share | None, *, proven: bool = True, by_parts: bool = False
+    ) -> None:
         self._store = store
         self._share = share
         self._proven = proven
-        entries = _entries(store.manifest(), model_of(store))
-        self._entries = {spec.name: (spec, entry, size) for spec, entry, size in entries}
+        self._by_parts = by_parts
+        known = entries(store.manifest(), model_of(store))
+        self._entries = {spec.name: (spec, entry, size) for spec, entry, size in known}
         self._asked = store.asked()
         self._open: dict[str, Tensor] = {}
 
@@ -206,15 +246,33 @@ class _Opened(Mapping[str, Tensor]):
             spec, entry, size = self._entries[name]
             if self.left_out(name):
                 raise _left_out(self._store, spec)
-            for start, stop in self._needed(spec, entry, size):
+            spans = tuple(self._needed(spec, entry, size))
+            for start, stop in spans:
+                self._store.expect(entry.file, start, stop - start, at_once=True)
+            for start, stop in spans:
                 self._store.require(entry.file, start, stop - start)
-            self._open[name] = _open_tensor(self._store, spec, entry, size)
+            tensor = open_tensor(self._store, spec, entry, size)
+            if self._by_parts:
+                tensor = dataclasses.replace(tensor, door=_Door(self._store, entry.file))
+            # Two threads may have opened it: both go on with one.
+            self._open.setdefault(name, tensor)
         return self._open[name]
+
+    def expect(self, name: str, index: Index) -> None:
+        """Have the frame of a tensor brought, and what an index takes of its weight."""
+        _, entry, size = self._entries[name]
+        offset, length = next(entry.spans())
+        array = ArraySpan(entry.dtype, entry.shape, offset, length, "C")
+        door = _Door(self._store, entry.file)
+        door.expect(0, offset)
+        for start, nbytes in index_spans(array, index, door.gap):
+            door.expect(start, nbytes)
+        door.expect(offset + length, size - offset - length)
 
     def left_out(self, name: str) -> bool:
         """Whether a tensor, or a part of it, was not asked for, all of it being needed."""
         _, entry, size = self._entries[name]
-        whole = self._proven and self._share is None
+        whole = self._proven and self._share is None and not self._by_parts
         return whole and self._asked is not None and self._asked.get(entry.file) != ((0, size),)
 
     def __contains__(self, name: object) -> bool:
@@ -223,6 +281,9 @@ class _Opened(Mapping[str, Tensor]):
     def _needed(self, spec: ParamSpec, entry: ManifestTensor, size: int) -> Iterable[Span]:
         if not self._proven:
             return ()
+        if self._by_parts:
+            offset, length = next(entry.spans())
+            return ((0, offset), (offset + length, size))
         layout = None if self._share is None else self._store.layout()
         if self._share is None or layout is None:
             return ((0, size),)
@@ -233,6 +294,26 @@ class _Opened(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Door:
+    """The store's door to one file, as `loader.weights.pages.Door`."""
+
+    store: Store
+    path: PurePosixPath
+
+    @property
+    def gap(self) -> int:
+        """The length of a piece, which comes as a whole."""
+        layout = self.store.layout()
+        return 1 if layout is None else layout.piece_length
+
+    def require(self, start: int, length: int) -> None:
+        self.store.require(self.path, start, length)
+
+    def expect(self, start: int, length: int, *, at_once: bool = False) -> None:
+        self.store.expect(self.path, start, length, at_once=at_once)
 
 
 def _left_out(store: Store, spec: ParamSpec) -> NotProven:
@@ -257,78 +338,18 @@ def faults(store: Store) -> Iterator[GrokfetchError]:
     if manifest.model is None:
         return
     try:
-        entries = _entries(manifest, GrokConfig.from_mapping(manifest.model))
+        known = entries(manifest, GrokConfig.from_mapping(manifest.model))
     except GrokfetchError as error:
         yield error
         return
-    for spec, entry, size in entries:
+    for spec, entry, size in known:
         stamp = store.stamp(entry.file)
         if stamp is None or stamp.size != size:
             continue
         try:
-            _open_tensor(store, spec, entry, size)
+            open_tensor(store, spec, entry, size)
         except GrokfetchError as error:
             yield error
-
-
-def _open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Tensor:
-    path = store.payload(entry.file)
-    _check_size(spec, path, size)
-    tensor = _bind(spec, path)
-    _check_entry(tensor, entry)
-    return tensor
-
-
-def _entries(manifest: Manifest, config: GrokConfig) -> list[tuple[ParamSpec, ManifestTensor, int]]:
-    """Every parameter with what the manifest says of it and the size of its file in bytes."""
-    specs = parameters(config)
-    sizes = {file.path: file.size for file in manifest.files}
-    entries = {entry.name: entry for entry in manifest.tensors}
-    unknown = entries.keys() - {spec.name for spec in specs}
-    if unknown:
-        raise CheckpointInvalid(f"the model has no tensor {min(unknown)}, but the manifest has")
-    missing = [spec.name for spec in specs if spec.name not in entries]
-    if missing:
-        raise CheckpointInvalid(f"the model has a tensor {missing[0]}, but the manifest has not")
-    bound = ((spec, entries[spec.name]) for spec in specs)
-    return [(spec, entry, sizes[entry.file]) for spec, entry in bound]
-
-
-def _check_size(spec: ParamSpec, path: Path, expected: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise StorageFailed(f"cannot be read: {error.strerror}", path=path) from error
-    if found != expected:
-        raise CheckpointInvalid(
-            f"the file of {spec.name} must have {expected:,} bytes, found {found:,}", path=path
-        )
-
-
-def _check_entry(tensor: Tensor, entry: ManifestTensor) -> None:
-    """Compare what the file holds with what its manifest says."""
-    array, scales = tensor.array, tensor.scale_span
-    found = dataclasses.replace(
-        entry,
-        dtype=array.dtype,
-        shape=array.shape,
-        offset=array.offset,
-        scales=None if scales is None else Scales(scales.shape, scales.offset),
-    )
-    if found != entry:
-        raise CheckpointInvalid(
-            f"by the manifest {entry.name} must be {_describe_entry(entry)}, "
-            f"found {_describe_entry(found)}",
-            path=tensor.path,
-        )
-
-
-def _describe_entry(entry: ManifestTensor) -> str:
-    shape = None if entry.scales is None else entry.scales.shape
-    places = f"at {entry.offset:,}"
-    if entry.scales is not None:
-        places += f" and {entry.scales.offset:,}"
-    return f"{_describe(entry.dtype, entry.shape, shape)} {places}"
 
 
 def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoint:
@@ -342,22 +363,4 @@ def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoin
         CheckpointInvalid: a shard holds something else than the parameter it should.
     """
     specs = parameters(config)
-    return Checkpoint(config, {spec.name: _bind(spec, Path(folder) / spec.file) for spec in specs})
-
-
-def _bind(spec: ParamSpec, path: Path) -> Tensor:
-    shard = read_shard(path)
-    expected = _describe(spec.dtype, spec.shape, spec.scale_shape)
-    scale_shape = None if shard.scales is None else shard.scales.shape
-    found = _describe(shard.array.dtype, shard.array.shape, scale_shape)
-    spans = [shard.array] if shard.scales is None else [shard.array, shard.scales]
-    if any(span.order == "F" for span in spans):
-        found += " in Fortran order"
-    if found != expected:
-        raise CheckpointInvalid(f"{spec.name} must be {expected}, found {found}", path=path)
-    return Tensor(spec, path, shard.array, shard.scales)
-
-
-def _describe(dtype: str, shape: tuple[int, ...], scale_shape: tuple[int, ...] | None) -> str:
-    scales = "without scales" if scale_shape is None else f"with scales {scale_shape}"
-    return f"{dtype} {shape} {scales}"
+    return Checkpoint(config, {spec.name: bind(spec, Path(folder) / spec.file) for spec in specs})

@@ -25,7 +25,7 @@ from loader.weights.partition import (
 )
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
-__all__ = ["Share", "Span", "file_spans", "share_of_host", "tensor_spans"]
+__all__ = ["Share", "Span", "file_spans", "runs", "share_of_host", "tensor_spans"]
 
 Span = tuple[int, int]
 """Start and stop, of bytes in a file or of places along an axis."""
@@ -102,7 +102,7 @@ def tensor_spans(
     _, length = next(entry.spans())
     parts = [(0, entry.offset), (entry.offset + length, size)]
     for cuts in _cuts(spec, share):
-        for start, stop in _runs(spec.shape, cuts, item, gap):
+        for start, stop in runs(spec.shape, cuts, item, gap):
             parts.append((entry.offset + start, entry.offset + stop))
     return _joined(parts, gap)
 
@@ -126,23 +126,23 @@ def _cuts(spec: ParamSpec, share: Share) -> Iterator[list[list[Span]]]:
         ]
 
 
-def _runs(shape: Sequence[int], cuts: Sequence[list[Span]], item: int, gap: int) -> list[Span]:
+def runs(shape: Sequence[int], cuts: Sequence[list[Span]], item: int, gap: int) -> list[Span]:
     """Spans in bytes of an array of items: what the cuts along its axes leave of it."""
-    runs, width = [(0, item)], item
+    found, width = [(0, item)], item
     for size, spans in zip(reversed(shape), reversed(cuts), strict=True):
-        first, last = runs[0][0], runs[-1][1]
-        if len(runs) == 1 and width - (last - first) < gap:
+        first, last = found[0][0], found[-1][1]
+        if len(found) == 1 and width - (last - first) < gap:
             # What lies between two neighbours is too short to count, or nothing: one run.
-            runs = [(a * width + first, (b - 1) * width + last) for a, b in spans]
+            found = [(a * width + first, (b - 1) * width + last) for a, b in spans]
         else:
-            runs = [
+            found = [
                 (place * width + start, place * width + stop)
                 for a, b in spans
                 for place in range(a, b)
-                for start, stop in runs
+                for start, stop in found
             ]
-        runs, width = _joined(runs, gap), width * size
-    return runs
+        found, width = _joined(found, gap), width * size
+    return found
 
 
 def _joined(parts: Iterable[Span], gap: int) -> list[Span]:

@@ -14,12 +14,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
 
-__all__ = ["CANNOT_MAP", "Pages"]
+__all__ = ["CANNOT_MAP", "Door", "Pages"]
 
 CANNOT_MAP = (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
 """What mmap says on a file system that has no mapping: some network and FUSE ones."""
@@ -35,14 +36,32 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+class Door(Protocol):
+    """Who says when bytes of one file may be read, and has them brought if they are not there."""
+
+    @property
+    def gap(self) -> int:
+        """Bytes: spans that are nearer to each other than this may as well be asked for as one."""
+
+    def require(self, start: int, length: int) -> None:
+        """Return when a span of the file is proven; raises if it will not be."""
+
+    def expect(self, start: int, length: int, *, at_once: bool = False) -> None:
+        """Say that a span will be required, at once or some time soon."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pages:
-    """The pages of `length` bytes of a mapped file, `start` counted from the file's first."""
+    """The pages of `length` bytes of a mapped file, `start` counted from the file's first.
+
+    `door` says when they may be read; None where all of the file was proven before.
+    """
 
     path: Path
     mapped: mmap.mmap
     start: int
     length: int
+    door: Door | None = None
 
     def chunks(self, size: int) -> Iterator[Pages]:
         """The same bytes in pieces of at most so many."""
@@ -58,6 +77,20 @@ class Pages:
         """
         if self.mapped.size() < len(self.mapped):
             raise CheckpointInvalid("it has shrunk on disk while it was in use", path=self.path)
+
+    def expect(self) -> None:
+        """Ask for their bytes, which are required next."""
+        if self.door is not None:
+            self.door.expect(self.start, self.length, at_once=True)
+
+    def require(self) -> None:
+        """Return when their bytes are proven.
+
+        Raises:
+            NotProven: they will not be.
+        """
+        if self.door is not None:
+            self.door.require(self.start, self.length)
 
     def announce(self) -> None:
         """Have the kernel begin to read them."""

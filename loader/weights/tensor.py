@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import mmap
 import operator
 from collections.abc import Iterator
@@ -19,14 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
-from loader.weights.pages import CANNOT_MAP, Pages
+from loader.weights.host_share import runs
+from loader.weights.pages import CANNOT_MAP, Door, Pages
 from loader.weights.schema import ParamSpec
 from loader.weights.shard_values import ArraySpan
 
 if TYPE_CHECKING:
     from loader.devices.transfer import OnDevices, Target
 
-__all__ = ["Index", "Tensor"]
+__all__ = ["Index", "Tensor", "index_spans"]
 
 Index = Any
 """Whatever NumPy indexes with: integers, slices, `...`, new axes, integer arrays, masks."""
@@ -50,12 +52,16 @@ class Tensor:
 
     Where the file system cannot map files, an array is read into memory each time that it is asked
     for, and lives as long as whoever asked keeps it.
+
+    Where the file is still being fetched there is a `door`: what is read of the weight is waited
+    for there, and nothing else is.
     """
 
     spec: ParamSpec
     path: Path
     array: ArraySpan
     scale_span: ArraySpan | None = None
+    door: Door | None = None
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +76,8 @@ class Tensor:
             StorageFailed: the file cannot be read.
             CheckpointInvalid: the file is shorter than when the checkpoint was opened.
         """
+        if self.door is not None:
+            self.door.require(self.array.offset, self.array.nbytes)
         return self._view(self.array)
 
     @property
@@ -106,7 +114,18 @@ class Tensor:
         By integers, slices and `...` it is a read-only view: nothing is read but the pages that are
         looked at.
         """
-        return self.weight[index]
+        return self._awaited(index)[index]
+
+    def _awaited(self, index: Index) -> npt.NDArray[np.generic]:
+        """The weight, once what an index takes of it is there."""
+        if self.door is None or not _is_basic(index):
+            return self.weight
+        spans = list(index_spans(self.array, index, self.door.gap))
+        for start, length in spans:
+            self.door.expect(start, length, at_once=True)
+        for start, length in spans:
+            self.door.require(start, length)
+        return self._view(self.array)
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, *, copy: bool | None = None
@@ -142,7 +161,7 @@ class Tensor:
         kind = np.dtype(dtype)
         if not (np.issubdtype(kind, np.floating) or kind in _SHORT_FLOATS):
             raise TypeError(f"dequantized values are floating-point, not {kind}")
-        weight, scales = self.weight, self.scales
+        weight, scales = self._awaited(index), self.scales
         if scales is None:
             return np.array(weight[index], kind)
         if not _is_basic(index):
@@ -211,7 +230,7 @@ class Tensor:
         Raises:
             StorageFailed: the file cannot be mapped.
         """
-        return Pages(self.path, self._mapping(), start, nbytes)
+        return Pages(self.path, self._mapping(), start, nbytes, self.door)
 
     def read_into(self, start: int, target: npt.NDArray[np.generic]) -> None:
         """Read bytes of the weight, `start` counted from its first, into a contiguous array.
@@ -220,6 +239,8 @@ class Tensor:
             StorageFailed: the file cannot be read.
             CheckpointInvalid: it is shorter than when the checkpoint was opened.
         """
+        if self.door is not None:
+            self.door.require(self.array.offset + start, target.nbytes)
         self._read(self.array.offset + start, target)
 
     def _read(self, at: int, target: npt.NDArray[np.generic]) -> None:
@@ -299,6 +320,32 @@ def _cuts(shape: tuple[int, ...], index: _Basic) -> tuple[list[slice], tuple[int
             place = operator.index(part) % size
             cuts.append(slice(place, place + 1))
     return cuts, result
+
+
+def index_spans(array: ArraySpan, index: Index, gap: int) -> Iterator[tuple[int, int]]:
+    """Start and length, in bytes of the file, of what an index takes of an array.
+
+    Args:
+        array: where it lies.
+        index: whatever NumPy indexes with; but for integers, slices and `...` it takes all.
+        gap: bytes; spans that are nearer to each other become one.
+
+    Raises:
+        IndexError: the index does not fit the shape.
+    """
+    if not _is_basic(index):
+        yield array.offset, array.nbytes
+        return
+    taken = [
+        range(*cut.indices(size))
+        for cut, size in zip(_cuts(array.shape, index)[0], array.shape, strict=True)
+    ]
+    if not all(taken):
+        return
+    hulls = [[(min(places[0], places[-1]), max(places[0], places[-1]) + 1)] for places in taken]
+    item = array.nbytes // math.prod(array.shape)
+    for start, stop in runs(array.shape, hulls, item, gap):
+        yield array.offset + start, stop - start
 
 
 def _groups(rows: slice, size: int, groups: int) -> Iterator[tuple[int, slice, slice]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from grokfetch.commands.options import Meanwhile
 from grokfetch.commands.streaming import fetching
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
-from grokfetch.events import Outcome
+from grokfetch.events import Arrived, Outcome, Traffic
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch import waiting_store as arriving
 from grokfetch.fetch.swarm import SwarmSettings, seed
@@ -36,6 +37,7 @@ from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent.metainfo import encode_torrent, parse_info
 from loader.devices.arrangement import Arrangement, Loading
 from loader.devices.placement import make_mesh
+from loader.inference.engine import Engine
 from loader.inference.loading import load_as_it_comes
 from loader.inference.sampling import Sampling
 from loader.weights.checkpoint import expect_checkpoint
@@ -251,6 +253,78 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     assert len(late) <= {"mapped": 4, "sharded": 0}[placement]
 
 
+class OnlyAsked(FakeSwarm):
+    """Brings what somebody waits for or will need next, and the rest when `gate` opens."""
+
+    def __init__(self, torrent, files):
+        super().__init__(torrent, files)
+        self.gate = threading.Event()
+
+    def download(self, order):
+        self.orders.append(order)
+        left, received = set(order.want), 0
+        while left:
+            urgent = (*order.demand.waited, *order.demand.ahead)
+            urgent = [piece for piece in urgent if piece in left]
+            if not urgent and not self.gate.wait(0.01):
+                yield Traffic(received, 0.0, 1)
+                continue
+            piece = urgent[0] if urgent else min(left)
+            left.remove(piece)
+            self._write(order, piece, half=False)
+            received += order.layout.piece_size(piece)
+            yield Arrived((piece,))
+        yield Traffic(received, 0.0, 1)
+
+
+@pytest.fixture(scope="module")
+def first_tokens(published, tmp_path_factory):
+    """A prompt, what follows it, what the routers chose, and the pieces that had come by then."""
+    root, torrent, manifest = published
+    layout = parse_info(torrent.info, torrent.piece_layers)
+    files = {
+        str(file.path): root.joinpath("release", file.path).read_bytes() for file in manifest.files
+    }
+    swarm, store = OnlyAsked(torrent, files), Arriving(tmp_path_factory.mktemp("first"))
+    prompt = golden.prompt("p1")[:1]
+    there = Arrangement(make_mesh(golden.CONFIG, golden.ONE), "mapped", Loading("float32"))
+    limits = Limits(save_s=1000, stall_s=PATIENCE_S)
+    with following(store, swarm, manifest=manifest, limits=limits, demand=store.demand):
+        checkpoint = expect_checkpoint(store, by_parts=True)
+        engine = load_as_it_comes(there, checkpoint, prompt, Sampling())
+        chosen = engine.count_experts()
+        tokens = list(engine.generate(prompt, 2))
+        proven = store.demand.proven(range(layout.piece_count))
+        swarm.gate.set()
+    assert len(Store(store.root).record().pieces) == layout.piece_count
+    return prompt, tokens, chosen.counts(), proven
+
+
+def test_a_token_is_generated_as_soon_as_its_own_weights_are_there(published, first_tokens):
+    _, torrent, manifest = published
+    prompt, tokens, counts, proven = first_tokens
+    assert tokens == list(golden.engine().generate(prompt, 2))
+    layout = parse_info(torrent.info, torrent.piece_layers)
+    idle = []
+    for layer, row in enumerate(counts):
+        for expert, count in enumerate(row):
+            came = expert_pieces(manifest, layout, layer, expert) <= proven
+            assert came or not count
+            idle.append(not came)
+    assert any(idle)
+
+
+def expert_pieces(manifest, layout, layer, expert):
+    """The pieces over one expert's weights."""
+    found = set()
+    for tensor in manifest.tensors:
+        if f"layer_{layer}/moe/" in tensor.name and len(tensor.shape) == 3:
+            each = math.prod(tensor.shape[1:])
+            file = layout.file(PurePosixPath("release") / tensor.file)
+            found.update(layout.pieces_over(file, tensor.offset + expert * each, each))
+    return found
+
+
 @pytest.mark.slow
 def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp_path, monkeypatch):
     root, torrent, _ = published
@@ -280,6 +354,31 @@ def test_tensors_are_placed_before_the_last_piece_of_a_slow_swarm(published, tmp
     assert tokens == golden.arrays()["f32/p1_tokens"][:4].tolist()
 
 
+def test_run_writes_tokens_though_a_seed_has_only_their_weights_and_ctrl_c_ends_it(
+    published, first_tokens, tmp_path, monkeypatch
+):
+    root, torrent, _ = published
+    prompt, tokens, _, proven = first_tokens
+    real = Engine.generate
+
+    def interrupted(self, *arguments):
+        yield from real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    with seed(encode_torrent(torrent), root, SwarmSettings.loopback(), have=proven) as peer:
+        text = grokfetch(
+            *("run", tmp_path / "grok", "--tokens", prompt[0], "--max-tokens", 2, "--json"),
+            *("--while-fetching", "--source", root / "tiny.json", "--no-mirrors"),
+            *("--peer", f"127.0.0.1:{peer.port}", "--listen", "127.0.0.1:0", "--no-discovery"),
+            *("--dtype", "float32", "--mesh", "model=1", "--placement", "mapped"),
+            code=130,
+        )
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [event["id"] for event in events if event["event"] == "token"] == tokens
+    assert Store(tmp_path / "grok").record().pieces == proven
+
+
 def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
     shipped = demo_folder()
     with seed(shipped.joinpath("grok-demo.torrent").read_bytes(), shipped) as peer:
@@ -287,7 +386,7 @@ def test_a_tokenizer_that_is_one_of_the_fetched_files_is_waited_for(tmp_path):
         source = str(shipped / "grok-demo.json")
         meanwhile = Meanwhile(source, Network(settings, mirrors=False))
         store = Arriving(tmp_path / "grok")
-        with fetching(meanwhile, store, Request()):
+        with fetching(meanwhile, store, Request(), threading.Event()):
             words = find_tokenizer(store, None)
             assert words.size == store.manifest().model["vocab_size"]
 

@@ -14,6 +14,7 @@ from grokfetch.events import Arrived, Notice, Traffic
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
 from grokfetch.fetch.swarm.tally import Tally
+from grokfetch.fetch.swarm.urgent import Urgent, priority
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file
@@ -32,22 +33,6 @@ NOWHERE = "/dev/null/nowhere"
 """A place where nothing can be written, not even by root."""
 
 PAD = 1
-
-AHEAD = 7
-"""The priority of a piece that somebody will need next; all others are then below it."""
-
-INSIST_S = 1.0
-"""After so long without a byte of what is waited for, it is asked for anew; then after twice as
-long, and so on: peers that were not yet there, or not yet willing, know nothing of a deadline."""
-
-LONGEST_INSIST_S = 32.0
-
-DEADLINE_STEP_MS = 10
-"""How much later each piece that is waited for may come than the one before it."""
-
-WINDOW = 4 << 20
-"""Bytes of pieces that have a deadline at one time, and never fewer than two pieces: of very many
-libtorrent would bring some of each, and none would be whole."""
 
 
 class Swarm:
@@ -148,7 +133,7 @@ class Swarm:
         params.have_pieces = [piece in order.have for piece in pieces]
         params.flags |= lt.torrent_flags.no_verify_files
         params.piece_priorities = [
-            order.urgency.get(piece, 4) if piece in order.want else 0 for piece in pieces
+            priority(order.urgency.get(piece, 4)) if piece in order.want else 0 for piece in pieces
         ]
         params.renamed_files = paths_by_index(params.ti, order.layout)
         # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
@@ -231,11 +216,7 @@ class _Download:
         self._flushing: set[int] = set()
         self._flush_at = 0.0
         self._traffic_at = 0.0
-        self._heeded = -1
-        self._waited: set[int] = set()
-        self._ahead: set[int] = set()
-        self._came = -1
-        self._insist_s, self._insist_at = INSIST_S, 0.0
+        self._urgent = Urgent(handle, order.layout, order.demand)
 
     @property
     def left(self) -> frozenset[int]:
@@ -256,14 +237,14 @@ class _Download:
 
     def _bring(self, *, gives_up: bool) -> Iterator[Arrived | Traffic | Notice]:
         while self._left:
-            self._heed()
+            self._urgent.heed(self._left)
             for alert in self._session.alerts():
                 yield from self._take(alert)
             now = time.monotonic()
             due = (
                 now >= self._flush_at
                 or len(self._finished) == len(self._left)
-                or not self._waited.isdisjoint(self._finished)
+                or not self._urgent.waited.isdisjoint(self._finished)
             )
             if self._finished and not self._flushing and due:
                 self._flush_at = now + FLUSH_INTERVAL_S
@@ -272,52 +253,10 @@ class _Download:
             if now >= self._traffic_at:
                 self._traffic_at = now + TRAFFIC_INTERVAL_S
                 yield self._traffic()
-                self._insist(now)
+                self._urgent.insist(self._finished | self._flushing)
                 if gives_up and self.banned and now - self._moved_at > GIVE_UP_S:
                     yield Notice("nothing comes any more; banned peers get another chance")
                     return
-
-    def _heed(self) -> None:
-        """Ask for what is demanded before all else.
-
-        A deadline makes libtorrent take back what it has asked of peers, and ask all of them for
-        the blocks of these pieces; a priority only decides what is asked for next, and peers have
-        seconds' worth of requests by then.
-        """
-        demand = self._order.demand
-        if demand.version == self._heeded:
-            return
-        self._heeded = demand.version
-        most = max(2, WINDOW // self._order.layout.piece_length)
-        waited = [piece for piece in demand.waited if piece in self._left][:most]
-        for place, piece in enumerate(waited):
-            if piece not in self._waited:
-                self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
-                self._insist_s, self._insist_at = INSIST_S, time.monotonic() + INSIST_S
-        self._waited = set(waited)
-        ahead = self._left.intersection(demand.ahead) - self._ahead - self._waited
-        if ahead:
-            urgent = (piece for piece, level in self._order.urgency.items() if level == AHEAD)
-            below = set() if self._ahead else self._left.intersection(urgent)
-            levels = dict.fromkeys(below, AHEAD - 1) | dict.fromkeys(ahead, AHEAD)
-            self._handle.prioritize_pieces(list(levels.items()))
-            self._ahead |= ahead
-
-    def _insist(self, now: float) -> None:
-        """Ask anew for what is waited for if nothing of it comes."""
-        waited = self._waited - self._finished - self._flushing
-        queue = self._handle.get_download_queue() if waited else ()
-        mine = [part for part in queue if part["piece_index"] in waited]
-        came = sum(block["bytes_progress"] for part in mine for block in part["blocks"])
-        if came != self._came or not waited:
-            self._came, self._insist_s, self._insist_at = came, INSIST_S, now + INSIST_S
-        elif now >= self._insist_at:
-            self._insist_s = min(2 * self._insist_s, LONGEST_INSIST_S)
-            self._insist_at = now + self._insist_s
-            self._handle.clear_piece_deadlines()
-            for place, piece in enumerate(self._order.demand.waited):
-                if piece in waited:
-                    self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
 
     def _traffic(self) -> Traffic:
         status = self._handle.status()

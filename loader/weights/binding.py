@@ -1,0 +1,117 @@
+"""Holds what a file contains against what the table of parameters and the manifest say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from grokfetch.errors import CheckpointInvalid, StorageFailed
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest, ManifestTensor, Scales
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.shard_reader import read_shard
+from loader.weights.tensor import Tensor
+
+__all__ = ["bind", "entries", "open_tensor"]
+
+
+def open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Tensor:
+    """The tensor in a file of the store, which is as its manifest says.
+
+    Args:
+        store: the checkpoint directory.
+        spec: the parameter.
+        entry: what the manifest says of it.
+        size: of its file in bytes.
+
+    Raises:
+        StorageFailed: the file is missing or unreadable.
+        ShardInvalid: it is not a shard.
+        CheckpointInvalid: it holds something else; names expected and found.
+    """
+    path = store.payload(entry.file)
+    _check_size(spec, path, size)
+    tensor = bind(spec, path)
+    _check_entry(tensor, entry)
+    return tensor
+
+
+def entries(manifest: Manifest, config: GrokConfig) -> list[tuple[ParamSpec, ManifestTensor, int]]:
+    """Every parameter with what the manifest says of it and the size of its file in bytes.
+
+    Raises:
+        CheckpointInvalid: one of the two names a tensor that the other does not.
+    """
+    specs = parameters(config)
+    sizes = {file.path: file.size for file in manifest.files}
+    named = {entry.name: entry for entry in manifest.tensors}
+    unknown = named.keys() - {spec.name for spec in specs}
+    if unknown:
+        raise CheckpointInvalid(f"the model has no tensor {min(unknown)}, but the manifest has")
+    missing = [spec.name for spec in specs if spec.name not in named]
+    if missing:
+        raise CheckpointInvalid(f"the model has a tensor {missing[0]}, but the manifest has not")
+    bound = ((spec, named[spec.name]) for spec in specs)
+    return [(spec, entry, sizes[entry.file]) for spec, entry in bound]
+
+
+def _check_size(spec: ParamSpec, path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise StorageFailed(f"cannot be read: {error.strerror}", path=path) from error
+    if found != expected:
+        raise CheckpointInvalid(
+            f"the file of {spec.name} must have {expected:,} bytes, found {found:,}", path=path
+        )
+
+
+def _check_entry(tensor: Tensor, entry: ManifestTensor) -> None:
+    """Compare what the file holds with what its manifest says."""
+    array, scales = tensor.array, tensor.scale_span
+    found = dataclasses.replace(
+        entry,
+        dtype=array.dtype,
+        shape=array.shape,
+        offset=array.offset,
+        scales=None if scales is None else Scales(scales.shape, scales.offset),
+    )
+    if found != entry:
+        raise CheckpointInvalid(
+            f"by the manifest {entry.name} must be {_describe_entry(entry)}, "
+            f"found {_describe_entry(found)}",
+            path=tensor.path,
+        )
+
+
+def _describe_entry(entry: ManifestTensor) -> str:
+    shape = None if entry.scales is None else entry.scales.shape
+    places = f"at {entry.offset:,}"
+    if entry.scales is not None:
+        places += f" and {entry.scales.offset:,}"
+    return f"{_describe(entry.dtype, entry.shape, shape)} {places}"
+
+
+def bind(spec: ParamSpec, path: Path) -> Tensor:
+    """The tensor in a file.
+
+    Raises:
+        StorageFailed: the file is missing or unreadable.
+        ShardInvalid: it is not a shard.
+        CheckpointInvalid: it holds something else than the parameter it should.
+    """
+    shard = read_shard(path)
+    expected = _describe(spec.dtype, spec.shape, spec.scale_shape)
+    scale_shape = None if shard.scales is None else shard.scales.shape
+    found = _describe(shard.array.dtype, shard.array.shape, scale_shape)
+    spans = [shard.array] if shard.scales is None else [shard.array, shard.scales]
+    if any(span.order == "F" for span in spans):
+        found += " in Fortran order"
+    if found != expected:
+        raise CheckpointInvalid(f"{spec.name} must be {expected}, found {found}", path=path)
+    return Tensor(spec, path, shard.array, shard.scales)
+
+
+def _describe(dtype: str, shape: tuple[int, ...], scale_shape: tuple[int, ...] | None) -> str:
+    scales = "without scales" if scale_shape is None else f"with scales {scale_shape}"
+    return f"{dtype} {shape} {scales}"
