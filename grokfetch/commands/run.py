@@ -232,7 +232,7 @@ def _refuse_together(
         )
 
 
-def _loaded(  # noqa: PLR0913 - each is a choice of its own, by name
+def _loaded(
     there: Arrangement,
     store: Store,
     prompt: Sequence[int],
