@@ -42,6 +42,8 @@ _FREE = frozenset(
         "opt-barrier",
         "broadcast",
         "copy-done",
+        "slice-done",
+        "dynamic-slice-done",
         "async-done",
         "async-update",
         "add-dependency",
@@ -66,6 +68,8 @@ _COLLECTIVES = frozenset(
         "ragged-all-to-all",
     ]
 )
+_FETCHING: Mapping[str, int] = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
+"""Copies to another memory beside other work, and where in their type the copy stands."""
 _TAKING = frozenset(["slice", "dynamic-slice", "gather"])
 _PASSING = frozenset(["bitcast", "reshape", "convert", "copy", "negate", "abs", "transpose"])
 
@@ -145,7 +149,9 @@ def written(text: str, at_least: int) -> Iterator[tuple[str, str, int]]:
     computations, entry = _parsed(text)
     for name in _run(entry, computations):
         for one in computations[name].values():
-            size = _nbytes(one.type)
+            arrays = list(_arrays(one.type))
+            made = [arrays[_FETCHING[one.operation]]] if one.operation in _FETCHING else arrays
+            size = sum(nbytes for nbytes, main in made if main)
             if one.operation not in _FREE | {"while", "conditional", "call"} and size >= at_least:
                 yield one.operation, one.type, size
 
@@ -279,6 +285,14 @@ def _cost_of(
         sizes = [size for size, _ in _arrays(one.type)]
         nbytes = sizes[-1] if one.operation.endswith("start") and sizes else sum(sizes)
         return Cost(0, collectives=(Collective(one.operation, nbytes, 1),))
+    return Cost(_read(one, computation, computations))
+
+
+def _read(one: _Instruction, computation: _Computation, computations: _Computations) -> int:
+    """Bytes of its operands that an instruction without a program of its own reads."""
+    if one.operation in _FETCHING:
+        copied, _ = list(_arrays(one.type))[_FETCHING[one.operation]]
+        return copied if _nbytes(computation[one.operands[0]].type) else 0
     inner = computations[_called(one)[0]] if one.operation == "fusion" else None
     read = 0.0
     for number, name in enumerate(one.operands):
@@ -290,7 +304,7 @@ def _cost_of(
         else:
             part = _part_of_parameter(inner, number, computations)
         read += _nbytes(operand.type) * part
-    return Cost(round(read))
+    return round(read)
 
 
 def _trips(loop: _Instruction, computations: _Computations) -> int | None:

@@ -94,6 +94,25 @@ ENTRY %main (a: f32[1000], b: f32[1000]) -> f32[1000] {
     assert cost(text).read == 4000
 
 
+def test_of_what_is_fetched_to_the_fast_memory_beside_other_work_only_the_slice_counts():
+    text = """
+ENTRY %main (a: s8[64,32], b: s8[64,32]) -> s8[16,32] {
+  %a = s8[64,32]{1,0} parameter(0)
+  %b = s8[64,32]{1,0:S(1)} parameter(1)
+  %begun = ((s8[64,32]{1,0}), s8[16,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:16]}
+  %ended = s8[16,32]{1,0:S(1)} slice-done(%begun)
+  %all = (s8[64,32]{1,0:S(1)}, s8[64,32]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %here = s8[64,32]{1,0:S(1)} copy-done(%all)
+  %back = (s8[64,32]{1,0}, s8[64,32]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%b)
+  %there = s8[64,32]{1,0} copy-done(%back)
+  ROOT %sum = s8[16,32]{1,0:S(1)} negate(%ended)
+}
+"""
+    assert cost(text).read == 16 * 32 + 64 * 32
+    kind = "(s8[64,32]{1,0}, s8[64,32]{1,0:S(1)}, u32[]{:S(2)})"
+    assert list(written(text, 1)) == [("copy-start", kind, 64 * 32)]
+
+
 def test_a_copied_expert_is_read_twice_and_among_what_is_written():
     copied = """
 %slice (p.0: s8[8,64,32], p.1: s32[]) -> s8[1,64,32] {
