@@ -208,27 +208,36 @@ def _by_blocks(
     weights: Layer, routed: Routed, held: int, config: GrokConfig, dtype: jnp.dtype
 ) -> Array:
     """Blocks of pairs of one expert each; how many there are is known only at run time."""
-    flat, pairs = routed.x, routed.choices.size
-    size = block_size(pairs, config.num_experts)
-    blocks = plan(routed.choices.reshape(-1), held, size)
+    size = block_size(routed.choices.size, config.num_experts)
 
-    def block(index: Array, total: Array) -> Array:
-        expert, pairs, live = _block(blocks, index, size)
-        # Places beyond the group's end point outside: they read some row and add to none.
-        rows = jnp.where(live, pairs // config.num_selected_experts, flat.shape[0])
-        x, matrices = flat.at[rows].get(mode="clip"), _selected(weights, expert)
-        # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
-        output = feed_forward(x, matrices, dtype, halves=False)
-        gates = routed.gates.reshape(-1)[pairs]
-        return total.at[rows].add(gates[:, None] * output, mode="drop")
+    def all_blocks(weights: Layer, routed: Routed, size: int, most: int | None) -> Array:
+        blocks = plan(routed.choices.reshape(-1), held, size)
 
-    trips = blocks.ends[-1]
-    if held == config.num_experts:
-        # The host of a GPU would wait for every trip of a loop of unknown length.
-        most = pairs // size + held - 1
-        trips = by_platform(lambda _: jnp.int32(most), lambda trips: trips, trips)
-    total: Array = lax.fori_loop(0, trips, block, jnp.zeros(flat.shape, jnp.float32))
-    return total
+        def block(index: Array, total: Array) -> Array:
+            expert, pairs, live = _block(blocks, index, size)
+            # Places beyond the group's end point outside: they read some row and add to none.
+            rows = jnp.where(live, pairs // routed.choices.shape[1], routed.x.shape[0])
+            x, matrices = routed.x.at[rows].get(mode="clip"), _selected(weights, expert)
+            # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
+            output = feed_forward(x, matrices, dtype, halves=False)
+            gates = routed.gates.reshape(-1)[pairs]
+            return total.at[rows].add(gates[:, None] * output, mode="drop")
+
+        trips = blocks.ends[-1] if most is None else most
+        total: Array = lax.fori_loop(0, trips, block, jnp.zeros_like(routed.x))
+        return total
+
+    def on_gpus(weights: Layer, routed: Routed) -> Array:
+        # Each block copies its expert out of the stack, so that there are to be fewer; and the host
+        # would wait for every trip of a loop of unknown length.
+        larger = 2 * size
+        known = routed.choices.size // larger + held - 1 if held == config.num_experts else None
+        return all_blocks(weights, routed, larger, known)
+
+    def elsewhere(weights: Layer, routed: Routed) -> Array:
+        return all_blocks(weights, routed, size, None)
+
+    return by_platform(on_gpus, elsewhere, weights, routed)
 
 
 def block_size(pairs: int, num_experts: int) -> int:
