@@ -24,7 +24,7 @@ from loader.devices.chunks import Chunk, Part
 from loader.devices.staging import ALIGNMENT, Staging, fresh_memory
 from loader.weights.partition import Block
 
-__all__ = ["Copy", "Landing", "landing", "on_host"]
+__all__ = ["Copy", "Landing", "corner", "landing", "on_host"]
 
 Holder = tuple[Block, tuple[jax.Device, ...]]
 
@@ -136,21 +136,21 @@ class _Staged:
         arrays, shape = self._arrays[part.block], _shape(self.blocks[part.block])
         if part.shape == shape:
             arrays[:] = sent
-            return [_corner(piece) for piece in sent]
+            return [corner(piece) for piece in sent]
         start = tuple(cut.start for cut in part.target)
         if arrays:
             both = [_write(array, piece, start) for array, piece in zip(arrays, sent, strict=True)]
         else:
             both = [_begin(piece, start, shape) for piece in sent]
         arrays[:] = [block for block, _ in both]
-        return [corner for _, corner in both]
+        return [element for _, element in both]
 
     def shards(self) -> list[Array]:
         return list(itertools.chain.from_iterable(self._arrays))
 
 
 @jax.jit
-def _corner(piece: Array) -> Array:
+def corner(piece: Array) -> Array:
     """One element, which is ready when all are there."""
     return piece[(slice(1),) * piece.ndim]
 
@@ -158,12 +158,12 @@ def _corner(piece: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _begin(piece: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Array, Array]:
     """A block of which one part is there, and an element of the part."""
-    return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start), _corner(piece)
+    return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start), corner(piece)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(block: Array, piece: Array, start: tuple[int, ...]) -> tuple[Array, Array]:
-    return lax.dynamic_update_slice(block, piece, start), _corner(piece)
+    return lax.dynamic_update_slice(block, piece, start), corner(piece)
 
 
 def _shape(block: Block) -> tuple[int, ...]:

@@ -35,13 +35,16 @@ class Staging:
         size: bytes of a buffer; one becomes larger if more is asked for.
         in_flight: bytes of host memory at most, though there is at least one buffer. Where buffers
             cannot be pinned, this counts the copy that the runtime may have of each.
+
+    Attributes:
+        most: buffers that there can be.
     """
 
     def __init__(self, client: Any, size: int, in_flight: int) -> None:
         self._client, self._size = client, size
         with pinned(client, fresh_memory(mmap.PAGESIZE)) as possible:
             copies = 1 if possible else 2
-        self._most = max(1, in_flight // (copies * size))
+        self.most = max(1, in_flight // (copies * size))
         self._change = threading.Condition()
         self._idle: deque[tuple[_Buffer, list[Array]]] = deque()
         self._made = 0
@@ -66,9 +69,9 @@ class Staging:
     def _taken(self) -> tuple[_Buffer, list[Array]]:
         """A buffer and what it waits for: one that is ready, or a new one, or the oldest."""
         with self._change:
-            self._change.wait_for(lambda: self._idle or self._made < self._most)
+            self._change.wait_for(lambda: self._idle or self._made < self.most)
             ready = self._idle and all(map(_is_ready, self._idle[0][1]))
-            if ready or self._made == self._most:
+            if ready or self._made == self.most:
                 return self._idle.popleft()
             self._made += 1
             return _Buffer(self._client), []

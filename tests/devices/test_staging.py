@@ -133,7 +133,7 @@ def test_where_nothing_can_be_pinned_the_runtimes_copies_count(client, buffers):
     staging = Staging(client, SIZE, 4 * SIZE)
     sent = [Sent() for _ in range(buffers)]
     assert len({filled(staging, one) for one in sent}) == buffers
-    assert staging._made == staging._most == buffers
+    assert staging.most == buffers
     for one in sent:
         one.arrived.set()
     staging.close()
@@ -185,7 +185,7 @@ def test_no_tensor_waits_for_the_one_before_to_arrive(monkeypatch):
         return sent[-1]
 
     monkeypatch.setattr(assemble, "on_host", lambda _: False)
-    monkeypatch.setattr(assemble, "_corner", corner)
+    monkeypatch.setattr(assemble, "corner", corner)
     tensors = [golden.CHECKPOINT[name] for name in (TABLE, KEY, TABLE)]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[1])
     coming = transfer.transfer([(tensor, device) for tensor in tensors])

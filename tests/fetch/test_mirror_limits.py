@@ -69,7 +69,7 @@ def test_a_mirror_that_says_how_long_to_wait_is_left_alone_and_not_dropped(
     tmp_path, server, header
 ):
     told = {"Retry-After": "1", "RateLimit": '"api";r=0;t=1'}[header]
-    server.status, server.failures, server.headers = 429, 5, {header: told}
+    server.status, server.failures, server.headers = 429, 3, {header: told}
     times = []
     server.before = lambda _path: times.append(time.monotonic())
     run(tmp_path, server.url, attempts=1)
