@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
         try:
             rows.append(_row(name, file, path))
         except GrokfetchError as error:
-            refused.append(error)
+            refused.append(_with_meaning(error, file) if file == path else error)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
@@ -55,6 +56,14 @@ def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
         click.echo(f"error: {refusal}", err=True)
     if refused:
         raise refused[-1]
+
+
+def _with_meaning(error: GrokfetchError, file: Path) -> GrokfetchError:
+    """The same of a file that a person has named, which may be meant for another command."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        if opened.read(1) in {b"d", b"{"}:
+            error.hint = f"a torrent or a manifest: what it names is told by: grokfetch plan {file}"
+    return error
 
 
 def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]]:

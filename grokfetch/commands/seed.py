@@ -82,7 +82,7 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
             raise StateMissing(
                 "no torrent says what this folder holds",
                 path=store.root,
-                hint=store.hint_above()
+                hint=store.hint_nearby()
                 or f"fetch something into it, or: grokfetch publish {store.root}",
             )
         look = Unchanged(store, torrent, layout)

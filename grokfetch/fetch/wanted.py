@@ -266,7 +266,7 @@ def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
         raise SourceInvalid(
             "no fetch was begun in this folder",
             path=store.root,
-            hint=store.hint_above() or "name a SOURCE, and --to DIR",
+            hint=store.hint_nearby() or "name a SOURCE, and --to DIR",
         )
     wanted = _from_manifest(manifest or earlier, str(store.root))
     return dataclasses.replace(wanted, begun=store.root)

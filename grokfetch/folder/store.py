@@ -41,6 +41,7 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import NotProven, SelectionInvalid, StateMissing
 from grokfetch.folder import record as records
+from grokfetch.folder.nearby import hint_nearby
 from grokfetch.folder.proven import Proven, of_torrent, piece_hashes_decide
 from grokfetch.folder.record import Record, Stamp
 from grokfetch.folder.state_files import StateFiles
@@ -151,19 +152,15 @@ class Store:
             raise StateMissing(
                 "nothing here says what this folder must hold",
                 path=self.root,
-                hint=self.hint_above()
+                hint=self.hint_nearby()
                 or f"run: grokfetch fetch SOURCE --to {self.root}, "
                 f"or for files that came another way: grokfetch manifest {self.root}",
             )
         return found
 
-    def hint_above(self) -> str:
-        """Which folder above this one was begun and may be meant; nothing if there is none."""
-        above = self.root.absolute().parents if self._beside_payload else ()
-        for folder in above:
-            if (folder / STATE_FOLDER / "manifest.json").is_file():
-                return f"the folder above it was begun by grokfetch: name {folder} instead"
-        return ""
+    def hint_nearby(self) -> str:
+        """What to name instead of this folder, in which nothing was begun; nothing if unknown."""
+        return hint_nearby(self.root) if self._beside_payload else ""
 
     def manifest_or_none(self) -> Manifest | None:
         """The manifest in force, its paths those where files lie here; None if there is none."""
