@@ -98,7 +98,7 @@ manifest_option = click.option(
 json_option = click.option(
     "--json",
     is_flag=True,
-    # Before the others, so that a machine is also told what is wrong with those.
+    # Before the others, so that a machine also reads what is wrong with those.
     is_eager=True,
     expose_value=False,
     callback=lambda context, _parameter, value: begin_lines(context) if value else None,

@@ -241,7 +241,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
 
 
 def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
-    """Whether `count` devices with `each` bytes will do here; None if it cannot be told. Pure."""
+    """Whether `count` devices with `each` bytes will do here; None where that is unknown. Pure."""
     devices = machine.devices
     if not devices:
         if count > 1:

@@ -50,7 +50,7 @@ class Settings:
 
 
 def _encoded(
-    entry: Entry, words: Tokenizer | None, config: GrokConfig, path: Path
+    entry: Entry, tokenizer: Tokenizer | None, config: GrokConfig, path: Path
 ) -> tuple[Entry, list[int]]:
     """A prompt with its token ids.
 
@@ -61,8 +61,8 @@ def _encoded(
 
     try:
         if isinstance(entry.prompt, str):
-            assert words is not None
-            ids = words.encode(entry.prompt)
+            assert tokenizer is not None
+            ids = tokenizer.encode(entry.prompt)
         else:
             ids = list(entry.prompt)
         check_room(config, ids)
@@ -149,7 +149,7 @@ class Work:
     """The prompts that are left, with their ids, and the file for their texts."""
 
     listed: Listed
-    words: Tokenizer | None
+    tokenizer: Tokenizer | None
     settings: Settings
     file: IO[bytes]
     left: tuple[tuple[Entry, list[int]], ...]
@@ -207,7 +207,7 @@ class Work:
 
     def _write(self, entry: Entry, ids: list[int], finished: str) -> None:
         try:
-            self.file.write(_line(entry, ids, finished, self.words, self.settings))
+            self.file.write(_line(entry, ids, finished, self.tokenizer, self.settings))
             self.file.flush()
         except OSError as error:
             raise storage_failed(error, self.listed.output) from error
@@ -215,7 +215,7 @@ class Work:
 
 @contextlib.contextmanager
 def work_on(
-    listed: Listed, words: Tokenizer | None, config: GrokConfig, settings: Settings
+    listed: Listed, tokenizer: Tokenizer | None, config: GrokConfig, settings: Settings
 ) -> Iterator[Work]:
     """What is left of a list of prompts; its output is ours as long as the block lasts.
 
@@ -225,27 +225,27 @@ def work_on(
         StateLocked: another process writes it.
         StorageFailed: it cannot be read or written.
     """
-    entries = [_encoded(entry, words, config, listed.prompts) for entry in listed.entries]
+    entries = [_encoded(entry, tokenizer, config, listed.prompts) for entry in listed.entries]
     with _opened(listed.output) as file:
         file.seek(0)
         keys = [settings.key(entry) for entry in listed.entries]
         done, length = already_done(file.read(), keys, listed.output)
         file.truncate(length)
         left = tuple(it for it in entries if it[0].index not in done)
-        yield Work(listed, words, settings, file, left)
+        yield Work(listed, tokenizer, settings, file, left)
 
 
 def _line(
-    entry: Entry, ids: list[int], finished: str, words: Tokenizer | None, settings: Settings
+    entry: Entry, ids: list[int], finished: str, tokenizer: Tokenizer | None, settings: Settings
 ) -> bytes:
     fields: dict[str, Any] = {"index": entry.index}
     if entry.name is not None:
         fields["id"] = entry.name
     fields["prompt"] = entry.prompt
-    if words is None:
+    if tokenizer is None:
         fields["ids"] = ids
     else:
-        stream = words.stream()
+        stream = tokenizer.stream()
         fields["text"] = "".join([*map(stream.push, ids), stream.finish()])
     fields |= {"tokens": len(ids), "finish_reason": finished, "key": settings.key(entry)}
     return json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -1,4 +1,4 @@
-"""What a run of the model takes: kept for `report`, told by `run --stats`; no command."""
+"""What a run of the model takes: kept for `report`, printed by `run --stats`; no command."""
 
 from __future__ import annotations
 

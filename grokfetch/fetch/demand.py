@@ -1,4 +1,4 @@
-"""Which pieces somebody waits for: told by readers, heeded by the fetch and its sources.
+"""Which pieces somebody waits for: named by readers, heeded by the fetch and its sources.
 
 A value that the threads of readers, of the fetch and of its sources share. It knows numbers of
 pieces only, and decides nothing but their order.

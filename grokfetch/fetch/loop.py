@@ -49,7 +49,7 @@ from grokfetch.units import count_text
 __all__ = ["Limits", "fetch"]
 
 
-TOLD = 3
+NOTICES = 3
 """Notices of the source, the last ones, that the error at the end repeats."""
 
 
@@ -153,7 +153,7 @@ class _Bringing:
         self._fetched = 0
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
-        self._told: deque[str] = deque(maxlen=TOLD)
+        self._notices: deque[str] = deque(maxlen=NOTICES)
         demand.follow(lambda piece: piece in self._proofs.pieces)
 
     def run(self, *, repair: bool) -> Iterator[FetchEvent]:
@@ -287,7 +287,7 @@ class _Bringing:
         silence = Silence(other_ways(root, manifest, metadata=True), self._clock)
         for event in stream:
             if isinstance(event, Notice):
-                self._told.append(event.text)
+                self._notices.append(event.text)
                 yield event
             elif isinstance(event, Arrived):
                 alive = self._clock()
@@ -318,7 +318,7 @@ class _Bringing:
                 f"no data for {self._limits.stall_s:.0f} s from {count_text(traffic.peers, 'peer')}"
             )
             raise Stalled(
-                "; ".join((silence, *self._told)),
+                "; ".join((silence, *self._notices)),
                 path=self._store.root,
                 hint=f"what has arrived is kept; go on with: grokfetch fetch {self._store.root}",
             )

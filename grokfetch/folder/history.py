@@ -124,7 +124,7 @@ def recorded(
         ended = Ended(time.time(), "interrupted")
         raise
     finally:
-        # What could not begin, for want of the lock say, leaves what is told of the one before.
+        # What could not begin, for want of the lock say, leaves what is known of the one before.
         if before is not None and ended is not None:
             _write(store, dataclasses.replace(history, ended=ended))
 

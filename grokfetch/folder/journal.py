@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """A finding as it was told: `verify.Finding`, or a tensor that is not what it must be."""
+    """A finding as it was reported: `verify.Finding`, or a tensor that is not what it must be."""
 
     kind: str
     path: str

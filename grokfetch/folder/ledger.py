@@ -241,13 +241,13 @@ class Proofs:
                         self._spoilt.append(path)
 
     def look_again(self) -> list[PurePosixPath]:
-        """Doubt the files that others have changed since; the paths of those, each told once."""
+        """Doubt the files that others have changed since; the paths of those, each only once."""
         changed = dict.fromkeys((*self._spoilt, *self._doubt_changed()))
         self._spoilt = []
         return list(changed)
 
     def renew(self, files: Iterable[LayoutFile]) -> None:
-        """Doubt files that we have replaced ourselves; nobody need be told."""
+        """Doubt files that we have replaced ourselves; nothing is reported."""
         ours = {file.path for file in files}
         self._spoilt += [path for path in self._doubt_changed() if path not in ours]
 
@@ -354,7 +354,7 @@ class Saver:
 
 
 def _holes(path: Path, stop: int) -> Iterator[tuple[int, int]]:
-    """Start and length of each hole in the first `stop` bytes; none where that cannot be told."""
+    """Start and length of each hole in the first `stop` bytes; none where that cannot be known."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         at = 0
         while at < stop:

@@ -35,7 +35,7 @@ def folder_lock(
     Args:
         folder: of our state files.
         exclusive: alone, in order to write.
-        warn: told what a reader should know.
+        warn: called with what a reader should know.
 
     Raises:
         StateLocked: another process holds it; names that process where it is known.
@@ -140,7 +140,8 @@ def read_owner(folder: Path, name: str = "lock") -> Owner | None:
 
     With `SEEDER` for the name it is who shares it.
 
-    A name that a dead process has left counts only if it died on another host: that cannot be told.
+    A name that a dead process has left counts only if it died on another host, where nobody here
+    can see that it has.
     """
     try:
         owner = _parse_owner((folder / name).read_bytes())

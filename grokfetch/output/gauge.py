@@ -20,7 +20,7 @@ LEAST = 3
 GAP = "  "
 
 LONGEST_LEFT_S = 100 * 24 * 3600
-"""What would take longer is not foretold."""
+"""Seconds: a longer remaining time is not shown."""
 
 SMOOTH_S = 5.0
 """Seconds over which a rate that is measured here is averaged."""

@@ -44,13 +44,13 @@ _NAMES = {
 def as_fields(event: Event) -> list[dict[str, Any]]:
     """The objects that stand for an event: several for several pieces, none for what ends a step.
 
-    What a step returns, an `Outcome` or a `Summary`, is told by the command in its last event.
+    What a step returns, an `Outcome` or a `Summary`, is reported by the command in its last event.
     """
     match event:
         case PiecesProven():
             return [{"event": "piece", "piece": piece, "proven": True} for piece in event.pieces]
         case Status():
-            # Who has sent how much is told by `grokfetch status --json`; here it would be long.
+            # Who has sent how much is in `grokfetch status --json`; here it would be long.
             fields = dataclasses.asdict(dataclasses.replace(event, sent={}))
             del fields["sent"]
             return [{"event": "progress", **fields, "received": event.received}]

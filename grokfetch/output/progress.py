@@ -32,7 +32,7 @@ DRAW_INTERVAL_S = 0.1
 """How often a bar is drawn anew."""
 
 PROGRESS_INTERVAL_S = 1.0
-"""How often a machine is told how far a step is; other events are never left out."""
+"""How often a machine reads how far a step is; other events are never left out."""
 
 
 class Sink(Protocol):

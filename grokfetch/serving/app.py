@@ -34,7 +34,7 @@ class Access:
     """Who may use the server, and where its responses are logged.
 
     key: what clients must send as a bearer token; None for nothing. origins: of web pages whose
-    scripts may ask; "*" for all. log: is told a line for each response; None for no log.
+    scripts may ask; "*" for all. log: called with a line for each response; None for no log.
     """
 
     key: str | None = None

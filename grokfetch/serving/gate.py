@@ -39,7 +39,7 @@ class Gate:
         metrics: counts responses by path and status.
         paths: that are counted by their names; all others are "other".
         key: what clients must send as a bearer token; None for nothing.
-        log: is told a line for each response; None for no log.
+        log: called with a line for each response; None for no log.
     """
 
     def __init__(

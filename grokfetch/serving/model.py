@@ -15,7 +15,7 @@ class Served:
 
     name: its id. context: tokens of prompt and text together, at most. vocabulary: token ids. eos:
     the id that ends a text. slots: texts at work at once. logprobs: most probable tokens, at most,
-    that are told beside each token.
+    that are returned beside each token.
     """
 
     name: str

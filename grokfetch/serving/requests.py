@@ -46,9 +46,9 @@ class Completion:
 
     max_tokens: None where it was not given. generation: what all its texts have in common; the seed
     is chosen at random where it was not given. logprobs: as asked for. candidates: texts made for
-    each prompt, of which the `n` best are told. truncate: None, or of how many tokens the end of a
-    prompt is kept; -1 for as many as leave room for the text. include_usage: a stream ends with the
-    usage. every_usage: each of its chunks tells the usage so far.
+    each prompt, of which the `n` best are returned. truncate: None, or how many tokens at the end
+    of a prompt are kept; -1 for as many as leave room for the text. include_usage: a stream ends
+    with the usage. every_usage: each of its chunks has the usage so far.
     """
 
     prompts: tuple[Prompt, ...]

@@ -61,7 +61,7 @@ def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name
     Args:
         app: the application.
         at: from `bound`; closed in the end.
-        say: is told where it listens, and when it stops.
+        say: called with a line when it listens, and when it stops.
         name: of what is served.
     """
     with at, _signals_end_nothing():
@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
 
     Args:
         app: the application.
-        say: is told where it listens, and when it stops.
+        say: called with a line when it listens, and when it stops.
         name: of what is served.
     """
 

@@ -68,7 +68,7 @@ class Piece:
 class Shown:
     """What of its texts a request wants to see.
 
-    stops: strings that end a text; they are not part of it. logprobs: whether these are told.
+    stops: strings that end a text; they are not part of it. logprobs: whether these are returned.
     special: whether tokens that stand for no text are shown by their names. min_tokens: tokens in
     which no string of `stops` is looked for.
     """
@@ -115,8 +115,8 @@ class Answer:
     def take(self, emission: Emission) -> Piece:
         """What an emission adds to the response.
 
-        A token is told once some of its text is: where a stop string ends the text, the tokens end
-        with it.
+        A token is returned once some of its text is: where a stop string ends the text, the tokens
+        end with it.
         """
         text, rows = self._echo(emission.prompt) if emission.prompt else ("", [])
         if emission.token is not None:

@@ -172,12 +172,12 @@ class Texts:
         self._worker = worker
         self._first = numbers[0]
         self._open = set(numbers)
-        self._told: asyncio.Queue[Emission | None] = asyncio.Queue()
+        self._emissions: asyncio.Queue[Emission | None] = asyncio.Queue()
         self._start = time.monotonic()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Emission]]:
-        while self._open or not self._told.empty():
-            emission = await self._told.get()
+        while self._open or not self._emissions.empty():
+            emission = await self._emissions.get()
             if emission is None:
                 raise Failed
             yield emission.number - self._first, emission
@@ -199,9 +199,9 @@ class Texts:
         """What the worker has to tell."""
         if emission.finished is not None:
             self._open.discard(emission.number)
-        self._told.put_nowait(emission)
+        self._emissions.put_nowait(emission)
 
     def fail(self) -> None:
         """No more will come."""
         self._open.clear()
-        self._told.put_nowait(None)
+        self._emissions.put_nowait(None)

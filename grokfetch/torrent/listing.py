@@ -51,7 +51,7 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
         )
     if len(files) == 1 and str(files[0][0]) == folder.name:
         raise StorageFailed(
-            "a folder that holds nothing but a file of its own name cannot be told from that file",
+            "a folder that holds only a file of its own name looks in a torrent like that file",
             path=folder,
             hint="rename the folder",
         )

@@ -53,7 +53,7 @@ class Meter:
 
     @property
     def read(self) -> int | None:
-        """Bytes that came from the disk since it was made and not from memory; None if not told.
+        """Bytes that came from the disk since it was made and not from memory; None if not known.
 
         Pages of mapped files count, with those that the system reads ahead.
         """

@@ -16,7 +16,7 @@ TIMEOUT_S = 10.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
-    """One device: its name, and its memory in bytes, None if that cannot be told."""
+    """One device: its name, and its memory in bytes, None if that cannot be known."""
 
     name: str
     memory: int | None = None

@@ -49,7 +49,7 @@ def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
 
     Args:
         weights: bytes of the model's weights.
-        notice: is told when it takes time, and why the C program could not be built.
+        notice: called when it takes time, and with why the C program could not be built.
     """
     if weights < WORTH_TUNING:
         return None
@@ -94,7 +94,7 @@ def measure(
 
     Args:
         folder: where `loader.devices.native` keeps what it compiles; None leaves it out.
-        report: is told in one line why it could not be compiled.
+        report: called with one line that says why it could not be compiled.
         seconds: how long a product takes, called as `product_seconds` is.
     """
     device = jax.local_devices()[0]

@@ -38,8 +38,8 @@ class Job:
     """A prompt to continue.
 
     prompt: token ids. max_tokens: at most so many are generated. logprobs: None, or how many of the
-    most probable tokens, `loader.inference.sampling.MOST_RANKED` at most, are told beside each
-    token. echo: the prompt's own tokens are told as well. penalties: how logits are changed before
+    most probable tokens, `loader.inference.sampling.MOST_RANKED` at most, are returned beside each
+    token. echo: the prompt's own tokens are returned too. penalties: how logits are changed before
     a token is chosen; log-probabilities are those of the model all the same. min_tokens: so many
     come before the end of the sequence may. ignore_eos: it ends nothing.
     """

@@ -24,7 +24,7 @@ COLDEST = 1e-30
 """Lowest temperature that float32 can still divide by safely."""
 
 MOST_RANKED = 20
-"""Most probable tokens whose probabilities can be told beside the chosen one's."""
+"""Most probable tokens whose probabilities can be returned beside the chosen one's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.mirror import MirrorSettings, Together, jobs
 from grokfetch.fetch.mirror.environment import Environment
 from grokfetch.fetch.mirror.http import redirected
-from grokfetch.fetch.mirror.rate_limit import LONGEST_REST_S, told_rest
+from grokfetch.fetch.mirror.rate_limit import LONGEST_REST_S, rest_asked_for
 from grokfetch.fetch.mirror.state import Mirror
 from grokfetch.fetch.swarm import Swarm, SwarmSettings
 from grokfetch.folder.store import Store
@@ -122,7 +122,7 @@ NOW = 1_800_000_000.0
     ],
 )
 def test_how_long_a_server_asks_to_be_left_alone(headers, rest_s):
-    assert told_rest(headers, NOW) == rest_s
+    assert rest_asked_for(headers, NOW) == rest_s
 
 
 @given(
@@ -131,7 +131,7 @@ def test_how_long_a_server_asks_to_be_left_alone(headers, rest_s):
     )
 )
 def test_whatever_the_headers_say_the_rest_has_bounds(headers):
-    rest_s = told_rest(headers, NOW)
+    rest_s = rest_asked_for(headers, NOW)
     assert rest_s is None or 0 <= rest_s <= LONGEST_REST_S
 
 

@@ -23,7 +23,7 @@ import httpx
 from grokfetch import __version__
 from grokfetch.fetch.mirror.addresses import Zone, zone
 from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
-from grokfetch.fetch.mirror.rate_limit import told_rest
+from grokfetch.fetch.mirror.rate_limit import rest_asked_for
 
 __all__ = [
     "Failed",
@@ -296,7 +296,7 @@ def _context(environment: Environment) -> ssl.SSLContext:
 
 
 def _proxy(host: str, port: int, user: str, password: str) -> httpx.Proxy:
-    # The proxy looks names up, so that not even they are told to anybody else.
+    # The proxy looks names up, so that nobody else learns even those.
     address = f"[{host}]" if ":" in host else host
     return httpx.Proxy(f"socks5://{address}:{port}", auth=(user, password) if user else None)
 
@@ -355,7 +355,7 @@ def _check(response: httpx.Response, span: Span | None) -> None:
 def _denial(status: int, headers: httpx.Headers) -> Exception:
     """What an answer without the bytes means."""
     if status in LIMITING or status == HTTPStatus.REQUEST_TIMEOUT or status >= 500:
-        rest_s = told_rest(headers, time.time())
+        rest_s = rest_asked_for(headers, time.time())
         if rest_s is not None or status in LIMITING:
             return Limited(f"it answers {status}", rest_s)
         return Failed(f"it answers {status}")

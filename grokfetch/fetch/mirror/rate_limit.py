@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
-__all__ = ["LONGEST_REST_S", "told_rest"]
+__all__ = ["LONGEST_REST_S", "rest_asked_for"]
 
 LONGEST_REST_S = 600.0
 """A server that wants to be left alone for longer than this is asked again all the same."""
@@ -20,7 +20,7 @@ EPOCH = 1e9
 """A reset that is larger than this is a time and no number of seconds."""
 
 
-def told_rest(headers: Mapping[str, str], now: float) -> float | None:
+def rest_asked_for(headers: Mapping[str, str], now: float) -> float | None:
     """The seconds to wait before the next request, 0 to `LONGEST_REST_S`; None if it says nothing.
 
     Args:

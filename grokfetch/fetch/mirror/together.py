@@ -123,7 +123,7 @@ class Together:
                 ) as pool,
                 contextlib.closing(a_round.run(pool, self._join(_want(order, theirs)))) as events,
             ):
-                yield from map(self._told_apart, events)
+                yield from map(self._with_senders, events)
             left -= a_round.arrived
             received = a_round.received
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
@@ -131,7 +131,7 @@ class Together:
     def _swarm_alone(self, order: Order, received: int) -> Iterator[Event]:
         try:
             with contextlib.closing(self._swarm.download(order)) as swarm:
-                yield from map(self._told_apart, _shifted(swarm, received))
+                yield from map(self._with_senders, _shifted(swarm, received))
         except (OutOfReach, Stalled) as error:
             faults = [
                 f"{it.name}: {fault}"
@@ -142,7 +142,7 @@ class Together:
             failures = "; ".join((error.what, *faults))
             raise type(error)(failures, path=error.path, hint=error.hint) from None
 
-    def _told_apart(self, event: Event) -> Event:
+    def _with_senders(self, event: Event) -> Event:
         """Traffic with the mirrors, and who has sent how much, in earlier rounds too."""
         if not isinstance(event, Traffic):
             return event
