@@ -37,6 +37,7 @@ COMMANDS = {
     "seed": "Share what is proven with others.",
     "run": "Continue a text.",
     "serve": "Answer OpenAI's completions API over HTTP.",
+    "export": "Write the weights as GGUF, for llama.cpp.",
     "demo": "All of it on this machine, with a small model.",
 }
 """Each command and what its line in `grokfetch --help` says, in the order of the road. The line
@@ -58,6 +59,7 @@ MEANT = {
     **dict.fromkeys(("list", "ls", "show", "info", "tensors"), "inspect"),
     **dict.fromkeys(("share", "upload"), "seed"),
     **dict.fromkeys(("create", "make", "torrent"), "publish"),
+    **dict.fromkeys(("convert", "gguf"), "export"),
     **dict.fromkeys(("progress", "ps"), "status"),
     "help": "--help",
 }

@@ -16,6 +16,7 @@ __all__ = [
     "Contradiction",
     "Damaged",
     "GrokfetchError",
+    "Inexact",
     "ManifestInvalid",
     "MeshInvalid",
     "NoModel",
@@ -211,6 +212,13 @@ class PromptInvalid(GrokfetchError):
 
     exit_code = 27
     next_step = "give another prompt"
+
+
+class Inexact(GrokfetchError):
+    """Weights cannot be written in a format without loss, or read back from it as they were."""
+
+    exit_code = 28
+    next_step = "choose another --type, or another --format"
 
 
 def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:

@@ -17,9 +17,12 @@ from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.torrent.create import Made
 
-__all__ = ["keep_published", "made_here"]
+__all__ = ["EXPORT", "keep_published", "made_here"]
 
 SCHEMA = 1
+
+EXPORT = "export.json"
+"""In the state of a folder that an export was written into: how far it is."""
 
 
 def made_here(store: Store) -> bool:
@@ -42,7 +45,8 @@ def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
         StorageFailed: the state folder cannot be written.
     """
     begun = store.torrent() is not None or store.manifest_or_none() is not None
-    if begun and not made_here(store):
+    exported = (store.state / EXPORT).is_file()
+    if begun and not exported and not made_here(store):
         raise Contradiction(
             "this folder is known as what was fetched into it, and stays so",
             path=store.root,

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grokfetch.errors import PromptInvalid, TokenizerMissing
 from grokfetch.folder.store import Store
@@ -22,6 +22,8 @@ __all__ = ["TextStream", "Tokenizer", "decoded", "is_named", "tokenizer_of"]
 
 USUAL_NAME = "tokenizer.model"
 """Of a tokenizer that no manifest names."""
+
+EntryKind = Literal["normal", "unknown", "control", "unused", "byte"]
 
 SPACE = "\u2581"
 """How SentencePiece writes a space inside a piece."""
@@ -85,6 +87,22 @@ class Tokenizer:
     def special(self, token: int) -> bool:
         """Whether a token stands for no text, as the end of a sequence does."""
         return token < self.size and bool(self._processor.is_control(token))
+
+    def entries(self) -> Iterator[tuple[str, float, EntryKind]]:
+        """Every token by its id: its piece as the model spells it, its score, and its kind.
+
+        Pieces that the model's trainer has defined by hand count as normal: they have the score 0.
+        """
+        kinds: tuple[tuple[EntryKind, Any], ...] = (
+            ("unknown", self._processor.is_unknown),
+            ("control", self._processor.is_control),
+            ("unused", self._processor.is_unused),
+            ("byte", self._processor.is_byte),
+        )
+        for token in range(self.size):
+            others: list[EntryKind] = [name for name, holds in kinds if holds(token)]
+            kind: EntryKind = others[0] if others else "normal"
+            yield self._processor.id_to_piece(token), self._processor.get_score(token), kind
 
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""

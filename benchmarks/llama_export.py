@@ -1,0 +1,106 @@
+"""An exported GGUF in llama.cpp: the peer that `export.py` and a test start.
+
+Runs in a Python that has llama-cpp-python, and needs nothing of this project. Called as
+`llama_export.py FILE`. Each line of JSON on standard input is answered by one: a string with its
+token ids, a list of token ids with the logits after the last, and {"prompt": [ids], "count": N}
+with N ids that continue the prompt, each the most probable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+PLACES = 512
+"""Tokens that the cache has room for."""
+
+
+def main() -> None:
+    """Answer what standard input asks."""
+    file = Path(sys.argv[1])
+    model = llama_cpp.llama_model_load_from_file(
+        os.fsencode(file), llama_cpp.llama_model_default_params()
+    )
+    if not model:
+        sys.exit(f"{file}: llama.cpp cannot load it")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = PLACES
+    # Keys and values in float32, as the F32 export is to be compared; nothing else rounds them.
+    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    context = llama_cpp.llama_init_from_model(model, params)
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    print(json.dumps({"vocabulary": llama_cpp.llama_vocab_n_tokens(vocabulary)}), flush=True)
+    for line in sys.stdin:
+        match json.loads(line):
+            case str() as text:
+                answer: object = token_ids(vocabulary, text)
+            case list() as tokens:
+                forget(context)
+                answer = logits(context, vocabulary, tokens, 0).tolist()
+            case {"prompt": prompt, "count": count}:
+                answer = continued(context, vocabulary, prompt, count)
+        print(json.dumps(answer), flush=True)
+
+
+def token_ids(vocabulary: llama_cpp.llama_vocab_p, text: str) -> list[int]:
+    """What llama.cpp makes of a text; names of control tokens in it are text like any other."""
+    data = text.encode()
+    room = len(data) + 8
+    ids = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, True, False)
+    return list(ids[:count])
+
+
+def forget(context: llama_cpp.llama_context_p) -> None:
+    """Empty the cache."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+
+def logits(
+    context: llama_cpp.llama_context_p,
+    vocabulary: llama_cpp.llama_vocab_p,
+    tokens: Sequence[int],
+    position: int,
+) -> np.ndarray:
+    """float32 `[vocabulary]` after the last of some tokens, the first of which has a position."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for index, token in enumerate(tokens):
+        batch.token[index] = token
+        batch.pos[index] = position + index
+        batch.n_seq_id[index] = 1
+        batch.seq_id[index][0] = 0
+        batch.logits[index] = index == len(tokens) - 1
+    if llama_cpp.llama_decode(context, batch) != 0:
+        sys.exit("llama_decode failed")
+    pointer = llama_cpp.llama_get_logits_ith(context, -1)
+    result = np.ctypeslib.as_array(pointer, (llama_cpp.llama_vocab_n_tokens(vocabulary),)).copy()
+    llama_cpp.llama_batch_free(batch)
+    return result
+
+
+def continued(
+    context: llama_cpp.llama_context_p,
+    vocabulary: llama_cpp.llama_vocab_p,
+    prompt: Sequence[int],
+    count: int,
+) -> list[int]:
+    """The most probable tokens one after the other."""
+    forget(context)
+    tokens, position, result = list(prompt), 0, []
+    for _ in range(count):
+        best = int(logits(context, vocabulary, tokens, position).argmax())
+        position += len(tokens)
+        tokens = [best]
+        result.append(best)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""`grokfetch export`: proven weights in the file format of another engine."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import time
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import click
+
+from grokfetch import __version__
+from grokfetch.commands.help import Explained
+from grokfetch.commands.options import json_option, plain_option, state_option, tokenizer_option
+from grokfetch.commands.tokenizer import find_tokenizer
+from grokfetch.commands.value_types import Size
+from grokfetch.errors import StorageFailed
+from grokfetch.fetch.preflight import Check, checks, need, probe
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import Manifest, encode
+from grokfetch.output.reporting import ended, held, notice, reporter
+from grokfetch.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from loader.export.layout import Plan
+    from loader.export.writing import Export
+
+TYPES = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
+
+
+@click.command(
+    cls=Explained,
+    examples=(
+        "grokfetch export /data/grok-1 /data/grok-1-gguf",
+        "grokfetch export /data/grok-1 /data/grok-1-bf16 --type bf16 --split 48G --dry-run",
+    ),
+)
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    type=click.Choice(["gguf"]),
+    default="gguf",
+    show_default=True,
+    expose_value=False,
+    help="gguf is what llama.cpp reads.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(list(TYPES)),
+    default="q8_0",
+    show_default=True,
+    help="Of the weights. q8_0 keeps int8 and scales as they are, f32 and bf16 are what they stand "
+    "for, f16 rounds.",
+)
+@click.option(
+    "--split",
+    type=Size(),
+    help="Begin another file after so many bytes, 48G say; one file by default.",
+)
+@click.option("--dry-run", is_flag=True, help="List files and sizes, and write nothing.")
+@tokenizer_option
+@click.option(
+    "--unproven", is_flag=True, help="Export files of the right form that no hash vouches for."
+)
+@plain_option
+@state_option
+@json_option
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    kind: str,
+    split: int | None,
+    dry_run: bool,
+    tokenizer: Path | None,
+    unproven: bool,
+    state: Path | None,
+) -> None:
+    """Write the weights in DIR, all of them proven, into the folder OUT for another engine.
+
+    Whatever ends an export, the same command goes on with what is missing. The files get their
+    names when all are whole. Afterwards verify and publish work on OUT.
+    """
+    if out.suffix == ".gguf":
+        raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
+    start = time.perf_counter()
+    store = Store(folder, state)
+    with held(store):
+        plan = _planned(store, kind, split, tokenizer)
+        if dry_run:
+            _list(plan, out, time.perf_counter() - start)
+            return
+        from loader.export.writing import Export, check_scales
+        from loader.weights.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(store, proven=not unproven)
+        if kind == "q8_0":
+            check_scales(checkpoint)
+        target = Store(out)
+        with held(target, exclusive=True):
+            _write(Export(plan, checkpoint, target), plan, target, store.manifest(), start)
+
+
+def _planned(store: Store, kind: str, split: int | None, tokenizer: Path | None) -> Plan:
+    from loader.export.layout import Origin, gguf_plan
+    from loader.weights.checkpoint import model_of
+
+    manifest, config = store.manifest(), model_of(store)
+    origin = Origin(
+        manifest.name,
+        manifest.info_hash,
+        hashlib.sha256(encode(manifest)).hexdigest(),
+        __version__,
+        manifest.licence,
+    )
+    if config.num_q_heads * config.key_size != config.emb_size:
+        notice("note: llama.cpp loads only models whose heads times head size are the width")
+    vocabulary = tuple(find_tokenizer(store, tokenizer).entries())
+    return gguf_plan(config, vocabulary, origin, TYPES[kind], split)  # type: ignore[arg-type]
+
+
+def _list(plan: Plan, out: Path, seconds: float) -> None:
+    """Say what would be written, and whether the disk has room."""
+    failed = _lacking(out, [(PurePosixPath(file.name), file.size) for file in plan.files])
+    rows = [f"{out / file.name}  {file.size:,}" for file in plan.files]
+    rows.append(f"{len(plan.parts)} tensors, {bytes_text(plan.size)}")
+    ended(
+        "\n".join([*rows, *(f"not possible: {it.what}" for it in failed)]),
+        seconds,
+        files={file.name: file.size for file in plan.files},
+        bytes=plan.size,
+        possible=not failed,
+    )
+
+
+def _lacking(out: Path, files: list[tuple[PurePosixPath, int]]) -> list[Check]:
+    """What the place of OUT lacks for files, path below it and size in bytes."""
+    needed = need(out, files)
+    return [check for check in checks(needed, probe(out, needed.longest)) if not check.ok]
+
+
+def _write(job: Export, plan: Plan, target: Store, manifest: Manifest, start: float) -> None:
+    names = ", ".join(file.name for file in plan.files[:2])
+    names += ", ..." if len(plan.files) > 2 else ""
+    kept = job.kept
+    if job.whole:
+        text = f"{target.root / names}: whole already, nothing was written"
+    else:
+        for check in _lacking(target.root, job.missing):
+            raise StorageFailed(
+                check.what, path=target.root, hint="make room, or choose an OUT on another disk"
+            )
+        with reporter("export") as sink:
+            for event in job.write():
+                sink.take(event)
+        described = Manifest(
+            target.root.resolve().name,
+            (),
+            licence=manifest.licence,
+            measured=f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        )
+        with reporter("hash") as sink:
+            for event in job.read_back(described):
+                sink.take(event)
+        text = f"{target.root / names}: {len(plan.parts)} tensors, {bytes_text(plan.size)}"
+        text += f", {kept} of them written before" if kept else ""
+    seconds = time.perf_counter() - start
+    ended(
+        f"{text} in {seconds_text(seconds)}",
+        seconds,
+        folder=str(target.root),
+        files=[file.name for file in plan.files],
+        bytes=plan.size,
+        tensors=len(plan.parts),
+        kept=kept,
+    )

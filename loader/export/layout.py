@@ -1,0 +1,324 @@
+"""Which files an export consists of, and which bytes of them are which weight. Pure: no I/O here.
+
+Everything follows from the config, the vocabulary and the choices made, so that an export can be
+announced before it begins and resumed after whatever has ended it.
+
+Source of the names and keys: llama.cpp, `llm_build_grok` and conversion of Grok.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Literal
+
+from grokfetch.errors import Inexact
+from loader.export.gguf import Entry, Field, padded, written
+from loader.export.matrices import BLOCK_LENGTH, ElementType
+from loader.weights.schema import LAYER, OUTER, GrokConfig, ParamSpec, parameters
+
+__all__ = [
+    "CONFIG_KEY",
+    "Origin",
+    "OutputFile",
+    "Part",
+    "Plan",
+    "Vocabulary",
+    "gguf_name",
+    "gguf_plan",
+]
+
+GGUF_NAMES: Final = {
+    "embedding": "token_embd",
+    "norm": "output_norm",
+    "gate": "ffn_gate_exps",
+    "up": "ffn_up_exps",
+    "down": "ffn_down_exps",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "before_attention": "attn_norm",
+    "after_attention": "attn_output_norm",
+    "before_experts": "ffn_norm",
+    "after_experts": "layer_output_norm",
+    "router": "ffn_gate_inp",
+}
+"""By field of the table of tensors, `loader.weights.schema`."""
+
+FIELDS: Final = {kind.name: kind.field for kind in (*OUTER, *LAYER)}
+FILE_TYPES: Final[dict[ElementType, int]] = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
+TOKEN_TYPES: Final = {"normal": 1, "unknown": 2, "control": 3, "unused": 5, "byte": 6}
+SCORE_CAP: Final = 30.0
+NORM_EPSILON: Final = 1e-5
+ROPE_BASE: Final = 10000.0
+UNUSED_SCORE: Final = -10000.0
+
+CONFIG_KEY: Final = "grokfetch.config"
+"""Under which a GGUF of ours holds the config as JSON: the way back needs every field."""
+
+Vocabulary = Sequence[tuple[str, float, Literal["normal", "unknown", "control", "unused", "byte"]]]
+"""Piece, score and kind of every token by its id, as `loader.inference.tokenizer` reads them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where exported weights come from: what every export says of itself.
+
+    name: of the checkpoint. info_hash: of its torrent, None without one. manifest: sha256 of its
+    manifest, in hexadecimal. version: of grokfetch.
+    """
+
+    name: str
+    info_hash: str | None
+    manifest: str
+    version: str
+    licence: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of the export: its name, the bytes before its first tensor, and its size."""
+
+    name: str
+    head: bytes
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the export: the parameter that it holds, and where.
+
+    Weights that are multiplied are turned: `[..., K, N]` becomes `[..., N, K]`. `offset` is in
+    bytes from the beginning of the file with the index `file`.
+    """
+
+    name: str
+    spec: ParamSpec
+    kind: ElementType
+    turned: bool
+    file: int
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """All of an export."""
+
+    files: tuple[OutputFile, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """Tells exports apart: the same digest, the same bytes from the same weights."""
+        hasher = hashlib.sha256()
+        for file in self.files:
+            hasher.update(json.dumps([file.name, file.size]).encode() + file.head)
+        return hasher.hexdigest()
+
+
+def gguf_plan(
+    config: GrokConfig,
+    vocabulary: Vocabulary,
+    origin: Origin,
+    kind: ElementType,
+    split: int | None = None,
+) -> Plan:
+    """An export as GGUF, for llama.cpp's architecture `grok`.
+
+    With Q8_0 embedding, norms and routers stay float32 and the rest keeps its int8 and its scales.
+
+    Args:
+        config: the model.
+        vocabulary: its tokens; those that it lacks are filled up with unused ones.
+        origin: of the weights.
+        kind: of the weights that are int8 in the shards, and of the embedding but for Q8_0.
+        split: bytes of tensors from which on there is more than one file; None for one file.
+
+    Raises:
+        Inexact: the model's groups of rows are not made of blocks of Q8_0.
+    """
+    if kind == "Q8_0":
+        _require_whole_blocks(config)
+    entries = [(spec, _entry(spec, kind)) for spec in _by_layer(config)]
+    groups = list(_in_files(entries, split))
+    # A manifest may call its checkpoint anything.
+    stem = re.sub(r"[^\w.-]+", "-", origin.name).lstrip(".") or "model"
+    fields = _fields(config, vocabulary, origin, kind)
+    files, parts = [], []
+    for number, group in enumerate(groups):
+        name = f"{stem}-{kind}.gguf"
+        if len(groups) > 1:
+            name = f"{stem}-{kind}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+            place = _split_fields(number, len(groups), len(entries))
+            fields = (fields if number == 0 else {}) | place
+        placed = list(_placed(group))
+        head = written(fields, [entry for _, entry in placed])
+        parts += [
+            Part(
+                entry.name,
+                spec,
+                entry.kind,
+                len(spec.shape) > 1 and spec.axes[0] != "vocab",
+                number,
+                len(head) + entry.offset,
+            )
+            for spec, entry in placed
+        ]
+        last = placed[-1][1]
+        files.append(OutputFile(name, head, len(head) + padded(last.offset + last.nbytes)))
+    return Plan(tuple(files), tuple(parts))
+
+
+def gguf_name(spec: ParamSpec) -> str:
+    """What a parameter is called in GGUF."""
+    if spec.layer is None:
+        return f"{GGUF_NAMES[FIELDS[spec.name]]}.weight"
+    _, _, within = spec.name.split("/", 2)
+    return f"blk.{spec.layer}.{GGUF_NAMES[FIELDS[within]]}.weight"
+
+
+def _by_layer(config: GrokConfig) -> list[ParamSpec]:
+    """The parameters, those outside of all layers first, then layer by layer in number order."""
+    return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
+
+
+def _entry(spec: ParamSpec, kind: ElementType) -> Entry:
+    shape = spec.shape
+    held: ElementType = "F32"
+    if spec.scale_groups is not None or (spec.axes == ("vocab", "embed") and kind != "Q8_0"):
+        held = kind
+    if spec.axes != ("vocab", "embed") and len(shape) > 1:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return Entry(gguf_name(spec), shape, held, 0)
+
+
+def _require_whole_blocks(config: GrokConfig) -> None:
+    for spec in parameters(config):
+        if spec.scale_groups is None:
+            continue
+        rows = spec.shape[-2] // spec.scale_groups
+        if rows % BLOCK_LENGTH:
+            raise Inexact(
+                f"{spec.name} has {rows} rows for each scale, and Q8_0 has blocks of "
+                f"{BLOCK_LENGTH}: a block would need two scales",
+                hint="choose --type f32 or bf16",
+            )
+
+
+def _in_files(
+    entries: Iterable[tuple[ParamSpec, Entry]], split: int | None
+) -> Iterator[list[tuple[ParamSpec, Entry]]]:
+    """The tensors of each file: at least one, and not more bytes than `split` otherwise."""
+    group: list[tuple[ParamSpec, Entry]] = []
+    size = 0
+    for spec, entry in entries:
+        if group and split is not None and size + entry.nbytes > split:
+            yield group
+            group, size = [], 0
+        group.append((spec, entry))
+        size += padded(entry.nbytes)
+    yield group
+
+
+def _placed(group: Iterable[tuple[ParamSpec, Entry]]) -> Iterator[tuple[ParamSpec, Entry]]:
+    """The tensors of a file one after the other."""
+    offset = 0
+    for spec, entry in group:
+        yield spec, dataclasses.replace(entry, offset=offset)
+        offset += padded(entry.nbytes)
+
+
+def _split_fields(number: int, count: int, tensors: int) -> dict[str, Field]:
+    return {
+        "split.no": Field("u16", number),
+        "split.count": Field("u16", count),
+        "split.tensors.count": Field("i32", tensors),
+    }
+
+
+def _fields(
+    config: GrokConfig, vocabulary: Vocabulary, origin: Origin, kind: ElementType
+) -> dict[str, Field]:
+    general = {
+        "general.architecture": Field("str", "grok"),
+        "general.type": Field("str", "model"),
+        "general.name": Field("str", origin.name),
+        "general.file_type": Field("u32", FILE_TYPES[kind]),
+        "general.quantization_version": Field("u32", 2),
+    }
+    if origin.licence is not None:
+        general["general.license"] = Field("str", origin.licence.lower())
+    numbers = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.sequence_len,
+        "embedding_length": config.emb_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.ff_size,
+        "expert_feed_forward_length": config.ff_size,
+        "attention.head_count": config.num_q_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.key_size,
+        "attention.value_length": config.key_size,
+        "rope.dimension_count": config.key_size,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_selected_experts,
+    }
+    factors = {
+        "rope.freq_base": ROPE_BASE,
+        "attention.layer_norm_rms_epsilon": NORM_EPSILON,
+        "embedding_scale": config.embedding_multiplier_scale,
+        "logit_scale": config.output_multiplier_scale,
+        "attention.output_scale": config.attn_output_multiplier,
+        "attn_logit_softcapping": SCORE_CAP,
+    }
+    return (
+        general
+        | {f"grok.{key}": Field("u32", value) for key, value in numbers.items()}
+        | {f"grok.{key}": Field("f32", value) for key, value in factors.items()}
+        | _vocabulary_fields(config, vocabulary)
+        | _origin_fields(config, origin)
+    )
+
+
+def _vocabulary_fields(config: GrokConfig, vocabulary: Vocabulary) -> dict[str, Field]:
+    """The tokens so that llama.cpp cuts a text as SentencePiece does."""
+    lacking = range(len(vocabulary), config.vocab_size)
+    tokens = list(vocabulary) + [(f"[PAD{it}]", UNUSED_SCORE, "unused") for it in lacking]
+    pieces, scores, kinds = zip(*tokens, strict=True)
+    fields = {
+        "model": Field("str", "llama"),
+        "pre": Field("str", "default"),
+        "tokens": Field("str", pieces),
+        "scores": Field("f32", scores),
+        "token_type": Field("i32", tuple(TOKEN_TYPES[kind] for kind in kinds)),
+        "bos_token_id": Field("u32", config.bos_token),
+        "eos_token_id": Field("u32", config.eos_token),
+        "padding_token_id": Field("u32", config.pad_token),
+        "add_bos_token": Field("bool", value=False),
+        "add_eos_token": Field("bool", value=False),
+        "add_space_prefix": Field("bool", value=True),
+    }
+    if "unknown" in kinds:
+        fields["unknown_token_id"] = Field("u32", kinds.index("unknown"))
+    return {f"tokenizer.ggml.{key}": field for key, field in fields.items()}
+
+
+def _origin_fields(config: GrokConfig, origin: Origin) -> dict[str, Field]:
+    fields = {
+        CONFIG_KEY: Field("str", json.dumps(config.to_mapping())),
+        "grokfetch.version": Field("str", origin.version),
+        "grokfetch.source.name": Field("str", origin.name),
+        "grokfetch.source.manifest_sha256": Field("str", origin.manifest),
+    }
+    if origin.info_hash is not None:
+        fields["grokfetch.source.info_hash"] = Field("str", origin.info_hash)
+    return fields

@@ -1,0 +1,380 @@
+"""Writes the files of an export: on all cores, in bounded memory, and again only what is missing.
+
+    OUT/NAME.part            a file being written; it gets its name when all files are whole
+    OUT/NAME
+    OUT/.grokfetch/          as of every checkpoint folder (`grokfetch.folder.store`): lock,
+        manifest.json        what the export must hold, with the sha256 of what was read back
+        record.json          and that it was
+        export.json          schema (`SCHEMA`), the plan's digest, and by name the tensors that are
+                             on the disk, each with size and mtime_ns of the shard it was made from
+
+A tensor is recorded after its bytes have been forced to the disk. Losing `export.json` costs time
+only: what it does not name is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from grokfetch.errors import (
+    Contradiction,
+    GrokfetchError,
+    Inexact,
+    NotProven,
+    StorageFailed,
+    storage_failed,
+)
+from grokfetch.events import Progress
+from grokfetch.folder import advisory
+from grokfetch.folder.atomic import flush
+from grokfetch.folder.known import EXPORT
+from grokfetch.folder.record import FileProof, Record, Stamp
+from grokfetch.folder.store import Store
+from grokfetch.folder.verify import hash_files
+from grokfetch.manifest.schema import Manifest, ManifestFile
+from loader.export.layout import Part, Plan
+from loader.export.matrices import encode, encode_quantized, float16_scales, row_bytes, turned
+from loader.weights.checkpoint import Checkpoint
+from loader.weights.tensor import Tensor
+
+__all__ = ["Export", "check_scales"]
+
+SCHEMA: Final = 1
+SLAB: Final = 1 << 22
+"""Weights that a thread turns and encodes at once, in at most 22 MB of memory."""
+
+MOST_THREADS: Final = 24
+MOST_COPIES: Final = 2
+"""Matrices that are in memory at a time where files cannot be mapped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    """Some rows of a parameter seen as one matrix: one expert, or a part of a table."""
+
+    part: Part
+    rows: range
+
+
+class Export:
+    """One export into a folder whose exclusive lock is held.
+
+    Args:
+        plan: what to write.
+        checkpoint: where the weights come from.
+        store: the folder.
+
+    Raises:
+        Contradiction: another export lies there.
+        StorageFailed: other files lie where this one's go.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, store: Store) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._store = store
+        self._state = store.state / EXPORT
+        self._paths = [store.root / file.name for file in plan.files]
+        self._partial = [path.with_name(f"{path.name}.part") for path in self._paths]
+        self._copies = threading.Semaphore(MOST_COPIES)
+        self._stopped = threading.Event()
+        self._done = self._begun()
+
+    @property
+    def missing(self) -> list[tuple[PurePosixPath, int]]:
+        """The files that are still to be written, with their sizes: for a look at the disk."""
+        both = zip(self._plan.files, self._paths, self._partial, strict=True)
+        return [
+            (PurePosixPath(partial.name), file.size)
+            for file, path, partial in both
+            if not _has_size(path, file.size)
+        ]
+
+    @property
+    def kept(self) -> int:
+        """Tensors that are on the disk already."""
+        return len(self._done)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is there, read back and unchanged since."""
+        if (
+            self.missing
+            or self.kept < len(self._plan.parts)
+            or self._store.manifest_or_none() is None
+        ):
+            return False
+        try:
+            self._store.require_all()
+        except NotProven:
+            return False
+        return True
+
+    def _begun(self) -> dict[str, Stamp]:
+        """The tensors that are on the disk, each with the stamp of its shard.
+
+        Where their file has gone, or the shard has changed since, they do not count.
+        """
+        known = advisory.read(self._state, SCHEMA, _decoded)
+        if known is None:
+            for path in (*self._paths, *self._partial):
+                if path.exists():
+                    raise StorageFailed(
+                        "a file lies where the export must go", path=path, hint="choose another OUT"
+                    )
+            return {}
+        digest, done = known
+        if digest != self._plan.digest:
+            raise Contradiction(
+                "another export was begun here: of another model, type or version",
+                path=self._store.root,
+                hint="choose another OUT, or remove this one",
+            )
+        files = zip(self._plan.files, self._paths, self._partial, strict=True)
+        here = [
+            _has_size(path, file.size) or _has_size(partial, file.size)
+            for file, path, partial in files
+        ]
+        return {
+            part.name: done[part.name]
+            for part in self._plan.parts
+            if part.name in done and here[part.file] and done[part.name] == self._stamp(part)
+        }
+
+    def _stamp(self, part: Part) -> Stamp:
+        try:
+            status = self._checkpoint[part.spec.name].path.stat()
+        except OSError as error:
+            raise storage_failed(error) from error
+        return Stamp(status.st_size, status.st_mtime_ns)
+
+    def _save(self) -> None:
+        done = {name: [stamp.size, stamp.mtime_ns] for name, stamp in self._done.items()}
+        advisory.write(self._state, SCHEMA, {"plan": self._plan.digest, "done": done})
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def write(self) -> Iterator[Progress]:
+        """Write what is missing and give the files their names.
+
+        Yields:
+            How far it is, in bytes of the shards.
+
+        Raises:
+            Inexact: a weight cannot be written so; names its tensor.
+            StorageFailed: a file cannot be written, or a shard cannot be read.
+            GrokfetchError: as asking the checkpoint for a tensor raises.
+        """
+        left = [part for part in self._plan.parts if part.name not in self._done]
+        if left:
+            self._save()
+            try:
+                handles = self._opened()
+            except OSError as error:
+                raise storage_failed(error, self._store.root) from error
+            try:
+                yield from self._write(left, handles)
+            finally:
+                for handle in handles.values():
+                    os.close(handle)
+        try:
+            for path, partial in zip(self._paths, self._partial, strict=True):
+                if partial.exists():
+                    partial.replace(path)
+            flush(self._store.root)
+        except OSError as error:
+            raise storage_failed(error, self._store.root) from error
+
+    def _opened(self) -> dict[int, int]:
+        """The files under their names for the meantime, at their full size, begun."""
+        handles = {}
+        for index, file in enumerate(self._plan.files):
+            path, partial = self._paths[index], self._partial[index]
+            if path.exists() and not partial.exists():
+                path.replace(partial)
+            handles[index] = handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(handle, file.size)
+            _write_at(handle, file.head, 0)
+        return handles
+
+    def _write(self, left: list[Part], handles: Mapping[int, int]) -> Iterator[Progress]:
+        jobs = [job for part in left for job in _jobs(part)]
+        waiting = Counter(job.part.name for job in jobs)
+        parts = {part.name: part for part in left}
+        total = sum(part.spec.nbytes for part in self._plan.parts)
+        done = total - sum(part.spec.nbytes for part in left)
+        written: list[str] = []
+        threads = min(os.cpu_count() or 1, MOST_THREADS)
+        with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
+            saving: Future[None] | None = None
+            running = {pool.submit(self._run, job, handles): job for job in jobs}
+            try:
+                while running:
+                    ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        job = running.pop(future)
+                        future.result()
+                        waiting[job.part.name] -= 1
+                        if not waiting[job.part.name]:
+                            written.append(job.part.name)
+                            done += job.part.spec.nbytes
+                    yield Progress(done, total, "exporting")
+                    if written and (saving is None or saving.done()):
+                        if saving is not None:
+                            saving.result()
+                        saving = saver.submit(self._keep, [parts[it] for it in written], handles)
+                        written = []
+                if saving is not None:
+                    saving.result()
+                if written:
+                    self._keep([parts[name] for name in written], handles)
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                with contextlib.suppress(GrokfetchError):
+                    self._keep([parts[name] for name in written], handles)
+                raise
+
+    def _keep(self, parts: list[Part], handles: Mapping[int, int]) -> None:
+        """Record tensors once their bytes are on the disk."""
+        stamps = {part.name: self._stamp(part) for part in parts}
+        for index in {part.file for part in parts}:
+            try:
+                os.fsync(handles[index])
+            except OSError as error:
+                raise storage_failed(error, self._partial[index]) from error
+        self._done |= stamps
+        self._save()
+
+    def _run(self, job: _Job, handles: Mapping[int, int]) -> None:
+        # A mapping of its own, which goes with the job: those of all shards together would have
+        # page tables of half a gigabyte.
+        tensor = dataclasses.replace(self._checkpoint[job.part.spec.name])
+        path = self._partial[job.part.file]
+        with contextlib.nullcontext() if tensor.mappable else self._copies:
+            matrix = _rows_of(tensor, job.rows)
+            try:
+                for offset, data in _encoded(job, tensor, matrix):
+                    if self._stopped.is_set():
+                        return
+                    _write_at(handles[job.part.file], data, job.part.offset + offset)
+            except Inexact as error:
+                raise Inexact(error.what, path=tensor.path, hint=error.hint) from None
+            except OSError as error:
+                raise storage_failed(error, path) from error
+
+    # --- reading back -----------------------------------------------------------------------------
+
+    def read_back(self, described: Manifest) -> Iterator[Progress]:
+        """Hash the files as they stand on the disk, and make the folder one that `verify` knows.
+
+        Args:
+            described: the export's manifest, without files.
+
+        Raises:
+            StorageFailed: a file cannot be read, or the state folder not be written.
+        """
+        files = [ManifestFile(PurePosixPath(file.name), file.size) for file in self._plan.files]
+        digests, proofs, done = {}, {}, 0
+        for file, stamp, result in hash_files(self._store, files):
+            path = self._store.payload(file.path)
+            if result.sha256 is None or stamp is None or stamp != self._store.stamp(file.path):
+                raise StorageFailed(f"cannot be read back: {result.detail}", path=path)
+            digests[file.path] = result.sha256
+            proofs[file.path] = FileProof(stamp, result.sha256)
+            done += file.size
+            yield Progress(done, self._plan.size, "hashing")
+        whole = tuple(dataclasses.replace(file, sha256=digests[file.path]) for file in files)
+        self._store.save_manifest(dataclasses.replace(described, files=whole))
+        self._store.save_record(Record(files=proofs))
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Return if Q8_0 can hold every scale of a checkpoint as it is.
+
+    Raises:
+        Inexact: it cannot; names the shard.
+        GrokfetchError: as asking the checkpoint for a tensor raises.
+    """
+    for tensor in checkpoint.values():
+        scales = dataclasses.replace(tensor).scales
+        if scales is not None:
+            try:
+                float16_scales(scales)
+            except Inexact as error:
+                raise Inexact(error.what, path=tensor.path, hint=error.hint) from None
+
+
+def _decoded(fields: dict[str, Any]) -> tuple[str, dict[str, Stamp]]:
+    done = {name: Stamp(int(size), int(mtime)) for name, (size, mtime) in fields["done"].items()}
+    return str(fields["plan"]), done
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _jobs(part: Part) -> Iterator[_Job]:
+    """A parameter in pieces: each expert, or as many rows of a table as make a slab."""
+    *outer, rows, columns = (1, *part.spec.shape)
+    step = rows
+    if part.spec.scale_groups is None and not part.turned:
+        step = max(1, SLAB // columns)
+    total = int(np.prod(outer)) * rows
+    for start in range(0, total, step):
+        yield _Job(part, range(start, min(start + step, total)))
+
+
+def _rows_of(tensor: Tensor, rows: range) -> npt.NDArray[np.generic]:
+    """Rows of the weight seen as one matrix: mapped and brought from the disk, or a copy."""
+    columns = tensor.shape[-1]
+    width = columns * tensor.dtype.itemsize
+    if not tensor.mappable:
+        copy = np.empty((len(rows), columns), tensor.dtype)
+        tensor.read_into(rows.start * width, copy)
+        return copy
+    tensor.pages(tensor.array.offset + rows.start * width, len(rows) * width).bring()
+    return tensor.weight.reshape(-1, columns)[rows.start : rows.stop]
+
+
+def _encoded(
+    job: _Job, tensor: Tensor, matrix: npt.NDArray[Any]
+) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
+    """The bytes of a job in order, with their offsets from the beginning of the tensor."""
+    part, scales = job.part, tensor.scales
+    length, count = matrix.shape
+    if scales is None:
+        values = np.ascontiguousarray(matrix.T) if part.turned else matrix
+        yield job.rows.start * row_bytes(part.kind, count), encode(values, part.kind)
+        return
+    groups = scales.shape[-2]
+    expert = job.rows.start // length
+    own_scales = scales.reshape(-1, count)[expert * groups : (expert + 1) * groups]
+    step = max(8, SLAB // length // 8 * 8)
+    width = row_bytes(part.kind, length)
+    for start in range(0, count, step):
+        columns = slice(start, start + step)
+        data = encode_quantized(turned(matrix[:, columns]), own_scales[:, columns], part.kind)
+        yield (expert * count + start) * width, data
+
+
+def _write_at(handle: int, data: npt.NDArray[np.generic] | bytes, offset: int) -> None:
+    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while left:
+        count = os.pwrite(handle, left, offset)
+        left, offset = left[count:], offset + count
