@@ -1,6 +1,8 @@
 """`grokfetch export`: what it writes, and what becomes of it when it is ended half-way."""
 
+import errno
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -247,16 +249,16 @@ def test_a_file_name_for_out_is_a_usage_error(model, tmp_path):
 
 CHILD = """
 import os, signal, sys
-from loader.export import writing
-keep = writing.Export._keep
+from grokfetch.folder import advisory
+write = advisory.write
 count = 0
-def kept(self, *args):
+def watched(path, schema, fields):
     global count
-    keep(self, *args)
-    count += 1
+    write(path, schema, fields)
+    count += bool(fields.get("done"))
     if count == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-writing.Export._keep = kept
+advisory.write = watched
 from grokfetch.cli import main
 main(["export", *sys.argv[2:]])
 """
@@ -273,13 +275,13 @@ def killed(model, out, saves, *options):
 def writes(monkeypatch):
     """The offsets of everything that is written in this process."""
     offsets = []
-    write_at = writing._write_at
+    pwrite = os.pwrite
 
     def watched(handle, data, offset):
         offsets.append(offset)
-        write_at(handle, data, offset)
+        return pwrite(handle, data, offset)
 
-    monkeypatch.setattr(writing, "_write_at", watched)
+    monkeypatch.setattr(os, "pwrite", watched)
     return offsets
 
 
@@ -341,7 +343,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_nothing_that_was_written(
 
     with small_disk(tmp_path / "disk", "size=1200k") as disk:
         with monkeypatch.context() as patched:
-            patched.setattr(command, "_lacking", lambda *_: [])
+            patched.setattr(command, "checks", lambda *_: ())
             assert "the disk is full" in grokfetch("export", model, disk / "out", code=16)
         assert not (disk / "out/small-model-Q8_0.gguf").exists()
         subprocess.run(["mount", "-o", "remount,size=8M", disk], check=True)
@@ -350,9 +352,10 @@ def test_a_disk_that_fills_up_meanwhile_costs_nothing_that_was_written(
 
 
 def test_files_that_cannot_be_mapped_are_exported_alike(model, tmp_path, whole, monkeypatch):
-    from loader.weights.tensor import Tensor
+    def refused(*_args, **_options):
+        raise OSError(errno.ENODEV, "No such device")
 
-    monkeypatch.setattr(Tensor, "_mapped", None)
+    monkeypatch.setattr(mmap, "mmap", refused)
     grokfetch("export", model, tmp_path / "out")
     assert (tmp_path / "out/small-model-Q8_0.gguf").read_bytes() == whole
 
