@@ -37,6 +37,7 @@ from grokfetch.folder.survey import survey
 from grokfetch.manifest.schema import Manifest, bind
 from grokfetch.manifest.selection import Request, extended, spans
 from grokfetch.manifest.shipped import grok_1
+from grokfetch.open_files import most_open_files, open_files_for
 from grokfetch.output.terminal import Screen, screen
 from grokfetch.units import bytes_text, seconds_text
 from loader.devices.present import Device, devices
@@ -74,10 +75,11 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """Memory of this machine in bytes, and its devices."""
+    """Memory of this machine in bytes, its devices, and how many files may be open at once."""
 
     memory: int
     devices: tuple[Device, ...]
+    open_files: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
         whole = {path for path, state in survey(store).files.items() if state == "proven"}
     needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
-    machine = Machine(psutil.virtual_memory().total, devices())
+    machine = Machine(psutil.virtual_memory().total, devices(), most_open_files())
     chosen = None if selection is None else Part(str(selection), sum(size for _, size in files))
     checked = checks(needed, place)
     of_devices = tuple(shares(manifest, machine))
@@ -256,11 +258,21 @@ def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
     return each <= min(memory), f"{devices[0].name}, {bytes_text(min(memory))}"
 
 
-def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
-    """The weights left in their files for the CPU: what is in memory is the cache. Pure."""
+def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | None:
+    """The weights left in their files for the CPU: what is in memory is the cache. Pure.
+
+    Args:
+        shares: as `shares` tells them.
+        machine: this one.
+        shards: the number of files that are mapped at once.
+    """
     if not shares:
         return None
     single = shares[0]
+    files = open_files_for(shards)
+    if files > machine.open_files:
+        why = f"{files:,} files are open at once, {machine.open_files:,} are allowed: ulimit -Hn"
+        return dataclasses.replace(single, fits=False, why=why)
     fits = single.cache + WORK <= machine.memory
     memory = bytes_text(machine.memory)
     why = (
@@ -277,7 +289,7 @@ def mapped(shares: Sequence[Share], machine: Machine) -> Share | None:
 def as_fields(made: Plan) -> dict[str, Any]:
     """The JSON object that `--json` prints."""
     manifest, place = made.manifest, made.place
-    in_files = mapped(made.shares, made.machine)
+    in_files = mapped(made.shares, made.machine, len(made.manifest.tensors))
     return {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -294,7 +306,7 @@ def as_fields(made: Plan) -> dict[str, Any]:
                 "name": check.name,
                 "ok": check.ok,
                 "needed": check.needed,
-                "there": None if check.there is None or check.there >= LIMITLESS else check.there,
+                "there": None if check.there is None else _limit(check.there),
                 "what": None if check.ok else check.what,
                 "hint": None if check.ok else check.hint,
             }
@@ -302,12 +314,17 @@ def as_fields(made: Plan) -> dict[str, Any]:
         ],
         "seconds": {f"{rate} MB/s": made.need.bytes / rate / 1e6 for rate in RATES}
         | {f"{rate} Mbit/s": made.need.bytes * 8 / rate / 1e6 for rate in RATES},
-        "machine": dataclasses.asdict(made.machine),
+        "machine": dataclasses.asdict(made.machine)
+        | {"open_files": _limit(made.machine.open_files)},
         "modes": {
             "mapped": None if in_files is None else dataclasses.asdict(in_files),
             "sharded": [dataclasses.asdict(share) for share in made.shares],
         },
     }
+
+
+def _limit(value: int) -> int | None:
+    return None if value >= LIMITLESS else value
 
 
 def lines(made: Plan, view: Screen) -> Iterator[str]:
@@ -330,7 +347,7 @@ def lines(made: Plan, view: Screen) -> Iterator[str]:
     yield from _durations(missing, view)
     if made.shares:
         yield ""
-        in_files = mapped(made.shares, made.machine)
+        in_files = mapped(made.shares, made.machine, len(made.manifest.tensors))
         rows = [] if in_files is None else [_mapped_row(in_files)]
         rows += map(_share_row, made.shares)
         titles = (

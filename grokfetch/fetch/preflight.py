@@ -19,6 +19,7 @@ import psutil
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Spans
+from grokfetch.open_files import OPEN_FILES, allow_open_files, most_open_files
 from grokfetch.torrent.names import STATE_FOLDER
 
 __all__ = [
@@ -33,9 +34,6 @@ __all__ = [
     "probe",
     "refuse",
 ]
-
-OPEN_FILES = 128
-"""What a fetch opens at once: 40 payload files, peers, our own files, libraries."""
 
 STATE_INODES = 16
 """Files and folders of our own, those that are being replaced among them."""
@@ -133,7 +131,7 @@ def checks(needed: Need, place: Place) -> tuple[Check, ...]:
             OPEN_FILES,
             place.open_files,
             f"{OPEN_FILES} files must be open at once, {place.open_files} are allowed",
-            "raise the limit: ulimit -n 1024",
+            "raise the hard limit, which takes an administrator: ulimit -Hn 1024",
         ),
     )
 
@@ -146,6 +144,7 @@ def check(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
     """
     needed = need(root, files)
     refuse(checks(needed, probe(root, needed.longest)), root)
+    allow_open_files(OPEN_FILES)
 
 
 def check_early(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
@@ -262,7 +261,7 @@ def probe(folder: Path, longest: int) -> Place:
         room.f_bavail * room.f_frsize,
         room.f_favail if room.f_files else None,
         limit,
-        _soft(resource.RLIMIT_NOFILE),
+        most_open_files(),
         sparse,
         refused,
     )

@@ -26,6 +26,7 @@ from grokfetch.errors import (
 )
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import ManifestTensor
+from grokfetch.open_files import allow_open_files, open_files_for
 from grokfetch.units import bytes_text
 from loader.weights.binding import bind, entries, open_tensor
 from loader.weights.host_share import Share, Span, tensor_spans
@@ -238,6 +239,7 @@ class _Opened(Mapping[str, Tensor]):
         self._by_parts = by_parts
         known = entries(store.manifest(), model_of(store))
         self._entries = {spec.name: (spec, entry, size) for spec, entry, size in known}
+        allow_open_files(open_files_for(len(self._entries)))
         self._asked = store.asked()
         self._open: dict[str, Tensor] = {}
 

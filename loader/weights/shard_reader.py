@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol
 
 from grokfetch.errors import ShardInvalid, StorageFailed
+from grokfetch.open_files import map_file
 from loader.weights.pages import CANNOT_MAP
 from loader.weights.shard_values import (
     DTYPES,
@@ -62,7 +63,7 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
             if os.fstat(file.fileno()).st_size == 0:
                 return read_frame(b"", path)
             try:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = map_file(file)
             except OSError as error:
                 if error.errno not in CANNOT_MAP:
                     raise

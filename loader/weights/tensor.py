@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grokfetch.errors import CheckpointInvalid, StorageFailed
+from grokfetch.open_files import map_file
 from loader.weights.host_share import runs
 from loader.weights.pages import CANNOT_MAP, Door, Pages
 from loader.weights.schema import ParamSpec
@@ -284,7 +285,7 @@ class Tensor:
         """The whole file in memory, None where the file system cannot map files."""
         try:
             with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return map_file(file)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in CANNOT_MAP:
                 return None

@@ -22,11 +22,13 @@ from grokfetch.fetch.preflight import Need, Place, checks, need, probe, refuse
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import encode
 from grokfetch.manifest.shipped import grok_1
+from grokfetch.open_files import open_files_for
 from grokfetch.torrent.metainfo import encode_torrent
 from loader.devices.present import Device, devices
 
 PIECE = 32768
 FILES = {"a": content(3 * PIECE - 100), "b": content(1000), "c": content(5 * PIECE)}
+MANY = 2**20
 TORRENT = v1_torrent(FILES, PIECE)
 SIZE = sum(map(len, FILES.values()))
 ENOUGH = Place(Path("d"), "ext4", 1000, 100, 1000, 1024, sparse=True)
@@ -192,23 +194,35 @@ GB = 10**9
     ],
 )
 def test_a_count_of_devices_will_do_if_there_are_so_many_with_the_memory(count, there, fits):
-    assert verdict(count, 40 * GB, Machine(50 * GB, there))[0] is fits
+    assert verdict(count, 40 * GB, Machine(50 * GB, there, MANY))[0] is fits
 
 
 def test_mapped_weights_need_memory_for_the_cache_only():
     def verdict_with(memory):
-        machine = Machine(memory, ())
-        return mapped(tuple(shares(grok_1(), machine)), machine)
+        machine = Machine(memory, (), MANY)
+        return mapped(tuple(shares(grok_1(), machine)), machine, 770)
 
     assert verdict_with(24 * GB).fits
     assert "is read for each token" in verdict_with(24 * GB).why
     assert "hold them all" in verdict_with(400 * GB).why
     assert not verdict_with(2 * GB).fits
-    assert mapped((), Machine(GB, ())) is None
+    assert mapped((), Machine(GB, (), MANY), 770) is None
+
+
+def test_mapped_weights_need_as_many_open_files_as_python_keeps_open():
+    needed = open_files_for(770)
+    assert needed == (128 if sys.version_info >= (3, 13) else 898)
+    for allowed in (needed - 1, needed):
+        machine = Machine(24 * GB, (), allowed)
+        verdict_here = mapped(tuple(shares(grok_1(), machine)), machine, 770)
+        assert verdict_here.fits is (allowed == needed)
+    machine = Machine(24 * GB, (), 100)
+    why = mapped(tuple(shares(grok_1(), machine)), machine, 770).why
+    assert f"{needed} files are open at once, 100 are allowed" in why
 
 
 def test_the_shares_of_grok_1_are_what_the_loader_places():
-    found = {share.devices: share for share in shares(grok_1(), Machine(GB, ()))}
+    found = {share.devices: share for share in shares(grok_1(), Machine(GB, (), MANY))}
     assert [share.mesh for share in found.values()] == [
         "expert=1,model=1",
         "expert=1,model=2",

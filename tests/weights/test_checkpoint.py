@@ -395,3 +395,27 @@ def test_name_that_is_not_there_is_answered_with_near_ones():
 
 def test_checkpoint_is_written_short():
     assert repr(golden.CHECKPOINT) == "<Checkpoint: 146 tensors, 2.8 MB>"
+
+
+MAP_ALL = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+import loader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (24, int(sys.argv[2])))
+checkpoint = loader.open_checkpoint(Path(sys.argv[1]), proven=False)
+arrays = [np.asarray(tensor) for tensor in checkpoint.values()]
+print(len(arrays), len(os.listdir("/dev/fd")))
+"""
+
+
+def test_more_files_are_mapped_than_may_be_open_by_default(tmp_path):
+    config = dataclasses.replace(CONFIG, num_layers=8)
+    write_checkpoint(tmp_path / "top", config)
+    manifested(Store(tmp_path), manifest_of(config, "top"))
+    command = [sys.executable, "-c", MAP_ALL, tmp_path, "4096"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    mapped, still_open = map(int, done.stdout.split())
+    assert mapped == len(parameters(config)) > 80
+    assert (still_open < 24) is (sys.version_info >= (3, 13))
