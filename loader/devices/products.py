@@ -8,6 +8,7 @@ only these.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,9 @@ __all__ = [
 
 GPUS = ("cuda", "rocm")
 """Platforms whose compiler copies a matrix out of its stack before it multiplies with it."""
+
+PART = 128
+"""Rows that one kernel of a GPU sums where it sums over the rows of a matrix."""
 
 FEW = 32
 """Tokens whose products take no longer on an accelerator than the weights take to read."""
@@ -141,14 +145,18 @@ def _summed(x: Array, weights: Quantized) -> Array:
 
     A GPU's compiler makes one kernel of it, and one of two such sums over the same `x`; it would
     copy the matrix for a product that it leaves to a kernel for matrices. A vector and not a matrix
-    of one row, and scaled within the sum: otherwise the stack is transposed first.
+    of one row, and scaled within the sum: otherwise the stack is transposed first. In parts that
+    are summed first: left to split the sum by itself it may write all addends out, as for a B200,
+    whose cache is large.
     """
     weights = _matrix(weights)
     groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape
-    factors = x.reshape(groups, rows // groups, 1)
-    matrix = weights.weight.reshape(groups, rows // groups, columns).astype(jnp.float32)
-    scaled = factors * matrix * weights.scales[:, None].astype(jnp.float32)
-    return jnp.sum(scaled, axis=(0, 1)).reshape(*x.shape[:-1], columns)
+    size = math.gcd(rows // groups, PART)
+    shape = (groups, rows // groups // size, size)
+    matrix = weights.weight.reshape(*shape, columns).astype(jnp.float32)
+    scaled = x.reshape(*shape, 1) * matrix * weights.scales[:, None, None].astype(jnp.float32)
+    parts: Array = lax.optimization_barrier(jnp.sum(scaled, axis=2))  # type: ignore[no-untyped-call]
+    return jnp.sum(parts, axis=(0, 1)).reshape(*x.shape[:-1], columns)
 
 
 def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
