@@ -27,6 +27,7 @@ from grokfetch.commands.options import (
 )
 from grokfetch.commands.seed import share
 from grokfetch.commands.tokenizer import bring_tokenizer
+from grokfetch.commands.value_types import Number
 from grokfetch.events import Outcome
 from grokfetch.fetch import Asked
 from grokfetch.fetch.source import PieceSource
@@ -65,7 +66,7 @@ MOST_EXTRAS = 10
 @click.option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=600.0,
     show_default=True,
     help="Give up after so long without a byte.",

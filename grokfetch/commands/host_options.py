@@ -8,7 +8,7 @@ import re
 import click
 
 from grokfetch.commands.options import bundle
-from grokfetch.commands.value_types import Mesh
+from grokfetch.commands.value_types import Integer, Mesh
 from loader.weights.host_share import Share, share_of_host
 from loader.weights.partition import MeshShape
 
@@ -58,11 +58,11 @@ def _host_and_port(
 
 _count = click.option(
     "--num-hosts",
-    type=click.IntRange(min=1),
+    type=Integer(min=1),
     help="How many hosts share the model, one process each.",
 )
 _number = click.option(
-    "--host-id", type=click.IntRange(min=0), help="Which of the hosts this is, from 0 on."
+    "--host-id", type=Integer(min=0), help="Which of the hosts this is, from 0 on."
 )
 
 hosts_options = bundle(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from grokfetch.commands.value_types import Duration, Mesh, Rate, Size, proxy_of
+from grokfetch.commands.value_types import Duration, Mesh, Number, Rate, Size, proxy_of
 from grokfetch.fetch.mirror.addresses import unusable
 from grokfetch.fetch.swarm import SwarmSettings
 from grokfetch.fetch.wanted import Network
@@ -249,7 +249,7 @@ goal_options = bundle(
     Goal,
     click.option(
         "--ratio",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Number(min=0, min_open=True),
         help="Stop seeding when so many times the size has been uploaded.",
     ),
     click.option(

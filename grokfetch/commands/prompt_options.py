@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import click
 
 from grokfetch.commands.options import bundle
+from grokfetch.commands.value_types import Integer
 from grokfetch.errors import PromptInvalid, storage_failed
 
 __all__ = ["Entry", "Listed", "Prompt", "Session", "prompt_options", "read_entries"]
@@ -199,7 +200,7 @@ prompt_options = bundle(
     ),
     click.option(
         "--slots",
-        type=click.IntRange(1, 256),
+        type=Integer(1, 256),
         help=f"Texts of --prompts that are continued at once; {SLOTS} if not given.",
     ),
 )

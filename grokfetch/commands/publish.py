@@ -28,6 +28,7 @@ from grokfetch.commands.options import (
     swarm_options,
 )
 from grokfetch.commands.seed import share
+from grokfetch.commands.value_types import Integer
 from grokfetch.errors import Contradiction, StateLocked, StorageFailed, storage_failed
 from grokfetch.events import Hashed
 from grokfetch.fetch.swarm import SwarmSettings
@@ -106,7 +107,7 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
 @click.option(
     "--piece-length",
     metavar="BYTES",
-    type=click.IntRange(16 * 1024, LARGEST_PIECE),
+    type=Integer(16 * 1024, LARGEST_PIECE),
     callback=_power_of_two,
     help="A power of two; by default what makes at most 20,000 pieces.",
 )

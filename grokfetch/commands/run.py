@@ -32,6 +32,7 @@ from grokfetch.commands.run_figures import Measured
 from grokfetch.commands.run_text import converse, tell, write
 from grokfetch.commands.streaming import fetching
 from grokfetch.commands.tokenizer import find_tokenizer
+from grokfetch.commands.value_types import Integer, Number
 from grokfetch.events import Ended
 from grokfetch.fetch import Asked
 from grokfetch.fetch.waiting_store import Arriving
@@ -66,17 +67,31 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @prompt_options
 @tokenizer_option
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=Integer(min=1),
+    default=128,
+    show_default=True,
+    help="How much longer the text may become.",
+)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.0,
     show_default=True,
     help="0 always takes the most probable token.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=1))
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--top-p",
+    type=Number(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Choose among the most probable tokens that together have this probability.",
+)
+@click.option("--top-k", type=Integer(min=1), help="Choose among so many most probable tokens.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The same seed gives the same text."
+)
 @loading_options
 @hosts_options
 @meanwhile_options

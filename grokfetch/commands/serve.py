@@ -14,6 +14,7 @@ from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.options import loading_options, state_option, tokenizer_option
 from grokfetch.commands.tokenizer import find_tokenizer
+from grokfetch.commands.value_types import Integer
 from grokfetch.errors import StorageFailed, TokenizerMissing
 from grokfetch.folder.store import Store
 from grokfetch.output.reporting import held
@@ -43,14 +44,14 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=Integer(0, 65535),
     default=8000,
     show_default=True,
     help="0 for any that is free.",
 )
 @click.option(
     "--slots",
-    type=click.IntRange(1, 256),
+    type=Integer(1, 256),
     default=16,
     show_default=True,
     help="Texts that are generated at once; a power of two.",
@@ -58,7 +59,7 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 @click.option(
     "--queue",
     "queue_length",
-    type=click.IntRange(min=0),
+    type=Integer(min=0),
     default=64,
     show_default=True,
     help="Texts that may wait for a slot; beyond them clients are told to come back.",

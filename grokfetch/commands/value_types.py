@@ -13,9 +13,58 @@ from grokfetch.units import parse_bytes
 from loader.weights.accelerators import ACCELERATORS, Slice, slice_of
 from loader.weights.partition import MeshShape
 
-__all__ = ["Devices", "Duration", "Mesh", "Rate", "Size", "proxy_of"]
+__all__ = ["Devices", "Duration", "Integer", "Mesh", "Number", "Rate", "Size", "proxy_of"]
 
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Integer(click.IntRange):
+    """An integer within bounds, which help and refusals tell in words."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        try:
+            number: int = super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(_must_be("an integer", self._describe_range(), value), param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        # What click puts into the help of an option.
+        return _bounds(self.min, self.max, above=self.min_open)
+
+
+class Number(click.FloatRange):
+    """A number within bounds, which help and refusals tell in words."""
+
+    name = "NUMBER"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        try:
+            number: float = super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(_must_be("a number", self._describe_range(), value), param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        return _bounds(self.min, self.max, above=self.min_open)
+
+
+def _must_be(what: str, bounds: str, value: object) -> str:
+    return f"must be {what}, {bounds}, not {str(value)!r:.40}"
+
+
+def _bounds(least: float | None, most: float | None, *, above: bool) -> str:
+    """Bounds in words, for options that all have a least value. Pure."""
+    assert least is not None
+    if most is None:
+        return f"more than {least:,}" if above else f"{least:,} or more"
+    return f"more than {least:,}, {most:,} at most" if above else f"{least:,} to {most:,}"
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]

@@ -11,6 +11,7 @@ import click
 from grokfetch.commands.fetch import bring
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import json_option, network_options, plain_option, state_option
+from grokfetch.commands.value_types import Number
 from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
 from grokfetch.fetch.wanted import Network, begun_in
@@ -36,7 +37,7 @@ from grokfetch.units import seconds_text
 @click.option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=600.0,
     show_default=True,
     help="Give up a repair after so long without a byte.",

@@ -58,6 +58,28 @@ def test_a_command_by_another_name_is_told_ours(typed, meant):
     assert f"Did you mean '{meant}'?" in invoke(typed, code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("serve", "d", "--slots", "0"), "must be an integer, 1 to 256, not '0'"),
+        (("serve", "d", "--port", "x"), "must be an integer, 0 to 65,535, not 'x'"),
+        (("run", "d", "x", "--top-p", "0"), "must be a number, more than 0, 1 at most, not '0'"),
+        (("run", "d", "x", "--max-tokens", "1.5"), "must be an integer, 1 or more, not '1.5'"),
+        (("fetch", "--timeout", "0"), "must be a number, more than 0, not '0'"),
+    ],
+)
+def test_a_value_out_of_bounds_is_told_the_bounds_in_words(arguments, said):
+    assert said in invoke(*arguments, code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "fetch", "publish"])
+def test_help_tells_bounds_in_words_too(command):
+    text = invoke(command, "--help").stdout
+    assert " RANGE" not in text
+    assert "x>" not in text
+    assert "<=x" not in text
+
+
 def test_a_word_too_many_is_told_to_be_quoted(tmp_path):
     assert "put the prompt in quotes" in invoke("run", tmp_path, "hello", "world", code=2).stderr
 
