@@ -1,4 +1,4 @@
-"""Where `run` takes prompts from: an argument, stdin, a file, a terminal, a list."""
+"""Where `run` takes prompts from, and why their texts are not longer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from support.program import invoke
 from grokfetch import errors
 from grokfetch.commands.prompt_list import Settings, already_done
 from grokfetch.commands.prompt_options import Entry, read_entries
+from grokfetch.commands.run_figures import why_stopped
 from grokfetch.interruption import noted
 from loader.inference.sampling import Sampling
 
@@ -38,14 +39,38 @@ def demo(tmp_path_factory):
 # --- one prompt ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [(), ("-",)], ids=["pipe", "-"])
-def test_a_prompt_comes_from_stdin_without_the_end_of_its_line(demo, arguments):
-    assert invoke("run", demo, *arguments, *ALONE, input=f"{PROMPT}\n").stdout == TEXT + "\n"
+def test_a_prompt_comes_from_stdin_without_the_end_of_its_line(demo):
+    whole = invoke("run", demo, *ALONE, input=f"{PROMPT}\n")
+    assert whole.stdout == TEXT + "\n"
+    assert whole.stderr.endswith("; the text ended\n")
 
 
-def test_a_prompt_comes_from_a_file(demo, tmp_path):
+def test_a_prompt_comes_from_a_file_and_a_limit_is_said_to_be_reached(demo, tmp_path):
     tmp_path.joinpath("prompt").write_text(f"{PROMPT}\n")
-    assert invoke("run", demo, "--prompt-file", tmp_path / "prompt", *ALONE).stdout == TEXT + "\n"
+    part = invoke(
+        *("run", demo, "--prompt-file", tmp_path / "prompt", "--max-tokens", 3, "--stats", *ALONE)
+    )
+    assert TEXT.startswith(part.stdout.rstrip("\n"))
+    assert "end      stopped at --max-tokens 3\n" in part.stderr
+
+
+def test_events_say_why_a_text_stopped(demo):
+    *_, last = invoke("run", demo, PROMPT, "--json", *ALONE).stdout.splitlines()
+    assert (json.loads(last)["text"], json.loads(last)["stopped"]) == (TEXT, "end")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "room", "why"),
+    [
+        (5, 5, 100, "max_tokens"),
+        (5, 5, 5, "max_tokens"),
+        (5, 9, 5, "context"),
+        (4, 9, 5, "end"),
+        (0, 9, 5, "end"),
+    ],
+)
+def test_a_text_stops_for_one_of_three_reasons(tokens, most, room, why):
+    assert why_stopped(tokens, most, room) == why
 
 
 @pytest.mark.parametrize(
@@ -232,10 +257,12 @@ def test_many_prompts_give_the_texts_that_each_gives_alone(demo, listed):
     told = invoke("run", demo, *options, "--json").stdout.splitlines()
     texts = texts_in(output)
     assert sorted(texts) == [0, 1, 2, 3]
-    for number, prompt in enumerate(PROMPTS[:2]):
-        alone = invoke("run", demo, prompt, "--max-tokens", 20, *ALONE).stdout
-        assert texts[number]["text"] + "\n" == alone
-        assert (texts[number]["prompt"], texts[number]["id"]) == (prompt, f"n{number}")
+    alone = invoke("run", demo, PROMPTS[1], "--max-tokens", 20, *ALONE).stdout
+    assert [texts[number]["text"] + "\n" for number in (0, 1)] == [TEXT + "\n", alone]
+    assert [(it["prompt"], it["id"]) for it in map(texts.get, (0, 1))] == [
+        (PROMPTS[0], "n0"),
+        (PROMPTS[1], "n1"),
+    ]
     assert (texts[0]["finish_reason"], texts[0]["tokens"]) == ("stop", 17)
     assert (texts[1]["finish_reason"], texts[1]["tokens"]) == ("length", 20)
     last = json.loads(told[-1])
