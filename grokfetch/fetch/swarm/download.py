@@ -216,7 +216,7 @@ class _Download:
         self._flushing: set[int] = set()
         self._flush_at = 0.0
         self._traffic_at = 0.0
-        self._urgent = Urgent(handle, order.layout, order.demand)
+        self._urgent = Urgent(session, handle, order)
 
     @property
     def left(self) -> frozenset[int]:
@@ -253,7 +253,6 @@ class _Download:
             if now >= self._traffic_at:
                 self._traffic_at = now + TRAFFIC_INTERVAL_S
                 yield self._traffic()
-                self._urgent.insist(self._finished | self._flushing)
                 if gives_up and self.banned and now - self._moved_at > GIVE_UP_S:
                     yield Notice("nothing comes any more; banned peers get another chance")
                     return
@@ -267,6 +266,7 @@ class _Download:
         received = self._before + status.total_payload_download
         if received > self.received:
             self.received, self._moved_at = received, time.monotonic()
+        self._urgent.look(status.total_payload_download, self._finished | self._flushing)
         self._tally.look((peer.ip, peer.total_download) for peer in self._handle.get_peer_info())
         return Traffic(
             received,

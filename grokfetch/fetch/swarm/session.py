@@ -213,6 +213,10 @@ class Session:
         with contextlib.suppress(BlockingIOError):
             self._signal.send(b"!")
 
+    def set_queue_time(self, seconds: int) -> None:
+        """Ask a peer for what it sends in so many seconds before it has sent the first of it."""
+        self._session.apply_settings({"request_queue_time": seconds})
+
     def alerts(self) -> list[Any]:
         """The alerts that there are, after waiting for at least one, but not for long."""
         alerts = self._session.pop_alerts()

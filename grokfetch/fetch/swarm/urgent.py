@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grokfetch.fetch.demand import Demand
-from grokfetch.torrent.layout import Layout
+from grokfetch.fetch.source import Order
+from grokfetch.fetch.swarm.session import Session
 
 __all__ = ["Urgent", "priority"]
 
@@ -28,78 +29,150 @@ WINDOW = 64 << 20
 """Bytes of pieces that have a deadline at one time, and never fewer than two pieces: of very many
 libtorrent would bring some of each, and none would be whole."""
 
+HURRIED_S, USUAL_S = 1, 3
+"""Seconds' worth of blocks that a peer is asked for at one time, while there are demands and else;
+the latter is libtorrent's own measure. No demand can take back what is on its way by then."""
+
+OPEN_S = 0.25
+"""Seconds' worth of pieces that may be asked for while there are demands, those that are waited for
+included: as many as it takes to keep peers busy until we have learned of the first."""
+
+LEAST_OPEN = 2
+"""So many pieces in any case."""
+
+CALM_S = 5.0
+"""So long after the last demand the next one is still expected."""
+
+FORGET = 0.98
+"""What is left of the highest rate seen after each look at it."""
+
 
 class Urgent:
     """What is asked of libtorrent before all else, in one session.
 
+    While there are demands few other pieces may be asked for at a time, whatever their priority:
+    what peers have begun to send cannot be taken back, and what is demanded next would come behind
+    it. That ends when nothing of a demand has come for a while.
+
     Args:
+        session: of libtorrent.
         handle: libtorrent's, of the torrent.
-        layout: the torrent's.
-        demand: what somebody waits for.
+        order: what is to be brought.
 
     Attributes:
         waited: the pieces that have a deadline.
     """
 
-    def __init__(self, handle: Any, layout: Layout, demand: Demand) -> None:
+    def __init__(self, session: Session, handle: Any, order: Order) -> None:
+        self._session = session
         self._handle = handle
-        self._layout = layout
-        self._demand = demand
+        self._order = order
+        self._demand = order.demand
+        self._size = order.layout.piece_length
         self._heeded = -1
-        self._raised: dict[int, int] = {}
+        self._raised: set[int] = set()
         self._came = (0, 0)
         self._insist_s, self._insist_at = INSIST_S, 0.0
+        self._received, self._rate, self._looked_at = 0, 0.0, time.monotonic()
+        self._calm_at = 0.0
+        self._hurried = False
+        self._open: set[int] = set()
+        self._later: Iterator[int] = iter(())
         self.waited: set[int] = set()
 
     def heed(self, left: set[int]) -> None:
-        """Take in what has been demanded since, of the pieces that are left.
+        """Take in what has been demanded since; called at each turn.
 
         A deadline makes libtorrent take back what it has asked of peers, and ask all of them for
         the blocks of these pieces; a priority only decides what is asked for next, and peers have
         seconds' worth of requests by then.
-        """
-        demand = self._demand
-        if demand.version == self._heeded:
-            return
-        self._heeded = demand.version
-        most = max(2, WINDOW // self._layout.piece_length)
-        waited = [piece for piece in demand.waited if piece in left]
-        self._raise(left.intersection(demand.ahead), AHEAD)
-        # Those beyond the window, too: else peers would be asked for others meanwhile.
-        self._raise(waited, WAITED)
-        for place, piece in enumerate(waited[:most]):
-            if piece not in self.waited:
-                self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
-                self._insist_s, self._insist_at = INSIST_S, time.monotonic() + INSIST_S
-        self.waited = set(waited[:most])
-
-    def _raise(self, pieces: Iterable[int], priority: int) -> None:
-        new = [piece for piece in pieces if self._raised.get(piece, 0) < priority]
-        if new:
-            self._handle.prioritize_pieces([(piece, priority) for piece in new])
-            self._raised.update(dict.fromkeys(new, priority))
-
-    def insist(self, arrived: Collection[int]) -> None:
-        """Ask anew for what is waited for if nothing of it comes.
 
         Args:
+            left: the pieces that are still to come.
+        """
+        if self._demand.version != self._heeded:
+            self._heeded = self._demand.version
+            self._set_deadlines([piece for piece in self._demand.waited if piece in left])
+        hurried = time.monotonic() < self._calm_at
+        if hurried != self._hurried:
+            self._hurried = hurried
+            self._session.set_queue_time(HURRIED_S if hurried else USUAL_S)
+            others = left.difference(self._demand.waited)
+            self._prioritize({piece: 0 if hurried else self._usual(piece) for piece in others})
+            self._later = iter(sorted(others, key=lambda piece: (-self._usual(piece), piece)))
+            self._open, self._raised = set(), set()
+        if hurried:
+            self._open_more(left)
+        else:
+            ahead = left.intersection(self._demand.ahead) - self._raised
+            self._raised |= ahead
+            self._prioritize(dict.fromkeys(ahead, AHEAD))
+
+    def _set_deadlines(self, waited: list[int]) -> None:
+        soonest = waited[: max(2, WINDOW // self._size)]
+        new = [piece for piece in waited if piece not in self.waited]
+        # Those beyond the window, too: else peers would be asked for others meanwhile.
+        self._prioritize(dict.fromkeys(new, WAITED))
+        for place, piece in enumerate(soonest):
+            if piece not in self.waited:
+                self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
+        if new:
+            now = time.monotonic()
+            self._insist_s, self._insist_at, self._calm_at = INSIST_S, now + INSIST_S, now + CALM_S
+        self.waited = set(soonest)
+
+    def _open_more(self, left: set[int]) -> None:
+        """Let some of the pieces be asked for that nobody waits for."""
+        self._open &= left
+        most = max(LEAST_OPEN, int(self._rate * OPEN_S / self._size)) - len(self.waited)
+        opened = {}
+        later = itertools.chain(self._demand.ahead, self._later)
+        while len(self._open) < most and (piece := next(later, None)) is not None:
+            if piece in left and piece not in self._open:
+                self._open.add(piece)
+                opened[piece] = self._usual(piece)
+        self._prioritize(opened)
+
+    def _usual(self, piece: int) -> int:
+        """The priority of a piece that nobody waits for."""
+        return priority(self._order.urgency.get(piece, 4))
+
+    def _prioritize(self, levels: Mapping[int, int]) -> None:
+        if levels:
+            self._handle.prioritize_pieces(list(levels.items()))
+
+    def look(self, received: int, arrived: set[int]) -> None:
+        """Look at how it goes: at the rate, and whether what is waited for comes.
+
+        Args:
+            received: payload bytes in this session.
             arrived: pieces that have come and have not been said to be there.
         """
         now = time.monotonic()
-        waited = self.waited.difference(arrived)
+        rate = (received - self._received) / max(now - self._looked_at, 1e-3)
+        self._received, self._looked_at = received, now
+        self._rate = max(rate, FORGET * self._rate)
+        waited = self.waited - arrived
         queue = self._handle.get_download_queue() if waited else ()
         mine = [part for part in queue if part["piece_index"] in waited]
         progress = sum(block["bytes_progress"] for part in mine for block in part["blocks"])
         came = (len(waited), progress)
-        if came != self._came or not waited:
-            self._came, self._insist_s, self._insist_at = came, INSIST_S, now + INSIST_S
+        if not waited:
+            self._insist_s, self._insist_at = INSIST_S, now + INSIST_S
+        elif came != self._came:
+            self._insist_s, self._insist_at, self._calm_at = INSIST_S, now + INSIST_S, now + CALM_S
         elif now >= self._insist_at:
-            self._insist_s = min(2 * self._insist_s, LONGEST_INSIST_S)
-            self._insist_at = now + self._insist_s
-            self._handle.clear_piece_deadlines()
-            for place, piece in enumerate(self._demand.waited):
-                if piece in waited:
-                    self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
+            self._insist(now, waited)
+        self._came = came
+
+    def _insist(self, now: float, waited: set[int]) -> None:
+        """Ask anew for what is waited for, of which nothing comes."""
+        self._insist_s = min(2 * self._insist_s, LONGEST_INSIST_S)
+        self._insist_at = now + self._insist_s
+        self._handle.clear_piece_deadlines()
+        for place, piece in enumerate(self._demand.waited):
+            if piece in waited:
+                self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
 
 
 def priority(urgency: int) -> int:
