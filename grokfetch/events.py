@@ -89,7 +89,9 @@ class Status:
 
     While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
     the proven bytes in every phase. `mirrors` are the HTTP servers that are asked beside the peers.
-    `sent` is who has sent how many payload bytes in this fetch.
+    `sent` is who has sent how many payload bytes in this fetch. `demanded` are
+    pieces that somebody waits for, the first ones, and `waiting` the tensors, or else files, that
+    they hold bytes of.
     """
 
     phase: Phase
@@ -101,6 +103,8 @@ class Status:
     pieces_total: int = 0
     proven: int = 0
     sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
+    demanded: tuple[int, ...] = ()
+    waiting: tuple[str, ...] = ()
     mirrors: int = 0
 
     @property

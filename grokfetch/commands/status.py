@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -84,6 +84,8 @@ def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
         yield "asked", f"{asked.what}, {share} of {asked.total:,} bytes are proven"
     yield "files", _files(survey)
     yield "at work", _at_work(seen)
+    if seen.owner is not None and seen.history.demanded:
+        yield "demanded", _demanded(seen.history.demanded)
     if seen.history.samples:
         yield "fetch", _fetch(seen, now)
     if seen.history.sent:
@@ -125,6 +127,18 @@ def _files(survey: Survey) -> str:
         f"{count} {state}{details.get(state, '')}{more if state == 'changed' else ''}"
         for state, count in sorted(counts.items())
     )
+
+
+def _demanded(pieces: Collection[int]) -> str:
+    there = [piece not in pieces for piece in range(max(pieces) + 1)]
+    return f"somebody waits for pieces {_runs(there)}"
+
+
+def _runs(proven: Sequence[bool]) -> str:
+    """The pieces that are not proven, the first runs of them."""
+    runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(proven)]
+    more = f" and {len(runs) - MOST_RUNS:,} more runs" if len(runs) > MOST_RUNS else ""
+    return f"{', '.join(runs[:MOST_RUNS]) or 'none'}{more}"
 
 
 def _at_work(seen: Overview) -> str:
@@ -198,9 +212,7 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
 
     if view.plain:
-        runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(pieces)]
-        more = f" and {len(runs) - MOST_RUNS:,} more runs" if len(runs) > MOST_RUNS else ""
-        yield f"pieces missing: {', '.join(runs[:MOST_RUNS]) or 'none'}{more}"
+        yield f"pieces missing: {_runs(pieces)}"
         return
     shares = piece_map(pieces, view.columns * MAP_ROWS)
     each = len(pieces) / len(shares)

@@ -49,6 +49,9 @@ from grokfetch.units import count_text
 __all__ = ["Limits", "fetch"]
 
 
+MOST_DEMANDED = 100
+"""Demanded pieces that are told at most."""
+
 NOTICES = 3
 """Notices of the source, the last ones, that the error at the end repeats."""
 
@@ -154,6 +157,9 @@ class _Bringing:
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
         self._notices: deque[str] = deque(maxlen=NOTICES)
+        self._heeded = -1
+        self._demanded: tuple[int, ...] = ()
+        self._waiting: tuple[str, ...] = ()
         demand.follow(lambda piece: piece in self._proofs.pieces)
 
     def run(self, *, repair: bool) -> Iterator[FetchEvent]:
@@ -377,6 +383,10 @@ class _Bringing:
             )
 
     def _status(self, phase: Phase) -> Status:
+        if self._demand.version != self._heeded:
+            self._heeded = self._demand.version
+            self._demanded = self._demand.waited[:MOST_DEMANDED]
+            self._waiting = self._plan.names(self._demanded)
         return Status(
             phase,
             self._done,
@@ -385,6 +395,8 @@ class _Bringing:
             pieces_total=len(self._plan.asked),
             proven=self._done,
             sent=self._sent,
+            demanded=self._demanded,
+            waiting=self._waiting,
         )
 
 

@@ -55,6 +55,15 @@ class Prepared:
     asked: frozenset[int]
     urgency: Mapping[int, int]
 
+    def names(self, pieces: Iterable[int]) -> tuple[str, ...]:
+        """The tensors with bytes in these pieces, and the files that hold no tensor there."""
+        parts = [it for piece in pieces for it in self.layout.segments(piece) if not it.file.pad]
+        named = (
+            self.tensors.names(it.file.path, it.offset, it.length) or str(it.file.path)
+            for it in parts
+        )
+        return tuple(dict.fromkeys(name for names in named for name in names.split(", ")))
+
     def weight(self, pieces: Iterable[int]) -> int:
         """The payload bytes of these pieces."""
         return sum(self.weights[piece] for piece in pieces)

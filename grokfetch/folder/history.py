@@ -70,12 +70,13 @@ class History:
     """Samples, oldest first, and who has sent how many payload bytes in all fetches.
 
     `ended` says how the last fetch ended and why, None while it is at work, and for ever if it was
-    killed.
+    killed. `demanded` are pieces that somebody waited for when it was written.
     """
 
     samples: tuple[Sample, ...] = ()
     sent: Mapping[Origin, int] = dataclasses.field(default_factory=dict)
     ended: Ended | None = None
+    demanded: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def recorded(
                     due = at + INTERVAL_S
                     samples = (*history.samples, _sample(event, before, history, at - start))
                     sent = _most(Counter(before.sent) + Counter(event.sent))
-                    history = History(thinned(samples), sent)
+                    history = History(thinned(samples), sent, demanded=event.demanded)
                     _write(store, history)
                 yield event
         ended = Ended(time.time(), "complete")
@@ -126,7 +127,7 @@ def recorded(
     finally:
         # What could not begin, for want of the lock say, leaves what is known of the one before.
         if before is not None and ended is not None:
-            _write(store, dataclasses.replace(history, ended=ended))
+            _write(store, dataclasses.replace(history, ended=ended, demanded=()))
 
 
 def _sample(status: Status, before: History, so_far: History, worked: float) -> Sample:
@@ -192,6 +193,7 @@ def _write(store: Store, history: History) -> None:
         "samples": [dataclasses.astuple(sample) for sample in history.samples],
         "sent": [(origin.kind, origin.name, count) for origin, count in history.sent.items()],
         "ended": None if history.ended is None else dataclasses.astuple(history.ended),
+        "demanded": history.demanded,
     }
     advisory.write(store.state / FILE, SCHEMA, fields)
 
@@ -211,6 +213,7 @@ def _decode(fields: dict[str, Any]) -> History:
         tuple(sorted(samples, key=lambda it: it.worked)),
         sent,
         None if ended is None else _decode_ended(ended),
+        tuple(map(advisory.count, fields.get("demanded", ()))),
     )
 
 

@@ -132,6 +132,7 @@ def as_fields(seen: Overview) -> dict[str, Any]:
             {"name": group.name, "proven": group.proven, "total": group.total}
             for group in survey.groups
         ],
+        "demanded": [] if seen.owner is None else list(seen.history.demanded),
         "ended": None if seen.history.ended is None else dataclasses.asdict(seen.history.ended),
         "history": [dataclasses.asdict(sample) for sample in seen.history.samples],
         "sent": [

@@ -32,7 +32,7 @@ class Gauge:
 
     step: one word. done, total: bytes, or how many of another unit; a total of 0 is not known yet.
     rate: so much a second, None if that is not known. peers: who sends, None where nobody does.
-    mirrors: HTTP servers beside them.
+    mirrors: HTTP servers beside them. waiting: for what somebody waits, in words.
     """
 
     step: str
@@ -42,9 +42,13 @@ class Gauge:
     peers: int | None = None
     mirrors: int = 0
     unit: str = "byte"
+    waiting: str = ""
 
     def line(self, view: Screen) -> str:
-        """A line with a bar that fits the screen: the less room, the fewer words, no fact less."""
+        """A line with a bar that fits the screen: the less room, the fewer words, no fact less.
+
+        Only what somebody waits for is left out where it has no room.
+        """
         if not self.total:
             return GAP.join([self.step, *self._senders(short=False)])[: view.columns]
         for wording in self._wordings():
@@ -66,6 +70,7 @@ class Gauge:
             self._rate(),
             f"{left} left" if left else "",
             *self._senders(short=False),
+            self.waiting and f"waiting for {self.waiting}",
         )
         return ", ".join(filter(None, facts))
 
@@ -74,7 +79,11 @@ class Gauge:
         share, rate, left = share_text(self.done, self.total), self._rate(), self._left()
         senders, initials = self._senders(short=False), self._senders(short=True)
         head = (self.step,)
-        yield _Wording(head, (share, rate, f"{left} left" if left else "", *senders), GAP, SHORTEST)
+        facts = (share, rate, f"{left} left" if left else "", *senders)
+        if self.waiting:
+            yield _Wording(head, (*facts, f"waiting for {self.waiting}"), GAP, SHORTEST)
+            yield _Wording(head, (share, rate, left, *senders, f"for {self.waiting}"), " ", LEAST)
+        yield _Wording(head, facts, GAP, SHORTEST)
         yield _Wording(head, (share, rate, left, *senders), " ", SHORTEST)
         yield _Wording((), (share, rate, left, *senders), " ", LEAST)
         share = f"{share.partition('.')[0]} %"

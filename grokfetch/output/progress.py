@@ -11,9 +11,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
@@ -178,6 +179,7 @@ class Bar:
             status.rate if downloads else None if status.phase == "done" else measured,
             status.peers if downloads or status.phase == "metadata" else None,
             status.mirrors,
+            waiting=_waiting(status.waiting),
         )
 
     def say(self, text: str) -> None:
@@ -222,6 +224,15 @@ class Bar:
         if self._drawn:
             self._stream.write(f"\r{' ' * len(self._drawn)}\r")
             self._drawn = ""
+
+
+def _waiting(names: Sequence[str]) -> str:
+    """What is waited for: the first tensor, without what is the same in all names, and how many."""
+    if not names:
+        return ""
+    name = re.sub(r"^transformer/decoder_layer_(\d+)/", r"layer \1 ", names[0])
+    first = re.sub(r"/(w|scale|embeddings)$", "", name)
+    return first + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def finding_line(finding: Finding) -> str:

@@ -14,11 +14,11 @@ from pathlib import PurePosixPath
 import pytest
 from support.fake_swarm import FakeSwarm, NoPeers
 from support.peer import Peer
-from support.torrents import content, lay_down, v1_torrent
+from support.torrents import content, lay_down, manifest_of, v1_torrent
 from support.web_server import WebServer
 
 from grokfetch.errors import StateLocked
-from grokfetch.events import Outcome
+from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.mirror import MirrorSettings, Together
@@ -108,6 +108,17 @@ def test_what_is_proven_is_not_asked_for_and_who_waits_is_woken():
     demand.answer([4])
     assert woken == [True]
     assert demand.proven([1, 2, 3]) == {1, 2}
+
+
+def test_the_events_say_what_is_waited_for_by_piece_and_by_tensor(tmp_path):
+    store = Arriving(tmp_path)
+    store.demand.ask([19, 20, 21])
+    source = FakeSwarm(TORRENT, dict(FILES))
+    manifest = manifest_of(FILES, TORRENT.info_hash)
+    events = list(fetch(store, source, manifest=manifest, demand=store.demand))
+    told = [(it.demanded, it.waiting) for it in events if isinstance(it, Status) and it.demanded]
+    assert ((20, 21), ("tensor of b",)) in told
+    assert [it for it in events if isinstance(it, Status)][-1].demanded == ()
 
 
 # --- swarms ---------------------------------------------------------------------------------------

@@ -342,6 +342,21 @@ def test_a_history_of_days_stays_small_even_and_keeps_its_ends():
     assert found == pytest.approx([(2 * n + 1) * 999.9 for n in range(10)], rel=0.02)
 
 
+def test_what_somebody_waits_for_is_shown_while_the_fetch_is_at_work(fetched):
+    store = Store(fetched)
+
+    def at_work():
+        yield Status("downloading", demanded=(4, 3, 6))
+        with store.lock():
+            assert "somebody waits for pieces 3 to 4, 6" in " ".join(shown(fetched).split())
+            assert machine(fetched)["demanded"] == [4, 3, 6]
+
+    list(history.recorded(store, at_work()))
+    assert history.read(store).demanded == ()
+    assert "waits for pieces" not in shown(fetched)
+    assert machine(fetched)["demanded"] == []
+
+
 def test_a_second_fetch_goes_on_with_the_history_of_the_first(tmp_path):
     swarm, store = FakeSwarm(TORRENT, dict(FILES), die_after=4), Store(tmp_path)
     with pytest.raises(Killed):

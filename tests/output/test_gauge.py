@@ -49,6 +49,14 @@ def test_in_words_it_is_the_same():
     assert Gauge("verify", 5, 10, 1.0).sentence() == "verify 50.0 %, 5 B of 10 B, 1 B/s, 5 s left"
 
 
+def test_what_is_waited_for_is_said_where_there_is_room():
+    gauge = Gauge("fetch", 5, 10, 1.0, 2, waiting="layer 3 moe/linear and 2 more")
+    assert "waiting for layer 3 moe/linear and 2 more" in gauge.line(Screen(120))
+    assert gauge.sentence().endswith("2 peers, waiting for layer 3 moe/linear and 2 more")
+    narrow = gauge.line(Screen(40))
+    assert narrow == Gauge("fetch", 5, 10, 1.0, 2).line(Screen(40))
+
+
 def test_what_stands_still_is_foretold_nothing():
     assert Gauge("fetch", 5, 10, 0.0, 2).sentence() == "fetch 50.0 %, 5 B of 10 B, 0 B/s, 2 peers"
     assert "left" not in Gauge("fetch", 10, 10, 5.0, 2).sentence()
