@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import hashlib
 import time
@@ -18,7 +19,7 @@ from grokfetch.commands.value_types import Size
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch.preflight import Check, checks, need, probe
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import Manifest, encode
+from grokfetch.manifest.schema import Manifest, ManifestFile, encode
 from grokfetch.output.reporting import ended, held, notice, reporter
 from grokfetch.units import bytes_text, seconds_text
 
@@ -32,21 +33,20 @@ TYPES = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
 @click.command(
     cls=Explained,
     examples=(
-        "grokfetch export /data/grok-1 /data/grok-1-gguf",
-        "grokfetch export /data/grok-1 /data/grok-1-bf16 --type bf16 --split 48G --dry-run",
+        "grokfetch export /data/grok-1 /data/grok-1-gguf --split 48G --dry-run",
+        "grokfetch export grok-1-Q8_0.gguf /data/grok-1 --format shards",
     ),
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("source", metavar="DIR", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
     "--format",
-    type=click.Choice(["gguf"]),
+    "form",
+    type=click.Choice(["gguf", "shards"]),
     default="gguf",
     show_default=True,
-    expose_value=False,
-    help="gguf is what llama.cpp reads.",
+    help="gguf is what llama.cpp reads; shards are the official files again, DIR being a GGUF of "
+    "type q8_0.",
 )
 @click.option(
     "--type",
@@ -71,9 +71,10 @@ TYPES = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
 @state_option
 @json_option
 def export(
-    folder: Path,
+    source: Path,
     out: Path,
     *,
+    form: str,
     kind: str,
     split: int | None,
     dry_run: bool,
@@ -83,13 +84,22 @@ def export(
 ) -> None:
     """Write the weights in DIR, all of them proven, into the folder OUT for another engine.
 
+    Or the other way: write the official shards again from a GGUF, byte for byte.
+
     Whatever ends an export, the same command goes on with what is missing. The files get their
     names when all are whole. Afterwards verify and publish work on OUT.
     """
     if out.suffix == ".gguf":
         raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
     start = time.perf_counter()
-    store = Store(folder, state)
+    if form == "shards":
+        _shards(source, out, start, dry_run=dry_run)
+        return
+    if not source.is_dir():
+        raise click.UsageError(
+            f"{source} is not a folder; a GGUF is turned back by --format shards"
+        )
+    store = Store(source, state)
     with held(store):
         plan = _planned(store, kind, split, tokenizer)
         if dry_run:
@@ -124,6 +134,50 @@ def _planned(store: Store, kind: str, split: int | None, tokenizer: Path | None)
     return gguf_plan(config, vocabulary, origin, TYPES[kind], split)  # type: ignore[arg-type]
 
 
+def _shards(source: Path, out: Path, start: float, *, dry_run: bool) -> None:
+    """Write the official shards again from a GGUF."""
+    from loader.export.restoring import FOLDER, open_exported, write_shards
+    from loader.weights.inventory import expected
+
+    if source.is_dir():
+        raise click.UsageError(f"{source} is a folder: --format shards takes a GGUF file")
+    exported = open_exported(source)
+    files, tensors = expected(exported.config, FOLDER)
+    sizes = [(file.path, file.size) for file in files]
+    described = Manifest("", files, tensors=tensors, model=exported.config.to_mapping())
+    if not dry_run:
+        _require_room(out, sizes)
+        target = Store(out)
+        with held(target, exclusive=True):
+            with reporter("export") as sink:
+                for event in write_shards(exported, target):
+                    sink.take(event)
+            _read_back(target, described)
+    seconds = time.perf_counter() - start
+    ended(
+        f"{out / FOLDER}: {len(files)} shards, {bytes_text(described.size)}"
+        + ("" if dry_run else f" in {seconds_text(seconds)}"),
+        seconds,
+        folder=str(out),
+        files=len(files),
+        bytes=described.size,
+    )
+
+
+def _read_back(target: Store, described: Manifest) -> None:
+    """Hash what was written as it stands on the disk; from then on it is proven."""
+    from loader.export.writing import read_back
+
+    described = dataclasses.replace(
+        described,
+        name=target.root.resolve().name,
+        measured=f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+    )
+    with reporter("hash") as sink:
+        for event in read_back(target, described):
+            sink.take(event)
+
+
 def _list(plan: Plan, out: Path, seconds: float) -> None:
     """Say what would be written, and whether the disk has room."""
     failed = _lacking(out, [(PurePosixPath(file.name), file.size) for file in plan.files])
@@ -144,6 +198,18 @@ def _lacking(out: Path, files: list[tuple[PurePosixPath, int]]) -> list[Check]:
     return [check for check in checks(needed, probe(out, needed.longest)) if not check.ok]
 
 
+def _require_room(out: Path, files: list[tuple[PurePosixPath, int]]) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageFailed: says what is short.
+    """
+    for check in _lacking(out, files):
+        raise StorageFailed(
+            check.what, path=out, hint="make room, or choose an OUT on another disk"
+        )
+
+
 def _write(job: Export, plan: Plan, target: Store, manifest: Manifest, start: float) -> None:
     names = ", ".join(file.name for file in plan.files[:2])
     names += ", ..." if len(plan.files) > 2 else ""
@@ -151,22 +217,12 @@ def _write(job: Export, plan: Plan, target: Store, manifest: Manifest, start: fl
     if job.whole:
         text = f"{target.root / names}: whole already, nothing was written"
     else:
-        for check in _lacking(target.root, job.missing):
-            raise StorageFailed(
-                check.what, path=target.root, hint="make room, or choose an OUT on another disk"
-            )
+        _require_room(target.root, job.missing)
         with reporter("export") as sink:
             for event in job.write():
                 sink.take(event)
-        described = Manifest(
-            target.root.resolve().name,
-            (),
-            licence=manifest.licence,
-            measured=f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-        )
-        with reporter("hash") as sink:
-            for event in job.read_back(described):
-                sink.take(event)
+        files = (ManifestFile(PurePosixPath(file.name), file.size) for file in plan.files)
+        _read_back(target, Manifest("", tuple(files), licence=manifest.licence))
         text = f"{target.root / names}: {len(plan.parts)} tensors, {bytes_text(plan.size)}"
         text += f", {kept} of them written before" if kept else ""
     seconds = time.perf_counter() - start

@@ -12,6 +12,7 @@ from grokfetch.commands.fetch import bring
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import json_option, network_options, plain_option, state_option
 from grokfetch.commands.value_types import Number
+from grokfetch.commands.verify_gguf import verify_gguf
 from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
 from grokfetch.fetch.wanted import Network, begun_in
@@ -26,12 +27,17 @@ from grokfetch.units import seconds_text
 @click.command(
     cls=Explained,
     examples=(
-        "grokfetch verify /data/grok-1",
         "grokfetch verify /data/grok-1 --repair",
+        "grokfetch verify grok-1-Q8_0.gguf --against /data/grok-1",
     ),
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--against",
+    metavar="MANIFEST",
+    type=click.Path(exists=True, path_type=Path),
+    help="Where DIR is a GGUF: the manifest of the shards, or a folder that has one; Grok-1's by "
+    "default.",
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @click.option(
@@ -49,6 +55,7 @@ from grokfetch.units import seconds_text
 def verify(
     folder: Path,
     *,
+    against: Path | None,
     repair: bool,
     timeout: float,
     network: Network,
@@ -58,7 +65,17 @@ def verify(
 
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
     is what the manifest says; files that the manifest does not name are listed and do no harm.
+
+    DIR may be a GGUF of type q8_0 that export wrote: each shard is rebuilt from it in memory, and
+    must have the sha256 that the manifest of the shards tells.
     """
+    if not folder.is_dir():
+        if repair:
+            raise click.UsageError("--repair takes a folder")
+        verify_gguf(folder, against)
+        return
+    if against is not None:
+        raise click.UsageError("--against goes with a GGUF")
     store = Store(folder, state)
     start = time.perf_counter()
     if repair:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from grokfetch.errors import Inexact
@@ -29,6 +30,9 @@ __all__ = [
     "Vocabulary",
     "gguf_name",
     "gguf_plan",
+    "gguf_shape",
+    "is_turned",
+    "split_name",
 ]
 
 GGUF_NAMES: Final = {
@@ -152,12 +156,13 @@ def gguf_plan(
     groups = list(_in_files(entries, split))
     # A manifest may call its checkpoint anything.
     stem = re.sub(r"[^\w.-]+", "-", origin.name).lstrip(".") or "model"
+    whole = PurePosixPath(f"{stem}-{kind}.gguf")
     fields = _fields(config, vocabulary, origin, kind)
     files, parts = [], []
     for number, group in enumerate(groups):
-        name = f"{stem}-{kind}.gguf"
+        name = whole.name
         if len(groups) > 1:
-            name = f"{stem}-{kind}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+            name = f"{whole.stem}{_number(number, len(groups))}"
             place = _split_fields(number, len(groups), len(entries))
             fields = (fields if number == 0 else {}) | place
         placed = list(_placed(group))
@@ -167,7 +172,7 @@ def gguf_plan(
                 entry.name,
                 spec,
                 entry.kind,
-                len(spec.shape) > 1 and spec.axes[0] != "vocab",
+                is_turned(spec),
                 number,
                 len(head) + entry.offset,
             )
@@ -186,19 +191,37 @@ def gguf_name(spec: ParamSpec) -> str:
     return f"blk.{spec.layer}.{GGUF_NAMES[FIELDS[within]]}.weight"
 
 
+def gguf_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """The shape of a parameter in GGUF: weights that are multiplied are turned."""
+    if not is_turned(spec):
+        return spec.shape
+    return (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
+
+
+def is_turned(spec: ParamSpec) -> bool:
+    """Whether a parameter is transposed: all that is multiplied, but for the embedding."""
+    return len(spec.shape) > 1 and spec.axes != ("vocab", "embed")
+
+
+def split_name(first: Path, number: int, count: int) -> Path:
+    """Where file `number`, from 0 on, of an export in several lies beside the first one."""
+    return first.with_name(first.name.removesuffix(_number(0, count)) + _number(number, count))
+
+
+def _number(number: int, count: int) -> str:
+    return f"-{number + 1:05d}-of-{count:05d}.gguf"
+
+
 def _by_layer(config: GrokConfig) -> list[ParamSpec]:
     """The parameters, those outside of all layers first, then layer by layer in number order."""
     return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
 
 
 def _entry(spec: ParamSpec, kind: ElementType) -> Entry:
-    shape = spec.shape
     held: ElementType = "F32"
     if spec.scale_groups is not None or (spec.axes == ("vocab", "embed") and kind != "Q8_0"):
         held = kind
-    if spec.axes != ("vocab", "embed") and len(shape) > 1:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    return Entry(gguf_name(spec), shape, held, 0)
+    return Entry(gguf_name(spec), gguf_shape(spec), held, 0)
 
 
 def _require_whole_blocks(config: GrokConfig) -> None:

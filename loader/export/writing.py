@@ -42,13 +42,13 @@ from grokfetch.folder.known import EXPORT
 from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import hash_files
-from grokfetch.manifest.schema import Manifest, ManifestFile
+from grokfetch.manifest.schema import Manifest
 from loader.export.layout import Part, Plan
 from loader.export.matrices import encode, encode_quantized, float16_scales, row_bytes, turned
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.tensor import Tensor
 
-__all__ = ["Export", "check_scales"]
+__all__ = ["Export", "check_scales", "read_back"]
 
 SCHEMA: Final = 1
 SLAB: Final = 1 << 22
@@ -274,30 +274,30 @@ class Export:
             except OSError as error:
                 raise storage_failed(error, path) from error
 
-    # --- reading back -----------------------------------------------------------------------------
 
-    def read_back(self, described: Manifest) -> Iterator[Progress]:
-        """Hash the files as they stand on the disk, and make the folder one that `verify` knows.
+def read_back(store: Store, described: Manifest) -> Iterator[Progress]:
+    """Hash files as they stand on the disk, and make their folder one that `verify` knows.
 
-        Args:
-            described: the export's manifest, without files.
+    Args:
+        store: the folder, its exclusive lock held.
+        described: its manifest, the files without sha256.
 
-        Raises:
-            StorageFailed: a file cannot be read, or the state folder not be written.
-        """
-        files = [ManifestFile(PurePosixPath(file.name), file.size) for file in self._plan.files]
-        digests, proofs, done = {}, {}, 0
-        for file, stamp, result in hash_files(self._store, files):
-            path = self._store.payload(file.path)
-            if result.sha256 is None or stamp is None or stamp != self._store.stamp(file.path):
-                raise StorageFailed(f"cannot be read back: {result.detail}", path=path)
-            digests[file.path] = result.sha256
-            proofs[file.path] = FileProof(stamp, result.sha256)
-            done += file.size
-            yield Progress(done, self._plan.size, "hashing")
-        whole = tuple(dataclasses.replace(file, sha256=digests[file.path]) for file in files)
-        self._store.save_manifest(dataclasses.replace(described, files=whole))
-        self._store.save_record(Record(files=proofs))
+    Raises:
+        StorageFailed: a file cannot be read, or the state folder not be written.
+    """
+    digests, proofs, done = {}, {}, 0
+    for file, stamp, result in hash_files(store, described.files):
+        if result.sha256 is None or stamp is None or stamp != store.stamp(file.path):
+            raise StorageFailed(
+                f"cannot be read back: {result.detail}", path=store.payload(file.path)
+            )
+        digests[file.path] = result.sha256
+        proofs[file.path] = FileProof(stamp, result.sha256)
+        done += file.size
+        yield Progress(done, described.size, "hashing")
+    files = (dataclasses.replace(it, sha256=digests[it.path]) for it in described.files)
+    store.save_manifest(dataclasses.replace(described, files=tuple(files)))
+    store.save_record(Record(files=proofs))
 
 
 def check_scales(checkpoint: Checkpoint) -> None:

@@ -1,0 +1,255 @@
+"""The way back: the official shards, byte for byte, from a GGUF of type Q8_0 that `export` wrote.
+
+Q8_0 keeps int8 and scales, the frame of a shard follows from its shape, and the fields of the file
+hold the config. So a GGUF can be proven to be the official checkpoint, and become it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from grokfetch.errors import (
+    CheckpointInvalid,
+    Contradiction,
+    GrokfetchError,
+    Inexact,
+    ManifestInvalid,
+    StorageFailed,
+    storage_failed,
+)
+from grokfetch.events import Progress
+from grokfetch.folder import advisory
+from grokfetch.folder.atomic import flush, make_folder
+from grokfetch.folder.known import EXPORT
+from grokfetch.folder.store import Store
+from grokfetch.torrent.read_back import Hashers
+from loader.export.gguf import Entry, read
+from loader.export.layout import CONFIG_KEY, gguf_name, gguf_shape, is_turned, split_name
+from loader.export.matrices import (
+    BLOCK,
+    BLOCK_LENGTH,
+    bfloat16_scales,
+    turned_back,
+)
+from loader.weights.pages import Pages
+from loader.weights.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.shard_writer import frame_layout
+
+__all__ = ["FOLDER", "Exported", "Rebuilt", "digests", "open_exported", "write_shards"]
+
+SCHEMA: Final = 1
+SLAB: Final = 1 << 22
+"""Weights that a thread turns at once."""
+
+FOLDER: Final = PurePosixPath("ckpt-0")
+"""Where the shards go in OUT, as in the official release."""
+
+Data = bytes | npt.NDArray[np.generic]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exported:
+    """A GGUF of ours: its config, its fields, and by name the file and place of every tensor."""
+
+    config: GrokConfig
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, tuple[Path, Entry]]
+
+    def shard(self, spec: ParamSpec) -> Iterator[Data]:
+        """All bytes of the official shard of a parameter, in order.
+
+        Raises:
+            Inexact: the tensor was not made of a shard.
+            StorageFailed: the file cannot be read.
+        """
+        path, entry = self.tensors[gguf_name(spec)]
+        layout = frame_layout(spec.dtype, spec.shape, spec.scale_shape)
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            yield from _shard(spec, entry, layout.around, mapped, path)
+        except OSError as error:
+            raise storage_failed(error, path) from error
+        except Inexact as error:
+            raise Inexact(
+                f"{entry.name} was not made of an official shard: {error.what}", path=path
+            ) from None
+
+
+def open_exported(path: Path) -> Exported:
+    """A GGUF that `export` wrote, all files of it where it is split.
+
+    Raises:
+        CheckpointInvalid: it is not one, or a tensor is missing or has another shape.
+        Inexact: it is of a type that has given up int8 and scales.
+        StorageFailed: it cannot be read.
+    """
+    first = read(path)
+    try:
+        config = GrokConfig.from_mapping(json.loads(first.fields[CONFIG_KEY]))
+    except (KeyError, TypeError, ValueError, ManifestInvalid) as error:
+        raise CheckpointInvalid(
+            "grokfetch did not write this GGUF, or it is not the first file of a split one: it "
+            f"has no config of a checkpoint ({error})",
+            path=path,
+            hint="name the first file of what grokfetch export wrote",
+        ) from None
+    count = first.fields.get("split.count", 1)
+    files = [first, *(read(split_name(path, number, count)) for number in range(1, count))]
+    tensors = {name: (file.path, entry) for file in files for name, entry in file.tensors.items()}
+    for spec in parameters(config):
+        _check(spec, path, tensors)
+    return Exported(config, first.fields, tensors)
+
+
+def _check(spec: ParamSpec, path: Path, tensors: Mapping[str, tuple[Path, Entry]]) -> None:
+    name = gguf_name(spec)
+    if name not in tensors:
+        raise CheckpointInvalid(f"it has no tensor {name}", path=path)
+    _, entry = tensors[name]
+    if entry.shape != gguf_shape(spec):
+        raise CheckpointInvalid(
+            f"{name} must have the shape {gguf_shape(spec)}, found {entry.shape}", path=path
+        )
+    wanted = "F32" if spec.scale_groups is None else "Q8_0"
+    if entry.kind != wanted:
+        raise Inexact(
+            f"{name} is {entry.kind}: only an export of type q8_0 keeps int8 and scales",
+            path=path,
+            hint="its bytes as they were written: grokfetch verify of the folder that it lies in",
+        )
+
+
+def _shard(
+    spec: ParamSpec, entry: Entry, around: tuple[bytes, ...], mapped: mmap.mmap, path: Path
+) -> Iterator[Data]:
+    if spec.scale_groups is None:
+        Pages(path, mapped, entry.offset, entry.nbytes).bring()
+        array = np.ndarray(entry.shape, "<f4", mapped, entry.offset)
+        yield from (around[0], array.T if is_turned(spec) else array, around[-1])
+        return
+    rows, columns = spec.shape[-2:]
+    stack = np.ndarray((entry.nbytes // BLOCK.itemsize,), BLOCK, mapped, entry.offset)
+    experts = stack.reshape(-1, columns, rows // BLOCK_LENGTH)
+    step = max(BLOCK_LENGTH, SLAB // columns // BLOCK_LENGTH * BLOCK_LENGTH)
+    each = entry.nbytes // len(experts)
+    yield around[0]
+    for number, blocks in enumerate(experts):
+        Pages(path, mapped, entry.offset + number * each, each).bring()
+        for start in range(0, rows, step):
+            yield turned_back(blocks, slice(start, min(start + step, rows)))
+    yield around[1]
+    for blocks in experts:
+        yield bfloat16_scales(blocks, spec.scale_groups)
+    yield around[2]
+
+
+def _bytes_of(data: Data) -> memoryview | bytes:
+    if isinstance(data, bytes):
+        return data
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A shard that was rebuilt in memory: its sha256 in hexadecimal, or why there is none."""
+
+    spec: ParamSpec
+    sha256: str | None
+    detail: str = ""
+
+
+def digests(exported: Exported) -> Iterator[Rebuilt]:
+    """Rebuild every shard, on all cores, and hash it; as they come."""
+
+    def job(spec: ParamSpec, _buffer: memoryview) -> Rebuilt:
+        hasher = hashlib.sha256()
+        try:
+            for data in exported.shard(spec):
+                hasher.update(_bytes_of(data))
+        except GrokfetchError as error:
+            return Rebuilt(spec, None, error.what)
+        return Rebuilt(spec, hasher.hexdigest())
+
+    with Hashers[Rebuilt]() as hashers:
+        yield from hashers.run(partial(job, spec) for spec in parameters(exported.config))
+
+
+def write_shards(exported: Exported, store: Store) -> Iterator[Progress]:
+    """Write every shard into a folder whose exclusive lock is held; those that are whole stay.
+
+    Raises:
+        Contradiction: another export was begun there.
+        StorageFailed: other files lie there, or the disk does not take them.
+        Inexact: a tensor was not made of a shard.
+    """
+    specs = parameters(exported.config)
+    _begin(exported, store)
+    stopped = threading.Event()
+
+    def job(spec: ParamSpec, _buffer: memoryview) -> ParamSpec:
+        path = store.root / FOLDER / spec.file
+        if path.exists():
+            return spec
+        try:
+            beside = path.with_name(f"{path.name}.part")
+            with beside.open("wb") as file:
+                for data in exported.shard(spec):
+                    if stopped.is_set():
+                        return spec
+                    file.write(_bytes_of(data))
+            flush(beside)
+            beside.replace(path)
+        except OSError as error:
+            raise storage_failed(error, path) from error
+        return spec
+
+    total = sum(spec.nbytes for spec in specs)
+    done = 0
+    with Hashers[ParamSpec]() as hashers:
+        try:
+            for spec in hashers.run(partial(job, spec) for spec in specs):
+                done += spec.nbytes
+                yield Progress(done, total, "exporting")
+        finally:
+            stopped.set()
+    flush(store.root / FOLDER)
+
+
+def _begin(exported: Exported, store: Store) -> None:
+    """Make sure that what lies in the folder is ours, and of the same GGUF."""
+    stamps = [
+        [path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns]  # noqa: PTH116
+        for path in sorted({path for path, _ in exported.tensors.values()})
+    ]
+    plan = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    state = store.state / EXPORT
+    known = advisory.read(state, SCHEMA, lambda fields: str(fields["plan"]))
+    if known not in (None, plan):
+        raise Contradiction(
+            "another export was begun here",
+            path=store.root,
+            hint="choose another OUT, or remove this one",
+        )
+    folder = store.root / FOLDER
+    if known is None and folder.exists():
+        raise StorageFailed(
+            "a folder lies where the shards must go", path=folder, hint="choose another OUT"
+        )
+    advisory.write(state, SCHEMA, {"plan": plan, "done": {}})
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise storage_failed(error, folder) from error
