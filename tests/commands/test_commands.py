@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import pytest
 from support import golden
-from support.program import grokfetch, invoke
+from support.program import SIMPLEST, grokfetch, invoke
 from support.release import publish
 
 from grokfetch import errors
@@ -109,7 +109,7 @@ def test_the_state_can_be_kept_elsewhere_and_every_command_finds_it(published, p
     assert "complete" in grokfetch("fetch", folder, *state)
     assert "layer" in grokfetch("status", folder, *state)
     assert "router/w" in grokfetch("inspect", folder, *state)
-    text = grokfetch("run", folder, "--tokens", "181", "--max-tokens", 1, *state, *ALONE)
+    text = grokfetch("run", folder, "--tokens", "181", "--max-tokens", 1, *state, *SIMPLEST)
     assert len(text.split()) == 1
 
 
@@ -257,7 +257,7 @@ def test_layers_are_fetched_first_and_the_rest_when_it_is_asked_for(published, p
     assert "layers 0-1" in missing
     grokfetch("fetch", folder, "--all", *options)
     assert grokfetch("verify", folder).count("layers") == 0
-    arguments = ("--tokens", "181", "--max-tokens", 3, *ALONE)
+    arguments = ("--tokens", "181", "--max-tokens", 3, *SIMPLEST)
     assert grokfetch("run", folder, *arguments).split() == [
         str(token) for token in golden.arrays()["f32/p0_tokens"][:3]
     ]
@@ -284,7 +284,7 @@ def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_
     for file in made.files:
         assert file.sha256 == hashlib.sha256((copied / file.path).read_bytes()).hexdigest()
     assert "unchanged since" in grokfetch("verify", copied)
-    text = grokfetch("run", copied, "--tokens", "181", "--max-tokens", 4, *ALONE)
+    text = grokfetch("run", copied, "--tokens", "181", "--max-tokens", 4, *SIMPLEST)
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
     flip(copied / "ckpt-0/tensor00009_000", 300)
     text = grokfetch("verify", copied, code=errors.Damaged.exit_code)
@@ -294,7 +294,7 @@ def test_files_that_came_another_way_are_described_verified_and_run(copied, tmp_
 def test_files_whose_frame_is_right_run_unproven_only_on_request(copied):
     grokfetch("manifest", copied, "--config", copied / "config.json")
     copied.joinpath(".grokfetch/record.json").unlink()
-    arguments = ("run", copied, "--tokens", "181", "--max-tokens", 2, *ALONE)
+    arguments = ("run", copied, "--tokens", "181", "--max-tokens", 2, *SIMPLEST)
     text = grokfetch(*arguments, code=errors.NotProven.exit_code)
     assert f"grokfetch verify {copied}" in text
     assert len(grokfetch(*arguments, "--unproven").split()) == 2
@@ -383,7 +383,7 @@ def test_a_device_that_cannot_hold_its_share_is_refused_with_what_would_help(
 ):
     monkeypatch.setattr(arrangement, "free_memory", lambda _: Memory(3_000_000))
     text = grokfetch(
-        *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
+        *("run", fetched_once, "--tokens", "1", *SIMPLEST),
         code=errors.OutOfReach.exit_code,
     )
     assert "MB of memory of each device, 3.0 MB are free" in text
@@ -399,7 +399,7 @@ def test_weights_that_the_memory_cannot_hold_are_refused_before_they_are_loaded(
     there = psutil.virtual_memory()._replace(available=free)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
     text = grokfetch(
-        *("run", fetched_once, "--tokens", "1", "--placement", "sharded", *ALONE),
+        *("run", fetched_once, "--tokens", "1", *SIMPLEST),
         code=errors.OutOfReach.exit_code,
     )
     assert f"the model takes 5.6 MB of memory, {free / 1e6:.1f} MB are free\n" in text

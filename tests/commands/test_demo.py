@@ -10,7 +10,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.program import grokfetch
+from support.program import SIMPLEST, grokfetch
 
 from grokfetch import errors
 from grokfetch.manifest.shipped import demo_folder
@@ -276,6 +276,6 @@ def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     assert " ".join(SENTENCES[-4:]) in words
     assert MANIFEST["info_hash"] in text
     assert MANIFEST["info_hash"] in grokfetch("verify", keep / "fetched")
-    said = grokfetch("run", keep / "fetched", start(SENTENCES[-1]), "--placement", "mapped")
+    said = grokfetch("run", keep / "fetched", start(SENTENCES[-1]), *SIMPLEST)
     assert f"{start(SENTENCES[-1])}{said}".strip() == SENTENCES[-1]
     grokfetch("demo", "--keep", keep, code=errors.StorageFailed.exit_code)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.demo import fetch_demo
-from support.program import invoke
+from support.program import SIMPLEST, invoke
 
 from grokfetch import errors
 from grokfetch.commands.prompt_list import Settings, already_done
@@ -24,7 +24,6 @@ from grokfetch.commands.run_figures import why_stopped
 from grokfetch.interruption import noted
 from loader.inference.sampling import Sampling
 
-ALONE = ("--mesh", "model=1", "--dtype", "float32")
 PROMPT = "Until then, have"
 TEXT = " patience and enough room on the disk."
 DEADLINE_S = 120.0
@@ -40,7 +39,7 @@ def demo(tmp_path_factory):
 
 
 def test_a_prompt_comes_from_stdin_without_the_end_of_its_line(demo):
-    whole = invoke("run", demo, *ALONE, input=f"{PROMPT}\n")
+    whole = invoke("run", demo, *SIMPLEST, input=f"{PROMPT}\n")
     assert whole.stdout == TEXT + "\n"
     assert whole.stderr.endswith("; the text ended\n")
 
@@ -48,14 +47,23 @@ def test_a_prompt_comes_from_stdin_without_the_end_of_its_line(demo):
 def test_a_prompt_comes_from_a_file_and_a_limit_is_said_to_be_reached(demo, tmp_path):
     tmp_path.joinpath("prompt").write_text(f"{PROMPT}\n")
     part = invoke(
-        *("run", demo, "--prompt-file", tmp_path / "prompt", "--max-tokens", 3, "--stats", *ALONE)
+        *(
+            "run",
+            demo,
+            "--prompt-file",
+            tmp_path / "prompt",
+            "--max-tokens",
+            3,
+            "--stats",
+            *SIMPLEST,
+        )
     )
     assert TEXT.startswith(part.stdout.rstrip("\n"))
     assert "end      stopped at --max-tokens 3\n" in part.stderr
 
 
 def test_events_say_why_a_text_stopped(demo):
-    *_, last = invoke("run", demo, PROMPT, "--json", *ALONE).stdout.splitlines()
+    *_, last = invoke("run", demo, PROMPT, "--json", *SIMPLEST).stdout.splitlines()
     assert (json.loads(last)["text"], json.loads(last)["stopped"]) == (TEXT, "end")
 
 
@@ -135,7 +143,7 @@ class Typist:
 
 
 def test_on_a_terminal_each_line_is_continued_until_the_end_of_the_input(demo):
-    with Typist("run", demo, *ALONE, "--max-tokens", 2000) as typist:
+    with Typist("run", demo, *SIMPLEST, "--max-tokens", 2000) as typist:
         typist.waits_for("> ")
         typist.types(f"{PROMPT}\n")
         assert TEXT in typist.waits_for("; the text ended")
@@ -244,7 +252,7 @@ def listed(tmp_path):
     lines = [{"prompt": text, "id": f"n{number}"} for number, text in enumerate(PROMPTS)]
     file.write_text("".join(json.dumps(entry) + "\n" for entry in [*lines, {"prompt": [5, 6]}]))
     output = tmp_path / "texts.jsonl"
-    options = ("--prompts", file, "--output", output, "--max-tokens", 20, "--slots", 2, *ALONE)
+    options = ("--prompts", file, "--output", output, "--max-tokens", 20, "--slots", 2, *SIMPLEST)
     return output, options
 
 
@@ -257,7 +265,7 @@ def test_many_prompts_give_the_texts_that_each_gives_alone(demo, listed):
     told = invoke("run", demo, *options, "--json").stdout.splitlines()
     texts = texts_in(output)
     assert sorted(texts) == [0, 1, 2, 3]
-    alone = invoke("run", demo, PROMPTS[1], "--max-tokens", 20, *ALONE).stdout
+    alone = invoke("run", demo, PROMPTS[1], "--max-tokens", 20, *SIMPLEST).stdout
     assert [texts[number]["text"] + "\n" for number in (0, 1)] == [TEXT + "\n", alone]
     assert [(it["prompt"], it["id"]) for it in map(texts.get, (0, 1))] == [
         (PROMPTS[0], "n0"),
@@ -305,7 +313,7 @@ def test_a_prompt_that_no_model_can_read_is_named_before_anything_is_loaded(demo
     file = tmp_path / "prompts.jsonl"
     file.write_text('"fine"\n{"prompt": [99999999]}\n')
     told = invoke(
-        *("run", demo, "--prompts", file, "--output", tmp_path / "o", *ALONE),
+        *("run", demo, "--prompts", file, "--output", tmp_path / "o", *SIMPLEST),
         code=errors.PromptInvalid.exit_code,
     ).stderr
     assert "prompt 2: token 99999999 is outside" in told

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import golden
-from support.program import grokfetch, invoke, started
+from support.program import SIMPLEST, grokfetch, invoke, started
 from support.torrents import content, lay_down
 
 from grokfetch import errors
@@ -237,18 +237,7 @@ def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
         source = (f"{magnet}&x.pe=127.0.0.1:{seeder.port}", "--manifest", tmp_path / "their.json")
         grokfetch("fetch", *source, "--to", theirs, *LOOPBACK)
     assert f"by the piece hashes of {link.info_hash}" in grokfetch("verify", theirs)
-    text = grokfetch(
-        "run",
-        theirs,
-        "--tokens",
-        "181",
-        "--max-tokens",
-        4,
-        "--dtype",
-        "float32",
-        "--mesh",
-        "model=1",
-    )
+    text = grokfetch("run", theirs, "--tokens", "181", "--max-tokens", 4, *SIMPLEST)
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
 
 
@@ -295,8 +284,7 @@ def test_a_published_folder_is_known_to_the_other_commands(top):
 def test_a_published_checkpoint_runs_where_it_lies(tmp_path):
     release = shutil.copytree(golden.TINY, tmp_path / "tiny")
     publish(release, "--config", release / "config.json")
-    prompt = ("--tokens", "181", "--max-tokens", 4, "--dtype", "float32", "--mesh", "model=1")
-    text = grokfetch("run", release, *prompt)
+    text = grokfetch("run", release, "--tokens", "181", "--max-tokens", 4, *SIMPLEST)
     assert text.split() == [str(token) for token in golden.arrays()["f32/p0_tokens"][:4]]
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 import pytest
-from support.program import grokfetch, invoke
+from support.program import SIMPLEST, grokfetch, invoke
 
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.folder.record import decode
@@ -94,7 +94,5 @@ def test_it_is_extended_with_the_rest_and_recites(part):
     assert (last["total"], last["fetched"], last["rehashed"]) == (ALL, ALL_PIECES - PIECES, 0)
     assert survey(Store(part)).proven == ALL
     beginning, rest = "Every piece is read back", " from the disk and hashed"
-    said = grokfetch(
-        *("run", part, beginning, "--max-tokens", 8, "--dtype", "float32", "--mesh", "model=1")
-    )
+    said = grokfetch("run", part, beginning, "--max-tokens", 8, *SIMPLEST)
     assert said.strip().startswith((beginning + rest, rest.strip())), said

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
-from support.program import grokfetch, started
+from support.program import SIMPLEST, grokfetch, started
 from support.serving import DEADLINE_S, EOS, P1, SERVED, WANTED, Held, error, letters, post, serving
 
 from grokfetch.commands.serve import Jobs
@@ -492,7 +492,7 @@ def folder(tmp_path):
 
 
 def test_sigterm_under_load_answers_what_is_at_work_and_ends_with_success(folder):
-    command = ("serve", folder, "--port", 0, "--slots", 2, "--dtype", "float32")
+    command = ("serve", folder, "--port", 0, "--slots", 2, *SIMPLEST)
     with started(*command, until="http://") as (process, lines):
         assert "compiled for up to 2 texts at once" in lines[-2]
         url = "http://" + lines[-1].split("http://")[1].split("/")[0]

@@ -10,6 +10,9 @@ from click.testing import CliRunner
 
 from grokfetch.cli import main
 
+SIMPLEST = ("--dtype", "float32", "--mesh", "model=1", "--placement", "sharded")
+"""How to hold a model where that is not what is tested: with the fewest programs to compile."""
+
 HEAVY = {"jax", "jaxlib", "numpy", "libtorrent"}
 
 
