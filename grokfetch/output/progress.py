@@ -29,6 +29,9 @@ __all__ = ["Bar", "Lines", "Sink", "finding_line"]
 LINE_INTERVAL_S = 10.0
 """How often a line is written where there is no terminal to draw on."""
 
+READS = {"checking", "hashing"}
+"""Phases of a fetch whose rate is that of the disk."""
+
 DRAW_INTERVAL_S = 0.1
 """How often a bar is drawn anew."""
 
@@ -176,7 +179,7 @@ class Bar:
             self._label if downloads else status.phase,
             status.done,
             known,
-            status.rate if downloads else None if status.phase == "done" else measured,
+            status.rate if downloads else measured if status.phase in READS else None,
             status.peers if downloads or status.phase == "metadata" else None,
             status.mirrors,
             waiting=_waiting(status.waiting),

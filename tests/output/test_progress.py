@@ -69,6 +69,8 @@ def test_a_shorter_line_leaves_nothing_of_a_longer_one(monkeypatch, clock, colum
         bar.take(downloading(25, rate=1e6, peers=123, mirrors=10))
         clock.now = 1.0
         bar.take(Status("metadata", peers=1))
+        clock.now = 9.0
+        bar.take(Status("metadata", peers=1))
         assert shown(out.getvalue()) == ["metadata  1 peer"]
     assert all(len(line) < columns for line in out.getvalue().split("\r"))
 

@@ -75,7 +75,9 @@ class Swarm:
             yield self._origin
             return
         lt = libtorrent()
-        self._refuse_without_peers("metadata", self._origin.trackers)
+        self._refuse_without_peers(
+            "metadata", self._origin.trackers, "give the .torrent, as SOURCE"
+        )
         with Session(self._settings) as session:
             handle = session.add(self._metadata_params(lt, self._origin), self._peers)
             yield from _Inquiry(lt, session, handle).run()
@@ -107,7 +109,7 @@ class Swarm:
             with Session(self._settings) as session:
                 params = self._download_params(lt, order)
                 trackers = (*order.torrent.trackers, *self._origin.trackers)
-                self._refuse_without_peers("data", trackers)
+                self._refuse_without_peers("data", trackers, "name a mirror: --web-seed URL")
                 handle = session.add(params, peers, order.root)
                 download = _Download(lt, session, handle, order, self._tally)
                 yield from download.run(received, gives_up=once_more)
@@ -116,11 +118,11 @@ class Swarm:
             peers = [*dict.fromkeys((*peers, *download.banned))]
             received, once_more = download.received, bool(arrived)
 
-    def _refuse_without_peers(self, what: str, trackers: Sequence[str]) -> None:
+    def _refuse_without_peers(self, what: str, trackers: Sequence[str], otherwise: str) -> None:
         if not self._peers and not self._settings.finds_peers(trackers):
             raise Stalled(
                 f"no {what}: no peer is known, and there is no way to find any",
-                hint="name one: --peer HOST:PORT, or a mirror: --web-seed URL",
+                hint=f"name one: --peer HOST:PORT, or {otherwise}",
             )
 
     def _download_params(self, lt: Any, order: Order) -> Any:
