@@ -37,7 +37,7 @@ COMMANDS = {
     "seed": "Share what is proven with others.",
     "run": "Continue a text.",
     "serve": "Answer OpenAI's completions API over HTTP.",
-    "export": "Write the weights as GGUF, for llama.cpp.",
+    "export": "Write the weights for llama.cpp, vLLM or SGLang.",
     "demo": "All of it on this machine, with a small model.",
 }
 """Each command and what its line in `grokfetch --help` says, in the order of the road. The line

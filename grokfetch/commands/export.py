@@ -24,10 +24,12 @@ from grokfetch.output.reporting import ended, held, notice, reporter
 from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from loader.export.layout import Plan
+    from loader.export.layout import Origin, Plan
+    from loader.export.matrices import ElementType
+    from loader.export.safetensors import Names
     from loader.export.writing import Export
 
-TYPES = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
+TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
 
 
 @click.command(
@@ -42,25 +44,29 @@ TYPES = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["gguf", "shards"]),
+    type=click.Choice(["gguf", "safetensors", "shards"]),
     default="gguf",
     show_default=True,
-    help="gguf is what llama.cpp reads; shards are the official files again, DIR being a GGUF of "
-    "type q8_0.",
+    help="gguf is what llama.cpp reads, safetensors what vLLM and SGLang do, shards are the "
+    "official files again, DIR being a GGUF of type q8_0.",
 )
 @click.option(
     "--type",
     "kind",
     type=click.Choice(list(TYPES)),
-    default="q8_0",
-    show_default=True,
-    help="Of the weights. q8_0 keeps int8 and scales as they are, f32 and bf16 are what they stand "
-    "for, f16 rounds.",
+    help="Of the weights; q8_0 for gguf, and bf16 for safetensors, which has no other. q8_0 keeps "
+    "int8 and scales as they are, f32 and bf16 are what they stand for, f16 rounds.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["vllm", "sglang"]),
+    help="Whose names safetensors has; vllm by default.",
 )
 @click.option(
     "--split",
     type=Size(),
-    help="Begin another file after so many bytes, 48G say; one file by default.",
+    help="Begin another file after so many bytes, 48G say; one file by default, of safetensors 5G "
+    "each.",
 )
 @click.option("--dry-run", is_flag=True, help="List files and sizes, and write nothing.")
 @tokenizer_option
@@ -75,7 +81,8 @@ def export(
     out: Path,
     *,
     form: str,
-    kind: str,
+    kind: str | None,
+    names: Names | None,
     split: int | None,
     dry_run: bool,
     tokenizer: Path | None,
@@ -92,6 +99,8 @@ def export(
     if out.suffix == ".gguf":
         raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
     start = time.perf_counter()
+    if names is not None and form != "safetensors":
+        raise click.UsageError("--names goes with --format safetensors")
     if form == "shards":
         _shards(source, out, start, dry_run=dry_run)
         return
@@ -101,7 +110,12 @@ def export(
         )
     store = Store(source, state)
     with held(store):
-        plan = _planned(store, kind, split, tokenizer)
+        if form == "safetensors":
+            if kind not in (None, "bf16"):
+                raise click.UsageError("safetensors is written as bf16 only")
+            plan = _as_safetensors(store, names or "vllm", split, tokenizer)
+        else:
+            plan = _as_gguf(store, kind or "q8_0", split, tokenizer)
         if dry_run:
             _list(plan, out, time.perf_counter() - start)
             return
@@ -109,29 +123,48 @@ def export(
         from loader.weights.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(store, proven=not unproven)
-        if kind == "q8_0":
+        if form == "gguf" and kind in (None, "q8_0"):
             check_scales(checkpoint)
         target = Store(out)
         with held(target, exclusive=True):
             _write(Export(plan, checkpoint, target), plan, target, store.manifest(), start)
 
 
-def _planned(store: Store, kind: str, split: int | None, tokenizer: Path | None) -> Plan:
-    from loader.export.layout import Origin, gguf_plan
-    from loader.weights.checkpoint import model_of
+def _origin(store: Store) -> Origin:
+    from loader.export.layout import Origin
 
-    manifest, config = store.manifest(), model_of(store)
-    origin = Origin(
+    manifest = store.manifest()
+    return Origin(
         manifest.name,
         manifest.info_hash,
         hashlib.sha256(encode(manifest)).hexdigest(),
         __version__,
         manifest.licence,
     )
+
+
+def _as_gguf(store: Store, kind: str, split: int | None, tokenizer: Path | None) -> Plan:
+    from loader.export.layout import gguf_plan
+    from loader.weights.checkpoint import model_of
+
+    config = model_of(store)
     if config.num_q_heads * config.key_size != config.emb_size:
         notice("note: llama.cpp loads only models whose heads times head size are the width")
     vocabulary = tuple(find_tokenizer(store, tokenizer).entries())
-    return gguf_plan(config, vocabulary, origin, TYPES[kind], split)  # type: ignore[arg-type]
+    return gguf_plan(config, vocabulary, _origin(store), TYPES[kind], split)
+
+
+def _as_safetensors(store: Store, names: Names, split: int | None, tokenizer: Path | None) -> Plan:
+    from loader.export.safetensors import SPLIT, safetensors_plan
+    from loader.inference.tokenizer import USUAL_NAME
+    from loader.weights.checkpoint import model_of
+
+    config = model_of(store)
+    # Says what is wrong with the tokenizer, if anything is.
+    find_tokenizer(store, tokenizer)
+    source = store.manifest().tokenizer
+    path = tokenizer or store.root / (USUAL_NAME if source is None else source.path)
+    return safetensors_plan(config, path.read_bytes(), _origin(store), names, split or SPLIT)
 
 
 def _shards(source: Path, out: Path, start: float, *, dry_run: bool) -> None:

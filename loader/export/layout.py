@@ -23,16 +23,21 @@ from loader.weights.schema import LAYER, OUTER, GrokConfig, ParamSpec, parameter
 
 __all__ = [
     "CONFIG_KEY",
+    "FIELDS",
+    "NORM_EPSILON",
+    "ROPE_BASE",
+    "SCORE_CAP",
     "Origin",
     "OutputFile",
     "Part",
     "Plan",
     "Vocabulary",
+    "by_layer",
     "gguf_name",
     "gguf_plan",
-    "gguf_shape",
     "is_turned",
     "split_name",
+    "turned_shape",
 ]
 
 GGUF_NAMES: Final = {
@@ -97,7 +102,8 @@ class Part:
     """A tensor of the export: the parameter that it holds, and where.
 
     Weights that are multiplied are turned: `[..., K, N]` becomes `[..., N, K]`. `offset` is in
-    bytes from the beginning of the file with the index `file`.
+    bytes from the beginning of the file with the index `file`. `expert` is the one that it holds of
+    a stack, None for all of the parameter.
     """
 
     name: str
@@ -106,6 +112,13 @@ class Part:
     turned: bool
     file: int
     offset: int
+    expert: int | None = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of weights and scales that it is made from."""
+        whole = self.spec.nbytes
+        return whole if self.expert is None else whole // self.spec.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,7 +165,7 @@ def gguf_plan(
     """
     if kind == "Q8_0":
         _require_whole_blocks(config)
-    entries = [(spec, _entry(spec, kind)) for spec in _by_layer(config)]
+    entries = [(spec, _entry(spec, kind)) for spec in by_layer(config)]
     groups = list(_in_files(entries, split))
     # A manifest may call its checkpoint anything.
     stem = re.sub(r"[^\w.-]+", "-", origin.name).lstrip(".") or "model"
@@ -191,8 +204,8 @@ def gguf_name(spec: ParamSpec) -> str:
     return f"blk.{spec.layer}.{GGUF_NAMES[FIELDS[within]]}.weight"
 
 
-def gguf_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape of a parameter in GGUF: weights that are multiplied are turned."""
+def turned_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """The shape of a parameter in an export: weights that are multiplied are turned."""
     if not is_turned(spec):
         return spec.shape
     return (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
@@ -212,7 +225,7 @@ def _number(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
 
 
-def _by_layer(config: GrokConfig) -> list[ParamSpec]:
+def by_layer(config: GrokConfig) -> list[ParamSpec]:
     """The parameters, those outside of all layers first, then layer by layer in number order."""
     return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
 
@@ -221,7 +234,7 @@ def _entry(spec: ParamSpec, kind: ElementType) -> Entry:
     held: ElementType = "F32"
     if spec.scale_groups is not None or (spec.axes == ("vocab", "embed") and kind != "Q8_0"):
         held = kind
-    return Entry(gguf_name(spec), gguf_shape(spec), held, 0)
+    return Entry(gguf_name(spec), turned_shape(spec), held, 0)
 
 
 def _require_whole_blocks(config: GrokConfig) -> None:

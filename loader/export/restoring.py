@@ -36,7 +36,7 @@ from grokfetch.folder.known import EXPORT
 from grokfetch.folder.store import Store
 from grokfetch.torrent.read_back import Hashers
 from loader.export.gguf import Entry, read
-from loader.export.layout import CONFIG_KEY, gguf_name, gguf_shape, is_turned, split_name
+from loader.export.layout import CONFIG_KEY, gguf_name, is_turned, split_name, turned_shape
 from loader.export.matrices import (
     BLOCK,
     BLOCK_LENGTH,
@@ -119,9 +119,9 @@ def _check(spec: ParamSpec, path: Path, tensors: Mapping[str, tuple[Path, Entry]
     if name not in tensors:
         raise CheckpointInvalid(f"it has no tensor {name}", path=path)
     _, entry = tensors[name]
-    if entry.shape != gguf_shape(spec):
+    if entry.shape != turned_shape(spec):
         raise CheckpointInvalid(
-            f"{name} must have the shape {gguf_shape(spec)}, found {entry.shape}", path=path
+            f"{name} must have the shape {turned_shape(spec)}, found {entry.shape}", path=path
         )
     wanted = "F32" if spec.scale_groups is None else "Q8_0"
     if entry.kind != wanted:

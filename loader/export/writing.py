@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections import Counter
@@ -212,8 +213,8 @@ class Export:
         jobs = [job for part in left for job in _jobs(part)]
         waiting = Counter(job.part.name for job in jobs)
         parts = {part.name: part for part in left}
-        total = sum(part.spec.nbytes for part in self._plan.parts)
-        done = total - sum(part.spec.nbytes for part in left)
+        total = sum(part.source_bytes for part in self._plan.parts)
+        done = total - sum(part.source_bytes for part in left)
         written: list[str] = []
         threads = min(os.cpu_count() or 1, MOST_THREADS)
         with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
@@ -228,7 +229,7 @@ class Export:
                         waiting[job.part.name] -= 1
                         if not waiting[job.part.name]:
                             written.append(job.part.name)
-                            done += job.part.spec.nbytes
+                            done += job.part.source_bytes
                     yield Progress(done, total, "exporting")
                     if written and (saving is None or saving.done()):
                         if saving is not None:
@@ -334,8 +335,11 @@ def _jobs(part: Part) -> Iterator[_Job]:
     step = rows
     if part.spec.scale_groups is None and not part.turned:
         step = max(1, SLAB // columns)
-    total = int(np.prod(outer)) * rows
-    for start in range(0, total, step):
+    total = math.prod(outer) * rows
+    first = 0
+    if part.expert is not None:
+        first, total = part.expert * rows, (part.expert + 1) * rows
+    for start in range(first, total, step):
         yield _Job(part, range(start, min(start + step, total)))
 
 
@@ -364,12 +368,13 @@ def _encoded(
     groups = scales.shape[-2]
     expert = job.rows.start // length
     own_scales = scales.reshape(-1, count)[expert * groups : (expert + 1) * groups]
+    before = 0 if part.expert is not None else expert * count
     step = max(8, SLAB // length // 8 * 8)
     width = row_bytes(part.kind, length)
     for start in range(0, count, step):
         columns = slice(start, start + step)
         data = encode_quantized(turned(matrix[:, columns]), own_scales[:, columns], part.kind)
-        yield (expert * count + start) * width, data
+        yield (before + start) * width, data
 
 
 def _write_at(handle: int, data: npt.NDArray[np.generic] | bytes, offset: int) -> None:
