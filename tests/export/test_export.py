@@ -267,7 +267,7 @@ main(["export", *sys.argv[2:]])
 def killed(model, out, saves, *options):
     """Export in a process that kills itself once it has saved so often how far it is."""
     command = [sys.executable, "-c", CHILD, str(saves), str(model), str(out), *options]
-    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
     return json.loads((out / ".grokfetch/export.json").read_text())["done"]
 
 
