@@ -196,9 +196,8 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
     place = probe(folder, needed.longest)
     machine = Machine(psutil.virtual_memory().total, devices(), most_open_files())
     chosen = None if selection is None else Part(str(selection), sum(size for _, size in files))
-    checked = checks(needed, place)
     of_devices = tuple(shares(manifest, machine))
-    return Plan(manifest, chosen, needed, place, checked, machine, of_devices)
+    return Plan(manifest, chosen, needed, place, checks(needed, place), machine, of_devices)
 
 
 def _planned(

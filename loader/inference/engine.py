@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
@@ -62,6 +62,9 @@ class Engine:
 
     Attributes:
         open_tokenizer: finds what turns texts into token ids, when the first text comes.
+        heads: how the devices share a cache `[B, S, K, d]`.
+        by_rows: how they share an array `[B, ...]` of a step.
+        everywhere: how an array lies that all of them hold.
     """
 
     def __init__(
@@ -79,11 +82,12 @@ class Engine:
         self._paging = paging
         self.open_tokenizer: Callable[[], Tokenizer] = _no_tokenizer
         self._steps = steps_for(config, params, mesh, self.dtype, paging)
+        self.heads, self.by_rows = self._steps.heads, self._steps.rows
+        self.everywhere = self._steps.everywhere
         # On every device at once: a step must not fetch them from the first for each layer.
-        rows = self._steps.rows
-        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=rows)
-        self._draw = jax.jit(draw, out_shardings=self._steps.everywhere)
-        self._pick = jax.jit(_pick, out_shardings=rows)
+        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=self.by_rows)
+        self._draw = jax.jit(draw, out_shardings=self.everywhere)
+        self._pick = jax.jit(_pick, out_shardings=self.by_rows)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -316,21 +320,6 @@ class Engine:
         copies: int = self.mesh.shape["data"]
         return count + -count % copies
 
-    @property
-    def heads(self) -> NamedSharding:
-        """How the devices share a cache `[B, S, K, d]`."""
-        return self._steps.heads
-
-    @property
-    def by_rows(self) -> NamedSharding:
-        """How the devices share an array `[B, ...]` of a step."""
-        return self._steps.rows
-
-    @property
-    def everywhere(self) -> NamedSharding:
-        """How an array lies that all devices hold."""
-        return self._steps.everywhere
-
     def _advance(
         self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
     ) -> tuple[Array, State]:
@@ -345,7 +334,7 @@ class Engine:
         shape = (batch, places, self.config.num_kv_heads, self.config.key_size)
 
         def zeros() -> Array:
-            return jnp.zeros(shape, self.dtype, device=self._steps.heads)
+            return jnp.zeros(shape, self.dtype, device=self.heads)
 
         return State(
             cache=tuple(KeyValues(zeros(), zeros()) for _ in range(len(self.params.layers))),
@@ -360,7 +349,7 @@ class Engine:
 
         def pad(array: Array) -> Array:
             padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
-            grown: Array = jax.device_put(padded, self._steps.heads)
+            grown: Array = jax.device_put(padded, self.heads)
             return grown
 
         return dataclasses.replace(
