@@ -22,10 +22,17 @@ class Demand:
 
     Args:
         answered: called when pieces are proven that somebody waits for.
+        stays: whether more may be asked for as long as the fetch is not ended: then it and its
+            sources stay when all is there.
+
+    Attributes:
+        stays: as it was given.
     """
 
-    def __init__(self, answered: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, answered: Callable[[], None] = lambda: None, *, stays: bool = False) -> None:
+        self.stays = stays
         self._answered = answered
+        self._admitted: frozenset[int] = frozenset()
         self._holds: Callable[[int], bool] = lambda _piece: False
         self._lock = threading.Lock()
         self._waited: dict[int, None] = {}
@@ -49,6 +56,20 @@ class Demand:
         """The pieces that will be needed next, in the order in which they were asked for."""
         with self._lock:
             return tuple(self._ahead)
+
+    @property
+    def admitted(self) -> frozenset[int]:
+        """The pieces that sources are to bring beside those of their order."""
+        return self._admitted
+
+    def admit(self, pieces: Iterable[int]) -> None:
+        """Have sources bring pieces beside those of their order; the folder is ready for them."""
+        with self._lock:
+            self._admitted = self._admitted.union(pieces)
+            self._version += 1
+            bells = list(self._bells)
+        for ring in bells:
+            ring()
 
     def ask(self, pieces: Iterable[int], *, ahead: bool = False) -> None:
         """Ask for pieces that are not proven, behind all that were asked for before.

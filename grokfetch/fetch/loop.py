@@ -157,7 +157,7 @@ class _Bringing:
         self._rehashed = 0
         self._sent: Mapping[Origin, int] = {}
         self._notices: deque[str] = deque(maxlen=NOTICES)
-        self._heeded = -1
+        self._heeded = self._admitted_at = -1
         self._demanded: tuple[int, ...] = ()
         self._waiting: tuple[str, ...] = ()
         demand.follow(lambda piece: piece in self._proofs.pieces)
@@ -190,7 +190,7 @@ class _Bringing:
             self._done = self._plan.weight(self._proofs.pieces & self._plan.asked)
             yield from self._check_disk()
             missing = self._missing
-            if not missing:
+            if not missing and not self._demand.stays:
                 return
             if in_vain == self._limits.attempts:
                 raise StorageFailed(
@@ -292,31 +292,66 @@ class _Bringing:
         root, manifest = self._store.root, self._store.manifest()
         silence = Silence(other_ways(root, manifest, metadata=True), self._clock)
         for event in stream:
+            self._admit()
+            idle = self._done >= self._total
+            if idle:
+                # Nothing is missing, so that nothing can stall.
+                alive = self._clock()
             if isinstance(event, Notice):
                 self._notices.append(event.text)
                 yield event
             elif isinstance(event, Arrived):
                 alive = self._clock()
-                self._fetched += len(event.pieces)
-                for batch in in_batches(self._layout, event.pieces):
-                    hashers.submit(partial(check_pieces, self._store.root, self._layout, batch))
-                if not set(self._demand.waited).isdisjoint(event.pieces):
-                    # The stream may have nothing more to say for a while.
-                    while hashers.busy:
-                        yield from self._collect(hashers, traffic, wait=True)
-                    if not self._proofs.pieces.issuperset(
-                        set(self._demand.waited).intersection(event.pieces)
-                    ):
-                        return
+                if (yield from self._read_back(event, hashers, traffic)):
+                    return
             else:
                 alive = self._clock() if event.received > traffic.received else alive
                 traffic = event
                 self._sent = event.sent
-                yield from silence.after(event)
+                if not idle:
+                    yield from silence.after(event)
             yield from self._collect(hashers, traffic, wait=False)
             self._check_alive(alive, traffic)
         while hashers.busy:
             yield from self._collect(hashers, traffic, wait=True)
+
+    def _read_back(
+        self, event: Arrived, hashers: Hashers[list[PieceResult]], traffic: Traffic
+    ) -> Generator[FetchEvent, None, bool]:
+        """Have pieces read back; whether one that is waited for was wrong, and is needed anew."""
+        self._fetched += len(event.pieces)
+        for batch in in_batches(self._layout, event.pieces):
+            hashers.submit(partial(check_pieces, self._store.root, self._layout, batch))
+        waited = set(self._demand.waited).intersection(event.pieces)
+        # The stream may have nothing more to say for a while.
+        while waited and hashers.busy:
+            yield from self._collect(hashers, traffic, wait=True)
+        return not self._proofs.pieces.issuperset(waited)
+
+    def _admit(self) -> None:
+        """Take in what somebody asks for beyond what was asked for, and remember it."""
+        if not self._demand.stays or self._demand.version == self._admitted_at:
+            return
+        self._admitted_at = self._demand.version
+        wanted = {*self._demand.waited, *self._demand.ahead}
+        new = sorted(wanted - self._plan.asked - self._proofs.pieces)
+        if not new:
+            return
+        spans: dict[PurePosixPath, list[tuple[int, int]]] = {}
+        for piece in new:
+            for part in self._layout.segments(piece):
+                if not part.file.pad:
+                    stop = part.offset + part.length
+                    spans.setdefault(part.file.path, []).append((part.offset, stop))
+        self._plan = dataclasses.replace(self._plan, asked=self._plan.asked.union(new))
+        self._total = self._plan.weight(self._plan.asked)
+        files = _files_of(self._layout, new)
+        preflight.check(self._store.root, self._room(files))
+        self._store.extend_selection({path: tuple(parts) for path, parts in spans.items()})
+        self._saver.settle()
+        self._proofs.renew(list(own(self._store, files)))
+        self._proofs.mark_more(file.path for file in files)
+        self._demand.admit(new)
 
     def _check_alive(self, alive: float, traffic: Traffic) -> None:
         if self._clock() - alive > self._limits.stall_s:

@@ -22,7 +22,8 @@ class Order:
     The pieces of `have` are on the disk and proven; the source may share them and must not write
     them. All others are neither to be fetched nor to be trusted. `urgency` says from 7 down to 1
     which pieces are wanted earlier; the others are in the middle. Those of `demand` come before all
-    of them, in its order, which changes while the source is at work.
+    of them, in its order, which changes while the source is at work; what that admits is
+    brought as if it stood in `want`, and where it stays the source does not end.
     """
 
     torrent: TorrentFile

@@ -37,17 +37,24 @@ class Arriving(Store):
         root: the checkpoint folder; need not exist yet.
         state: where our own files are; `root/.grokfetch` by default.
         watch: called every second where somebody waits; what it raises ends the waiting.
+        on_demand: whether what is required is to be asked for, too, where nobody has; the fetch
+            then stays until the block of `filled` ends.
 
     Attributes:
         demand: what is waited for, for the fetch to heed.
     """
 
     def __init__(
-        self, root: Path, state: Path | None = None, watch: Callable[[], None] = lambda: None
+        self,
+        root: Path,
+        state: Path | None = None,
+        watch: Callable[[], None] = lambda: None,
+        *,
+        on_demand: bool = False,
     ) -> None:
         super().__init__(root, state)
         self._watch = watch
-        self.demand = Demand(self._tell)
+        self.demand = Demand(self._tell, stays=on_demand)
         self._news = threading.Condition()
         self._saves = 0
         self._over = False
@@ -105,6 +112,8 @@ class Arriving(Store):
                 early.set()
                 raise
             finally:
+                if self.demand.stays:
+                    early.set()
                 left.set()
         running.result()
 

@@ -134,6 +134,18 @@ class Proofs:
             self._files[path] = FileProof(now, writing=True)
         self.save()
 
+    def mark_more(self, paths: Iterable[PurePosixPath]) -> None:
+        """The same of files beside those being written; what was proven may be flushed later.
+
+        Raises:
+            StorageFailed: the record cannot be written.
+        """
+        for path in paths:
+            if path not in self._files or not self._files[path].writing:
+                now = self._store.stamp(path) or Stamp(0, 0)
+                self._files[path] = FileProof(now, writing=True)
+        self.write()
+
     def save(self) -> None:
         """Flush the data of newly proven pieces, then write the record.
 

@@ -204,9 +204,12 @@ class Store:
     def _moves(self, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
         """From the torrent's paths to ours, for the files that lie elsewhere."""
         asked, moves = self.asked(), dict(self.places())
+        selection = self.selection()
+        # What is read next is not known, and a file that is being written cannot change its name.
+        parts = asked is not None and selection is not None and not selection.on_demand
         for file in layout.payload:
             place = moves.get(file.name, file.name)
-            if asked is not None and place not in asked and file.size:
+            if parts and asked is not None and place not in asked and file.size:
                 moves[file.name] = part_name(place)
         return moves
 
@@ -296,6 +299,19 @@ class Store:
         else:
             self._files.write("selection.json", selections.encode(selection))
         self._forget()
+
+    def extend_selection(self, more: Spans) -> None:
+        """Keep that more bytes were read of a folder that is read on demand.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        earlier = self.selection()
+        assert earlier is not None
+        selection = earlier.grown(more)
+        self._files.write("selection.json", selections.encode(selection))
+        # Readers go on meanwhile, and no file has another name now.
+        self._selection, self._asked = selection, None
 
     def save_record(self, record: Record) -> None:
         """Keep what is proven. The data it speaks of must be on the disk by now.

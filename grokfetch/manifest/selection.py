@@ -22,6 +22,7 @@ from grokfetch.manifest.schema import ITEM_SIZES, Manifest, ManifestTensor
 from grokfetch.torrent.layout import Layout
 
 __all__ = [
+    "ON_DEMAND",
     "SCHEMA",
     "Extract",
     "Request",
@@ -41,6 +42,9 @@ SCHEMA = 2
 
 Spans = Mapping[PurePosixPath, tuple[tuple[int, int], ...]]
 """For each file asked for: start and stop of spans in bytes, in order, none touching another."""
+
+ON_DEMAND = "what was read"
+"""What an extract is called that grows with what somebody reads of a checkpoint."""
 
 BANDS = 7
 """Levels of urgency, from 7, the most urgent, to 1."""
@@ -71,6 +75,11 @@ class Request:
     only: tuple[str, ...] = ()
     extract: Extract | None = None
 
+    @property
+    def on_demand(self) -> bool:
+        """Whether it is what grows with what is read."""
+        return self.extract is not None and self.extract.what == ON_DEMAND
+
     def __str__(self) -> str:
         if self.extract is not None:
             return self.extract.what
@@ -94,7 +103,26 @@ class Selection:
         """With one more request, unless it stands there already."""
         if request in self.requests:
             return self
+        if request.on_demand and request.extract is not None and self.on_demand:
+            return self.grown(dict(request.extract.spans))
         return Selection((*self.requests, request))
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether a part of it grows with what is read."""
+        return any(request.on_demand for request in self.requests)
+
+    def grown(self, more: Spans) -> Selection:
+        """With more bytes that were read."""
+        held: dict[PurePosixPath, list[tuple[int, int]]] = {}
+        for request in self.requests:
+            if request.on_demand and request.extract is not None:
+                held.update((path, list(parts)) for path, parts in request.extract.spans)
+        for path, parts in more.items():
+            held.setdefault(path, []).extend(parts)
+        spans = tuple((path, _merged(parts)) for path, parts in held.items())
+        others = (request for request in self.requests if not request.on_demand)
+        return Selection((*others, Request(extract=Extract(ON_DEMAND, spans))))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.requests))
@@ -160,7 +188,7 @@ def spans(manifest: Manifest, selection: Selection) -> Spans:
         for path, start, stop in _request_spans(manifest, request):
             matches = True
             parts_by_path.setdefault(path, []).append((start, stop))
-        if not matches:
+        if not matches and not request.on_demand:
             raise SelectionInvalid(f"nothing of {manifest.name} matches: {request}")
     return {path: _merged(parts) for path, parts in parts_by_path.items()}
 

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from support.fake_swarm import FakeSwarm, NoPeers
+from support.patience import PATIENCE_S, wait_for
 from support.peer import Peer
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 from support.web_server import WebServer
@@ -35,8 +36,6 @@ TORRENT = v1_torrent(FILES, PIECE)
 LAYOUT = parse_info(TORRENT.info, TORRENT.piece_layers)
 NEVER_SAVED = Limits(metadata_s=20, stall_s=60, save_s=1000)
 """The record is written at the beginning and at the end of a fetch only."""
-
-PATIENCE_S = 60
 
 
 def span(piece):
@@ -168,16 +167,6 @@ def test_several_readers_are_served_in_the_order_in_which_they_asked(tmp_path):
         for reader in readers:
             reader.result(PATIENCE_S)
     assert brought[:3] == order
-
-
-def wait_for(true):
-    """Return once something is true; fails after a long while."""
-    deadline = threading.Event()
-    for _ in range(PATIENCE_S * 100):
-        if true():
-            return
-        deadline.wait(0.01)
-    pytest.fail("it has not become true")
 
 
 def test_a_demanded_piece_comes_from_the_one_peer_that_has_it(tmp_path):

@@ -62,10 +62,19 @@ class Jobs:
         layout: the torrent's.
         pieces: what is to be brought, in order.
         workers: connections among which jobs are shared out.
-        demand: which of them come before the others.
+        demand: which of them come before the others, and which are to be brought beside them.
+        have: what the demand may have admitted before, and is there.
     """
 
-    def __init__(self, layout: Layout, pieces: list[int], workers: int, demand: Demand) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        pieces: list[int],
+        workers: int,
+        demand: Demand,
+        have: frozenset[int] = frozenset(),
+    ) -> None:
+        self._known = have.union(pieces)
         self._layout = layout
         self._workers = workers
         self._demand = demand
@@ -109,6 +118,9 @@ class Jobs:
         if self._heeded == self._demand.version:
             return
         self._heeded = self._demand.version
+        new = self._demand.admitted - self._known
+        self._known |= new
+        self._jobs.extend(self._runs(sorted(new)))
         waited = dict.fromkeys(self._demand.waited)
         self._places = {piece: place for place, piece in enumerate((*waited, *self._demand.ahead))}
         if not self._places:

@@ -51,7 +51,8 @@ class Pool:
         root: the checkpoint folder.
         pieces: what to bring, in order.
         settings: how to treat mirrors.
-        demand: which pieces come before the others.
+        demand: which pieces come before the others; while it stays, so do the connections.
+        have: pieces that are there.
 
     Attributes:
         received: payload bytes so far.
@@ -65,6 +66,7 @@ class Pool:
         pieces: list[int],
         settings: MirrorSettings,
         demand: Demand | None = None,
+        have: frozenset[int] = frozenset(),
     ) -> None:
         self._mirrors = [mirror for mirror in mirrors if not mirror.dropped]
         self._layout = layout
@@ -78,7 +80,7 @@ class Pool:
             self._least_rate = min(LEAST_RATE, settings.down / (4 * workers))
         self._free_at = 0.0
         self._demand = demand or Demand()
-        self._jobs = Jobs(layout, pieces, workers, self._demand)
+        self._jobs = Jobs(layout, pieces, workers, self._demand, have)
         self._running = 0
         self._retired = False
         self._begun = threading.Event()
@@ -210,7 +212,7 @@ class Pool:
         while not mirror.dropped:
             rest_s = mirror.rests_until - time.monotonic()
             job = self._jobs.first(mirror.serves)
-            if job is None and not self._running:
+            if job is None and not self._running and not self._demand.stays:
                 return None
             most = int(mirror.allowed) + urgent
             waits = job is None or mirror.active >= most or (urgent and not job.urgent)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Together"]
 
+ON_DEMAND_S = 0.02
+"""How long to wait for mirrors when a demand may come at any moment."""
+
 WAIT_S = 0.2
 """How long to wait for mirrors when there is nothing else to wait for."""
 
@@ -107,6 +110,9 @@ class Together:
         from grokfetch.fetch.mirror.pool import Pool
 
         yield from self.meet(order.torrent)
+        if order.demand.stays:
+            yield from self._in_turn(order)
+            return
         left = set(order.want)
         received = 0
         share, quiet = 0.5, False
@@ -127,6 +133,24 @@ class Together:
             left -= a_round.arrived
             received = a_round.received
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
+
+    def _in_turn(self, order: Order) -> Iterator[Event]:
+        """What is asked for while it runs: by the swarm, or where that is silent by mirrors."""
+        received, by_swarm = 0, True
+        while True:
+            turn = _Turn(order, received, self._can_help)
+            with contextlib.closing(
+                turn.of_swarm(self._join(order, stays=True))
+                if by_swarm and self._swarm_works
+                else turn.of_mirrors(self.alive, self._settings)
+            ) as events:
+                yield from map(self._with_senders, events)
+            received, have = turn.received, order.have | turn.arrived
+            left = (order.want | order.demand.admitted) - have
+            order = dataclasses.replace(order, have=have, want=left)
+            by_swarm = not by_swarm
+            if not self._swarm_works and not self.alive:
+                raise Stalled("there is no way to find a peer, and no mirror is left")
 
     def _swarm_alone(self, order: Order, received: int) -> Iterator[Event]:
         try:
@@ -194,9 +218,9 @@ class Together:
         mirrors = self.alive
         return any(it.serves(_files(layout, piece)) for piece in pieces for it in mirrors)
 
-    def _join(self, order: Order) -> Generator[Event, None, None]:
+    def _join(self, order: Order, *, stays: bool = False) -> Generator[Event, None, None]:
         """The swarm; where it cannot be joined at all, that is said and mirrors go on alone."""
-        if not order.want:
+        if not order.want and not stays:
             return
         try:
             yield from self._swarm.download(order)
@@ -204,6 +228,71 @@ class Together:
             self._swarm_works = False
             names = ", ".join(mirror.name for mirror in self.alive)
             yield Notice(f"{error.what}; going on with {names} alone")
+
+
+class _Turn:
+    """Either side at work for those who read on demand, until the other should take over.
+
+    Attributes:
+        arrived: pieces that are there.
+        received: payload bytes since the order, of both sides.
+    """
+
+    def __init__(
+        self, order: Order, received: int, can_help: Callable[[Layout, set[int]], bool]
+    ) -> None:
+        self._order = order
+        self._can_help = can_help
+        self._before = self.received = received
+        self.arrived: set[int] = set()
+
+    @property
+    def _waited(self) -> set[int]:
+        wanted = self._order.want | self._order.demand.admitted
+        return set(wanted.intersection(self._order.demand.waited) - self.arrived)
+
+    def of_swarm(self, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """Until it has been silent while somebody waited for what a mirror may have."""
+        silent_since = math.inf
+        with contextlib.closing(swarm):
+            for event in swarm:
+                now = time.monotonic()
+                if isinstance(event, Arrived):
+                    self.arrived.update(event.pieces)
+                if isinstance(event, Traffic):
+                    total = self._before + event.received
+                    if total > self.received or not self._waited:
+                        silent_since = math.inf
+                    self.received = max(self.received, total)
+                    yield dataclasses.replace(event, received=self.received)
+                else:
+                    yield event
+                if self._waited:
+                    silent_since = min(silent_since, now)
+                    silent = now - silent_since > DEMAND_QUIET_S
+                    if silent and self._can_help(self._order.layout, self._waited):
+                        return
+
+    def of_mirrors(
+        self, mirrors: list[Mirror], settings: MirrorSettings
+    ) -> Generator[Event, None, None]:
+        """Until none is left."""
+        from grokfetch.fetch.mirror.pool import Pool
+
+        order, rate = self._order, _Rate()
+        pieces = sorted(order.want)
+        pool = Pool(mirrors, order.layout, order.root, pieces, settings, order.demand, order.have)
+        version = order.demand.version
+        with pool:
+            while pool.busy:
+                # Who listens has to learn of demands before anything can be done.
+                for event in pool.take(0.0 if order.demand.version != version else ON_DEMAND_S):
+                    if isinstance(event, Arrived):
+                        self.arrived.update(event.pieces)
+                    yield event
+                version = order.demand.version
+                self.received = self._before + pool.received
+                yield Traffic(self.received, rate.of(pool.received), 0)
 
 
 class _Round:

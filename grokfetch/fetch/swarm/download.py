@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ class Swarm:
         lt = libtorrent()
         peers, received, once_more = self._peers, 0, True
         self._tally.begin()
-        while order.want:
+        yield from self._until_wanted(order, (*order.torrent.trackers, *self._origin.trackers))
+        while order.want or order.demand.stays:
             with Session(self._settings) as session:
                 params = self._download_params(lt, order)
                 trackers = (*order.torrent.trackers, *self._origin.trackers)
@@ -113,10 +115,21 @@ class Swarm:
                 handle = session.add(params, peers, order.root)
                 download = _Download(lt, session, handle, order, self._tally)
                 yield from download.run(received, gives_up=once_more)
-            arrived = order.want - download.left
+            arrived = download.arrived
             order = dataclasses.replace(order, have=order.have | arrived, want=download.left)
             peers = [*dict.fromkeys((*peers, *download.banned))]
             received, once_more = download.received, bool(arrived)
+
+    def _until_wanted(self, order: Order, trackers: Sequence[str]) -> Iterator[Traffic]:
+        """Where nobody can be found, wait until that matters: until something is to be brought."""
+        rung = threading.Event()
+        alone = not self._peers and not self._settings.finds_peers(trackers)
+        idle = order.demand.stays and alone
+        with order.demand.bell(rung.set):
+            while idle and not order.want and order.demand.admitted <= order.have:
+                yield Traffic(0, 0.0, 0)
+                rung.wait(TRAFFIC_INTERVAL_S)
+                rung.clear()
 
     def _refuse_without_peers(self, what: str, trackers: Sequence[str], otherwise: str) -> None:
         if not self._peers and not self._settings.finds_peers(trackers):
@@ -201,6 +214,7 @@ class _Download:
 
     Attributes:
         received: payload bytes since the order, those of earlier sessions included.
+        arrived: pieces that have.
         banned: addresses of the peers that were.
     """
 
@@ -214,6 +228,8 @@ class _Download:
         self._moved_at = time.monotonic()
         self.banned: list[tuple[str, int]] = []
         self._left = set(order.want)
+        self._known = order.want | order.have
+        self.arrived: frozenset[int] = frozenset()
         self._finished: set[int] = set()
         self._flushing: set[int] = set()
         self._flush_at = 0.0
@@ -238,7 +254,15 @@ class _Download:
         yield self._traffic()
 
     def _bring(self, *, gives_up: bool) -> Iterator[Arrived | Traffic | Notice]:
-        while self._left:
+        demand, version = self._order.demand, 0
+        while self._left or demand.stays:
+            if demand.stays and demand.version != version:
+                # Who listens has to learn of it before anything can be done.
+                version, self._traffic_at = demand.version, 0.0
+            new = demand.admitted - self._known
+            if new:
+                self._known |= new
+                self._left |= new
             self._urgent.heed(self._left)
             for alert in self._session.alerts():
                 yield from self._take(alert)
@@ -287,6 +311,7 @@ class _Download:
         elif isinstance(alert, lt.cache_flushed_alert):
             arrived, self._flushing = self._flushing, set()
             self._left -= arrived
+            self.arrived |= arrived
             if arrived:
                 yield Arrived(tuple(sorted(arrived)))
         elif isinstance(alert, lt.hash_failed_alert):
