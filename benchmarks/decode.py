@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grokfetch.process_limits import available_memory
 from loader.devices.cache_folder import cache_folder
-from loader.devices.memory import available
 from loader.devices.paging import CHUNK, READERS, Managed
 from loader.devices.placement import make_mesh, share
 from loader.devices.tuning import measure
@@ -70,7 +70,7 @@ def opened(folder: Path, wanted: float | None) -> tuple[Engine, Checkpoint]:
     checkpoint = open_folder(folder, config)
     mesh = make_mesh(config)
     params = share(checkpoint, mesh, measure(cache_folder() / processor()))
-    budget = available() - 3e9 if wanted is None else wanted * 1e9
+    budget = available_memory() - 3e9 if wanted is None else wanted * 1e9
     paging = Managed(checkpoint, int(budget))
     seconds = time.perf_counter() - start
     print(f"opened {len(checkpoint)} files in {seconds:.2f} s, {anonymous() - before:.0f} MB taken")

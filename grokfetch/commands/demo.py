@@ -119,7 +119,14 @@ class _Steps:
 @contextlib.contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     if keep is None:
-        with tempfile.TemporaryDirectory(prefix="grokfetch-demo-") as folder:
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="grokfetch-demo-")
+        except OSError as error:
+            raise StorageFailed(
+                f"there is no room for temporary files: {error.strerror}",
+                hint="name a folder for them, TMPDIR=/folder, or where to keep all: --keep DIR",
+            ) from error
+        with temporary as folder:
             yield Path(folder)
         return
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from grokfetch.commands.elsewhere import show_elsewhere
 from grokfetch.commands.help import Explained
@@ -39,6 +38,7 @@ from grokfetch.manifest.selection import Request, extended, spans
 from grokfetch.manifest.shipped import grok_1
 from grokfetch.open_files import most_open_files, open_files_for
 from grokfetch.output.terminal import Screen, screen
+from grokfetch.process_limits import address_space, most_memory
 from grokfetch.units import bytes_text, seconds_text
 from loader.devices.present import Device, devices
 from loader.weights import capacity
@@ -75,11 +75,16 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """Memory of this machine in bytes, its devices, and how many files may be open at once."""
+    """Memory that this process may hold here, in bytes, the devices of this machine, and limits.
+
+    open_files: how many files may be open at once. address_space: bytes that `ulimit -v` lets the
+    process map, None for no limit.
+    """
 
     memory: int
     devices: tuple[Device, ...]
     open_files: int
+    address_space: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,7 +199,9 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
         whole = {path for path, state in survey(store).files.items() if state == "proven"}
     needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
-    machine = Machine(psutil.virtual_memory().total, devices(), most_open_files())
+    space = address_space()
+    limit = None if space is None else space[0]
+    machine = Machine(most_memory(), devices(), most_open_files(), limit)
     chosen = None if selection is None else Part(str(selection), sum(size for _, size in files))
     of_devices = tuple(shares(manifest, machine))
     return Plan(manifest, chosen, needed, place, checks(needed, place), machine, of_devices)
@@ -247,6 +254,8 @@ def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
     if not devices:
         if count > 1:
             return False, "no GPU or TPU here"
+        if _limited(machine, each):
+            return False, _limit_text(machine)
         fits = each <= machine.memory
         return fits, f"CPU, {bytes_text(machine.memory)} of memory"
     if count > len(devices):
@@ -272,6 +281,9 @@ def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | No
     if files > machine.open_files:
         why = f"{files:,} files are open at once, {machine.open_files:,} are allowed: ulimit -Hn"
         return dataclasses.replace(single, fits=False, why=why)
+    # Files that are mapped count with all their bytes.
+    if _limited(machine, single.weights + single.cache + WORK):
+        return dataclasses.replace(single, fits=False, why=_limit_text(machine))
     fits = single.cache + WORK <= machine.memory
     memory = bytes_text(machine.memory)
     why = (
@@ -280,6 +292,14 @@ def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | No
         else f"{memory} of memory hold them all"
     )
     return dataclasses.replace(single, fits=fits, why=why if fits else f"{memory} of memory")
+
+
+def _limited(machine: Machine, needed: int) -> bool:
+    return machine.address_space is not None and needed > machine.address_space
+
+
+def _limit_text(machine: Machine) -> str:
+    return f"ulimit -v allows {bytes_text(machine.address_space or 0)}"
 
 
 # --- what is printed -----------------------------------------------------------------------------

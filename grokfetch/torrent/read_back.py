@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from grokfetch.process_limits import cores
 from grokfetch.torrent.layout import Layout, PieceHasher, Segment
 
 __all__ = [
@@ -65,11 +66,11 @@ class Hashers(Generic[T]):
     """A pool of threads, each with a buffer.
 
     Args:
-        threads: how many; one for each core by default.
+        threads: how many; by default one for each core that this process may use.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cores()
         self._pool = ThreadPoolExecutor(self._threads, "hash")
         self._local = threading.local()
         self._running: set[Future[T]] = set()

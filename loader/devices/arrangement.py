@@ -9,12 +9,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from grokfetch.errors import OutOfReach
+from grokfetch.process_limits import address_space
 from grokfetch.units import bytes_text
 from loader.devices.cache_folder import cache_folder
 from loader.devices.memory import free_memory
 from loader.weights.capacity import Memory, Shortage, Use, shortage
+from loader.weights.limits import WORK, cache_bytes_per_token, cache_length
 from loader.weights.partition import MeshShape
-from loader.weights.schema import GrokConfig
+from loader.weights.schema import GrokConfig, weight_bytes
 
 if TYPE_CHECKING:
     from loader.devices.placement import Mesh
@@ -109,6 +111,8 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
     memory = free_memory(arrangement.mesh.local_devices)
     if memory is None:
         return
+    if memory.sharers:
+        _check_address_space(config, arrangement, tokens)
     use = Use(
         config,
         MeshShape(**arrangement.mesh.shape),
@@ -123,6 +127,27 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
             f"the model takes {bytes_text(short.needed)} of memory{each},"
             f" {bytes_text(memory.free)} are free",
             hint=advice(short, memory),
+        )
+
+
+def _check_address_space(config: GrokConfig, arrangement: Arrangement, tokens: int) -> None:
+    """Refuse what `ulimit -v` does not allow to be mapped; XLA would end the process.
+
+    Raises:
+        OutOfReach: how much is needed and how much is left.
+    """
+    limits = address_space()
+    if limits is None:
+        return
+    limit, left = limits
+    places = cache_length(config, min(tokens, config.sequence_len))
+    cache = cache_bytes_per_token(config, arrangement.loading.itemsize) * places
+    needed = weight_bytes(config) + cache + WORK
+    if needed > left:
+        raise OutOfReach(
+            f"the model takes {bytes_text(needed)} of address space, and of the"
+            f" {bytes_text(limit)} that ulimit -v allows {bytes_text(left)} are left",
+            hint="allow more: ulimit -v unlimited",
         )
 
 

@@ -112,6 +112,7 @@ def _compiled(folder: Path, compiler: str) -> Path:
                 capture_output=True,
                 text=True,
                 timeout=PATIENCE_S,
+                env=os.environ | {"TMPDIR": work},
                 check=False,
             )
             if ran.returncode == 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from grokfetch.process_limits import cores
 from loader.devices.assemble import landing
 from loader.devices.chunks import Chunk, Part, chunks
 from loader.devices.products import Quantized
@@ -86,7 +86,7 @@ def transfer(
         on_bytes: called with bytes of the checkpoint as they have been read.
         drop: let the kernel forget the pages of a file once they are read.
     """
-    size, workers = division(in_flight, os.cpu_count() or 1)
+    size, workers = division(in_flight, cores())
     waiting: deque[tuple[_Leg, ...]] = deque()
     # The threads end first, then what they fill is closed.
     with contextlib.ExitStack() as buffers, _Reader(workers, on_bytes, drop=drop) as reader:

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import os
 import platform
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+from grokfetch.process_limits import cores
 from loader.weights.limits import GPU_SHARE
 from loader.weights.schema import GrokConfig
 
@@ -35,7 +37,7 @@ def processor() -> str:
                 flags = value.strip()
     # Virtual machines of one model name differ in what they let through.
     flags_digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    text = f"{model or platform.machine()}-{flags_digest}-{os.cpu_count()}-{version('jaxlib')}"
+    text = f"{model or platform.machine()}-{flags_digest}-{cores()}-{version('jaxlib')}"
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
@@ -58,6 +60,8 @@ def keep_programs(folder: Path) -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:  # A home that cannot be written: programs are compiled each time.
         return
+    # A full disk costs no more than that: what is not kept is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(place))  # type: ignore[no-untyped-call]
     jax.config.update(  # type: ignore[no-untyped-call]
         "jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S
@@ -69,10 +73,13 @@ def use_cores(config: GrokConfig) -> None:
 
     The loop over a matrix is split over the cores at every step, so that with many cores a step is
     too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
-    share of the columns. Where XLA_FLAGS or an earlier use of jax has decided, that holds.
+    share of the columns. Where the environment or an earlier use of jax has decided, that holds.
     """
-    devices = max(1, (os.cpu_count() or 1) // CORES_A_DEVICE)
+    # XLA heeds affinity itself, but no quota of a cgroup.
+    os.environ.setdefault("NPROC", str(cores()))
+    devices = max(1, cores() // CORES_A_DEVICE)
     count = next(n for n in range(devices, 0, -1) if config.num_kv_heads % n == 0)
-    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grokfetch.events import Loaded, LoadEvent, Notice, Progress
+from grokfetch.process_limits import available_memory
 from grokfetch.units import bytes_text
 from loader.devices import placement as placing
 from loader.devices.arrangement import Arrangement, Dtype, Loading, Placement, arrange
 from loader.devices.cluster import meet
 from loader.devices.kernels import Tuning
-from loader.devices.memory import available
 from loader.devices.paging import Managed
 from loader.devices.placement import Params
 from loader.devices.tuning import suited
@@ -190,7 +190,7 @@ def _copy(
 def _paging(checkpoint: Checkpoint, loading: Loading, report: Report) -> Managed:
     """What keeps the pages of mapped weights within the memory that there is; says what stays."""
     config = checkpoint.config
-    memory = available() if loading.memory is None else loading.memory
+    memory = available_memory() if loading.memory is None else loading.memory
     cache = cache_bytes_per_token(config, loading.itemsize) * config.sequence_len
     paging = Managed(checkpoint, memory - cache - WORK, arriving=checkpoint.by_parts)
     division = paging.division

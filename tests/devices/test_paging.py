@@ -287,17 +287,17 @@ def test_generation_goes_on_in_a_cgroup_smaller_than_the_checkpoint(tmp_path):
 import os, sys
 from pathlib import Path
 Path({str(place / "cgroup.procs")!r}).write_text(str(os.getpid()))
-from loader.devices.memory import available
+from grokfetch.process_limits import available_memory
 from loader.weights.checkpoint import open_folder
 from loader.inference.engine import Engine
 from loader.devices.paging import Managed
 from loader.devices.placement import make_mesh, share
 from loader.weights.schema import GrokConfig
 config = {config!r}
-assert available() <= {room}
+assert available_memory() <= {room}
 checkpoint = open_folder(Path({str(tmp_path / "ckpt-0")!r}), config)
 mesh = make_mesh(config)
-managed = Managed(checkpoint, available() - (300 << 20))
+managed = Managed(checkpoint, available_memory() - (300 << 20))
 assert not managed.division.everything
 engine = Engine(config, share(checkpoint, mesh), mesh, "float32", managed)
 print(len(list(engine.generate([5, 6, 7], 12))))

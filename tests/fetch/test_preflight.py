@@ -221,6 +221,20 @@ def test_mapped_weights_need_as_many_open_files_as_python_keeps_open():
     assert f"{needed} files are open at once, 100 are allowed" in why
 
 
+def test_a_limit_of_the_address_space_is_named_by_plan(tmp_path, monkeypatch):
+    machine = Machine(400 * GB, (), 16 * GB)
+    in_files = mapped(tuple(shares(grok_1(), machine)), machine)
+    assert (in_files.fits, in_files.why) == (False, "ulimit -v allows 16.0 GB")
+    assert verdict(1, 40 * GB, machine) == (False, "ulimit -v allows 16.0 GB")
+    assert verdict(1, 10 * GB, machine)[0]
+    rich = dataclasses.replace(probe(tmp_path, 0), free=10**12)
+    monkeypatch.setattr("grokfetch.commands.plan.probe", lambda *_: rich)
+    monkeypatch.setattr("grokfetch.commands.plan.devices", tuple)
+    monkeypatch.setattr("grokfetch.commands.plan.address_space", lambda: (16 * GB, 15 * GB))
+    assert planned(tmp_path).count("ulimit -v allows 16.0 GB") == 2
+    assert json.loads(planned(tmp_path, "--json"))["machine"]["address_space"] == 16 * GB
+
+
 def test_the_shares_of_grok_1_are_what_the_loader_places():
     found = {share.devices: share for share in shares(grok_1(), Machine(GB, (), MANY))}
     assert [share.mesh for share in found.values()] == [
