@@ -28,6 +28,7 @@ from grokfetch.manifest.schema import Manifest, parse
 from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.units import bytes_text, seconds_text
+from loader.devices.jax_environment import require_jax
 
 if TYPE_CHECKING:
     from loader.inference.engine import Engine
@@ -63,6 +64,7 @@ def demo(keep: Path | None) -> None:
     text by heart, seeds it from a second process, fetches it by its magnet link over 127.0.0.1,
     verifies it, loads it onto all devices and lets it speak.
     """
+    require_jax()
     with _folder(keep) as folder:
         _walk(folder)
         if keep is not None:

@@ -39,6 +39,7 @@ from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.output.reporting import held, lines
 from loader.devices.arrangement import Arrangement, Loading, arrange
+from loader.devices.jax_environment import require_jax
 from loader.devices.meter import Meter
 from loader.inference.tokenizer import Tokenizer
 from loader.weights.schema import GrokConfig, weight_bytes
@@ -128,6 +129,7 @@ def run(
     the text; each reads only the bytes that its own devices need.
     """
     _refuse_together(wanted, hosts, meanwhile, unproven=unproven, stats=stats)
+    require_jax()
     from loader.devices.cluster import meet
     from loader.inference.engine import Sampling
     from loader.weights.checkpoint import model_of, require_whole

@@ -22,6 +22,7 @@ from grokfetch.serving.model import Generation, Served
 from grokfetch.serving.worker import Worker
 from grokfetch.units import seconds_text
 from loader.devices.arrangement import Loading
+from loader.devices.jax_environment import require_jax
 from loader.inference.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def serve(
     Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
     have been answered.
     """
+    require_jax()
     from grokfetch.serving.app import Access, application
     from grokfetch.serving.server import bound, listen
     from loader.inference.batching import Batch

@@ -12,6 +12,7 @@ from grokfetch.errors import OutOfReach
 from grokfetch.process_limits import address_space
 from grokfetch.units import bytes_text
 from loader.devices.cache_folder import cache_folder
+from loader.devices.jax_environment import open_devices, require_jax
 from loader.devices.memory import free_memory
 from loader.weights.capacity import Memory, Shortage, Use, shortage
 from loader.weights.limits import WORK, cache_bytes_per_token, cache_length
@@ -75,9 +76,10 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
 
     Raises:
         MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: weights, cache and work take more memory than the devices have, or mapped
-            weights are to be used by devices that are not CPUs.
+        OutOfReach: there are no such devices, or weights, cache and work take more memory than they
+            have, or mapped weights are to be used by devices that are not CPUs.
     """
+    require_jax()
     from loader.devices import xla_setup
     from loader.devices.placement import check_shared, make_mesh
 
@@ -86,6 +88,7 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
     placement, shape = loading.placement, loading.mesh
     if placement == "mapped" or (placement is None and (shape is None or shape.only_model)):
         xla_setup.use_cores(config)
+    open_devices()
     mesh = make_mesh(config, shape)
     only_cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
     if placement is None:

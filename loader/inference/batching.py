@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from grokfetch.errors import PromptInvalid
+from loader.devices.semantics import as_written
 from loader.inference.engine import Engine, Part
 from loader.inference.penalties import Changes, Penalties, Repeated, changed
 from loader.inference.prompts import check_prompts
@@ -189,6 +190,7 @@ class Batch:
                 return count
             count *= 2
 
+    @as_written
     def step(self) -> list[Emission]:
         """One piece of work for the prompts, then one token for every text that has a slot."""
         while self._waiting and self.working < self.slots:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
+from loader.devices.semantics import as_written
 from loader.inference.model import KeyValues, Window
 from loader.inference.prompts import Ids, check_prompts, check_room, token_ids
 from loader.inference.routing_counts import Choices
@@ -106,6 +107,7 @@ class Engine:
         self.params, self._paging = params, paging
         self._steps.hold(params, paging)
 
+    @as_written
     def warm_up(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
         """Compile what continuing such a prompt takes, before anybody waits for it.
 
@@ -131,6 +133,7 @@ class Engine:
             self.hold(params, paging)
             self._steps.choices = choices
 
+    @as_written
     def prefill(self, prompts: Sequence[Ids]) -> tuple[Array, State]:
         """Read prompts, which may differ in length, as the rows of one batch.
 
@@ -151,6 +154,7 @@ class Engine:
         assert last is not None
         return self.logits(last)[: len(prompts), 0], state
 
+    @as_written
     def full_logits(self, prompts: Sequence[Ids]) -> Array:
         """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
 
@@ -165,6 +169,7 @@ class Engine:
         parts = [self.logits(part.x)[: len(prompts)] for part in self.read(prompts)]
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
+    @as_written
     def decode(
         self, state: State, tokens: Any, live: np.ndarray[Any, Any] | None = None
     ) -> tuple[Array, State]:
@@ -242,6 +247,7 @@ class Engine:
         self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
         return self._steps.choices
 
+    @as_written
     def sample(self, logits: Array, sampling: Sampling, step: int) -> Array:
         """The next token of each row, int32 `[B]`, from logits `[B, V]`; it stays on the device.
 
@@ -253,6 +259,7 @@ class Engine:
         rows = logits.shape[0]
         return self.draw(logits, Choice.of([sampling] * rows, [step] * rows))
 
+    @as_written
     def draw(self, logits: Array, choice: Choice) -> Array:
         """The next token of each row by settings of its own, int32 `[B]`, on every device."""
         drawn: Array = self._draw(logits, choice)
@@ -297,6 +304,7 @@ class Engine:
             ends = np.where(counts - start <= chunk, counts - start - 1, -1).astype(np.int32)
             yield Part(x, ends, state)
 
+    @as_written
     def last(self, part: Part, before: Array | None) -> Array:
         """The residual stream at each row's last token so far, `[B, 1, D]`.
 
@@ -307,6 +315,7 @@ class Engine:
         picked: Array = self._pick(part.x, part.ends, part.x[:, :1] if before is None else before)
         return picked
 
+    @as_written
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 logits `[B, T, V]`."""
         return self._steps.logits(x)
@@ -320,6 +329,7 @@ class Engine:
         copies: int = self.mesh.shape["data"]
         return count + -count % copies
 
+    @as_written
     def _advance(
         self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
     ) -> tuple[Array, State]:
@@ -330,6 +340,7 @@ class Engine:
         x, filled = self._steps.layers(state.cache, self._steps.embed(tokens), window)
         return x, State(filled, window.visible, lengths, state.longest + longest)
 
+    @as_written
     def _empty(self, batch: int, places: int) -> State:
         shape = (batch, places, self.config.num_kv_heads, self.config.key_size)
 

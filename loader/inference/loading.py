@@ -21,6 +21,7 @@ from loader.devices.cluster import meet
 from loader.devices.kernels import Tuning
 from loader.devices.paging import Managed
 from loader.devices.placement import Params
+from loader.devices.semantics import as_written
 from loader.devices.tuning import suited
 from loader.inference.engine import Engine
 from loader.inference.sampling import Sampling
@@ -81,6 +82,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
     return engine
 
 
+@as_written
 def load_onto(
     arrangement: Arrangement, checkpoint: Checkpoint, report: Report | None = None
 ) -> Engine:
@@ -93,6 +95,7 @@ def load_onto(
     return engine
 
 
+@as_written
 def load_as_it_comes(
     arrangement: Arrangement,
     checkpoint: Checkpoint,
