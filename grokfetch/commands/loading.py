@@ -1,15 +1,32 @@
-"""Shows how a model is being loaded; no command."""
+"""Shows how a model is being loaded, and why it cannot be used any more; no command."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-from grokfetch.events import Loaded, LoadEvent
-from grokfetch.output.reporting import lines, reporter
-from grokfetch.units import bytes_text, seconds_text
+import click
 
-__all__ = ["loading_shown"]
+from grokfetch.errors import GrokfetchError
+from grokfetch.events import Loaded, LoadEvent
+from grokfetch.folder.store import Store
+from grokfetch.output.reporting import failed, lines, reporter
+from grokfetch.units import bytes_text, seconds_text
+from loader.weights.lost_pages import explain_lost_pages
+
+__all__ = ["loading_shown", "lost_pages_told"]
+
+
+def lost_pages_told(store: Store) -> None:
+    """From now on say what has happened where a file of the weights shrinks or cannot be read."""
+    context = click.get_current_context()
+
+    def tell(error: GrokfetchError) -> None:
+        failed(context, error)
+        click.echo(f"error: {error}", err=True)
+
+    files = {entry.file for entry in store.manifest().tensors}
+    explain_lost_pages(store.root, map(store.payload, files), tell)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import click
 from grokfetch.commands.help import Explained
 from grokfetch.commands.host_options import Hosts, hosts_options
 from grokfetch.commands.hosts import asked, joined
-from grokfetch.commands.loading import loading_shown
+from grokfetch.commands.loading import loading_shown, lost_pages_told
 from grokfetch.commands.options import (
     NETWORK_NAMES,
     Meanwhile,
@@ -263,6 +263,7 @@ def _loaded(
     from loader.inference.loading import load_as_it_comes, load_onto
     from loader.weights.checkpoint import expect_checkpoint, open_checkpoint
 
+    lost_pages_told(store)
     share = local_share(there.mesh)
     with loading_shown() as report:
         if isinstance(store, Arriving):

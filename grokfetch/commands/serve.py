@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.loading import loading_shown
+from grokfetch.commands.loading import loading_shown, lost_pages_told
 from grokfetch.commands.options import loading_options, state_option, tokenizer_option
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Integer
@@ -125,6 +125,7 @@ def serve(
         click.echo(f"warning: anyone who can reach {host} can use it; require a key", err=True)
     with held(store), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
+        lost_pages_told(store)
         with loading_shown() as report:
             engine = load_model(
                 checkpoint,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from grokfetch.errors import GrokfetchError
 from grokfetch.serving.model import Emission, Generation, Model
 
 __all__ = ["Busy", "Failed", "Worker"]
@@ -141,8 +142,13 @@ class Worker:
             try:
                 ended = self._obey()
                 report = functools.partial(self._tell, self._model.step(), self._model.working)
-            except Exception:
-                log.exception("a step of the model failed, and all texts at work with it")
+            except Exception as error:
+                # An error that a person can act on says all; of others the place is worth knowing.
+                log.exception(
+                    "a step of the model failed, and all texts at work with it: %s",
+                    error,
+                    exc_info=not isinstance(error, GrokfetchError),
+                )
                 self._model.reset()
                 report = self._fail
             self._loop.call_soon_threadsafe(report)
