@@ -23,6 +23,8 @@ __all__ = ["Busy", "Failed", "Worker"]
 LONGEST_WAIT_S = 60
 SMOOTHING = 0.2
 
+FAILED = "a step of the model failed, and all texts at work with it"
+
 log = logging.getLogger("grokfetch.serving")
 
 
@@ -144,11 +146,10 @@ class Worker:
                 report = functools.partial(self._tell, self._model.step(), self._model.working)
             except Exception as error:
                 # An error that a person can act on says all; of others the place is worth knowing.
-                log.exception(
-                    "a step of the model failed, and all texts at work with it: %s",
-                    error,
-                    exc_info=not isinstance(error, GrokfetchError),
-                )
+                if isinstance(error, GrokfetchError):
+                    log.error("%s: %s", FAILED, error)  # noqa: TRY400
+                else:
+                    log.exception(FAILED)
                 self._model.reset()
                 report = self._fail
             self._loop.call_soon_threadsafe(report)
