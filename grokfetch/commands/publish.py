@@ -39,7 +39,7 @@ from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made
-from grokfetch.torrent.listing import list_files
+from grokfetch.torrent.listing import leftovers, list_files
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.torrent.names import look_alikes, with_ending
 from grokfetch.units import bytes_text, seconds_text
@@ -123,6 +123,13 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     help="Make a torrent of BitTorrent v1 only, for clients that cannot read hybrids, such as "
     "Transmission 3 and aria2 1.36; it has another info hash.",
 )
+@click.option(
+    "--leftovers",
+    "with_leftovers",
+    is_flag=True,
+    help="Publish also what other programs leave beside the payload: .DS_Store, ._*, "
+    ".cache/huggingface.",
+)
 @click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
 @goal_options
 @swarm_options
@@ -137,6 +144,7 @@ def publish(
     piece_length: int | None,
     config: Path | None,
     v1_only: bool,
+    with_leftovers: bool,
     go_on: bool,
     goal: Goal,
     swarm: SwarmSettings,
@@ -161,7 +169,8 @@ def publish(
     with _settled(Store(folder)), _settled(store):
         described = _describe(folder, config)
         hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
-        published = _make(folder, piece_length, hashing)
+        left_out = [] if with_leftovers else leftovers(folder)
+        published = _make(folder, list_files(folder, left_out), piece_length, hashing)
     magnet = magnet_of(published.torrent, folder.name, sum(file.size for file in published.files))
     manifest = _complete(described, published, magnet)
     torrent_path, manifest_path = (
@@ -174,6 +183,12 @@ def publish(
         f"in {seconds_text(time.perf_counter() - start)}",
         err=True,
     )
+    if left_out:
+        click.echo(
+            f"left out: {left_out[0]}{' and others' if left_out[1:] else ''}, which other programs"
+            " leave in folders; --leftovers publishes that too",
+            err=True,
+        )
     click.echo(magnet)
     _keep(store, published, manifest, must=go_on or state is not None)
     if go_on:
@@ -222,9 +237,11 @@ def _describe(folder: Path, config: Path | None) -> Manifest:
 
 
 def _make(
-    folder: Path, piece_length: int | None, hashing: Callable[..., Iterator[Hashed | Made]]
+    folder: Path,
+    files: Sequence[tuple[PurePosixPath, int]],
+    piece_length: int | None,
+    hashing: Callable[..., Iterator[Hashed | Made]],
 ) -> Made:
-    files = list_files(folder)
     _warn_of_look_alikes(path for path, _ in files)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)

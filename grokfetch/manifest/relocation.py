@@ -33,8 +33,12 @@ SCHEMA = 1
 Places = Mapping[PurePosixPath, PurePosixPath]
 """From names to places; a file that is not in it lies where the torrent puts it."""
 
-UNFINISHED = (".!qB", ".!ut", ".part")
-"""What qBittorrent, uTorrent and Transmission append to the name of a file that is not complete."""
+UNFINISHED = (
+    *(".!qB", ".!ut", ".part", ".bc!", ".xltd", ".td"),
+    *(".crdownload", ".opdownload", ".incomplete", ".partial"),
+)
+"""What programs append to the name of a file that is not complete: qBittorrent, uTorrent,
+Transmission and Firefox, BitComet, Xunlei; Chrome, Opera, the Hub's client and others."""
 
 MOST_GUESSES = 3
 """Places that are tried for one file."""

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.torrent.names import STATE_FOLDER, unsafe_name
 
-__all__ = ["list_files"]
+__all__ = ["leftovers", "list_files"]
 
 
-def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
+def leftovers(folder: Path) -> list[PurePosixPath]:
+    """Files that other programs left beside the payload: a Mac's Finder, Hugging Face's Hub.
+
+    `.DS_Store` is how a folder looked in a window, `._NAME` what other file systems do not keep of
+    NAME, and `.cache/huggingface` what the Hub's client knows of its downloads.
+    """
+    paths = (
+        PurePosixPath(Path(place).relative_to(folder), name)
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
+    return sorted(path for path in paths if _is_leftover(path))
+
+
+def _is_leftover(path: PurePosixPath) -> bool:
+    if path.name == ".DS_Store" or path.name.startswith("._"):
+        return True
+    return (".cache", "huggingface") in itertools.pairwise(path.parts[:-1])
+
+
+def list_files(
+    folder: Path, without: Collection[PurePosixPath] = ()
+) -> tuple[tuple[PurePosixPath, int], ...]:
     """The files below a folder, path and size in bytes, in the order that a torrent has them.
 
     Our own state is left out. A link to a file stands for that file.
+
+    Args:
+        folder: to be shared.
+        without: files that are left out.
 
     Raises:
         StorageFailed: it cannot be read, holds no bytes, or has a name or something in it that no
@@ -44,7 +72,8 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
                     path=here / name,
                     hint="put a copy in its place, or remove it",
                 )
-        files.extend(_entry(folder, here / name) for name in names)
+        paths = [PurePosixPath(here.relative_to(folder), name) for name in names]
+        files.extend(_entry(folder, path) for path in paths if path not in without)
     if not any(size for _, size in files):
         raise StorageFailed(
             "it holds no bytes to share", path=folder, hint="name a folder with files in it"
@@ -58,8 +87,8 @@ def list_files(folder: Path) -> tuple[tuple[PurePosixPath, int], ...]:
     return tuple(sorted(files, key=lambda it: [part.encode() for part in it[0].parts]))
 
 
-def _entry(folder: Path, path: Path) -> tuple[PurePosixPath, int]:
-    relative = PurePosixPath(path.relative_to(folder))
+def _entry(folder: Path, relative: PurePosixPath) -> tuple[PurePosixPath, int]:
+    path = folder / relative
     reason = unsafe_name(str(relative))
     try:
         status = path.stat()

@@ -21,7 +21,7 @@ from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.manifest.schema import parse
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made, make, suitable_piece_length
-from grokfetch.torrent.listing import list_files
+from grokfetch.torrent.listing import leftovers, list_files
 from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 
@@ -199,6 +199,33 @@ def test_names_that_differ_in_case_only_are_published_with_a_warning(tmp_path):
     lay_down(tmp_path, {"sub/a": b"1", "sub/A": b"2"})
     told = invoke("publish", tmp_path / "top").stderr
     assert "warning: 'sub/A' and 'sub/a' are the same name" in told
+
+
+LEFT = (".DS_Store", "deep/.DS_Store", "._a", ".cache/huggingface/download/a.metadata")
+
+
+def test_what_other_programs_leave_is_published_only_if_asked_for(top, tmp_path):
+    clean = publish(top, "--output", tmp_path / "clean")
+    for name in LEFT:
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(b"left")
+    (top / ".cache/huggingface/lock").symlink_to("gone")
+    told = invoke("publish", top, "--output", tmp_path / "out")
+    assert told.stdout.strip() == clean
+    assert "left out: .DS_Store and others" in told.stderr
+    (top / ".cache/huggingface/lock").unlink()
+    whole = invoke("publish", top, "--output", tmp_path / "whole", "--leftovers")
+    assert "left out" not in whole.stderr
+    files = parse((tmp_path / "whole/top.json").read_bytes(), "top.json").files
+    assert {f"top/{name}" for name in LEFT} < {str(file.path) for file in files}
+    assert len(files) == len(FILES) + len(LEFT)
+
+
+@pytest.mark.parametrize("name", [".cache/other/x", "huggingface/x", "a._b", "DS_Store", ".hidden"])
+def test_what_only_looks_like_it_is_published(top, name):
+    (top / name).parent.mkdir(parents=True, exist_ok=True)
+    (top / name).write_bytes(b"x")
+    assert leftovers(top) == []
 
 
 def test_a_folder_with_the_longest_name_is_published(tmp_path):

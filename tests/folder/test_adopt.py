@@ -155,8 +155,9 @@ def test_below_a_link_to_a_folder_files_are_adopted_and_not_written(tmp_path, sw
     assert caught.value.path == str(root / "ckpt-0")
 
 
-@pytest.mark.parametrize("ending", [".!qB", ".part"])
-@pytest.mark.parametrize("top", ["top", "."])
+@pytest.mark.parametrize(
+    ("ending", "top"), [(".part", "top"), *((ending, ".") for ending in placing.UNFINISHED)]
+)
 def test_what_another_client_has_not_completed_is_adopted_and_gets_its_name(
     tmp_path, swarm, ending, top
 ):
@@ -169,6 +170,21 @@ def test_what_another_client_has_not_completed_is_adopted_and_gets_its_name(
     assert len(swarm.fetched) <= 4
     assert files_below(root) == sorted(str(PurePosixPath(top, name)) for name in FILES)
     assert check(root) == []
+
+
+@pytest.mark.parametrize("top", ["top", "."])
+def test_what_aria2_has_begun_at_its_whole_length_is_adopted_by_its_hashes(tmp_path, swarm, top):
+    root = tmp_path / "dir"
+    hugging_face(root / top)
+    path = root / top / T1
+    # It makes the file as long as it will be, and keeps beside it which pieces it has.
+    path.write_bytes(FILES[str(T1)][: 4 * PIECE].ljust(len(FILES[str(T1)]), b"\0"))
+    control = path.with_name("t1.aria2")
+    control.write_bytes(b"\0\1")
+    run(root, swarm)
+    assert len(swarm.fetched) <= 4
+    assert control.read_bytes() == b"\0\1"
+    assert {kind for kind, _ in check(root)} == {"extra"}
 
 
 def test_a_stranger_of_the_same_name_and_size_is_not_touched(tmp_path, swarm):
