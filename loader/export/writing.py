@@ -44,6 +44,7 @@ from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import hash_files
 from grokfetch.manifest.schema import Manifest
+from grokfetch.process_limits import cores
 from loader.export.layout import Part, Plan
 from loader.export.matrices import encode, encode_quantized, float16_scales, row_bytes, turned
 from loader.weights.checkpoint import Checkpoint
@@ -216,7 +217,7 @@ class Export:
         total = sum(part.source_bytes for part in self._plan.parts)
         done = total - sum(part.source_bytes for part in left)
         written: list[str] = []
-        threads = min(os.cpu_count() or 1, MOST_THREADS)
+        threads = min(cores(), MOST_THREADS)
         with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
             saving: Future[None] | None = None
             running = {pool.submit(self._run, job, handles): job for job in jobs}

@@ -222,8 +222,8 @@ def test_mapped_weights_need_as_many_open_files_as_python_keeps_open():
 
 
 def test_a_limit_of_the_address_space_is_named_by_plan(tmp_path, monkeypatch):
-    machine = Machine(400 * GB, (), 16 * GB)
-    in_files = mapped(tuple(shares(grok_1(), machine)), machine)
+    machine = Machine(400 * GB, (), MANY, 16 * GB)
+    in_files = mapped(tuple(shares(grok_1(), machine)), machine, 770)
     assert (in_files.fits, in_files.why) == (False, "ulimit -v allows 16.0 GB")
     assert verdict(1, 40 * GB, machine) == (False, "ulimit -v allows 16.0 GB")
     assert verdict(1, 10 * GB, machine)[0]
