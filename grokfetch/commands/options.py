@@ -179,7 +179,8 @@ swarm_options = bundle(
     click.option(
         "--proxy",
         metavar="socks5://HOST:PORT",
-        help="Reach peers and trackers through it; socks5://USER:PASSWORD@HOST:PORT to log in.",
+        help="Reach peers, trackers and mirrors through it; socks5://USER:PASSWORD@HOST:PORT to "
+        "log in. socks5h:// is the same; http:// is one that takes CONNECT, without DHT and UDP.",
     ),
     click.option(
         "--encryption",

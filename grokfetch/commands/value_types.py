@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import click
@@ -145,6 +145,14 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
         return named
 
 
+PROXIES: dict[str, Literal["socks5", "http"]] = {
+    "socks5": "socks5",
+    "socks5h": "socks5",
+    "http": "http",
+}
+"""Schemes of proxies and what they are; names are looked up by the proxy in any case."""
+
+
 def proxy_of(text: str) -> Proxy:
     """The proxy that an address names.
 
@@ -156,6 +164,8 @@ def proxy_of(text: str) -> Proxy:
         host, port = url.hostname, url.port
     except ValueError:
         host = port = None
-    if not host or not port or url.scheme != "socks5" or url.path.strip("/"):
-        raise click.BadParameter("a proxy is written socks5://HOST:PORT", param_hint="--proxy")
-    return Proxy(host, port, unquote(url.username or ""), unquote(url.password or ""))
+    if not host or not port or url.scheme not in PROXIES or url.path.strip("/"):
+        ways = " or ".join(f"{scheme}://HOST:PORT" for scheme in PROXIES)
+        raise click.BadParameter(f"a proxy is written {ways}", param_hint="--proxy")
+    user, password = unquote(url.username or ""), unquote(url.password or "")
+    return Proxy(host, port, user, password, PROXIES[url.scheme])

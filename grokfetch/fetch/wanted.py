@@ -74,7 +74,9 @@ class Network:
         proxy = self.swarm.proxy
         return MirrorSettings(
             environment=environment(os.environ),
-            proxy=None if proxy is None else (proxy.host, proxy.port, proxy.user, proxy.password),
+            proxy=None
+            if proxy is None
+            else (proxy.kind, proxy.host, proxy.port, proxy.user, proxy.password),
             down=self.swarm.down,
         )
 

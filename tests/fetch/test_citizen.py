@@ -1,5 +1,6 @@
 """A citizen of the swarm: seeding what is proven, limits, proxy, encryption, trackers."""
 
+import base64
 import contextlib
 import dataclasses
 import http.server
@@ -193,10 +194,14 @@ def test_rates_are_read(text, rate):
 def test_proxies_are_read():
     assert proxy_of("socks5://h:1") == Proxy("h", 1)
     assert proxy_of("socks5://u%40:p%3a@[::1]:1080") == Proxy("::1", 1080, "u@", "p:")
+    assert proxy_of("socks5h://h:1") == Proxy("h", 1)
+    assert proxy_of("http://u:p@h:8080/") == Proxy("h", 8080, "u", "p", "http")
     assert "secret" not in repr(proxy_of("socks5://u:secret@h:1"))
 
 
-@pytest.mark.parametrize("text", ["h:1", "http://h:1", "socks5://h", "socks5://h:x", "socks5://:1"])
+@pytest.mark.parametrize(
+    "text", ["h:1", "gopher://h:1", "http://h", "socks5://h", "socks5://h:x", "socks5://:1"]
+)
 def test_what_is_no_proxy_is_a_wrong_call(tmp_path, text):
     grokfetch("seed", tmp_path, "--proxy", text, code=2)
 
@@ -213,6 +218,18 @@ def test_each_way_to_find_peers_can_be_left_out():
     assert on(dht=False) == ["enable_lsd", "enable_upnp", "enable_natpmp"]
     assert on(lsd=False) == ["enable_dht", "enable_upnp", "enable_natpmp"]
     assert on(proxy=Proxy("h", 1)) == ["enable_dht", "enable_lsd"]
+    assert on(proxy=Proxy("h", 1, kind="http")) == ["enable_lsd"]
+
+
+def test_past_an_http_proxy_no_udp_is_sent():
+    settings = SwarmSettings(proxy=Proxy("h", 1, kind="http"), lsd=False)
+    found = session_settings(libtorrent, settings)
+    assert not found["enable_outgoing_utp"]
+    assert settings.asked(["udp://t:1", "http://t:1/a"]) == ["http://t:1/a"]
+    assert settings.finds_peers(["http://t:1/a"])
+    alone = dataclasses.replace(settings, listen="0.0.0.0:0")
+    assert not alone.finds_peers(["udp://t:1"])
+    assert dataclasses.replace(alone, proxy=Proxy("h", 1)).finds_peers(["udp://t:1"])
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
@@ -299,6 +316,40 @@ def test_peers_are_reached_through_the_proxy_and_only_so(tmp_path, hybrid):
         with pytest.raises(errors.Stalled):
             get(tmp_path / "b", torrent, seeder.port, Limits(stall_s=0.5), proxy=gone)
         assert seeder.uploaded() == sent
+
+
+class Connect(Socks):
+    """An HTTP proxy that takes CONNECT, with a user and a password."""
+
+    def _serve(self, connection):
+        with contextlib.suppress(OSError), connection:
+            request = b""
+            while not request.endswith(b"\r\n\r\n"):
+                data = connection.recv(4096)
+                if not data:
+                    return
+                request += data
+            first, *headers = request.decode().split("\r\n")
+            method, target, _ = first.split()
+            logins = [line.split()[-1] for line in headers if line.lower().startswith("proxy-auth")]
+            self.users.update(base64.b64decode(login) for login in logins)
+            if method != "CONNECT":
+                connection.sendall(b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n")
+                return
+            host, _, port = target.rpartition(":")
+            with socket.create_connection((host, int(port))) as other:
+                self.reached.add(int(port))
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                self._relay(connection, other)
+
+
+def test_peers_are_reached_through_an_http_proxy(tmp_path, hybrid):
+    folder, torrent = hybrid
+    with seed(torrent, folder, HERE) as seeder, Connect() as proxy:
+        known = Proxy("127.0.0.1", proxy.port, "me", "secret", "http")
+        get(tmp_path / "a", torrent, seeder.port, proxy=known)
+        assert proxy.reached == {seeder.port}
+        assert proxy.users == {b"me:secret"}
 
 
 class Tracker(http.server.BaseHTTPRequestHandler):

@@ -423,7 +423,9 @@ def test_a_limit_holds_for_mirrors_and_a_proxy_is_gone_through(tmp_path, torrent
     assert whole(tmp_path / "slowly")
     top.asked.clear()
     with SocksProxy() as proxy:
-        settings = dataclasses.replace(SETTINGS, proxy=("127.0.0.1", proxy.port, "me", "secret"))
+        settings = dataclasses.replace(
+            SETTINGS, proxy=("socks5", "127.0.0.1", proxy.port, "me", "secret")
+        )
         address = top.url.replace("127.0.0.1", "mirror.invalid")
         run(tmp_path / "proxy", NoPeers(torrent_v1), address, settings=settings)
     assert whole(tmp_path / "proxy")

@@ -43,8 +43,8 @@ CONNECT_TIMEOUT_S = 15.0
 
 LIMITING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
-ProxyServer = tuple[str, int, str, str]
-"""Host, port, user and password of a SOCKS5 proxy."""
+ProxyServer = tuple[str, str, int, str, str]
+"""Scheme ("socks5" or "http"), host, port, user and password of a proxy."""
 
 
 class Refused(Exception):
@@ -295,10 +295,10 @@ def _context(environment: Environment) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=path)
 
 
-def _proxy(host: str, port: int, user: str, password: str) -> httpx.Proxy:
+def _proxy(scheme: str, host: str, port: int, user: str, password: str) -> httpx.Proxy:
     # The proxy looks names up, so that nobody else learns even those.
     address = f"[{host}]" if ":" in host else host
-    return httpx.Proxy(f"socks5://{address}:{port}", auth=(user, password) if user else None)
+    return httpx.Proxy(f"{scheme}://{address}:{port}", auth=(user, password) if user else None)
 
 
 def redirected(response: httpx.Response) -> str:

@@ -22,7 +22,7 @@ class MirrorSettings:
     `connections` go to each of them. After `patience_s` of silence a request has failed; after a
     failure a mirror rests for `rest_s`, twice as long after each further one, and after `attempts`
     failures without a piece between them it is dropped. One that limits us and says for how long is
-    waited for instead. `proxy` is host, port, user and password of a SOCKS5 proxy, `down` the most
+    waited for instead. `proxy` is scheme, host, port, user and password of a proxy, `down` the most
     bytes a second from all mirrors together, None for no bound. `environment` is what holds for
     HTTP without that proxy.
     """
@@ -31,7 +31,7 @@ class MirrorSettings:
     patience_s: float = 30.0
     rest_s: float = 1.0
     attempts: int = 6
-    proxy: tuple[str, int, str, str] | None = dataclasses.field(default=None, repr=False)
+    proxy: tuple[str, str, int, str, str] | None = dataclasses.field(default=None, repr=False)
     down: int | None = None
     environment: Environment = dataclasses.field(default_factory=Environment)
 

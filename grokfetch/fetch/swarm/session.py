@@ -51,12 +51,16 @@ def libtorrent() -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proxy:
-    """A SOCKS5 proxy; without a `user` it asks for none."""
+    """A SOCKS5 or HTTP proxy; without a `user` it asks for none.
+
+    It looks up names itself. An HTTP proxy carries TCP only.
+    """
 
     host: str
     port: int
     user: str = ""
     password: str = dataclasses.field(default="", repr=False)
+    kind: Literal["socks5", "http"] = "socks5"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ class SwarmSettings:
     `discovery` looks for peers beyond the torrent's trackers: by DHT and among local peers, each of
     which can be left out, and by a way through the router (UPnP, NAT-PMP). `peers` are more peers,
     as HOST:PORT. `up` and `down` are the most payload and protocol bytes a second, None for no
-    bound. With a `proxy` peers and trackers are reached through it.
+    bound. With a `proxy` peers and trackers are reached through it; where that carries no UDP,
+    neither DHT nor trackers by UDP are asked.
     """
 
     listen: str = "0.0.0.0:6881,[::]:6881"
@@ -86,17 +91,26 @@ class SwarmSettings:
         """Whether only this machine can be reached."""
         return all(it.startswith(("127.", "[::1]")) for it in self.listen.split(","))
 
+    @property
+    def udp(self) -> bool:
+        """Whether UDP is sent: past an HTTP proxy it would lead to others directly."""
+        return self.proxy is None or self.proxy.kind == "socks5"
+
     def finds_peers(self, trackers: Sequence[str]) -> bool:
         """Whether peers that nobody has named can be found, or can find us.
 
         Args:
             trackers: of the torrent.
         """
-        looks = self.discovery and (self.dht or self.lsd)
+        looks = self.discovery and ((self.dht and self.udp) or self.lsd)
         # Others may know a port that a person has chosen; nobody knows one that the system gives.
         known_port = any(not it.endswith(":0") for it in self.listen.split(","))
-        asks = self.trackers and bool(trackers)
+        asks = bool(self.asked(trackers))
         return looks or asks or (known_port and self.proxy is None)
+
+    def asked(self, trackers: Sequence[str]) -> list[str]:
+        """Those of the trackers that are asked for peers."""
+        return [it for it in trackers if self.trackers and (self.udp or not it.startswith("udp:"))]
 
     @classmethod
     def loopback(cls, peers: tuple[str, ...] = ()) -> SwarmSettings:
@@ -184,8 +198,7 @@ class Session:
         # The session's own limits would except peers on the local network.
         params.upload_limit = self._settings.up or NO_LIMIT
         params.download_limit = self._settings.down or NO_LIMIT
-        if not self._settings.trackers:
-            params.trackers = []
+        params.trackers = self._settings.asked(params.trackers)
         try:
             handle = self._session.add_torrent(params)
         except RuntimeError as error:
@@ -234,7 +247,7 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     by_name: dict[str, Any] = {
         "user_agent": "grokfetch",
         "listen_interfaces": settings.listen,
-        "enable_dht": settings.discovery and settings.dht,
+        "enable_dht": settings.discovery and settings.dht and settings.udp,
         "enable_lsd": settings.discovery and settings.lsd,
         # A way through the router would lead past the proxy.
         "enable_upnp": settings.discovery and settings.proxy is None,
@@ -255,6 +268,9 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     by_name.update(_encryption(lt, settings))
     if settings.proxy is not None:
         by_name.update(_proxy(lt, settings.proxy))
+        if not settings.udp:
+            by_name["enable_outgoing_utp"] = False
+            by_name["enable_incoming_utp"] = False
     if not settings.discovery or not settings.dht:
         by_name["dht_bootstrap_nodes"] = ""
     if not settings.discovery:
@@ -285,8 +301,12 @@ def _encryption(lt: Any, settings: SwarmSettings) -> dict[str, int]:
 
 def _proxy(lt: Any, proxy: Proxy) -> dict[str, Any]:
     kinds = lt.proxy_type_t
+    without, with_password = {
+        "socks5": (kinds.socks5, kinds.socks5_pw),
+        "http": (kinds.http, kinds.http_pw),
+    }[proxy.kind]
     return {
-        "proxy_type": int(kinds.socks5_pw if proxy.user else kinds.socks5),
+        "proxy_type": int(with_password if proxy.user else without),
         "proxy_hostname": proxy.host,
         "proxy_port": proxy.port,
         "proxy_username": proxy.user,
