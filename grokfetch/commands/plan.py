@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import click
 
 from grokfetch.commands.elsewhere import show_elsewhere
 from grokfetch.commands.help import Explained
+from grokfetch.commands.machine import Machine, Share, mapped, shares, this_machine
 from grokfetch.commands.options import (
     manifest_option,
     part_options,
@@ -19,7 +20,6 @@ from grokfetch.commands.options import (
     state_option,
 )
 from grokfetch.commands.value_types import Devices
-from grokfetch.errors import MeshInvalid
 from grokfetch.fetch.preflight import (
     Check,
     Need,
@@ -36,55 +36,16 @@ from grokfetch.folder.survey import survey
 from grokfetch.manifest.schema import Manifest, bind
 from grokfetch.manifest.selection import Request, extended, spans
 from grokfetch.manifest.shipped import grok_1
-from grokfetch.open_files import most_open_files, open_files_for
 from grokfetch.output.terminal import Screen, screen
-from grokfetch.process_limits import address_space, most_memory
 from grokfetch.units import bytes_text, seconds_text
-from loader.devices.present import Device, devices
-from loader.weights import capacity
 from loader.weights.accelerators import Slice
-from loader.weights.limits import WORK
-from loader.weights.partition import choose_mesh
-from loader.weights.schema import GrokConfig
 
 SCHEMA = 1
-DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 RATES = (10, 100, 1000)
 """Megabytes a second; the same figures in megabits take eight times as long."""
 
 LIMITLESS = 2**62
 """A limit of so many bytes or more is as good as none."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Share:
-    """What each of a number of devices holds in bytes, and whether that works here, or why not.
-
-    `cache` is the KV cache of one whole context in bfloat16, `work` what one step adds. `mesh` is
-    empty if no mesh divides.
-    """
-
-    devices: int
-    mesh: str
-    weights: int
-    cache: int
-    work: int
-    fits: bool | None
-    why: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Machine:
-    """Memory that this process may hold here, in bytes, the devices of this machine, and limits.
-
-    open_files: how many files may be open at once. address_space: bytes that `ulimit -v` lets the
-    process map, None for no limit.
-    """
-
-    memory: int
-    devices: tuple[Device, ...]
-    open_files: int
-    address_space: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,9 +160,7 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
         whole = {path for path, state in survey(store).files.items() if state == "proven"}
     needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
-    space = address_space()
-    limit = None if space is None else space[0]
-    machine = Machine(most_memory(), devices(), most_open_files(), limit)
+    machine = this_machine()
     chosen = None if selection is None else Part(str(selection), sum(size for _, size in files))
     of_devices = tuple(shares(manifest, machine))
     return Plan(manifest, chosen, needed, place, checks(needed, place), machine, of_devices)
@@ -223,83 +182,6 @@ def _planned(
     if manifest is None or begun is None:
         return manifest or begun or grok_1()
     return bind(manifest, [(file.path, file.size) for file in begun.files])
-
-
-# --- the model on devices ------------------------------------------------------------------------
-
-
-def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
-    """What each device holds, for each number of devices; nothing without a model.
-
-    Raises:
-        ManifestInvalid: the manifest's model is none.
-    """
-    if manifest.model is None:
-        return
-    config = GrokConfig.from_mapping(manifest.model)
-    for count in DEVICE_COUNTS:
-        try:
-            mesh = choose_mesh(config, count)
-        except MeshInvalid as error:
-            yield Share(count, "", 0, 0, 0, fits=False, why=error.what)
-            continue
-        each = capacity.need(capacity.Use(config, mesh, config.sequence_len))
-        fits, why = verdict(count, each.total, machine)
-        yield Share(count, str(mesh), each.weights, each.cache, each.work, fits, why)
-
-
-def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
-    """Whether `count` devices with `each` bytes will do here; None where that is unknown. Pure."""
-    devices = machine.devices
-    if not devices:
-        if count > 1:
-            return False, "no GPU or TPU here"
-        if _limited(machine, each):
-            return False, _limit_text(machine)
-        fits = each <= machine.memory
-        return fits, f"CPU, {bytes_text(machine.memory)} of memory"
-    if count > len(devices):
-        return False, f"{len(devices)} here"
-    memory = [device.memory for device in devices[:count] if device.memory is not None]
-    if len(memory) < count:
-        return None, f"{devices[0].name}, memory unknown"
-    return each <= min(memory), f"{devices[0].name}, {bytes_text(min(memory))}"
-
-
-def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | None:
-    """The weights left in their files for the CPU: what is in memory is the cache. Pure.
-
-    Args:
-        shares: as `shares` tells them.
-        machine: this one.
-        shards: the number of files that are mapped at once.
-    """
-    if not shares:
-        return None
-    single = shares[0]
-    files = open_files_for(shards)
-    if files > machine.open_files:
-        why = f"{files:,} files are open at once, {machine.open_files:,} are allowed: ulimit -Hn"
-        return dataclasses.replace(single, fits=False, why=why)
-    # Files that are mapped count with all their bytes.
-    if _limited(machine, single.weights + single.cache + WORK):
-        return dataclasses.replace(single, fits=False, why=_limit_text(machine))
-    fits = single.cache + WORK <= machine.memory
-    memory = bytes_text(machine.memory)
-    why = (
-        f"{memory} of memory; what it does not hold is read for each token"
-        if single.weights > machine.memory
-        else f"{memory} of memory hold them all"
-    )
-    return dataclasses.replace(single, fits=fits, why=why if fits else f"{memory} of memory")
-
-
-def _limited(machine: Machine, needed: int) -> bool:
-    return machine.address_space is not None and needed > machine.address_space
-
-
-def _limit_text(machine: Machine) -> str:
-    return f"ulimit -v allows {bytes_text(machine.address_space or 0)}"
 
 
 # --- what is printed -----------------------------------------------------------------------------

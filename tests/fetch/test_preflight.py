@@ -15,7 +15,7 @@ from support.program import HEAVY, grokfetch, imported_by, invoke
 from support.small_disk import small_disk
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.commands.plan import Machine, mapped, shares, verdict
+from grokfetch.commands.machine import Machine, mapped, shares, verdict
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch import fetch, preflight
 from grokfetch.fetch.preflight import Need, Place, checks, need, probe, refuse
@@ -229,8 +229,8 @@ def test_a_limit_of_the_address_space_is_named_by_plan(tmp_path, monkeypatch):
     assert verdict(1, 10 * GB, machine)[0]
     rich = dataclasses.replace(probe(tmp_path, 0), free=10**12)
     monkeypatch.setattr("grokfetch.commands.plan.probe", lambda *_: rich)
-    monkeypatch.setattr("grokfetch.commands.plan.devices", tuple)
-    monkeypatch.setattr("grokfetch.commands.plan.address_space", lambda: (16 * GB, 15 * GB))
+    monkeypatch.setattr("grokfetch.commands.machine.devices", tuple)
+    monkeypatch.setattr("grokfetch.commands.machine.address_space", lambda: (16 * GB, 15 * GB))
     assert planned(tmp_path).count("ulimit -v allows 16.0 GB") == 2
     assert json.loads(planned(tmp_path, "--json"))["machine"]["address_space"] == 16 * GB
 
