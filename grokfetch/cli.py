@@ -100,6 +100,18 @@ class Program(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; one interrupted between click's own steps has the signal's code, too."""
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as ended:
+            aborted = ended.__context__
+            if isinstance(aborted, click.Abort) and isinstance(
+                aborted.__cause__, KeyboardInterrupt
+            ):
+                sys.exit(honour(aborted.__cause__))
+            raise
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the arguments; click would take an interruption here for an answer to a prompt."""
         try:

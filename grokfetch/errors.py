@@ -32,6 +32,7 @@ __all__ = [
     "StorageFailed",
     "TokenizerMissing",
     "TorrentInvalid",
+    "exit_code_of",
 ]
 
 
@@ -250,3 +251,10 @@ def gone(path: Path) -> StorageFailed:
         path=path,
         hint="bring it back, or run the same command again: what is still there is found",
     )
+
+
+def exit_code_of(error: BaseException) -> int:
+    """With which code the program ends for it."""
+    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert isinstance(code, int)
+    return code

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from grokfetch.commands.host_options import Hosts
-from grokfetch.errors import NoModel
+from grokfetch.errors import NoModel, exit_code_of
 from grokfetch.fetch import Asked
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Extract, Request
@@ -30,14 +30,17 @@ def joined(hosts: Hosts) -> Iterator[None]:
     if not hosts.several:
         yield
         return
-    from loader.devices.cluster import give_up, join
+    from loader.devices.cluster import give_up, join, watched
 
     _keep_stdout()
     join(hosts.coordinator, hosts.count, hosts.number)
     try:
-        yield
+        with watched():
+            yield
     except BaseException as error:
-        give_up(str(error) or type(error).__name__)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        why = "it was interrupted" if interrupted else str(error) or type(error).__name__
+        give_up(why, exit_code_of(error))
         raise
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from grokfetch.errors import GrokfetchError
+from grokfetch.errors import GrokfetchError, exit_code_of
 from grokfetch.events import (
     Ended,
     Event,
@@ -76,12 +76,11 @@ def error_fields(error: BaseException) -> dict[str, Any]:
             "path": error.path,
             "hint": error.hint,
         }
-    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     kind, message = type(error).__name__, str(error)
     return {
         "event": "error",
         "kind": kind,
-        "exit_code": code,
+        "exit_code": exit_code_of(error),
         "what": message,
         "path": None,
         "hint": "",

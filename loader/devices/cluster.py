@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
+import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
 from jax._src import distributed
 from jax.sharding import Mesh
 
-from grokfetch.errors import OutOfReach
+from grokfetch.errors import GrokfetchError, OutOfReach
 from loader.weights.host_share import Share
 from loader.weights.partition import MeshShape, positions
 
-__all__ = ["check", "give_up", "is_first", "join", "local_share", "meet"]
+__all__ = ["check", "give_up", "is_first", "join", "local_share", "meet", "watched"]
 
 PATIENCE_S = 300
 """How long hosts wait for each other at the start."""
 
 FAREWELL_S = 30
 """How long a host that is done, or has failed, waits for the others before jax ends them all."""
+
+SILENCE_S = 20
+"""How long a host may be silent before jax takes it for dead; a thread of its own tells of it."""
+
+GRACE_S = 3
+"""How long the main thread may take to notice by itself that another host has given up."""
 
 POLL_S = 0.2
 ARRIVED, FAILED = "grokfetch/arrived", "grokfetch/failed"
@@ -40,6 +52,7 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
     """
     if coordinator is not None and host != 0:
         _wait_for(coordinator)
+    ending = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -47,6 +60,7 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
             host,
             cluster_detection_method=None if coordinator is None else "deactivate",
             initialization_timeout=PATIENCE_S,
+            heartbeat_timeout_seconds=SILENCE_S,
             shutdown_timeout_seconds=FAREWELL_S,
             coordinator_bind_address=coordinator,
         )
@@ -56,6 +70,8 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
             hint="start one process a host, and say where: --coordinator HOST:PORT --num-hosts N "
             "--host-id I",
         ) from error
+    # jax only takes a note of SIGTERM.
+    signal.signal(signal.SIGTERM, ending)
 
 
 def _wait_for(coordinator: str) -> None:
@@ -111,11 +127,91 @@ def check() -> None:
         )
 
 
-def give_up(why: str) -> None:
-    """Tell the other processes, who meet and check, that this one will not go on."""
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """While the block runs, end this process soon after another one has died or given up.
+
+    What waits for the other host in a collective cannot be interrupted, and where jax finds a host
+    dead it aborts: then the process ends here, with one line and the exit code of OutOfReach.
+
+    Raises:
+        OutOfReach: another host has given up, and a collective has failed for it.
+    """
+    over = threading.Event()
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(_ABORTED, ctypes.c_void_p))
+    threading.Thread(target=_watch, args=(over,), daemon=True).start()
+    try:
+        yield
+        _Farewell.code = 0
+    except GrokfetchError:
+        raise
+    except (RuntimeError, ValueError):
+        # So a collective fails that a host has left. Which one is known when it has said so, or
+        # when it has been silent for long enough, and jax aborts.
+        deadline = time.monotonic() + SILENCE_S + GRACE_S
+        while time.monotonic() < deadline:
+            check()
+            time.sleep(POLL_S)
+        raise
+    finally:
+        over.set()
+
+
+def _watch(over: threading.Event) -> None:
+    """End the process if another host has given up and the main thread goes on all the same."""
+    while not over.wait(POLL_S):
+        try:
+            check()
+        except OutOfReach as error:
+            if not over.wait(GRACE_S):
+                _end(error)
+        except RuntimeError:
+            # Host 0, which keeps what is said, is gone; jax notices too, and aborts.
+            return
+
+
+def _end(error: OutOfReach) -> None:
+    os.write(2, f"error: {error}\n".encode())
+    os._exit(error.exit_code)
+
+
+class _Farewell:
+    """The exit code of a process that is done, or has given up, and only waits for the others."""
+
+    code: int | None = None
+
+
+def _aborted(_number: int) -> None:
+    """What a thread of jax runs when it aborts."""
+    if _Farewell.code is not None:
+        os._exit(_Farewell.code)
+    _end(
+        OutOfReach(
+            f"another host has died, or has not been heard of for {SILENCE_S} s",
+            hint="see what it reports, then start all hosts again",
+        )
+    )
+
+
+_ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
+
+
+def give_up(why: str, code: int) -> None:
+    """Tell the other processes, who meet and check, that this one will not go on.
+
+    Args:
+        why: in a few words.
+        code: with which it will exit.
+    """
+    _Farewell.code = code
     client = distributed.global_state.client
-    if client is not None:
-        client.key_value_set(f"{FAILED}/{jax.process_index()}", why)
+    # Host 0, which keeps what is said, may be the one that has died.
+    with contextlib.suppress(RuntimeError):
+        if client is not None:
+            client.key_value_set(f"{FAILED}/{jax.process_index()}", why)
 
 
 def is_first() -> bool:

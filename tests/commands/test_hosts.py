@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +43,7 @@ from loader.weights.host_share import Share, file_spans, share_of_host, tensor_s
 from loader.weights.inventory import expected
 from loader.weights.partition import MeshShape, positions, weight_block
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.synthetic import write_checkpoint
 
 MESH = MeshShape(2, 4)
 MIB_16 = 16 * 2**20
@@ -255,9 +259,15 @@ def free_port():
 
 def run_hosts(folders):
     """Two processes of four devices each; exit code, stdout and stderr of both."""
+    processes = start_hosts(folders, 5)
+    outputs = [process.communicate(timeout=200) for process in processes]
+    return [(it.returncode, *both) for it, both in zip(processes, outputs, strict=True)]
+
+
+def start_hosts(folders, tokens_to_come):
     tokens = ",".join(map(str, golden.prompt("p1")))
     coordinator = f"127.0.0.1:{free_port()}"
-    processes = [
+    return [
         subprocess.Popen(
             [
                 *(
@@ -266,7 +276,7 @@ def run_hosts(folders):
                     "run",
                     folder,
                 ),
-                *("--tokens", tokens, "--max-tokens", "5", "--dtype", "float32"),
+                *("--tokens", tokens, "--max-tokens", str(tokens_to_come), "--dtype", "float32"),
                 *("--mesh", "expert=2,model=4", "--coordinator", coordinator),
                 *("--num-hosts", "2", "--host-id", str(number)),
             ],
@@ -277,8 +287,6 @@ def run_hosts(folders):
         )
         for number, folder in enumerate(folders)
     ]
-    outputs = [process.communicate(timeout=200) for process in processes]
-    return [(it.returncode, *both) for it, both in zip(processes, outputs, strict=True)]
 
 
 def spoil_all_but(folder, wanted):
@@ -313,3 +321,43 @@ def test_host_that_lacks_bytes_ends_the_other_one_too(fetched):
     assert second == NotProven.exit_code, errors
     assert first == OutOfReach.exit_code
     assert "host 1 has given up" in told
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory):
+    """A checkpoint whose text goes on for minutes."""
+    root = tmp_path_factory.mktemp("talkative")
+    config = dataclasses.replace(golden.CONFIG, sequence_len=20_000)
+    write_checkpoint(root / "ckpt-0", config)
+    root.joinpath("config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    grokfetch("manifest", root, "--config", root / "config.json")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("number", "how", "code", "said"),
+    [
+        (0, signal.SIGKILL, -signal.SIGKILL, "another host has died"),
+        (1, signal.SIGKILL, -signal.SIGKILL, "another host has died"),
+        (0, signal.SIGINT, 128 + signal.SIGINT, "host 0 has given up: it was interrupted"),
+        (1, signal.SIGTERM, 128 + signal.SIGTERM, "host 1 has given up: it was interrupted"),
+    ],
+)
+def test_a_host_that_ends_in_the_middle_of_the_text_ends_the_other(
+    talkative, number, how, code, said
+):
+    processes = start_hosts([talkative, talkative], 19_000)
+    try:
+        assert processes[0].stdout.read(1), processes[0].stderr.read()
+        processes[number].send_signal(how)
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    other = 1 - number
+    assert processes[number].returncode == code, outputs[number][1]
+    assert processes[other].returncode == OutOfReach.exit_code, outputs[other][1]
+    assert said in outputs[other][1]
+    assert "Traceback" not in outputs[0][1] + outputs[1][1]

@@ -224,6 +224,26 @@ def test_one_that_is_being_told_is_not_raised_once_more():
     assert done.returncode == 130
 
 
+BETWEEN_STEPS = """
+import signal
+import click
+from grokfetch import __main__, cli
+
+class Context(click.Context):
+    def __enter__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+cli.main.context_class = Context
+__main__.start()
+"""
+
+
+def test_one_that_comes_while_click_has_the_word_has_the_same_code():
+    command = [sys.executable, "-c", BETWEEN_STEPS, "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+
+
 ENDED = """
 import signal, sys
 from grokfetch import interruption

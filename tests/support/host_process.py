@@ -2,7 +2,7 @@
 
 import sys
 
-from grokfetch.cli import main
+from grokfetch.__main__ import start
 from grokfetch.folder.store import Store
 
 asked = []
@@ -16,6 +16,6 @@ def counted(store, path, start, length):
 
 Store.require = counted
 try:
-    main()
+    start()
 finally:
     sys.stderr.write(f"asked for {sum(asked)} bytes\n")
