@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Never, Protocol, Self, TextIO
+
+from tqdm import tqdm
 
 from grokfetch.events import Event, Finding, Notice, Progress, Status
 from grokfetch.output.gauge import Gauge, Speed
@@ -135,7 +137,7 @@ class Bar:
         self._stream = stream or sys.stderr
         self._findings = findings or self._stream
         self._speed = Speed()
-        self._drawn = ""
+        self._line: tqdm[Never] | None = None
         dumb = plain or os.environ.get("TERM") == "dumb"
         self._terminal = self._stream.isatty() and not dumb
         self._due = -math.inf if self._terminal else time.monotonic() + LINE_INTERVAL_S
@@ -191,8 +193,9 @@ class Bar:
 
     def hide(self) -> None:
         """Take the bar away until the next event."""
-        self._clear()
-        self._stream.flush()
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     def _show(self, gauge: Gauge) -> None:
         now = time.monotonic()
@@ -212,21 +215,18 @@ class Bar:
         return dataclasses.replace(view, width=view.columns - 1, colour=False)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        drawn = self._drawn
-        self._clear()
-        print(text, file=stream, flush=True)
-        if drawn:
-            self._draw(drawn)
+        if self._line is None:
+            print(text, file=stream, flush=True)
+        else:
+            self._line.write(text, file=stream)
 
-    def _draw(self, line: str) -> None:
-        self._stream.write(f"\r{line}{' ' * (len(self._drawn) - len(line))}")
-        self._stream.flush()
-        self._drawn = line
-
-    def _clear(self) -> None:
-        if self._drawn:
-            self._stream.write(f"\r{' ' * len(self._drawn)}\r")
-            self._drawn = ""
+    def _draw(self, text: str) -> None:
+        # A bar of tqdm's own fits no narrow terminal: tqdm keeps the line, `Gauge` says what is in
+        # it.
+        if self._line is None:
+            self._line = tqdm(desc=text, bar_format="{desc}", leave=False, file=self._stream)
+        else:
+            self._line.set_description_str(text)
 
 
 def _waiting(names: Sequence[str]) -> str:
