@@ -17,7 +17,7 @@ from support.web_server import SocksProxy, WebServer
 from grokfetch.errors import OutOfReach, Stalled, StorageFailed
 from grokfetch.events import Arrived, Finding, Notice, Origin, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch
-from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, together
+from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, division
 from grokfetch.fetch.mirror.addresses import label, places, unusable
 from grokfetch.fetch.mirror.http import Faulty, redirected
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
@@ -334,7 +334,7 @@ def test_a_bad_mirror_leaves_all_to_the_swarm(tmp_path, torrent_v1, top, how):
 
 
 def test_a_swarm_that_falls_silent_is_replaced_by_the_mirror(tmp_path, torrent, top, monkeypatch):
-    monkeypatch.setattr(together, "QUIET_S", 0.2)
+    monkeypatch.setattr(division, "QUIET_S", 0.2)
     swarm = FakeSwarm(torrent, dict(FILES), stall_after=3)
     run(tmp_path, swarm, top.url)
     assert whole(tmp_path)
@@ -342,8 +342,8 @@ def test_a_swarm_that_falls_silent_is_replaced_by_the_mirror(tmp_path, torrent, 
 
 
 def test_a_mirror_that_is_far_slower_gives_its_rest_to_the_swarm(tmp_path, torrent, monkeypatch):
-    monkeypatch.setattr(together, "LONG_S", 0.1)
-    monkeypatch.setattr(together, "FAIR_S", 0.1)
+    monkeypatch.setattr(division, "LONG_S", 0.1)
+    monkeypatch.setattr(division, "FAIR_S", 0.1)
     swarm = FakeSwarm(torrent, dict(FILES))
     settings = MirrorSettings(connections=1, patience_s=20, rest_s=0.01)
     with WebServer(dict(TOP)) as slow:

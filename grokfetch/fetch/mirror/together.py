@@ -15,47 +15,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from grokfetch.errors import OutOfReach, Stalled
-from grokfetch.events import Arrived, Notice, Origin, Traffic
+from grokfetch.events import Notice, Origin, Traffic
 from grokfetch.fetch.mirror.addresses import label, unusable
+from grokfetch.fetch.mirror.division import Event, Round, Turn
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile
 
-if TYPE_CHECKING:
-    from grokfetch.fetch.mirror.pool import Pool
-
 __all__ = ["Together"]
-
-ON_DEMAND_S = 0.02
-"""How long to wait for mirrors when a demand may come at any moment."""
-
-WAIT_S = 0.2
-"""How long to wait for mirrors when there is nothing else to wait for."""
-
-LONG_S = 20.0
-"""If one side needs more than this for its rest while the other is idle, it is divided anew. Ending
-a swarm costs the blocks of its unfinished pieces and the search for peers."""
-
-QUIET_S = 10.0
-"""So long without a byte, and a swarm does not keep idle mirrors waiting."""
-
-DEMAND_QUIET_S = 2.0
-"""So long without a byte, and what somebody waits for is not left to a swarm."""
-
-FAIR_S = 5.0
-"""Before this nothing is known of how fast mirrors are."""
-
-RATE_INTERVAL_S = 0.5
-
-Event = Arrived | Traffic | Notice
 
 
 class Together:
@@ -122,7 +95,7 @@ class Together:
             if not ours and not self._can_help(order.layout, left):
                 yield from self._swarm_alone(_want(order, theirs), received)
                 return
-            a_round = _Round(order, theirs, ours, received, self._can_help)
+            a_round = Round(order, theirs, ours, received, self._can_help)
             with (
                 Pool(
                     self.alive, order.layout, order.root, ours, self._settings, order.demand
@@ -138,7 +111,7 @@ class Together:
         """What is asked for while it runs: by the swarm, or where that is silent by mirrors."""
         received, by_swarm = 0, True
         while True:
-            turn = _Turn(order, received, self._can_help)
+            turn = Turn(order, received, self._can_help)
             with contextlib.closing(
                 turn.of_swarm(self._join(order, stays=True))
                 if by_swarm and self._swarm_works
@@ -228,212 +201,6 @@ class Together:
             self._swarm_works = False
             names = ", ".join(mirror.name for mirror in self.alive)
             yield Notice(f"{error.what}; going on with {names} alone")
-
-
-class _Turn:
-    """Either side at work for those who read on demand, until the other should take over.
-
-    Attributes:
-        arrived: pieces that are there.
-        received: payload bytes since the order, of both sides.
-    """
-
-    def __init__(
-        self, order: Order, received: int, can_help: Callable[[Layout, set[int]], bool]
-    ) -> None:
-        self._order = order
-        self._can_help = can_help
-        self._before = self.received = received
-        self.arrived: set[int] = set()
-
-    @property
-    def _waited(self) -> set[int]:
-        wanted = self._order.want | self._order.demand.admitted
-        return set(wanted.intersection(self._order.demand.waited) - self.arrived)
-
-    def of_swarm(self, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """Until it has been silent while somebody waited for what a mirror may have."""
-        silent_since = math.inf
-        with contextlib.closing(swarm):
-            for event in swarm:
-                now = time.monotonic()
-                if isinstance(event, Arrived):
-                    self.arrived.update(event.pieces)
-                if isinstance(event, Traffic):
-                    total = self._before + event.received
-                    if total > self.received or not self._waited:
-                        silent_since = math.inf
-                    self.received = max(self.received, total)
-                    yield dataclasses.replace(event, received=self.received)
-                else:
-                    yield event
-                if self._waited:
-                    silent_since = min(silent_since, now)
-                    silent = now - silent_since > DEMAND_QUIET_S
-                    if silent and self._can_help(self._order.layout, self._waited):
-                        return
-
-    def of_mirrors(
-        self, mirrors: list[Mirror], settings: MirrorSettings
-    ) -> Generator[Event, None, None]:
-        """Until none is left."""
-        from grokfetch.fetch.mirror.pool import Pool
-
-        order, rate = self._order, _Rate()
-        pieces = sorted(order.want)
-        pool = Pool(mirrors, order.layout, order.root, pieces, settings, order.demand, order.have)
-        version = order.demand.version
-        with pool:
-            while pool.busy:
-                # Who listens has to learn of demands before anything can be done.
-                for event in pool.take(0.0 if order.demand.version != version else ON_DEMAND_S):
-                    if isinstance(event, Arrived):
-                        self.arrived.update(event.pieces)
-                    yield event
-                version = order.demand.version
-                self.received = self._before + pool.received
-                yield Traffic(self.received, rate.of(pool.received), 0)
-
-
-class _Round:
-    """One division of the pieces under way.
-
-    Attributes:
-        arrived: pieces that are there.
-        received: payload bytes since the order, of both sides.
-        swarm_moved: whether the swarm has brought a byte, or had nothing to bring.
-    """
-
-    def __init__(
-        self,
-        order: Order,
-        theirs: set[int],
-        ours: list[int],
-        received: int,
-        can_help: Callable[[Layout, set[int]], bool],
-    ) -> None:
-        self._order = order
-        self._can_help = can_help
-        self._swarm_left = set(theirs)
-        self._mirrors_left = set(ours)
-        self._shared = bool(ours)
-        self._before = received
-        self._start = self._moved_at = time.monotonic()
-        self._swarm = Traffic(0, 0.0, 0)
-        self._swarm_bytes = 0
-        self._mirror_bytes = 0
-        self._rate = _Rate()
-        self.arrived: set[int] = set()
-        self.received = received
-        self.swarm_moved = not theirs
-
-    def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """Run until both are done, or until it is better to divide the rest anew."""
-        with contextlib.closing(swarm):
-            for event in swarm:
-                yield from self._from_mirrors(pool, 0.0)
-                yield from self._from_swarm(event)
-                yield self._traffic(pool)
-                if self._swarm_keeps_waiting():
-                    return
-                if not pool.busy and self._swarm_is_slow():
-                    break
-        give_up_at = math.inf
-        while pool.busy and time.monotonic() < give_up_at:
-            yield from self._from_mirrors(pool, WAIT_S)
-            yield self._traffic(pool)
-            if give_up_at == math.inf and self._mirrors_are_slow():
-                pool.retire()
-                give_up_at = time.monotonic() + LONG_S
-        yield from self._from_mirrors(pool, 0.0)
-        yield self._traffic(pool)
-
-    def _from_mirrors(self, pool: Pool, timeout_s: float) -> Iterator[Event]:
-        for event in pool.take(timeout_s):
-            if isinstance(event, Arrived):
-                self._mirrors_left.difference_update(event.pieces)
-                self._mirror_bytes += self._bytes(event.pieces)
-                self.arrived.update(event.pieces)
-            yield event
-
-    def _from_swarm(self, event: Event) -> Iterator[Event]:
-        if isinstance(event, Traffic):
-            if event.received > self._swarm.received:
-                self._moved_at = time.monotonic()
-                self.swarm_moved = True
-            self._swarm = event
-            return
-        if isinstance(event, Arrived):
-            self.swarm_moved = True
-            self._swarm_left.difference_update(event.pieces)
-            self._swarm_bytes += self._bytes(event.pieces)
-            self.arrived.update(event.pieces)
-        yield event
-
-    def _traffic(self, pool: Pool) -> Traffic:
-        self.received = self._before + self._swarm.received + pool.received
-        rate = self._swarm.rate + self._rate.of(pool.received)
-        return Traffic(self.received, rate, self._swarm.peers, self._swarm.sent)
-
-    def _swarm_is_slow(self) -> bool:
-        """Whether mirrors, idle now, should take pieces over."""
-        quiet = time.monotonic() - self._moved_at > QUIET_S
-        # Mirrors that were given nothing, for being slow, help only against silence.
-        slow = quiet or (self._shared and self._long(self._swarm_left, self._theirs))
-        if not slow or not self._can_help(self._order.layout, self._swarm_left):
-            return False
-        self.swarm_moved &= not quiet
-        return True
-
-    def _swarm_keeps_waiting(self) -> bool:
-        """Whether somebody waits for a piece of a silent swarm that a mirror may have."""
-        waited = self._swarm_left.intersection(self._order.demand.waited)
-        quiet = time.monotonic() - self._moved_at > DEMAND_QUIET_S
-        if not waited or not quiet or not self._can_help(self._order.layout, waited):
-            return False
-        self.swarm_moved = False
-        return True
-
-    def _mirrors_are_slow(self) -> bool:
-        """Whether the swarm, idle now and known to work, should take pieces over."""
-        judged = self._swarm_bytes > 0 and time.monotonic() - self._start > FAIR_S
-        return judged and self._long(self._mirrors_left, self._ours)
-
-    def _long(self, pieces: set[int], rate: float) -> bool:
-        return bool(pieces) and self._bytes(pieces) > LONG_S * rate
-
-    @property
-    def _theirs(self) -> float:
-        return self._swarm_bytes / max(time.monotonic() - self._start, 1e-3)
-
-    @property
-    def _ours(self) -> float:
-        return self._mirror_bytes / max(time.monotonic() - self._start, 1e-3)
-
-    @property
-    def next_share(self) -> float:
-        """Of the pieces that are left, how many the mirrors should get, by the rates seen."""
-        both = self._swarm_bytes + self._mirror_bytes
-        return self._mirror_bytes / both if both else 0.5
-
-    def _bytes(self, pieces: Iterable[int]) -> int:
-        return sum(1 for _ in pieces) * self._order.layout.piece_length
-
-
-class _Rate:
-    """Bytes a second, over intervals long enough to mean something."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._bytes = 0
-        self._rate = 0.0
-
-    def of(self, count: int) -> float:
-        now = time.monotonic()
-        if now - self._since >= RATE_INTERVAL_S:
-            self._rate = (count - self._bytes) / (now - self._since)
-            self._since, self._bytes = now, count
-        return self._rate
 
 
 def _want(order: Order, pieces: set[int]) -> Order:
