@@ -1,9 +1,10 @@
-"""The products of `loader.devices.kernels` by a small C program, where this machine has a compiler.
+"""Products and attention by a small C program, where this machine has a compiler.
 
 XLA splits a loop over a matrix anew at each of its steps and waits for the slowest core each time;
-the program in `product.c` hands out pieces of the matrix to whichever core is free. It is compiled
-for the processor at hand where it is first used, kept in a folder of the user, and told to XLA as a
-foreign function. Without a compiler everything works as before, only slower; where there is one
+`product.c` hands out pieces of the matrix to whichever core is free. `attention.c` does the same
+with the places of the cache, which XLA would convert as a whole. The program is compiled for the
+processor at hand where it is first used, kept in a folder of the user, and told to XLA as two
+foreign functions. Without a compiler everything works as before, only slower; where there is one
 and the program does not build, the caller is told why.
 """
 
@@ -18,22 +19,27 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["built", "product"]
+__all__ = ["attention", "built", "product"]
 
-SOURCE = Path(__file__).with_name("product.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.c", "attention.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("pool.h", "tiles.h"))
 OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 PROCESSOR = ("-march=native", "-mcpu=native")
 """How compilers are told to use all that this processor has; the second is that of some for ARM."""
 
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60
-NAME = f"grokfetch_product_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]}"
-"""What XLA knows the function as; a compiled program that is kept finds no other version of it."""
+VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES + HEADERS)).hexdigest()[:8]
+NAME = f"grokfetch_native_{VERSION}"
+"""Of the compiled file that is kept, which is found by no other version of the source."""
+
+FUNCTIONS = ("grokfetch_product", "grokfetch_attention")
 
 LOADED: list[ctypes.CDLL] = []
 """The C program once this process uses it: jax takes a function of a name only once."""
@@ -54,12 +60,17 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
         if file is None:
             return False
         library = ctypes.CDLL(str(file))
-        function = jax.ffi.pycapsule(library.grokfetch_product)  # type: ignore[no-untyped-call]
+        functions = {
+            name: jax.ffi.pycapsule(getattr(library, name))  # type: ignore[no-untyped-call]
+            for name in FUNCTIONS
+        }
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         # AttributeError: a home that moved to another system.
-        report(f"{SOURCE.name} cannot be built or used, hence slower products: {error}")
+        names = " and ".join(file.name for file in SOURCES)
+        report(f"{names} cannot be built or used, hence slower tokens: {error}")
         return False
-    jax.ffi.register_ffi_target(NAME, function, platform="cpu")
+    for name, function in functions.items():
+        jax.ffi.register_ffi_target(_target(name), function, platform="cpu")
     LOADED.append(library)
     return True
 
@@ -78,8 +89,64 @@ def product(x: Array, flat: Array, place: Array, scales: Array) -> Array:
     """
     shape = (x.shape[0], scales.shape[1])
     result = jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
-    computed: Array = jax.ffi.ffi_call(NAME, result)(x, flat, place, scales)
+    computed: Array = jax.ffi.ffi_call(_target("grokfetch_product"), result)(x, flat, place, scales)
     return computed
+
+
+class Step(NamedTuple):
+    """What attention is asked for by T tokens of each of B rows.
+
+    queries: float32 `[B, T, Q, d]`; query head h reads key/value head `h // (Q / K)`. keys, values:
+    of these tokens, float32 `[B, T, K, d]`. positions: int32 `[B, T]`, their places in the cache;
+    those outside it, like -1, are padding tokens, which leave no trace in it. visible: bool
+    `[B, S]`, the places that may be attended to. fresh: the cache was empty, so that the step's own
+    keys and values, not rounded yet, are all that there is.
+    """
+
+    queries: Array
+    keys: Array
+    values: Array
+    positions: Array
+    visible: Array
+    fresh: bool
+
+
+def attention(
+    step: Step, keys: Array, values: Array, scale: float, cap: float
+) -> tuple[Array, Array, Array]:
+    """Causal attention over a cache, in which the step's keys and values are written first.
+
+    A token that may see nothing, as in a prompt of pad ids, sees itself. Products and sums are
+    float32; the order of the sums depends on a token's position alone.
+
+    Args:
+        step: the tokens.
+        keys: the cache's, float32 or bfloat16 `[B, S, K, d]`; used up where it is donated.
+        values: likewise.
+        scale: what a score is multiplied with.
+        cap: scores are squeezed into -cap to cap by a hyperbolic tangent; at most 80, so that their
+            exponentials are sound without a maximum that is taken off first.
+
+    Returns:
+        float32 `[B, T, Q, d]`, zeros for padding tokens, and the cache's keys and values.
+    """
+    results = [
+        jax.ShapeDtypeStruct(array.shape, array.dtype)  # type: ignore[no-untyped-call]
+        for array in (step.queries, keys, values)
+    ]
+    call = jax.ffi.ffi_call(
+        _target("grokfetch_attention"), results, input_output_aliases={3: 1, 4: 2}
+    )
+    numbers = jnp.array([scale, cap, step.fresh], jnp.float32)
+    mixed, keys, values = call(
+        step.queries, step.keys, step.values, keys, values, step.positions, step.visible, numbers
+    )
+    return mixed, keys, values
+
+
+def _target(function: str) -> str:
+    """What XLA knows a function as; a program that it keeps finds no other version of it."""
+    return f"{function}_{VERSION}"
 
 
 def _kept(folder: Path) -> Path | None:
@@ -108,7 +175,7 @@ def _compiled(folder: Path, compiler: str) -> Path:
         for processor in (*PROCESSOR, ""):
             command = [*compiler.split(), *OPTIONS, processor, f"-I{jax.ffi.include_dir()}"]
             ran = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
-                [*filter(None, command), str(SOURCE), "-o", str(made)],
+                [*filter(None, command), *map(str, SOURCES), "-o", str(made)],
                 capture_output=True,
                 text=True,
                 timeout=PATIENCE_S,

@@ -1,65 +1,32 @@
 /* Products of float32 activations with an int8 matrix in memory, at the speed of that memory.
 
-   `loader/native.py` compiles this file where it is used, for the processor that is there, and calls
-   it from JAX. It computes what `loader/kernels.py` computes in plain JAX, and sums in an order that
+   `loader/devices/native.py` compiles this file where it is used, for the processor that is there, and calls
+   it from JAX. It computes what `loader/devices/kernels.py` computes in plain JAX, and sums in an order that
    depends on shapes alone: never on how many threads there are, nor on which of them was faster.
 
    A few tokens are bound by memory: each piece of work is a run of whole rows, read once from end to
    end, some rows side by side. Many tokens are bound by arithmetic: each piece is a strip of columns,
-   of which one small panel after another is converted and used by all tokens.
+   of which one small panel after another is converted and used by all tokens. */
 
-   Interface: the C API of XLA's foreign functions, xla/ffi/api/c_api.h, as jaxlib ships it. */
-
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "xla/ffi/api/c_api.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-enum { LANES = 16, VECTORS = 4 };
-#elif defined(__AVX2__)
-#include <immintrin.h>
-enum { LANES = 8, VECTORS = 2 };
-#else
-enum { LANES = 4, VECTORS = 4 };
-#endif
+#include "pool.h"
+#include "tiles.h"
 
 enum {
-    TILE = LANES * VECTORS,    /* columns whose sums are in registers */
-    AT_ONCE = 6,               /* tokens whose sums are in registers */
     FEW = 12,                  /* tokens up to which a panel does not pay */
-    ROWS = 8,                  /* rows read side by side: as many lines as a cache set holds */
     PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
     WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
     AHEAD = 4,                 /* rows that are asked for before they are converted */
     SUMS = 1 << 15,            /* sums of a piece of work: 128 KiB of a second-level cache */
     STRIPS = 8,                /* pieces side by side for many tokens, at least */
     PIECE = 1 << 22,           /* bytes of the matrix in a piece for few tokens, at least */
-    MOST_PARTS = 16,           /* pieces that a group of rows is cut into, at most */
-    LINE = 64                  /* bytes of a cache line */
+    MOST_PARTS = 16            /* pieces that a group of rows is cut into, at most */
 };
 
-typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vector widened(const int8_t *from) {
-#if defined(__AVX512F__)
-    return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
-#elif defined(__AVX2__)
-    return (vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)from)));
-#else
-    vector to;
-    for (int lane = 0; lane < LANES; lane++) to[lane] = (float)from[lane];
-    return to;
-#endif
-}
-
-/* One product, and the work on it that is still to be taken. */
+/* One product. */
 typedef struct {
+    job job;
     const float *x;        /* [tokens, height] */
     const int8_t *matrix;  /* [height, width], rows `stride` apart */
     const float *scales;   /* [groups, width] */
@@ -68,49 +35,7 @@ typedef struct {
     int64_t tokens, height, width, stride, groups;
     int64_t parts;         /* runs of rows that a group is cut into */
     int64_t strip, strips; /* columns of a piece, and pieces side by side */
-    int64_t pieces;
-    atomic_long taken, done;
-    atomic_int failed, holders;
 } product;
-
-/* Adds to sums[token][column] what `rows` rows of a tile give: from int8, or from a panel of floats. */
-INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weights,
-                 const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
-    vector sum[AT_ONCE][VECTORS];
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < VECTORS; v++) sum[t][v] = *(const vector *)(sums + t * width + v * LANES);
-    for (int64_t row = 0; row < rows; row++) {
-        vector values[VECTORS];
-        if (weights) {
-            const int8_t *from = weights + row * stride;
-            /* Into the second level: in the first, lines of rows so far apart drive each other out. */
-            __builtin_prefetch(from + ROWS * stride, 0, 2);
-            for (int v = 0; v < VECTORS; v++) values[v] = widened(from + v * LANES);
-        } else {
-            for (int v = 0; v < VECTORS; v++)
-                values[v] = *(const vector *)(panel + row * TILE + v * LANES);
-        }
-        for (int t = 0; t < tokens; t++) {
-            float factor = x[t * height + row];
-            for (int v = 0; v < VECTORS; v++) sum[t][v] += factor * values[v];
-        }
-    }
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < VECTORS; v++) *(vector *)(sums + t * width + v * LANES) = sum[t][v];
-}
-
-/* The same for any number of tokens up to AT_ONCE: a program for each, with its sums in registers. */
-INLINE void tiles(int64_t tokens, const float *x, int64_t height, const int8_t *weights,
-                  const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
-    switch (tokens) {
-#define CASE(count)                                                                   \
-    case count:                                                                       \
-        tile(count, x, height, weights, panel, stride, rows, sums, width);            \
-        break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
-    }
-}
 
 /* Columns that do not fill a tile: only small models have them. */
 static void narrow(int64_t tokens, const float *x, int64_t height, const int8_t *weights,
@@ -173,7 +98,7 @@ static void many(product *p, int64_t piece) {
     size_t bytes = (p->tokens * columns + PANEL_ROWS * even) * sizeof(float);
     float *panel = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
     if (!panel) {
-        atomic_store(&p->failed, 1);
+        atomic_store(&p->job.failed, 1);
         return;
     }
     float *sums = panel + PANEL_ROWS * even;
@@ -207,33 +132,10 @@ static void many(product *p, int64_t piece) {
     free(panel);
 }
 
-/* Takes pieces until none is left. */
-static void work(product *p) {
-    for (;;) {
-        int64_t piece = atomic_fetch_add(&p->taken, 1);
-        if (piece >= p->pieces) return;
-        if (p->partial) few(p, piece);
-        else many(p, piece);
-        atomic_fetch_add(&p->done, 1);
-    }
-}
-
-static void release(product *p) {
-    if (atomic_fetch_sub(&p->holders, 1) == 1) free(p);
-}
-
-/* What a thread of the pool is given; it may come when all is done, and then finds nothing. */
-static void help(void *data) {
-    work(data);
-    release(data);
-}
-
-/* Waits a moment; after many, lets another thread have the core. */
-static void rest(int64_t times) {
-    if (times > 4096) sched_yield();
-#if defined(__x86_64__)
-    else __builtin_ia32_pause();
-#endif
+static void piece_of(job *j, int64_t piece) {
+    product *p = (product *)j;
+    if (p->partial) few(p, piece);
+    else many(p, piece);
 }
 
 /* Computes with the caller's thread and those of XLA's pool. */
@@ -245,7 +147,7 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
         p->strips = (p->width + p->strip - 1) / p->strip;
         p->parts = least(least(MOST_PARTS, bytes / p->groups / p->strips / PIECE + 1),
                          p->height / p->groups);
-        p->pieces = p->groups * p->parts * p->strips;
+        p->job.pieces = p->groups * p->parts * p->strips;
         p->partial = p->groups * p->parts == 1
                          ? p->out
                          : malloc(p->groups * p->parts * p->tokens * p->width * sizeof(float));
@@ -253,30 +155,10 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
     } else {
         p->strip = least(least(SUMS / p->tokens, WIDEST), p->width / STRIPS) / TILE * TILE;
         if (p->strip < TILE) p->strip = TILE;
-        p->pieces = (p->width + p->strip - 1) / p->strip;
+        p->job.pieces = (p->width + p->strip - 1) / p->strip;
     }
-    int64_t threads = 1;
-    XLA_FFI_ThreadPool_NumThreads_Args asked = {
-        .struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
-        .ctx = frame->ctx, .num_threads = &threads};
-    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&asked);
     /* Work of some microseconds is not worth waking anyone. */
-    int64_t helpers = error || bytes * p->tokens < PIECE / 16 ? 0 : least(threads, p->pieces) - 1;
-    for (int64_t helper = 0; helper < helpers && !error; helper++) {
-        XLA_FFI_ThreadPool_Schedule_Args given = {
-            .struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
-            .ctx = frame->ctx, .task = help, .data = p};
-        atomic_fetch_add(&p->holders, 1);
-        error = frame->api->XLA_FFI_ThreadPool_Schedule(&given);
-        if (error) atomic_fetch_sub(&p->holders, 1);
-    }
-    if (error) { /* No pool: this thread does it all. */
-        XLA_FFI_Error_Destroy_Args dropped = {
-            .struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
-        frame->api->XLA_FFI_Error_Destroy(&dropped);
-    }
-    work(p);
-    for (int64_t times = 0; atomic_load(&p->done) < p->pieces; times++) rest(times);
+    int sound = completed(&p->job, frame, bytes * p->tokens < PIECE / 16);
     if (p->partial && p->partial != p->out) {
         int64_t count = p->tokens * p->width;
         memcpy(p->out, p->partial, count * sizeof(float));
@@ -284,28 +166,14 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
             for (int64_t i = 0; i < count; i++) p->out[i] += p->partial[part * count + i];
         free(p->partial);
     }
-    return !atomic_load(&p->failed);
-}
-
-static XLA_FFI_Error *complaint(const XLA_FFI_Api *api, XLA_FFI_Error_Code code, const char *what) {
-    XLA_FFI_Error_Create_Args args = {
-        .struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE, .message = what, .errc = code};
-    return api->XLA_FFI_Error_Create(&args);
+    return sound;
 }
 
 /* Arguments: x float32 [tokens, height], the bytes int8 [n], place int32 [3]: where in them the
    first row begins, the first column, columns of a whole row; scales float32 [groups, width].
    Result: float32 [tokens, width]. */
 XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
-    /* Its type has two names: XLA_FFI_Extension_Base, and XLA_FFI_InternalExtension since API 0.5. */
-    __typeof__(frame->extension_start) extension = frame->extension_start;
-    if (extension && extension->type == XLA_FFI_Extension_Metadata) {
-        XLA_FFI_Metadata *told = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
-        told->api_version.major_version = XLA_FFI_API_MAJOR;
-        told->api_version.minor_version = XLA_FFI_API_MINOR;
-        told->traits = 0;
-        return NULL;
-    }
+    if (introduced(frame)) return NULL;
     if (frame->args.size != 4 || frame->rets.size != 1)
         return complaint(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, "not our arguments");
     XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args;
@@ -321,7 +189,8 @@ XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
     p->stride = at[2];
     int64_t first = (int64_t)at[0] + at[1];
     p->matrix = (const int8_t *)bytes->data + first;
-    atomic_store(&p->holders, 1);
+    p->job.run = piece_of;
+    atomic_store(&p->job.holders, 1);
     XLA_FFI_Error *error = NULL;
     if (first < 0 || first + (p->height - 1) * p->stride + p->width > bytes->dims[0])
         error = complaint(frame->api, XLA_FFI_Error_Code_OUT_OF_RANGE,
@@ -329,6 +198,6 @@ XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
     else if (p->tokens && !compute(p, frame))
         error = complaint(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
                           "no memory for the sums of a product");
-    release(p);
+    release(&p->job);
     return error;
 }

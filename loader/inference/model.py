@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from loader.devices import native
 from loader.devices.placement import Layer
 from loader.devices.products import Table, Weights, dots, lookup, product, table_rows
 from loader.inference.experts import Routed, experts, route, sum_over
@@ -177,11 +178,33 @@ def attention(
 
     queries = rotate(heads(weights.query), window.positions)
     step = KeyValues(rotate(heads(weights.key), window.positions), heads(weights.value))
+    tuning = weights.query.tuning
+    if tuning is not None and tuning.native:
+        mixed, cache = _by_native(queries, cache, step, window, config)
+        partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
+        return sum_over(partial, "model"), cache
     cache = _store(cache, step, window)
     # A first step needs no cache: its own keys are all there are, and are not rounded yet.
     mixed = _attend(queries, step if window.fresh else cache, window, config)
     partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
     return sum_over(partial, "model"), cache
+
+
+def _by_native(
+    queries: Array, cache: KeyValues, step: KeyValues, window: Window, config: GrokConfig
+) -> tuple[Array, KeyValues]:
+    """The same by the C program, which writes the step into the cache where it lies."""
+    asked = native.Step(
+        queries,
+        step.keys,
+        step.values,
+        jnp.where(window.real, window.positions, -1),
+        window.visible,
+        window.fresh,
+    )
+    scale = config.attn_output_multiplier
+    mixed, keys, values = native.attention(asked, cache.keys, cache.values, scale, SCORE_CAP)
+    return mixed, KeyValues(keys, values)
 
 
 def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig) -> Array:

@@ -67,6 +67,57 @@ def check(multiply, sizes, left, stride, seed):
 
 
 @needs_compiler
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([(1, 1, 1, 4, 20), (2, 2, 6, 128, 600), (3, 1, 7, 70, 130), (1, 3, 2, 16, 64)]),
+    st.sampled_from([1, 5, 40]),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.integers(0, 2**32 - 1),
+)
+@pytest.mark.usefixtures("multiply")
+def test_attention_is_that_of_numpy_and_writes_the_step_into_the_cache(sizes, tokens, dtype, seed):
+    rows, heads, group, size, places = sizes
+    sizes = (rows, min(tokens, places), heads, group, size, places)
+    check_attention(jax.jit(native.attention, static_argnums=(3, 4)), sizes, dtype, seed)
+
+
+def check_attention(attention, sizes, dtype, seed):
+    """Compare a step of rows of random lengths, with pads and padding tokens, with NumPy's."""
+    rows, tokens, heads, group, size, places = sizes
+    random = np.random.default_rng(seed)
+    drawn = lambda *shape: random.standard_normal(shape, np.float32) * 3  # noqa: E731
+    cache = [jnp.asarray(drawn(rows, places, heads, size), dtype) for _ in "kv"]
+    queries = drawn(rows, tokens, heads * group, size)
+    step = [drawn(rows, tokens, heads, size) for _ in "kv"]
+    starts = random.integers(0, places - tokens + 1, rows)
+    positions = (starts[:, None] + np.arange(tokens)).astype(np.int32)
+    counts = random.integers(0, tokens + 1, rows)
+    positions[np.arange(tokens) >= counts[:, None]] = -1
+    visible = random.random((rows, places)) < 0.7
+    asked = native.Step(queries, *step, positions, visible, np.bool_(False))
+    mixed, *filled = attention(asked, *cache, 0.2, 30.0)
+    mixed = np.asarray(mixed)
+    wanted = [np.array(part.astype(jnp.float32)) for part in cache]
+    for row, count in enumerate(counts):
+        for part, new in zip(wanted, step, strict=True):
+            part[row, starts[row] : starts[row] + count] = jnp.asarray(new[row, :count], dtype)
+    for found, part in zip(filled, wanted, strict=True):
+        assert (np.asarray(found.astype(jnp.float32)) == part).all()
+    for row, count in enumerate(counts):
+        assert not mixed[row, count:].any()
+        for token in range(count):
+            seen = visible[row].copy()
+            seen[positions[row, token] + 1 :] = False
+            seen[positions[row, token]] |= not seen.any()
+            for head in range(heads * group):
+                keys, values = (part[row, seen, head // group].astype(float) for part in wanted)
+                scores = 30 * np.tanh(keys @ queries[row, token, head] * 0.2 / 30)
+                weights = np.exp(scores - scores.max())
+                expected = weights @ values / weights.sum()
+                np.testing.assert_allclose(mixed[row, token, head], expected, atol=2e-4)
+
+
+@needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these processors are of another kind")
 @pytest.mark.parametrize("processor", ["-march=x86-64", "-march=x86-64-v3"])
 def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
@@ -74,11 +125,13 @@ def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
 ):
     monkeypatch.setattr(native, "LOADED", [])
     monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
+    monkeypatch.setattr(native, "VERSION", f"{native.VERSION}{processor}")
     monkeypatch.setattr(native, "PROCESSOR", (processor,))
     monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
     assert native.built(tmp_path, pytest.fail)
     for tokens in (1, 6, 20):
         check(native.product, (tokens, 96, 130, 4), 3, 140, tokens)
+        check_attention(native.attention, (2, tokens, 3, 2, 70, 90), "bfloat16", tokens)
 
 
 @needs_compiler
@@ -152,7 +205,9 @@ def test_program_that_does_not_build_is_reported_and_leaves_nothing(
     reasons = []
     assert not native.built(tmp_path / "folder", reasons.append)
     (reported,) = reasons
-    assert reported.startswith("product.c cannot be built or used, hence slower products: ")
+    assert reported.startswith(
+        "product.c and attention.c cannot be built or used, hence slower tokens: "
+    )
     assert reported.endswith(reason)
     assert list((tmp_path / "folder").iterdir()) == []
 
