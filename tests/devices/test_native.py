@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import golden
+from support.parity import check_bfloat16, check_parity
 
 from loader.devices import native
 from loader.devices.kernels import Tuning
@@ -145,13 +146,26 @@ def test_sums_do_not_depend_on_which_thread_was_faster(multiply, tokens):
     assert all((first == other).all() for other in others)
 
 
+@pytest.fixture
+def engine_over(multiply):  # what it has built is used
+    """An engine that computes by the C program over mapped weights, on so many devices."""
+
+    def made(devices, dtype):
+        mesh = make_mesh(golden.CONFIG, MeshShape(1, devices))
+        params = share(golden.CHECKPOINT, mesh, Tuning(native=True))
+        return Engine(golden.CONFIG, params, mesh, dtype)
+
+    return made
+
+
 @needs_compiler
-@pytest.mark.usefixtures("multiply")
-def test_model_over_mapped_weights_gives_the_references_tokens():
-    mesh = make_mesh(golden.CONFIG, MeshShape(1, 2))
-    params = share(golden.CHECKPOINT, mesh, Tuning(native=True))
-    made = Engine(golden.CONFIG, params, mesh, "float32").generate(golden.prompt("p1"), 6)
-    assert list(made) == golden.arrays()["f32/p1_tokens"][:6].tolist()
+def test_model_over_mapped_weights_gives_the_references_logits_and_tokens(engine_over):
+    check_parity(engine_over(2, "float32"), ["p1", "pz"], steps=6)
+
+
+@needs_compiler
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_reference_is(engine_over):
+    check_bfloat16(engine_over(1, "bfloat16"), ["p2", "pz"])
 
 
 @needs_compiler

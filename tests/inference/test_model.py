@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from support import golden
-from support.parity import TOLERANCE, check_parity, furthest, step_logits
+from support.parity import TOLERANCE, check_bfloat16, check_parity, furthest
 from support.program import with_devices
 from support.reference import Reference
 
@@ -105,20 +105,7 @@ def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh, steps
 
 @pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
 def test_bfloat16_is_no_further_from_float32_than_the_reference_is(mesh):
-    engine, wanted = golden.engine(MeshShape(*mesh), "bfloat16"), golden.arrays()
-
-    def distance(found, key):
-        return np.abs(np.asarray(found) - wanted[f"f32/{key}"]).mean()
-
-    for name in golden.PROMPTS:
-        tokens = golden.prompt(name)
-        full = engine.full_logits([tokens])[0, : len(tokens)]
-        key = f"{name}_full_logits"
-        assert distance(full, key) <= distance(wanted[f"bf16jit/{key}"], key), key
-        if name in golden.CONTINUED:
-            found = step_logits(engine, name, 32)
-            key = f"{name}_step_logits"
-            assert distance(found, key) <= distance(wanted[f"bf16jit/{key}"], key), key
+    check_bfloat16(golden.engine(MeshShape(*mesh), "bfloat16"), golden.PROMPTS)
 
 
 def test_prompts_on_accelerators_are_no_further_from_float32_than_the_reference_as_written():

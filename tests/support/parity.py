@@ -45,6 +45,24 @@ def check_parity(engine, names, steps):
         assert greedy == wanted[f"f32/{name}_tokens"][:count].tolist(), name
 
 
+def check_bfloat16(engine, names):
+    """Logits are no further from the reference's in float32 than its own in bfloat16 are."""
+    wanted = golden.arrays()
+
+    def distance(found, key):
+        return np.abs(np.asarray(found) - wanted[f"f32/{key}"]).mean()
+
+    for name in names:
+        tokens = golden.prompt(name)
+        full = engine.full_logits([tokens])[0, : len(tokens)]
+        key = f"{name}_full_logits"
+        assert distance(full, key) <= distance(wanted[f"bf16jit/{key}"], key), key
+        if name in golden.CONTINUED:
+            found = step_logits(engine, name, 32)
+            key = f"{name}_step_logits"
+            assert distance(found, key) <= distance(wanted[f"bf16jit/{key}"], key), key
+
+
 if __name__ == "__main__":
     for pair in sys.argv[1:]:
         mesh = MeshShape(*map(int, pair.split(",")))
