@@ -91,6 +91,7 @@ def test_without_a_temporary_folder_nothing_is_kept_and_demo_says_what_it_needs(
     assert "TMPDIR=" in said
 
 
+@pytest.mark.slow
 def test_a_full_cache_costs_compiling_anew_and_no_warning(tmp_path, demo):
     with small_disk(tmp_path / "cache", "size=16k") as full:
         environment = os.environ | {"XDG_CACHE_HOME": str(full)}

@@ -82,6 +82,7 @@ def test_sentences_begin_differently_and_one_line_holds_one():
     assert all(sentence[-1] == "." for sentence in SENTENCES)
 
 
+@pytest.mark.slow
 def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
     numbers = range(len(SENTENCES))
     longest = max(len(TOKENIZER.encode(" ".join(pair))) for pair in itertools.pairwise(SENTENCES))
@@ -97,7 +98,7 @@ def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
     [
         pytest.param((1, 2), "float32", marks=pytest.mark.slow),
         pytest.param((2, 2), "bfloat16", marks=pytest.mark.slow),
-        ((8, 1), "float32"),
+        pytest.param((8, 1), "float32", marks=pytest.mark.slow),
         pytest.param((1, 4), "float32", marks=pytest.mark.slow),
         pytest.param((1, 8), "float32", marks=pytest.mark.slow),
     ],

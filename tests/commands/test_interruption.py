@@ -19,6 +19,7 @@ from support.release import publish
 
 from grokfetch import interruption
 from grokfetch.cli import main
+from grokfetch.manifest.shipped import demo_folder
 
 MARK = "begun"
 FIRST_LINE = f"""
@@ -62,6 +63,7 @@ def commands(folder, tmp_path, silent_peer):
     """Every command so that it takes a while, or as long as it takes."""
     release = folder / "release"
     model = ("--dtype", "float32")
+    tokenizer = ("--tokenizer", demo_folder() / "grok-demo/tokenizer.model")
     patient = ("--peer", silent_peer, *LOOPBACK)
     return {
         "plan": ("plan", folder / "tiny.json", "--to", tmp_path),
@@ -72,6 +74,7 @@ def commands(folder, tmp_path, silent_peer):
         "inspect": ("inspect", release),
         "manifest": ("manifest", release, "--config", CONFIG, "--state", tmp_path / "state"),
         "publish": ("publish", release, "--config", CONFIG, "--output", tmp_path / "published"),
+        "export": ("export", release, tmp_path / "exported", "--type", "f32", *tokenizer),
         "seed": ("seed", folder, *LOOPBACK[:-1]),
         "run": ("run", release, "--tokens", "1 2 3", "--max-tokens", "40", *model),
         "serve": ("serve", release, "--port", "0", *model),
@@ -122,6 +125,10 @@ def test_a_signal_during_start_up_ends_the_program(name, after_s, number, comman
     check(name, *interrupted(commands[name], after_s, number), number)
 
 
+def test_every_command_is_among_those_that_are_interrupted(commands):
+    assert commands.keys() == set(main.list_commands(None))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(main.list_commands(None)))
@@ -131,7 +138,8 @@ def test_no_signal_is_lost_at_any_moment_of_start_up(name, commands, tmp_path):
     for _ in range(times):
         number = moments.choice([signal.SIGINT, signal.SIGTERM])
         check(name, *interrupted(commands[name], moments.uniform(0, 2), number), number)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for folder_made in ("out", "exported"):
+            shutil.rmtree(tmp_path / folder_made, ignore_errors=True)
 
 
 DROPPED = """

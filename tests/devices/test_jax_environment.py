@@ -62,6 +62,7 @@ def test_a_variable_that_jax_or_xla_refuses_is_our_error(demo, command, variable
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_settings_that_others_need_for_their_code_leave_the_text_as_it_is(demo):
     plain = run(demo)
     assert plain.returncode == 0, plain.stderr
