@@ -29,7 +29,7 @@ from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2), (8, 1)]
-QUICK = {(1, 1), (1, 8), (2, 4)}
+QUICK = {(1, 1), (2, 4)}
 """Those that the ordinary suite tries; the gate tries all."""
 COPIES = [(1, 4, 2), (2, 2, 2), (1, 1, 8)]
 """Meshes with copies of the weights: along expert, model, data."""
@@ -83,7 +83,7 @@ def test_accelerators_products_equal_the_reference():
 @pytest.mark.parametrize(
     ("mesh", "steps"),
     [
-        *((mesh, 6) for mesh in COPIES),
+        ((2, 2, 2), 6),
         *(pytest.param(mesh, 32, marks=pytest.mark.slow) for mesh in COPIES),
     ],
     ids=str,

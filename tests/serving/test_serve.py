@@ -491,6 +491,7 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_answers_what_is_at_work_and_ends_with_success(folder):
     command = ("serve", folder, "--port", 0, "--slots", 2, *SIMPLEST)
     with started(*command, until="http://") as (process, lines):
