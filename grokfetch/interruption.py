@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "honour", "install", "noted", "settle", "uninstall"]
+__all__ = ["Held", "Interrupted", "honour", "install", "noted", "settle", "uninstall"]
 
 AGAIN_S = 0.02
 """Seconds until an interruption that was dropped is raised again: by then whatever dropped it has
@@ -34,6 +34,22 @@ class _Count:
 
     raised = 0
     honoured = 0
+
+
+class Held:
+    """A context in which nothing is raised; what came meanwhile is raised soon after.
+
+    To block the signals is not enough: another thread takes them then, and Python raises in the
+    main one all the same.
+    """
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        Held.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        Held.depth -= 1
 
 
 class Interrupted(KeyboardInterrupt):
@@ -137,7 +153,7 @@ def settle() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _importing(frame):
+    if Held.depth or _importing(frame):
         _Count.raised += 1
         _again_soon(number)
         return
@@ -147,7 +163,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _interrupt_again(_number: int, frame: FrameType | None) -> None:
     if _Count.raised <= _Count.honoured:
         return
-    if _importing(frame):
+    if Held.depth or _importing(frame):
         _again_soon(_pending.number)
         return
     raise Interrupted(_pending.number)

@@ -24,6 +24,7 @@ from grokfetch.commands.verify import check_bytes, check_tensors
 from grokfetch.errors import Damaged, StorageFailed, storage_failed
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
+from grokfetch.interruption import Held
 from grokfetch.manifest.schema import Manifest, parse
 from grokfetch.manifest.shipped import demo_folder
 from grokfetch.torrent.magnet import parse_magnet
@@ -41,7 +42,6 @@ MOST_TOKENS = 200
 """More than the text has from the prompt to its end, where the model stops by itself."""
 WIDTH = 80
 LOOK = "keep its files and look at them: grokfetch demo --keep DIR; grokfetch verify DIR/fetched"
-ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 @click.command(
@@ -184,14 +184,15 @@ def _seeding(folder: Path) -> Iterator[int]:
     ours, theirs = context.Pipe()
     seeder = context.Process(target=_seed, args=(folder, theirs), daemon=True)
     try:
-        # Neither signal may come between the start of a process and what it is sent to begin with.
-        # Ctrl-C, which reaches every process of the terminal, stays blocked in the seeder: it ends
-        # when this process does.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        try:
-            seeder.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        # An interruption between the start of a process and what it is sent to begin with would
+        # have it fail with a traceback. Ctrl-C, which reaches every process of the terminal, stays
+        # blocked in the seeder: it ends when this process does.
+        with Held():
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                seeder.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         yield ours.recv()
     finally:
@@ -201,7 +202,6 @@ def _seeding(folder: Path) -> Iterator[int]:
 
 
 def _seed(folder: Path, pipe: Connection) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     torrent = folder.joinpath(f"{NAME}.torrent").read_bytes()
     with (
         seed(torrent, folder, SwarmSettings.loopback()) as seeder,

@@ -252,6 +252,32 @@ def test_one_that_comes_while_click_has_the_word_has_the_same_code():
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
+HELD = """
+import signal, threading, time
+from grokfetch import interruption
+interruption.install()
+with interruption.Held():
+    # Of a process, and so any thread's: blocked in one it is taken by another.
+    other = threading.Thread(target=lambda: signal.raise_signal(signal.SIGTERM))
+    other.start()
+    other.join()
+    time.sleep(0.1)
+    print("held", flush=True)
+try:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pass
+except interruption.Interrupted as error:
+    print("raised", error.exit_code)
+"""
+
+
+def test_where_interruptions_are_held_they_come_afterwards():
+    command = [sys.executable, "-c", HELD]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "held\nraised 143\n"
+
+
 ENDED = """
 import signal, sys
 from grokfetch import interruption
