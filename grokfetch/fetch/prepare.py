@@ -24,7 +24,7 @@ from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Request, Selection, extended, pieces_of, spans, urgency
-from grokfetch.torrent.layout import Layout
+from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
 
 __all__ = ["Asked", "Prepared", "prepare"]
@@ -67,6 +67,15 @@ class Prepared:
     def weight(self, pieces: Iterable[int]) -> int:
         """The payload bytes of these pieces."""
         return sum(self.weights[piece] for piece in pieces)
+
+    def room(self, files: Iterable[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
+        """Some files with the bytes that are asked for of each."""
+        room = dict.fromkeys((file.path for file in files), 0)
+        for piece in self.asked:
+            for part in self.layout.segments(piece):
+                if part.file.path in room and not part.file.pad:
+                    room[part.file.path] += part.length
+        return list(room.items())
 
 
 def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose

@@ -161,6 +161,11 @@ class Layout:
         first = file.start + offset
         return range(first // self.piece_length, (first + size - 1) // self.piece_length + 1)
 
+    def files_over(self, pieces: Iterable[int]) -> list[LayoutFile]:
+        """The files on disk in which these pieces lie."""
+        parts = (part for piece in pieces for part in self.segments(piece))
+        return list(dict.fromkeys(part.file for part in parts if not part.file.pad))
+
     def hasher(self, piece: int) -> PieceHasher:
         """A fresh hasher for a piece."""
         if self.version == 1:
