@@ -31,7 +31,8 @@ from loader.devices.cache_folder import cache_folder
 from loader.devices.placement import make_mesh, share
 from loader.devices.tuning import measure
 from loader.devices.xla_setup import processor, use_cores
-from loader.inference.engine import Engine, State
+from loader.inference.engine import Engine
+from loader.inference.state import State
 from loader.weights.checkpoint import Checkpoint, open_folder
 from loader.weights.schema import GrokConfig
 

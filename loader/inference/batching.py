@@ -19,11 +19,12 @@ from jax import Array, lax
 
 from grokfetch.errors import PromptInvalid
 from loader.devices.semantics import as_written
-from loader.inference.engine import Engine, Part
+from loader.inference.engine import Engine
 from loader.inference.penalties import Changes, Penalties, Repeated, changed
 from loader.inference.prompts import check_prompts
 from loader.inference.sampling import Choice, Ranked, Sampling, rank
 from loader.inference.slots import Slots, doubled
+from loader.inference.state import Part
 
 __all__ = ["Batch", "Emission", "Job", "Scored"]
 

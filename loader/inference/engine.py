@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,34 +21,16 @@ from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.devices.semantics import as_written
-from loader.inference.model import KeyValues, Window
-from loader.inference.prompts import Ids, check_prompts, check_room, token_ids
+from loader.inference.prompts import Ids, check_prompts, check_room, chunks, token_ids
 from loader.inference.routing_counts import Choices
 from loader.inference.sampling import Choice, Sampling, draw
+from loader.inference.state import Part, State, empty, grown, last_of, window_after
 from loader.inference.steps import steps_for
 from loader.inference.tokenizer import Tokenizer, decoded
-from loader.weights.limits import LONGEST_STEP, SMALLEST_STEP, cache_length, rounded
+from loader.weights.limits import LONGEST_STEP, cache_length
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Engine", "Part", "Sampling", "State"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class State:
-    """What decoding continues from, for B rows.
-
-    The first rows are the prompts'. Where rows are split over copies of the weights there may be
-    more, which hold no token and make their number divide.
-
-    cache: one entry a layer. visible: bool `[B, S]`, the places that hold a token that may be
-    attended to. lengths: int32 `[B]`, tokens of each row so far. longest: their largest, known to
-    the host.
-    """
-
-    cache: tuple[KeyValues, ...]
-    visible: Array
-    lengths: Array
-    longest: int
+__all__ = ["Engine", "Sampling"]
 
 
 class Engine:
@@ -86,9 +68,9 @@ class Engine:
         self.heads, self.by_rows = self._steps.heads, self._steps.rows
         self.everywhere = self._steps.everywhere
         # On every device at once: a step must not fetch them from the first for each layer.
-        self._window = jax.jit(_window, static_argnames="fresh", out_shardings=self.by_rows)
+        self._window = jax.jit(window_after, static_argnames="fresh", out_shardings=self.by_rows)
         self._draw = jax.jit(draw, out_shardings=self.everywhere)
-        self._pick = jax.jit(_pick, out_shardings=self.by_rows)
+        self._pick = jax.jit(last_of, out_shardings=self.by_rows)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -196,7 +178,7 @@ class Engine:
                 hint="begin anew with the end of the text",
             )
         if state.longest >= state.visible.shape[1]:
-            state = self._grown(state)
+            state = grown(state, self.places(state.longest + 1), self.heads)
         given, batch = len(tokens), state.visible.shape[0]
         counts = np.zeros(batch, np.int32)
         counts[:given] = True if live is None else live
@@ -278,31 +260,21 @@ class Engine:
             if step + 1 < limit:
                 logits, state = self.decode(state, token)
 
-    def read(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Iterator[Part]:
+    def read(self, prompts: Sequence[Sequence[int]], most: int | None = None) -> Iterator[Part]:
         """Chunks of the prompts, one step each; the state of one is used up by the next.
 
         Args:
             prompts: as `check_prompts` wants them.
-            chunk: most tokens of a prompt in a step, a power of two; None for `LONGEST_STEP`.
+            most: tokens of a prompt in a step at most, a power of two; None for `LONGEST_STEP`.
         """
-        chunk = LONGEST_STEP if chunk is None else chunk
-        batch = self.rows(len(prompts))
-        counts = np.zeros(batch, np.int32)
-        counts[: len(prompts)] = [len(prompt) for prompt in prompts]
-        longest = int(counts.max())
-        state = self._empty(batch, self.places(longest))
-        for start in range(0, longest, chunk):
-            width = rounded(self.config, min(longest - start, chunk), SMALLEST_STEP)
-            tokens = np.full((batch, width), self.config.pad_token, np.int32)
-            for row, prompt in enumerate(prompts):
-                part = prompt[start : start + chunk]
-                tokens[row, : len(part)] = part
+        shape = self.rows(len(prompts)), self.places(max(map(len, prompts)))
+        state = empty(self.config, len(self.params.layers), shape, self.dtype, self.heads)
+        for chunk in chunks(self.config, prompts, shape[0], most or LONGEST_STEP):
             # Pad ids in a prompt are not keys; padding tokens are not either, by their count.
-            shown = tokens != self.config.pad_token
-            left = np.clip(counts - start, 0, chunk).astype(np.int32)
-            x, state = self._advance(state, tokens, left, shown, int(left.max()))
-            ends = np.where(counts - start <= chunk, counts - start - 1, -1).astype(np.int32)
-            yield Part(x, ends, state)
+            shown = chunk.tokens != self.config.pad_token
+            longest = int(chunk.counts.max())
+            x, state = self._advance(state, chunk.tokens, chunk.counts, shown, longest)
+            yield Part(x, chunk.ends, state)
 
     @as_written
     def last(self, part: Part, before: Array | None) -> Array:
@@ -340,68 +312,9 @@ class Engine:
         x, filled = self._steps.layers(state.cache, self._steps.embed(tokens), window)
         return x, State(filled, window.visible, lengths, state.longest + longest)
 
-    @as_written
-    def _empty(self, batch: int, places: int) -> State:
-        shape = (batch, places, self.config.num_kv_heads, self.config.key_size)
-
-        def zeros() -> Array:
-            return jnp.zeros(shape, self.dtype, device=self.heads)
-
-        return State(
-            cache=tuple(KeyValues(zeros(), zeros()) for _ in range(len(self.params.layers))),
-            visible=jnp.zeros((batch, places), bool),
-            lengths=jnp.zeros(batch, jnp.int32),
-            longest=0,
-        )
-
-    def _grown(self, state: State) -> State:
-        """The state with room for more: twice the places, at most the model's context."""
-        more = self.places(state.longest + 1) - state.visible.shape[1]
-
-        def pad(array: Array) -> Array:
-            padded = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
-            grown: Array = jax.device_put(padded, self.heads)
-            return grown
-
-        return dataclasses.replace(
-            state,
-            cache=jax.tree.map(pad, state.cache),
-            visible=jnp.pad(state.visible, ((0, 0), (0, more))),
-        )
-
-
-class Part(NamedTuple):
-    """A chunk read: its residual stream `[B, T, D]`, where in it each row ends, and the state.
-
-    ends: int32 `[B]`, negative where the row has ended before, or beyond.
-    """
-
-    x: Array
-    ends: np.ndarray[Any, Any]
-    state: State
-
 
 def _no_tokenizer() -> Tokenizer:
     raise TokenizerMissing(
         "nobody has said which tokenizer is this model's",
         hint="give token ids, or name it: load_model(checkpoint, tokenizer=FILE)",
     )
-
-
-def _window(
-    visible: Array, lengths: Array, counts: Array, shown: Array, *, fresh: bool
-) -> tuple[Window, Array]:
-    """Where a step's tokens stand after rows of `lengths`, and the lengths after it."""
-    batch, width = shown.shape
-    steps = jnp.arange(width)
-    real = steps < counts[:, None]
-    positions = lengths[:, None] + steps
-    places = jnp.where(real, positions, visible.shape[1])
-    visible = visible.at[jnp.arange(batch)[:, None], places].set(shown, mode="drop")
-    return Window(positions, real, visible, fresh), lengths + counts
-
-
-def _pick(x: Array, ends: Array, before: Array) -> Array:
-    """Each row's last token if it lies in this chunk: `[B, T, D]` to `[B, 1, D]`."""
-    last = x[jnp.arange(x.shape[0]), jnp.maximum(ends, 0)][:, None]
-    return jnp.where(ends[:, None, None] < 0, before, last)

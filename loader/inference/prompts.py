@@ -1,17 +1,19 @@
-"""What may stand for a prompt: token ids in a list or an array, or a text. Pure."""
+"""What may stand for a prompt, and the chunks in which prompts are read. Pure."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from grokfetch.errors import PromptInvalid
+from loader.weights.limits import SMALLEST_STEP, rounded
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Ids", "check_prompts", "check_room", "token_ids"]
+__all__ = ["Chunk", "Ids", "check_prompts", "check_room", "chunks", "token_ids"]
 
 Ids = Sequence[int] | Any
 """Token ids: a sequence of integers, or an array `[T]` of NumPy, JAX or PyTorch."""
@@ -75,6 +77,48 @@ def check_room(config: GrokConfig, prompt: Sequence[int]) -> int:
             hint="shorten it",
         )
     return room
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one step: the next ones of each prompt.
+
+    tokens: int32 `[B, T]`, pad ids behind those of a row. counts: int32 `[B]`, how many of them are
+    the row's. ends: int32 `[B]`, where in the chunk each row ends, negative where the row has ended
+    before, or beyond.
+    """
+
+    tokens: np.ndarray[Any, Any]
+    counts: np.ndarray[Any, Any]
+    ends: np.ndarray[Any, Any]
+
+
+def chunks(
+    config: GrokConfig, prompts: Sequence[Sequence[int]], rows: int, most: int
+) -> Iterator[Chunk]:
+    """What is read of prompts, step by step.
+
+    Args:
+        config: the hyperparameters.
+        prompts: as `check_prompts` wants them.
+        rows: of each step; those that are no prompt's have no token.
+        most: tokens of a prompt in a step at most, a power of two.
+    """
+    lengths = np.zeros(rows, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    longest = int(lengths.max())
+    for start in range(0, longest, most):
+        width = rounded(config, min(longest - start, most), SMALLEST_STEP)
+        tokens = np.full((rows, width), config.pad_token, np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + most]
+            tokens[row, : len(part)] = part
+        left = lengths - start
+        yield Chunk(
+            tokens,
+            np.clip(left, 0, most).astype(np.int32),
+            np.where(left <= most, left - 1, -1).astype(np.int32),
+        )
 
 
 def _not_ids(prompt: object) -> PromptInvalid:

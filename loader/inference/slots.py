@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from loader.inference.engine import Engine, State
+from loader.inference.engine import Engine
+from loader.inference.state import State
 
 __all__ = ["Slots", "doubled"]
 
