@@ -13,21 +13,31 @@ import click
 
 from grokfetch import __version__
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import json_option, plain_option, state_option, tokenizer_option
+from grokfetch.commands.options import (
+    NETWORK_NAMES,
+    Meanwhile,
+    json_option,
+    meanwhile_options,
+    plain_option,
+    state_option,
+    tokenizer_option,
+)
+from grokfetch.commands.streaming import reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Size
 from grokfetch.errors import StorageFailed
-from grokfetch.fetch.preflight import Check, checks, need, probe
+from grokfetch.fetch.preflight import Check, checks, nearest, need, probe
+from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, encode
-from grokfetch.output.reporting import ended, held, notice, reporter
+from grokfetch.output.reporting import ended, held, lines, notice, reporter
 from grokfetch.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from loader.export.layout import Origin, Plan
     from loader.export.matrices import ElementType
     from loader.export.safetensors import Names
-    from loader.export.writing import Export
+    from loader.weights.checkpoint import Checkpoint
 
 TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
 
@@ -38,8 +48,13 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
         "grokfetch export /data/grok-1 /data/grok-1-gguf --split 48G --dry-run",
         "grokfetch export grok-1-Q8_0.gguf /data/grok-1 --format shards",
     ),
+    groups={
+        "What": ("form", "kind", "names", "split", "dry_run", "tokenizer", "unproven"),
+        "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
+        "For machines and screens": ("json", "plain", "state"),
+    },
 )
-@click.argument("source", metavar="DIR", type=click.Path(exists=True, path_type=Path))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -73,11 +88,12 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
 @click.option(
     "--unproven", is_flag=True, help="Export files of the right form that no hash vouches for."
 )
+@meanwhile_options
 @plain_option
 @state_option
 @json_option
 def export(
-    source: Path,
+    folder: Path,
     out: Path,
     *,
     form: str,
@@ -87,6 +103,7 @@ def export(
     dry_run: bool,
     tokenizer: Path | None,
     unproven: bool,
+    meanwhile: Meanwhile | None,
     state: Path | None,
 ) -> None:
     """Write the weights in DIR, all of them proven, into the folder OUT for another engine.
@@ -98,36 +115,64 @@ def export(
     """
     if out.suffix == ".gguf":
         raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
-    start = time.perf_counter()
     if names is not None and form != "safetensors":
         raise click.UsageError("--names goes with --format safetensors")
-    if form == "shards":
-        _shards(source, out, start, dry_run=dry_run)
-        return
-    if not source.is_dir():
+    if form == "safetensors" and kind not in (None, "bf16"):
+        raise click.UsageError("safetensors is written as bf16 only")
+    if meanwhile is not None and (form == "shards" or dry_run or unproven):
         raise click.UsageError(
-            f"{source} is not a folder; a GGUF is turned back by --format shards"
+            "--while-fetching goes without --format shards, --dry-run and --unproven"
         )
-    store = Store(source, state)
-    with held(store):
+    if meanwhile is None and not folder.exists():
+        raise click.UsageError(f"{folder} is not there")
+    start = time.perf_counter()
+    if form == "shards":
+        _shards(folder, out, start, dry_run=dry_run)
+        return
+    if folder.is_file():
+        raise click.UsageError(f"{folder} is a file; a GGUF is turned back by --format shards")
+    with reading(folder, state, meanwhile) as store:
         if form == "safetensors":
-            if kind not in (None, "bf16"):
-                raise click.UsageError("safetensors is written as bf16 only")
             plan = _as_safetensors(store, names or "vllm", split, tokenizer)
         else:
             plan = _as_gguf(store, kind or "q8_0", split, tokenizer)
         if dry_run:
             _list(plan, out, time.perf_counter() - start)
             return
-        from loader.export.writing import Export, check_scales
-        from loader.weights.checkpoint import open_checkpoint
+        checkpoint = _checkpoint(
+            store, proven=not unproven, as_they_are=form == "gguf" and kind in (None, "q8_0")
+        )
+        text, kept = _write(plan, checkpoint, store, Store(out))
+    # A fetch beside it has ended by now.
+    seconds = time.perf_counter() - start
+    ended(
+        f"{text} in {seconds_text(seconds)}",
+        seconds,
+        folder=str(out),
+        files=[file.name for file in plan.files],
+        bytes=plan.size,
+        tensors=len(plan.parts),
+        kept=kept,
+    )
 
-        checkpoint = open_checkpoint(store, proven=not unproven)
-        if form == "gguf" and kind in (None, "q8_0"):
-            check_scales(checkpoint)
-        target = Store(out)
-        with held(target, exclusive=True):
-            _write(Export(plan, checkpoint, target), plan, target, store.manifest(), start)
+
+def _checkpoint(store: Store, *, proven: bool, as_they_are: bool) -> Checkpoint:
+    """The weights, which may still be on their way.
+
+    Args:
+        store: their folder.
+        proven: whether they must be.
+        as_they_are: refuse scales that Q8_0 cannot hold, as far as they are there.
+    """
+    from loader.export.writing import check_scales
+    from loader.weights.checkpoint import expect_checkpoint, open_checkpoint
+
+    if isinstance(store, Arriving):
+        return expect_checkpoint(store, by_parts=True)
+    checkpoint = open_checkpoint(store, proven=proven)
+    if as_they_are:
+        check_scales(checkpoint)
+    return checkpoint
 
 
 def _origin(store: Store) -> Origin:
@@ -167,14 +212,14 @@ def _as_safetensors(store: Store, names: Names, split: int | None, tokenizer: Pa
     return safetensors_plan(config, path.read_bytes(), _origin(store), names, split or SPLIT)
 
 
-def _shards(source: Path, out: Path, start: float, *, dry_run: bool) -> None:
+def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
     """Write the official shards again from a GGUF."""
     from loader.export.restoring import FOLDER, open_exported, write_shards
     from loader.weights.inventory import expected
 
-    if source.is_dir():
-        raise click.UsageError(f"{source} is a folder: --format shards takes a GGUF file")
-    exported = open_exported(source)
+    if folder.is_dir():
+        raise click.UsageError(f"{folder} is a folder: --format shards takes a GGUF file")
+    exported = open_exported(folder)
     files, tensors = expected(exported.config, FOLDER)
     sizes = [(file.path, file.size) for file in files]
     described = Manifest("", files, tensors=tensors, model=exported.config.to_mapping())
@@ -225,46 +270,55 @@ def _list(plan: Plan, out: Path, seconds: float) -> None:
     )
 
 
-def _lacking(out: Path, files: list[tuple[PurePosixPath, int]]) -> list[Check]:
-    """What the place of OUT lacks for files, path below it and size in bytes."""
+def _lacking(out: Path, files: list[tuple[PurePosixPath, int]], coming: int = 0) -> list[Check]:
+    """What the place of OUT lacks for files, path below it and size in bytes.
+
+    `coming` are bytes that a fetch still writes to the same disk.
+    """
     needed = need(out, files)
+    needed = dataclasses.replace(needed, bytes=needed.bytes + coming)
     return [check for check in checks(needed, probe(out, needed.longest)) if not check.ok]
 
 
-def _require_room(out: Path, files: list[tuple[PurePosixPath, int]]) -> None:
+def _require_room(out: Path, files: list[tuple[PurePosixPath, int]], coming: int = 0) -> None:
     """Refuse to begin what cannot end.
 
     Raises:
         StorageFailed: says what is short.
     """
-    for check in _lacking(out, files):
+    for check in _lacking(out, files, coming):
         raise StorageFailed(
             check.what, path=out, hint="make room, or choose an OUT on another disk"
         )
 
 
-def _write(job: Export, plan: Plan, target: Store, manifest: Manifest, start: float) -> None:
+def _coming(store: Store, out: Path) -> int:
+    """The bytes that a fetch beside the export still writes to its disk."""
+    if not isinstance(store, Arriving):
+        return 0
+    if nearest(store.root).stat().st_dev != nearest(out).stat().st_dev:
+        return 0
+    return need(store.root, ((file.path, file.size) for file in store.manifest().files)).bytes
+
+
+def _write(plan: Plan, checkpoint: Checkpoint, store: Store, target: Store) -> tuple[str, int]:
+    """Write what is missing, and hash it; what to tell of it, and tensors written before."""
+    from loader.export.writing import Export
+
     names = ", ".join(file.name for file in plan.files[:2])
     names += ", ..." if len(plan.files) > 2 else ""
-    kept = job.kept
-    if job.whole:
-        text = f"{target.root / names}: whole already, nothing was written"
-    else:
-        _require_room(target.root, job.missing)
+    with held(target, exclusive=True):
+        job = Export(plan, checkpoint, target)
+        kept = job.kept
+        if job.whole:
+            return f"{target.root / names}: whole already, nothing was written", kept
+        _require_room(target.root, job.missing, _coming(store, target.root))
         with reporter("export") as sink:
             for event in job.write():
-                sink.take(event)
+                # A terminal has one last line, and the slower of the two is drawn in it.
+                if lines() or not isinstance(store, Arriving) or store.over:
+                    sink.take(event)
         files = (ManifestFile(PurePosixPath(file.name), file.size) for file in plan.files)
-        _read_back(target, Manifest("", tuple(files), licence=manifest.licence))
-        text = f"{target.root / names}: {len(plan.parts)} tensors, {bytes_text(plan.size)}"
-        text += f", {kept} of them written before" if kept else ""
-    seconds = time.perf_counter() - start
-    ended(
-        f"{text} in {seconds_text(seconds)}",
-        seconds,
-        folder=str(target.root),
-        files=[file.name for file in plan.files],
-        bytes=plan.size,
-        tensors=len(plan.parts),
-        kept=kept,
-    )
+        _read_back(target, Manifest("", tuple(files), licence=store.manifest().licence))
+    text = f"{target.root / names}: {len(plan.parts)} tensors, {bytes_text(plan.size)}"
+    return text + (f", {kept} of them written before" if kept else ""), kept

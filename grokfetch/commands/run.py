@@ -30,14 +30,13 @@ from grokfetch.commands.prompt_list import Settings, work_on
 from grokfetch.commands.prompt_options import Listed, Prompt, Session, prompt_options
 from grokfetch.commands.run_figures import Measured
 from grokfetch.commands.run_text import converse, tell, write
-from grokfetch.commands.streaming import fetching
+from grokfetch.commands.streaming import reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Integer, Number
 from grokfetch.events import Ended
-from grokfetch.fetch import Asked
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
-from grokfetch.output.reporting import held, lines
+from grokfetch.output.reporting import lines
 from loader.devices.arrangement import Arrangement, Loading, arrange
 from loader.devices.jax_environment import require_jax
 from loader.devices.meter import Meter
@@ -138,7 +137,14 @@ def run(
     speaking, finished = threading.Event(), None
     with (
         joined(hosts),
-        _reading(folder, state, meanwhile, asked(hosts, loading), speaking) as store,
+        reading(
+            folder,
+            state,
+            meanwhile,
+            asked=asked(hosts, loading),
+            speaking=speaking,
+            watch=_watch,
+        ) as store,
         Meter() as meter,
         contextlib.ExitStack() as files,
     ):
@@ -274,22 +280,8 @@ def _loaded(
         return load_onto(there, checkpoint, report)
 
 
-@contextlib.contextmanager
-def _reading(
-    folder: Path,
-    state: Path | None,
-    meanwhile: Meanwhile | None,
-    wanted: Asked,
-    speaking: threading.Event,
-) -> Iterator[Store]:
-    """The folder, while nobody else writes it."""
-    if meanwhile is None:
-        store = Store(folder, state)
-        with held(store):
-            yield store
-    else:
-        from loader.devices.cluster import check
+def _watch() -> None:
+    """Notice that another host has given up."""
+    from loader.devices.cluster import check
 
-        arriving = Arriving(folder, state, watch=check)
-        with fetching(meanwhile, arriving, wanted, speaking):
-            yield arriving
+    check()

@@ -1,11 +1,11 @@
-"""`run --while-fetching`: the fetch that runs beside the model; no command of its own."""
+"""`--while-fetching`: the fetch that runs beside `run` and `export`; no command of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator
-from pathlib import PurePosixPath
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path, PurePosixPath
 
 from grokfetch.commands.options import Meanwhile
 from grokfetch.commands.tokenizer import bring_tokenizer
@@ -13,16 +13,48 @@ from grokfetch.events import FetchEvent, Outcome, Status
 from grokfetch.fetch import Asked, Limits, fetch
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.fetch.wanted import resolve
+from grokfetch.folder.store import Store
+from grokfetch.manifest.selection import Request
 from grokfetch.output.progress import Sink
-from grokfetch.output.reporting import lines, reporter
+from grokfetch.output.reporting import held, lines, reporter
 
-__all__ = ["fetching"]
+__all__ = ["fetching", "reading"]
 
 TIMEOUT_S = 600.0
 """How long the fetch waits without a byte."""
 
 SAVE_S = 1.0
 """Seconds between two writings of the record, which readers wait for."""
+
+
+@contextlib.contextmanager
+def reading(
+    folder: Path,
+    state: Path | None,
+    meanwhile: Meanwhile | None,
+    *,
+    asked: Asked | None = None,
+    speaking: threading.Event | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> Iterator[Store]:
+    """A folder while nobody else writes it; one that is fetched meanwhile is an `Arriving`.
+
+    Args:
+        folder: where it is; with a fetch it need not exist yet.
+        state: where our own files are.
+        meanwhile: the fetch that is to run at the same time, if any.
+        asked: what of the checkpoint it is to bring, all by default.
+        speaking: as of `fetching`.
+        watch: called every second where somebody waits; what it raises ends the waiting.
+    """
+    if meanwhile is None:
+        store = Store(folder, state)
+        with held(store):
+            yield store
+    else:
+        arriving = Arriving(folder, state, watch)
+        with fetching(meanwhile, arriving, asked or Request(), speaking or threading.Event()):
+            yield arriving
 
 
 @contextlib.contextmanager

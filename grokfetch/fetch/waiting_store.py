@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
@@ -55,8 +54,8 @@ class Arriving(Store):
         super().__init__(root, state)
         self._watch = watch
         self.demand = Demand(self._tell, stays=on_demand)
-        self._news = threading.Condition()
-        self._saves = 0
+        self._changed = threading.Condition()
+        self._told = 0
         self._over = False
         self._error: BaseException | None = None
 
@@ -129,26 +128,40 @@ class Arriving(Store):
             GrokfetchError: the fetch has failed, and with what.
             StateMissing: there is no manifest.
         """
-        pieces, asked = self._pieces(path, start, length), False
+        asked = False
         while True:
-            with self._news:
-                news, over = self._saves, self._over
-            fresh = self.demand.proven(pieces)
-            try:
-                self._refuse(self.proven(fresh), path, start, length)
-            except NotProven:
-                if over and self._error is not None:
-                    raise self._error from None
-                if over:
-                    raise
-            else:
+            seen = self.news
+            if self._arrived(path, start, length):
                 return
             if asked:
-                self._wait_until(partial(self._changed, news))
+                self.await_news(seen)
             else:
                 # Whatever is proven before it was asked for wakes nobody: look once more.
-                self.demand.ask(pieces)
+                self.demand.ask(self._pieces(path, start, length))
                 asked = True
+
+    def arrived(self, path: PurePosixPath) -> bool:
+        """Whether a payload file is proven, without waiting for it; False where it may yet come.
+
+        Raises:
+            NotProven: the fetch has ended without it.
+            GrokfetchError: the fetch has failed, and with what.
+            StateMissing: there is no manifest.
+        """
+        return self._arrived(path, 0, None)
+
+    def _arrived(self, path: PurePosixPath, start: int, length: int | None) -> bool:
+        over = self.over
+        fresh = self.demand.proven(self._pieces(path, start, length))
+        try:
+            self._refuse(self.proven(fresh), path, start, length)
+        except NotProven:
+            if over and self._error is not None:
+                raise self._error from None
+            if over:
+                raise
+            return False
+        return True
 
     def expect(
         self, path: PurePosixPath, start: int, length: int, *, at_once: bool = False
@@ -173,13 +186,22 @@ class Arriving(Store):
             return range(0)
         return layout.pieces_over(file, start, length)
 
-    def _changed(self, saves: int) -> bool:
-        """Whether there is news beyond that number of saves, or never will be."""
-        return self._saves > saves or self._over
+    @property
+    def over(self) -> bool:
+        """Whether the fetch has ended, well or not."""
+        with self._changed:
+            return self._over
 
-    def _wait_until(self, true: Callable[[], bool]) -> None:
-        with self._news:
-            while not self._news.wait_for(true, WATCH_S):
+    @property
+    def news(self) -> int:
+        """A number that rises when more may be proven."""
+        with self._changed:
+            return self._told
+
+    def await_news(self, seen: int) -> None:
+        """Return when `news` is beyond what was seen, or the fetch has ended."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._told > seen or self._over, WATCH_S):
                 self._watch()
 
     def save_record(self, record: Record) -> None:
@@ -192,10 +214,10 @@ class Arriving(Store):
         self._tell()
 
     def _tell(self, *, over: bool = False) -> None:
-        with self._news:
-            self._saves += 1
+        with self._changed:
+            self._told += 1
             self._over |= over
-            self._news.notify_all()
+            self._changed.notify_all()
 
 
 @contextlib.contextmanager

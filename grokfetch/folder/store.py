@@ -368,6 +368,24 @@ class Store:
         """
         self._refuse(self.proven(), path, start, length)
 
+    def arrived(self, path: PurePosixPath) -> bool:
+        """Whether a payload file is proven, without waiting for it; False where it may yet come.
+
+        Raises:
+            NotProven: it is not, and will not come.
+            StateMissing: there is no manifest.
+        """
+        self.require(path)
+        return True
+
+    @property
+    def news(self) -> int:
+        """A number that rises when more may be proven."""
+        return 0
+
+    def await_news(self, seen: int) -> None:
+        """Return when `news` is beyond what was seen, or nothing will come any more."""
+
     def expect(
         self, path: PurePosixPath, start: int, length: int, *, at_once: bool = False
     ) -> None:

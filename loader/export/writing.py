@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
@@ -45,28 +43,17 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.verify import hash_files
 from grokfetch.manifest.schema import Manifest
 from grokfetch.process_limits import cores
+from loader.export.jobs import Job, Work, encoded, rows_of
 from loader.export.layout import Part, Plan
-from loader.export.matrices import encode, encode_quantized, float16_scales, row_bytes, turned
+from loader.export.matrices import float16_scales
 from loader.weights.checkpoint import Checkpoint
-from loader.weights.tensor import Tensor
 
 __all__ = ["Export", "check_scales", "read_back"]
 
 SCHEMA: Final = 1
-SLAB: Final = 1 << 22
-"""Weights that a thread turns and encodes at once, in at most 22 MB of memory."""
-
 MOST_THREADS: Final = 24
 MOST_COPIES: Final = 2
 """Matrices that are in memory at a time where files cannot be mapped."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Job:
-    """Some rows of a parameter seen as one matrix: one expert, or a part of a table."""
-
-    part: Part
-    rows: range
 
 
 class Export:
@@ -74,7 +61,8 @@ class Export:
 
     Args:
         plan: what to write.
-        checkpoint: where the weights come from.
+        checkpoint: where the weights come from; of a folder that is being fetched each tensor is
+            written when it has arrived.
         store: the folder.
 
     Raises:
@@ -151,7 +139,10 @@ class Export:
         return {
             part.name: done[part.name]
             for part in self._plan.parts
-            if part.name in done and here[part.file] and done[part.name] == self._stamp(part)
+            if part.name in done
+            and here[part.file]
+            and self._checkpoint.arrived(part.spec.name)
+            and done[part.name] == self._stamp(part)
         }
 
     def _stamp(self, part: Part) -> Stamp:
@@ -176,7 +167,7 @@ class Export:
         Raises:
             Inexact: a weight cannot be written so; names its tensor.
             StorageFailed: a file cannot be written, or a shard cannot be read.
-            GrokfetchError: as asking the checkpoint for a tensor raises.
+            GrokfetchError: as asking the checkpoint for a tensor raises, or what ended its fetch.
         """
         left = [part for part in self._plan.parts if part.name not in self._done]
         if left:
@@ -211,45 +202,44 @@ class Export:
         return handles
 
     def _write(self, left: list[Part], handles: Mapping[int, int]) -> Iterator[Progress]:
-        jobs = [job for part in left for job in _jobs(part)]
-        waiting = Counter(job.part.name for job in jobs)
-        parts = {part.name: part for part in left}
         total = sum(part.source_bytes for part in self._plan.parts)
         done = total - sum(part.source_bytes for part in left)
-        written: list[str] = []
+        work, written = Work(self._checkpoint, left), list[Part]()
         threads = min(cores(), MOST_THREADS)
         with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
-            saving: Future[None] | None = None
-            running = {pool.submit(self._run, job, handles): job for job in jobs}
+            saving = saver.submit(self._keep, [], handles)
+            running: dict[Future[None], Job] = {}
             try:
-                while running:
-                    ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                while work.left or running:
+                    for job in work.take(2 * threads - len(running)):
+                        running[pool.submit(self._run, job, handles)] = job
+                    if not running:
+                        work.await_more()
+                    ended, _ = wait(running, work.patience_s, FIRST_COMPLETED)
                     for future in ended:
                         job = running.pop(future)
                         future.result()
-                        waiting[job.part.name] -= 1
-                        if not waiting[job.part.name]:
-                            written.append(job.part.name)
+                        if work.ends(job):
+                            written.append(job.part)
                             done += job.part.source_bytes
                     yield Progress(done, total, "exporting")
-                    if written and (saving is None or saving.done()):
-                        if saving is not None:
-                            saving.result()
-                        saving = saver.submit(self._keep, [parts[it] for it in written], handles)
+                    if written and saving.done():
+                        saving.result()
+                        saving = saver.submit(self._keep, written, handles)
                         written = []
-                if saving is not None:
-                    saving.result()
-                if written:
-                    self._keep([parts[name] for name in written], handles)
+                saving.result()
+                self._keep(written, handles)
             except BaseException:
                 self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 with contextlib.suppress(GrokfetchError):
-                    self._keep([parts[name] for name in written], handles)
+                    self._keep(written, handles)
                 raise
 
     def _keep(self, parts: list[Part], handles: Mapping[int, int]) -> None:
         """Record tensors once their bytes are on the disk."""
+        if not parts:
+            return
         stamps = {part.name: self._stamp(part) for part in parts}
         for index in {part.file for part in parts}:
             try:
@@ -259,15 +249,15 @@ class Export:
         self._done |= stamps
         self._save()
 
-    def _run(self, job: _Job, handles: Mapping[int, int]) -> None:
+    def _run(self, job: Job, handles: Mapping[int, int]) -> None:
         # A mapping of its own, which goes with the job: those of all shards together would have
         # page tables of half a gigabyte.
         tensor = dataclasses.replace(self._checkpoint[job.part.spec.name])
         path = self._partial[job.part.file]
         with contextlib.nullcontext() if tensor.mappable else self._copies:
-            matrix = _rows_of(tensor, job.rows)
+            matrix = rows_of(tensor, job.rows)
             try:
-                for offset, data in _encoded(job, tensor, matrix):
+                for offset, data in encoded(job, tensor, matrix):
                     if self._stopped.is_set():
                         return
                     _write_at(handles[job.part.file], data, job.part.offset + offset)
@@ -328,54 +318,6 @@ def _has_size(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except OSError:
         return False
-
-
-def _jobs(part: Part) -> Iterator[_Job]:
-    """A parameter in pieces: each expert, or as many rows of a table as make a slab."""
-    *outer, rows, columns = (1, *part.spec.shape)
-    step = rows
-    if part.spec.scale_groups is None and not part.turned:
-        step = max(1, SLAB // columns)
-    total = math.prod(outer) * rows
-    first = 0
-    if part.expert is not None:
-        first, total = part.expert * rows, (part.expert + 1) * rows
-    for start in range(first, total, step):
-        yield _Job(part, range(start, min(start + step, total)))
-
-
-def _rows_of(tensor: Tensor, rows: range) -> npt.NDArray[np.generic]:
-    """Rows of the weight seen as one matrix: mapped and brought from the disk, or a copy."""
-    columns = tensor.shape[-1]
-    width = columns * tensor.dtype.itemsize
-    if not tensor.mappable:
-        copy = np.empty((len(rows), columns), tensor.dtype)
-        tensor.read_into(rows.start * width, copy)
-        return copy
-    tensor.pages(tensor.array.offset + rows.start * width, len(rows) * width).bring()
-    return tensor.weight.reshape(-1, columns)[rows.start : rows.stop]
-
-
-def _encoded(
-    job: _Job, tensor: Tensor, matrix: npt.NDArray[Any]
-) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
-    """The bytes of a job in order, with their offsets from the beginning of the tensor."""
-    part, scales = job.part, tensor.scales
-    length, count = matrix.shape
-    if scales is None:
-        values = np.ascontiguousarray(matrix.T) if part.turned else matrix
-        yield job.rows.start * row_bytes(part.kind, count), encode(values, part.kind)
-        return
-    groups = scales.shape[-2]
-    expert = job.rows.start // length
-    own_scales = scales.reshape(-1, count)[expert * groups : (expert + 1) * groups]
-    before = 0 if part.expert is not None else expert * count
-    step = max(8, SLAB // length // 8 * 8)
-    width = row_bytes(part.kind, length)
-    for start in range(0, count, step):
-        columns = slice(start, start + step)
-        data = encode_quantized(turned(matrix[:, columns]), own_scales[:, columns], part.kind)
-        yield (before + start) * width, data
 
 
 def _write_at(handle: int, data: npt.NDArray[np.generic] | bytes, offset: int) -> None:

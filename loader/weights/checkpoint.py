@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import os
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -55,7 +55,7 @@ class Checkpoint(Mapping[str, Tensor]):
         config: the hyperparameters.
         tensors: by name.
         store: the folder that it lies in, if that is one of ours.
-        expect: has a part of a tensor brought that will be read later, by name and index.
+        coming: who brings tensors that may not be there yet.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Checkpoint(Mapping[str, Tensor]):
         config: GrokConfig,
         tensors: Mapping[str, Tensor],
         store: Store | None = None,
-        expect: Callable[[str, Index], None] | None = None,
+        coming: _Opened | None = None,
     ) -> None:
-        self._expect = expect
+        self._coming = coming
         self.config = config
         self.store = store
         self._tensors = tensors
@@ -74,7 +74,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def by_parts(self) -> bool:
         """Whether its bytes may still be on their way, and are waited for when they are read."""
-        return self._expect is not None
+        return self._coming is not None
 
     @property
     def nbytes(self) -> int:
@@ -131,8 +131,29 @@ class Checkpoint(Mapping[str, Tensor]):
         for each in wanted:
             name, index = (each, ...) if isinstance(each, str) else each
             self._check_name(name)
-            if self._expect is not None:
-                self._expect(name, index)
+            if self._coming is not None:
+                self._coming.expect(name, index)
+
+    def arrived(self, name: str) -> bool:
+        """Whether all of a tensor is there, without waiting for it.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+            NotProven: it is not there and will not come.
+            GrokfetchError: what has ended the fetch that was to bring it.
+        """
+        self._check_name(name)
+        return self._coming is None or self._coming.arrived(name)
+
+    @property
+    def news(self) -> int:
+        """A number that rises when tensors may have arrived."""
+        return 0 if self.store is None else self.store.news
+
+    def await_news(self, seen: int) -> None:
+        """Return when `news` is beyond what was seen, or nothing will come any more."""
+        if self.store is not None:
+            self.store.await_news(seen)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -194,7 +215,7 @@ def expect_checkpoint(
             also for what asking for a tensor raises.
     """
     tensors = _Opened(store, share, by_parts=by_parts)
-    return Checkpoint(model_of(store), tensors, store, tensors.expect if by_parts else None)
+    return Checkpoint(model_of(store), tensors, store, tensors if by_parts else None)
 
 
 def require_whole(store: Store) -> None:
@@ -270,6 +291,11 @@ class _Opened(Mapping[str, Tensor]):
         for start, nbytes in index_spans(array, index, door.gap):
             door.expect(start, nbytes)
         door.expect(offset + length, size - offset - length)
+
+    def arrived(self, name: str) -> bool:
+        """Whether all of a tensor's file is proven, without waiting for it."""
+        _, entry, _ = self._entries[name]
+        return self._store.arrived(entry.file)
 
     def left_out(self, name: str) -> bool:
         """Whether a tensor, or a part of it, was not asked for, all of it being needed."""

@@ -1,25 +1,24 @@
 """`grokfetch export`: what it writes, and what becomes of it when it is ended half-way."""
 
 import errno
+import hashlib
 import json
 import mmap
 import os
 import shutil
-import signal
 import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 from support import loadable
 from support.demo import fetch_demo
-from support.program import grokfetch, invoke
+from support.program import grokfetch, invoke, killed
 from support.small_disk import small_disk
 
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import encode
-from loader.export import gguf, writing
+from loader.export import gguf, jobs
 from loader.weights.checkpoint import open_folder
 from loader.weights.shard_writer import write_shard
 
@@ -28,17 +27,10 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 TENSORS = 2 + 12 * CONFIG.num_layers
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return loadable.make(tmp_path_factory.mktemp("export") / "small model")
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+@pytest.fixture
+def whole(exported):
     """The bytes of an undisturbed export."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    grokfetch("export", model, out)
-    return (out / "small-model-Q8_0.gguf").read_bytes()
+    return exported.read_bytes()
 
 
 @pytest.fixture
@@ -85,14 +77,12 @@ def expected(model):
             yield f"blk.{layer}.{names[kind]}.weight", turned
 
 
-def test_q8_0_holds_every_weight_as_it_is(model, tmp_path, whole):
-    file = tmp_path / "x.gguf"
-    file.write_bytes(whole)
-    held = gguf.read(file)
+def test_q8_0_holds_every_weight_as_it_is(model, exported):
+    held = gguf.read(exported)
     wanted = dict(expected(model))
     assert held.tensors.keys() == wanted.keys()
     for name, values in wanted.items():
-        assert np.array_equal(values_of(file, held.tensors[name]), values), name
+        assert np.array_equal(values_of(exported, held.tensors[name]), values), name
     kinds = {entry.kind for name, entry in held.tensors.items() if "norm" in name}
     assert kinds | {held.tensors["token_embd.weight"].kind} == {"F32"}
     assert held.tensors["blk.1.ffn_down_exps.weight"].kind == "Q8_0"
@@ -130,10 +120,8 @@ def test_a_split_export_holds_each_tensor_once(model, tmp_path):
     assert sorted(names) == sorted(wanted)
 
 
-def test_the_fields_are_those_that_llama_cpp_reads(tmp_path, whole):
-    file = tmp_path / "x.gguf"
-    file.write_bytes(whole)
-    fields = gguf.read(file).fields
+def test_the_fields_are_those_that_llama_cpp_reads(exported):
+    fields = gguf.read(exported).fields
     assert fields["general.architecture"] == "grok"
     sizes = {
         "embedding_length": 256,
@@ -158,12 +146,8 @@ def test_the_fields_are_those_that_llama_cpp_reads(tmp_path, whole):
     assert fields["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_an_export_says_where_it_comes_from(model, tmp_path, whole):
-    file = tmp_path / "x.gguf"
-    file.write_bytes(whole)
-    fields = gguf.read(file).fields
-    import hashlib
-
+def test_an_export_says_where_it_comes_from(model, exported):
+    fields = gguf.read(exported).fields
     manifest = encode(Store(model).manifest())
     assert fields["grokfetch.source.manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
     assert json.loads(fields["grokfetch.config"]) == CONFIG.to_mapping()
@@ -247,47 +231,16 @@ def test_a_file_name_for_out_is_a_usage_error(model, tmp_path):
 
 # --- ended half-way -------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys
-from grokfetch.folder import advisory
-write = advisory.write
-count = 0
-def watched(path, schema, fields):
-    global count
-    write(path, schema, fields)
-    count += bool(fields.get("done"))
-    if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-advisory.write = watched
-from grokfetch.cli import main
-main(["export", *sys.argv[2:]])
-"""
 
-
-def killed(model, out, saves, *options):
-    """Export in a process that kills itself once it has saved so often how far it is."""
-    command = [sys.executable, "-c", CHILD, str(saves), str(model), str(out), *options]
-    assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
+def killed_once_saved(model, out):
+    """Export in a process that is killed when the first tensors are recorded; their names."""
+    killed("grokfetch.folder.advisory", "write", 2, "export", model, out)
     return json.loads((out / ".grokfetch/export.json").read_text())["done"]
-
-
-@pytest.fixture
-def writes(monkeypatch):
-    """The offsets of everything that is written in this process."""
-    offsets = []
-    pwrite = os.pwrite
-
-    def watched(handle, data, offset):
-        offsets.append(offset)
-        return pwrite(handle, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", watched)
-    return offsets
 
 
 def test_after_a_kill_only_what_is_missing_is_written(model, tmp_path, whole, writes):
     out = tmp_path / "out"
-    done = killed(model, out, 1)
+    done = killed_once_saved(model, out)
     assert not (out / "small-model-Q8_0.gguf").exists()
     assert 0 < len(done) < TENSORS
     said = grokfetch("export", model, out)
@@ -302,7 +255,7 @@ def test_after_a_kill_only_what_is_missing_is_written(model, tmp_path, whole, wr
 
 def test_a_shard_that_has_changed_since_is_exported_again(copy, tmp_path):
     out = tmp_path / "out"
-    done = killed(copy, out, 1)
+    done = killed_once_saved(copy, out)
     names = {gguf_name: name for gguf_name, name in _sources(copy) if gguf_name in done}
     changed, source = next(iter(names.items()))
     path = open_folder(copy / "ckpt-0", CONFIG)[source].path
@@ -322,7 +275,7 @@ def _sources(model):
 
 def test_what_is_lost_of_the_unfinished_file_is_written_again(model, tmp_path, whole):
     out = tmp_path / "out"
-    killed(model, out, 1)
+    killed_once_saved(model, out)
     (out / "small-model-Q8_0.gguf.part").unlink()
     grokfetch("export", model, out)
     assert (out / "small-model-Q8_0.gguf").read_bytes() == whole
@@ -361,6 +314,6 @@ def test_files_that_cannot_be_mapped_are_exported_alike(model, tmp_path, whole, 
 
 
 def test_slabs_of_any_size_give_the_same_bytes(model, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(writing, "SLAB", 256 * 40)
+    monkeypatch.setattr(jobs, "SLAB", 256 * 40)
     grokfetch("export", model, tmp_path / "out")
     assert (tmp_path / "out/small-model-Q8_0.gguf").read_bytes() == whole

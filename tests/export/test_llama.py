@@ -29,11 +29,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return loadable.make(tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
 def engine(model):
     import jax
 

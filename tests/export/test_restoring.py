@@ -1,32 +1,17 @@
 """The way back: a GGUF is proven to be the official shards, and becomes them again."""
 
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 from support import loadable
 from support.damage import spoil
-from support.program import grokfetch
+from support.program import grokfetch, killed
 
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import encode, parse
 from loader.export import gguf, restoring
 
 SHARDS = 2 + 12 * loadable.CONFIG.num_layers
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return loadable.make(tmp_path_factory.mktemp("restoring") / "model")
-
-
-@pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("restoring") / "out"
-    grokfetch("export", model, out)
-    return out / "model-Q8_0.gguf"
 
 
 @pytest.fixture
@@ -90,7 +75,7 @@ def test_a_manifest_of_another_model_is_refused(exported, tmp_path):
 
 def test_types_that_round_cannot_be_turned_back(model, tmp_path):
     grokfetch("export", model, tmp_path / "out", "--type", "bf16")
-    said = grokfetch("verify", tmp_path / "out/model-BF16.gguf", "--against", model, code=28)
+    said = grokfetch("verify", tmp_path / "out/small-model-BF16.gguf", "--against", model, code=28)
     assert "only an export of type q8_0 keeps int8 and scales" in said
 
 
@@ -121,30 +106,13 @@ def test_shards_come_back_from_a_split_export(model, tmp_path, monkeypatch):
     grokfetch("verify", first, "--against", model, code=16)
 
 
-CHILD = """
-import os, signal, sys
-from loader.export import restoring
-flush = restoring.flush
-count = 0
-def flushed(path):
-    global count
-    flush(path)
-    count += 1
-    if count == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-restoring.flush = flushed
-from grokfetch.cli import main
-main(["export", *sys.argv[1:], "--format", "shards"])
-"""
-
-
 def test_after_a_kill_only_shards_that_are_missing_are_written(model, exported, tmp_path):
     back = tmp_path / "back"
-    command = [sys.executable, "-c", CHILD, exported, back]
-    assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
+    command = ("export", exported, back, "--format", "shards")
+    killed("loader.export.restoring", "flush", 9, *command)
     whole = {path: path.stat().st_ino for path in back.glob("ckpt-0/tensor?????_000")}
     assert 0 < len(whole) < SHARDS
-    grokfetch("export", exported, back, "--format", "shards")
+    grokfetch(*command)
     assert {path: path.stat().st_ino for path in whole} == whole
     assert shards(back) == shards(model)
 

@@ -2,16 +2,13 @@
 
 import json
 import math
-import signal
 import struct
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 from support import loadable
-from support.program import grokfetch, invoke
+from support.program import grokfetch, invoke, killed
 
 from loader.weights.checkpoint import open_folder
 
@@ -47,11 +44,6 @@ IN_SGLANG = {
     "rms_norm_3/scale": "post_moe_norm.weight",
     "router/w": "block_sparse_moe.gate.weight",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return loadable.make(tmp_path_factory.mktemp("safetensors") / "model")
 
 
 def read(path):
@@ -164,27 +156,13 @@ def test_verify_and_publish_work_on_it(model, tmp_path):
     assert invoke("publish", out).stdout.startswith("magnet:?xt=urn:btih:")
 
 
-CHILD = """
-import os, signal, sys
-from grokfetch.folder import advisory
-write = advisory.write
-def watched(path, schema, fields):
-    write(path, schema, fields)
-    if fields.get("done"):
-        os.kill(os.getpid(), signal.SIGKILL)
-advisory.write = watched
-from grokfetch.cli import main
-main(["export", *sys.argv[1:], "--format", "safetensors", "--split", "600k"])
-"""
-
-
 def test_after_a_kill_it_goes_on(model, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
-    command = [sys.executable, "-c", CHILD, model, out]
-    assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
+    options = ("--format", "safetensors", "--split", "600k")
+    killed("grokfetch.folder.advisory", "write", 2, "export", model, out, *options)
     assert not list(out.glob("*.safetensors"))
     for folder in (out, other):
-        grokfetch("export", model, folder, "--format", "safetensors", "--split", "600k")
+        grokfetch("export", model, folder, *options)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == {
         path.name: path.read_bytes() for path in other.iterdir() if path.is_file()
     }

@@ -4,6 +4,7 @@ import json
 import shutil
 
 from grokfetch.manifest.shipped import demo_folder
+from grokfetch.torrent.metainfo import parse_torrent
 from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 from support.program import grokfetch
@@ -34,3 +35,12 @@ def make(root, config=CONFIG):
     described.write_text(json.dumps(config.to_mapping()))
     grokfetch("manifest", root, "--config", described)
     return root
+
+
+def publish(model, above):
+    """Publish a copy of such a folder below `above`: the torrent, and the manifest as a file."""
+    copy = shutil.copytree(model, above / "release", ignore=shutil.ignore_patterns(".grokfetch"))
+    described = above / "config.json"
+    described.write_text(json.dumps(CONFIG.to_mapping()))
+    grokfetch("publish", copy, "--config", described, "--piece-length", 16384)
+    return parse_torrent((above / "release.torrent").read_bytes()), above / "release.json"

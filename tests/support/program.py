@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -52,6 +53,30 @@ def started(*arguments, until):
             yield child, lines
         finally:
             child.kill()
+
+
+KILLED = """
+import importlib, os, signal, sys
+place, name, times, *arguments = sys.argv[1:]
+module = importlib.import_module(place)
+real, left = getattr(module, name), int(times)
+def counted(*given, **named):
+    global left
+    result = real(*given, **named)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(module, name, counted)
+from grokfetch.cli import main
+main(arguments)
+"""
+
+
+def killed(module, function, times, *arguments):
+    """Run the program in a process that ends by SIGKILL when a function has returned so often."""
+    command = [sys.executable, "-c", KILLED, module, function, *map(str, (times, *arguments))]
+    assert subprocess.run(command, check=False, timeout=200).returncode == -signal.SIGKILL
 
 
 def imported_by(code: str) -> set[str]:
