@@ -205,7 +205,7 @@ class TokenizerMissing(GrokfetchError):
     """No tokenizer, or one that is not the one the manifest names."""
 
     exit_code = 26
-    next_step = "name another with --tokenizer FILE, or give token ids with --tokens"
+    next_step = "name another with --tokenizer FILE"
 
 
 class PromptInvalid(GrokfetchError):

@@ -152,7 +152,9 @@ def run(
         # Where the weights are not all there, nobody should look for the tokenizer first.
         if not (unproven or hosts.several or meanwhile):
             require_whole(store)
-        words = find_tokenizer(store, tokenizer) if wanted.needs_tokenizer else None
+        words = None
+        if wanted.needs_tokenizer:
+            words = find_tokenizer(store, tokenizer, ", or give token ids with --tokens")
         # What can be refused is refused before minutes are spent on loading.
         if isinstance(wanted, Listed):
             settings = Settings(store.manifest().name, max_tokens, sampling)

@@ -14,14 +14,19 @@ from loader.inference.tokenizer import Tokenizer, is_named, tokenizer_of
 __all__ = ["bring_tokenizer", "find_tokenizer"]
 
 
-def find_tokenizer(store: Store, chosen: Path | None) -> Tokenizer:
+def find_tokenizer(store: Store, chosen: Path | None, otherwise: str = "") -> Tokenizer:
     """The tokenizer a person chose, or the one beside the weights if it is the right one.
+
+    Args:
+        store: the folder of the weights.
+        chosen: what `--tokenizer` names.
+        otherwise: what else the command can do without one, as the end of a hint.
 
     Raises:
         TokenizerMissing: there is none, or another one than the manifest names.
     """
     if chosen is None:
-        return tokenizer_of(store, ", or use --tokenizer FILE, or give token ids with --tokens")
+        return tokenizer_of(store, f", or use --tokenizer FILE{otherwise}")
     source = store.manifest().tokenizer
     if source is not None and not is_named(chosen, source):
         click.echo(f"warning: {chosen} is not the tokenizer that the manifest names", err=True)

@@ -225,6 +225,13 @@ def test_another_export_and_other_files_are_left_alone(model, tmp_path):
     grokfetch("export", model, tmp_path / "other", code=13)
 
 
+def test_without_a_tokenizer_the_hint_is_what_export_can_do(copy, tmp_path):
+    copy.joinpath("tokenizer.model").unlink()
+    said = grokfetch("export", copy, tmp_path / "out", code=26)
+    assert "or use --tokenizer FILE" in said
+    assert "--tokens" not in said
+
+
 def test_a_file_name_for_out_is_a_usage_error(model, tmp_path):
     assert "OUT is a folder" in grokfetch("export", model, tmp_path / "x.gguf", code=2)
 
