@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.fake_swarm import FakeSwarm, NoPeers
 from support.program import grokfetch
 from support.torrents import content, v1_torrent
-from support.web_server import SocksProxy, WebServer
+from support.web_server import HttpProxy, SocksProxy, WebServer
 
 from grokfetch.errors import Stalled
 from grokfetch.events import Notice, Outcome
@@ -188,6 +188,26 @@ def test_a_certificate_that_the_environment_names_is_trusted(tmp_path, certifica
     cert, context = certificate
     with WebServer({"top/a": FILES["a"]}, context) as server:
         assert run(tmp_path, server.url, {name: str(cert)}) == []
+
+
+def test_mirrors_are_reached_through_an_http_proxy_with_tls_and_without(
+    tmp_path, server, certificate, monkeypatch
+):
+    cert, context = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    torrent = tmp_path / "t.torrent"
+    torrent.write_bytes(encode_torrent(TORRENT))
+    plain = server.url.replace("127.0.0.1", "mirror.invalid")
+    with WebServer({"top/a": FILES["a"]}, context) as secure, HttpProxy() as proxy:
+        through = ("--proxy", f"http://me:s%40cret@127.0.0.1:{proxy.port}", "--no-discovery")
+        for folder, address in {"plain": plain, "secure": secure.url}.items():
+            source = (torrent, "--to", tmp_path / folder, "--web-seed", address)
+            grokfetch("fetch", *source, *through, "--listen", "127.0.0.1:0")
+            assert (tmp_path / folder / "top/a").read_bytes() == FILES["a"]
+    assert set(proxy.asked) == {
+        ("GET", "mirror.invalid", b"me:s@cret"),
+        ("CONNECT", "127.0.0.1", b"me:s@cret"),
+    }
 
 
 # --- the Hub -------------------------------------------------------------------------------------

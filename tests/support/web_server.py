@@ -1,6 +1,8 @@
 """A web server on 127.0.0.1 that can be told to behave badly, written for the tests of mirrors."""
 
+import base64
 import contextlib
+import http.client
 import math
 import re
 import shutil
@@ -8,6 +10,7 @@ import socket
 import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 
 class WebServer:
@@ -122,11 +125,32 @@ def send(server, request, path, data):
     request.close_connection = path in server.halt or server.cut_after is not None
 
 
-class SocksProxy:
-    """A SOCKS5 proxy on 127.0.0.1 with passwords; whatever name it is given is this machine."""
+class Proxy:
+    """A proxy on 127.0.0.1, where whatever name it is given is this machine.
+
+    `asked` holds the host of each request, or tunnel, with what logged in.
+    """
 
     def __enter__(self):
-        self.asked = asked = []
+        self.asked = []
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class SocksProxy(Proxy):
+    """SOCKS5 with passwords: `asked` holds host, user and password."""
+
+    def _handler(self):
+        asked = self.asked
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self):
@@ -141,29 +165,63 @@ class SocksProxy:
                 asked.append((self.rfile.read(length), user, password))
                 port = int.from_bytes(self.rfile.read(2), "big")
                 self.wfile.write(b"\x05\x00\x00\x01" + bytes(6))
-                with socket.create_connection(("127.0.0.1", port)) as there:
-                    self.relay(there)
+                relay(self, port)
 
-            def relay(self, there):
-                def back():
-                    with there.makefile("rb", buffering=0) as answers:
-                        shutil.copyfileobj(answers, self.wfile)
+        return Handler
 
-                answering = threading.Thread(target=back)
-                answering.start()
-                while data := self.request.recv(65536):
-                    there.sendall(data)
-                there.shutdown(socket.SHUT_RDWR)
-                answering.join()
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        return self
+class HttpProxy(Proxy):
+    """Takes absolute addresses and CONNECT: `asked` holds method, host, and user with password."""
 
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def _handler(self):
+        asked = self.asked
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def _note(self, host):
+                login = self.headers.get("Proxy-Authorization", "").removeprefix("Basic ")
+                asked.append((self.command, host, base64.b64decode(login)))
+
+            def do_GET(self):
+                url = urlsplit(self.path)
+                self._note(url.hostname)
+                there = http.client.HTTPConnection("127.0.0.1", url.port)
+                with contextlib.closing(there):
+                    there.request("GET", url.path, headers={"Range": self.headers["Range"]})
+                    answer = there.getresponse()
+                    self.send_response(answer.status)
+                    for name in ("Content-Length", "Content-Range"):
+                        self.send_header(name, answer.headers[name])
+                    self.end_headers()
+                    shutil.copyfileobj(answer, self.wfile)
+
+            def do_CONNECT(self):
+                host, _, port = self.path.rpartition(":")
+                self._note(host)
+                self.send_response(200)
+                self.end_headers()
+                self.close_connection = True
+                relay(self, int(port))
+
+        return Handler
+
+
+def relay(handler, port):
+    """Carry bytes both ways between whoever talks to a handler and a port of this machine."""
+    with socket.create_connection(("127.0.0.1", port)) as there:
+
+        def back():
+            with contextlib.suppress(OSError), there.makefile("rb", buffering=0) as answers:
+                shutil.copyfileobj(answers, handler.wfile)
+
+        answering = threading.Thread(target=back)
+        answering.start()
+        with contextlib.suppress(OSError):
+            while data := handler.request.recv(65536):
+                there.sendall(data)
+            there.shutdown(socket.SHUT_RDWR)
+        answering.join()
