@@ -5,6 +5,7 @@ campaign over many thousands is benchmarks/faults.py.
 """
 
 import contextlib
+import itertools
 import random
 
 import pytest
@@ -48,7 +49,9 @@ def test_a_record_written_before_its_data_is_found(tmp_path):
     fault = "import grokfetch.folder.payload as it; it.flush_one = lambda path: None"
     with planted(fault):
         recorded = record("swarm", tmp_path / "swarm")
-    assert any("count as proven and are wrong" in promise for promise in broken(recorded, 30))
+    # One seed in fourteen leaves the data of every record whole.
+    promises = itertools.chain.from_iterable(broken(recorded, 30, seed) for seed in range(8))
+    assert any("count as proven and are wrong" in promise for promise in promises)
 
 
 def test_a_folder_that_is_not_flushed_is_found(tmp_path):
