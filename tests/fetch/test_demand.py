@@ -182,17 +182,18 @@ def test_a_demanded_piece_comes_from_the_one_peer_that_has_it(tmp_path):
 
 
 def test_a_demanded_piece_that_comes_wrong_is_brought_by_another_peer(tmp_path):
-    lied = threading.Event()
-
-    def lie(_piece, begin, length):
-        # The whole piece is its own: of two who sent a bad one together neither is known as the liar.
-        if begin:
-            lied.set()
+    def lie(_piece, _begin, length):
         return bytes(length)
+
+    class Lied:
+        """The whole piece is the liar's: of two who sent a bad one together neither is known."""
+
+        def wait(self, _seconds):
+            wait_for(lambda: liar.sent == 2)
 
     with (
         peer(lie, [30]) as liar,
-        peer(block, ready=lied) as other,
+        peer(block, ready=Lied()) as other,
         filled(tmp_path, swarm(liar.port, other.port)) as store,
     ):
         store.require(*span(30))
