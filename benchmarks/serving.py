@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from statistics import median
 
 import psutil
@@ -24,6 +25,8 @@ PROMPT = (461, 505, 386, 490, 491, 292, 262)
 """How the text of the demo begins: its model then goes on for as long as is measured."""
 CLIENTS = (1, 4, 16)
 LONG_PROMPT = 200
+COMMON, REST = 1024, 64
+"""Tokens that prompts begin with alike, and their own: examples, and a question."""
 COMPILING = 10
 """Tokens of `run` that are not counted."""
 
@@ -48,6 +51,7 @@ def main() -> None:
     with server(how) as (_, port):
         asyncio.run(throughput(port, chosen.tokens, chosen.rounds, alone))
         asyncio.run(waiting(port, chosen.tokens))
+        asyncio.run(known(port))
 
 
 def run_alone(how: list[str], tokens: int) -> float:
@@ -128,6 +132,27 @@ async def waiting(port: int, tokens: int) -> None:
             f"first token of a {name} prompt ({len(prompt)} tokens): {idle * 1e3:.0f} ms idle, "
             f"{median(first) * 1e3:.0f} ms beside 15 others"
         )
+
+
+async def known(port: int) -> None:
+    """How long a prompt waits for its first token, and then others that begin as it does."""
+    draw = Random(0)
+
+    def drawn(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 500) for _ in range(count))
+
+    firsts, others = [], []
+    for turn in range(4):
+        common = drawn(COMMON)
+        times = [(await ask(port, 2, common + drawn(REST)))[0] * 1e3 for _ in range(4)]
+        # The first turn compiles.
+        if turn:
+            firsts.append(times[0])
+            others += times[1:]
+    print(
+        f"first token of a prompt of {COMMON + REST} tokens: {median(firsts):.0f} ms, "
+        f"{median(others):.0f} ms if {COMMON} of them are known"
+    )
 
 
 async def memory(process: psutil.Process, port: int, requests: int) -> None:

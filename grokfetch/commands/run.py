@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -41,6 +42,7 @@ from loader.devices.arrangement import Arrangement, Loading, arrange
 from loader.devices.jax_environment import require_jax
 from loader.devices.meter import Meter
 from loader.inference.tokenizer import Tokenizer
+from loader.weights.limits import PREFIX_CACHE
 from loader.weights.schema import GrokConfig, weight_bytes
 
 if TYPE_CHECKING:
@@ -165,6 +167,8 @@ def run(
                 return
         else:
             prompts = [_ids(wanted, words, config)]
+        if isinstance(wanted, Listed):
+            loading = dataclasses.replace(loading, prefix_cache=PREFIX_CACHE)
         there = arrange(config, loading, max(map(len, prompts)) + max_tokens)
         start = time.perf_counter()
         # Several texts read nearly all, and there is no reason to begin before that is there.

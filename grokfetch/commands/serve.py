@@ -14,7 +14,7 @@ from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown, lost_pages_told
 from grokfetch.commands.options import loading_options, state_option, tokenizer_option
 from grokfetch.commands.tokenizer import find_tokenizer
-from grokfetch.commands.value_types import Integer
+from grokfetch.commands.value_types import Integer, Size
 from grokfetch.errors import StorageFailed, TokenizerMissing
 from grokfetch.folder.store import Store
 from grokfetch.output.reporting import held
@@ -24,6 +24,7 @@ from grokfetch.units import seconds_text
 from loader.devices.arrangement import Loading
 from loader.devices.jax_environment import require_jax
 from loader.inference.tokenizer import Tokenizer
+from loader.weights.limits import PREFIX_CACHE
 
 if TYPE_CHECKING:
     from loader.inference.batching import Batch, Emission
@@ -66,6 +67,13 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
     help="Texts that may wait for a slot; beyond them clients are told to come back.",
 )
 @click.option(
+    "--prefix-cache",
+    type=Size(least=0),
+    default=f"{PREFIX_CACHE // 10**9}G",
+    show_default=True,
+    help="Memory for the beginnings of prompts, which are then read once; 0 for none.",
+)
+@click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help=f"File with the key that clients must send; or set {KEY_VARIABLE}.",
@@ -95,6 +103,7 @@ def serve(
     port: int,
     slots: int,
     queue_length: int,
+    prefix_cache: int,
     api_key_file: Path | None,
     name: str | None,
     origins: tuple[str, ...],
@@ -133,6 +142,7 @@ def serve(
                 mesh=loading.mesh,
                 memory=loading.memory,
                 dtype=loading.dtype,
+                prefix_cache=prefix_cache,
                 report=report,
             )
         batch = Batch(engine, slots)
@@ -160,6 +170,7 @@ class Jobs:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
+        self.prefix_cache = batch.prefix_cache
         self.drop = batch.drop
         self.reset = batch.reset
 

@@ -90,10 +90,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
     name = "SIZE"
 
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, at least 1."""
-        size = parse_bytes(str(value)) or 0
-        if size < 1:
+        """The number, at least `least`."""
+        size = parse_bytes(str(value))
+        if size is None or size < self._least:
             self.fail(f"{value!r:.40} is not a number of bytes, such as 800M or 16G", param, ctx)
         return size
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -10,7 +12,10 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
+from grokfetch.serving.model import PrefixCache
 from grokfetch.serving.worker import Worker
 
 __all__ = ["Metrics"]
@@ -52,6 +57,11 @@ class Metrics:
         self._gauge("slots", "Texts that can be generated at the same time").set(slots)
         self._gauge("slots_in_use", "Texts being generated").set_function(lambda: worker.working)
         self._gauge("queue_length", "Texts waiting for a slot").set_function(lambda: worker.waiting)
+        cache = worker.prefix_cache
+        registry.register(_Prefixes(cache))
+        self._gauge("prefix_cache_bytes", "Memory of the beginnings of prompts").set_function(
+            lambda: cache.nbytes
+        )
         self._gauge("failures", "Steps that failed").set_function(lambda: worker.failures)
 
     def _gauge(self, name: str, meaning: str) -> Gauge:
@@ -60,3 +70,18 @@ class Metrics:
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Prefixes(Collector):
+    """What a prefix cache has counted itself."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counters as they are now."""
+        for name, meaning, value in (
+            ("hits", "Prompts whose beginning was known", self._cache.hits),
+            ("tokens", "Tokens of prompts that were known, and not read", self._cache.tokens),
+        ):
+            yield CounterMetricFamily(f"grokfetch_prefix_cache_{name}", meaning, value)

@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
-__all__ = ["Emission", "Generation", "Model", "Scored", "Served", "TextStream", "Tokenizer"]
+__all__ = [
+    "Emission",
+    "Generation",
+    "Model",
+    "PrefixCache",
+    "Scored",
+    "Served",
+    "TextStream",
+    "Tokenizer",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +96,19 @@ class Emission(Protocol):
         """Why this is the last of it."""
 
 
+class PrefixCache(Protocol):
+    """What is kept of prompts for those that begin alike, and what it was good for."""
+
+    hits: int
+    """Prompts whose beginning was known."""
+
+    tokens: int
+    """Tokens of theirs that were not read again."""
+
+    nbytes: int
+    """Memory that it takes."""
+
+
 class Model(Protocol):
     """Continues many texts at once; used by one thread."""
 
@@ -97,6 +119,10 @@ class Model(Protocol):
     @property
     def working(self) -> int:
         """Texts that have a slot."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """What prompts have in common; other threads read its figures."""
 
     def add(self, number: int, generation: Generation) -> None:
         """Take in a text."""

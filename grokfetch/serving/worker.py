@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from grokfetch.errors import GrokfetchError
-from grokfetch.serving.model import Emission, Generation, Model
+from grokfetch.serving.model import Emission, Generation, Model, PrefixCache
 
 __all__ = ["Busy", "Failed", "Worker"]
 
@@ -54,6 +54,7 @@ class Worker:
 
     Attributes:
         capacity: texts that can be at work and wait together.
+        prefix_cache: the model's.
         working: texts that have a slot, as of the latest step.
         failures: steps that failed.
     """
@@ -62,6 +63,7 @@ class Worker:
         self._model = model
         self._slots = slots
         self.capacity = slots + queue_length
+        self.prefix_cache: PrefixCache = model.prefix_cache
         self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._texts: dict[int, Texts] = {}
         self._numbers = itertools.count()

@@ -6,6 +6,7 @@ Importing this module does not import jax.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from grokfetch.errors import OutOfReach
@@ -14,7 +15,7 @@ from grokfetch.units import bytes_text
 from loader.devices.cache_folder import cache_folder
 from loader.devices.jax_environment import open_devices, require_jax
 from loader.devices.memory import free_memory
-from loader.weights.capacity import Memory, Shortage, Use, shortage
+from loader.weights.capacity import Memory, Shortage, Use, left, shortage
 from loader.weights.limits import WORK, cache_bytes_per_token, cache_length
 from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig, weight_bytes
@@ -36,13 +37,15 @@ class Loading:
 
     dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
     None for all devices. memory: bytes that mapped weights, cache and work may take together, None
-    for what is free.
+    for what is free. prefix_cache: bytes for the beginnings of prompts at most; it gets half of
+    what the model leaves free if that is less.
     """
 
     dtype: Dtype = "bfloat16"
     placement: Placement | None = None
     mesh: MeshShape | None = None
     memory: int | None = None
+    prefix_cache: int = 0
 
     @property
     def itemsize(self) -> int:
@@ -52,11 +55,15 @@ class Loading:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Where a model goes: its devices, how they have the weights, and what else was wished."""
+    """Where a model goes: its devices, how they have the weights, and what else was wished.
+
+    prefix_cache: bytes that there are for the beginnings of prompts.
+    """
 
     mesh: Mesh
     placement: Placement
     loading: Loading
+    prefix_cache: int = 0
 
     @property
     def platform(self) -> str:
@@ -101,19 +108,26 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
         )
     if placement == "mapped":
         check_shared(MeshShape(**mesh.shape))
-    _check_fit(config, arrangement, tokens)
-    return arrangement
+    spare = _check_fit(config, arrangement, tokens)
+    # Hosts that kept different prompts would not take part in the same steps.
+    several = len(mesh.local_devices) < mesh.size
+    return dataclasses.replace(
+        arrangement, prefix_cache=0 if several else min(loading.prefix_cache, spare // 2)
+    )
 
 
-def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> None:
+def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> int:
     """Refuse what cannot fit; the kernel would end it without a word once the memory is full.
+
+    Returns:
+        Bytes of all devices of this host that are left, very many if they do not tell.
 
     Raises:
         OutOfReach: what is needed and what is free, and the smallest change that would do.
     """
     memory = free_memory(arrangement.mesh.local_devices)
     if memory is None:
-        return
+        return sys.maxsize
     if memory.sharers:
         _check_address_space(config, arrangement, tokens)
     use = Use(
@@ -131,6 +145,12 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> Non
             f" {bytes_text(memory.free)} are free",
             hint=advice(short, memory),
         )
+    spare = left(use, memory)
+    # What is allowed to mapped weights may be less than what is free.
+    allowed = arrangement.loading.memory
+    if allowed is None or not memory.sharers:
+        return spare
+    return max(0, spare - max(0, memory.free - allowed))
 
 
 def _check_address_space(config: GrokConfig, arrangement: Arrangement, tokens: int) -> None:

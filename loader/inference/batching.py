@@ -25,11 +25,9 @@ from loader.inference.prompts import check_prompts
 from loader.inference.sampling import Choice, Ranked, Sampling, rank
 from loader.inference.slots import Slots, doubled
 from loader.inference.state import Part
+from loader.weights.limits import SHARED_STEP
 
 __all__ = ["Batch", "Emission", "Job", "Scored"]
-
-CHUNK = 512
-"""Most tokens of a prompt that are read between two tokens of the other texts."""
 
 SCORED_AT_ONCE = 64
 """Prompt tokens whose logits are in memory at once: 34 MB for a vocabulary of 131,072."""
@@ -107,12 +105,14 @@ class Batch:
 
     Attributes:
         slots: texts at work at once.
+        prefix_cache: the engine's.
     """
 
-    def __init__(self, engine: Engine, slots: int = 16, chunk: int = CHUNK) -> None:
+    def __init__(self, engine: Engine, slots: int = 16, chunk: int = SHARED_STEP) -> None:
         self._engine = engine
         self.slots = doubled(slots, engine.rows(1))
         self._chunk = chunk
+        self.prefix_cache = engine.prefix_cache
         self._rows = Slots(engine, self.slots)
         self._waiting: dict[int, Job] = {}
         self._reading: dict[int, Generator[None, None, list[Emission]]] = {}

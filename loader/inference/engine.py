@@ -21,13 +21,14 @@ from grokfetch.errors import PromptInvalid, TokenizerMissing
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.devices.semantics import as_written
+from loader.inference.prefix_cache import PrefixCache, keys
 from loader.inference.prompts import Ids, check_prompts, check_room, chunks, token_ids
 from loader.inference.routing_counts import Choices
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.inference.state import Part, State, empty, grown, last_of, window_after
 from loader.inference.steps import steps_for
 from loader.inference.tokenizer import Tokenizer, decoded
-from loader.weights.limits import LONGEST_STEP, cache_length
+from loader.weights.limits import LONGEST_STEP, SHARED_STEP, cache_length
 from loader.weights.schema import GrokConfig
 
 __all__ = ["Engine", "Sampling"]
@@ -42,21 +43,26 @@ class Engine:
         mesh: from `loader.devices.placement.make_mesh`.
         dtype: of the cache and the products; sums and activations are float32 either way.
         paging: told what mapped weights will be touched; None leaves it to the system.
+        prefix_cache: bytes of all devices for the beginnings of prompts; 0 keeps none, and reads
+            prompts in larger steps.
 
     Attributes:
+        prefix_cache: the beginnings of prompts that were read one by one.
         open_tokenizer: finds what turns texts into token ids, when the first text comes.
         heads: how the devices share a cache `[B, S, K, d]`.
         by_rows: how they share an array `[B, ...]` of a step.
         everywhere: how an array lies that all of them hold.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a choice of its own
         self,
         config: GrokConfig,
         params: Params,
         mesh: Mesh,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         paging: Paging | None = None,
+        *,
+        prefix_cache: int = 0,
     ) -> None:
         self.config = config
         self.params = params
@@ -67,6 +73,7 @@ class Engine:
         self._steps = steps_for(config, params, mesh, self.dtype, paging)
         self.heads, self.by_rows = self._steps.heads, self._steps.rows
         self.everywhere = self._steps.everywhere
+        self.prefix_cache = PrefixCache(prefix_cache, self.heads, self.by_rows)
         # On every device at once: a step must not fetch them from the first for each layer.
         self._window = jax.jit(window_after, static_argnames="fresh", out_shardings=self.by_rows)
         self._draw = jax.jit(draw, out_shardings=self.everywhere)
@@ -88,6 +95,7 @@ class Engine:
         """
         self.params, self._paging = params, paging
         self._steps.hold(params, paging)
+        self.prefix_cache.clear()
 
     @as_written
     def warm_up(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
@@ -185,7 +193,7 @@ class Engine:
         if given < batch:
             tokens = jnp.pad(tokens, (0, batch - given))
         shown = np.ones((batch, 1), bool)
-        x, state = self._advance(state, tokens[:, None], counts, shown, 1)
+        x, state = self._advance(state, tokens[:, None], counts, shown)
         return self.logits(x)[:given, 0], state
 
     @overload
@@ -221,7 +229,7 @@ class Engine:
         return self._stream(ids, min(max_tokens, room), sampling or Sampling())
 
     def count_experts(self) -> Choices:
-        """Count from now on how often each layer chooses each expert.
+        """Count from now on how often each layer chooses each expert, for tokens that are read.
 
         Where weights are mapped the host knows that anyway. Otherwise the devices send it to the
         host, which takes time in every step.
@@ -265,15 +273,18 @@ class Engine:
 
         Args:
             prompts: as `check_prompts` wants them.
-            most: tokens of a prompt in a step at most, a power of two; None for `LONGEST_STEP`.
+            most: tokens of a prompt in a step at most, a power of two; None for what is usual.
         """
+        cached = self.prefix_cache.most > 0
+        most = most or (SHARED_STEP if cached else LONGEST_STEP)
         shape = self.rows(len(prompts)), self.places(max(map(len, prompts)))
         state = empty(self.config, len(self.params.layers), shape, self.dtype, self.heads)
-        for chunk in chunks(self.config, prompts, shape[0], most or LONGEST_STEP):
+        known = keys(prompts[0], most, shape[1]) if cached and len(prompts) == 1 else []
+        for number, chunk in enumerate(chunks(self.config, prompts, shape[0], most), start=1):
             # Pad ids in a prompt are not keys; padding tokens are not either, by their count.
             shown = chunk.tokens != self.config.pad_token
-            longest = int(chunk.counts.max())
-            x, state = self._advance(state, chunk.tokens, chunk.counts, shown, longest)
+            path = known[:number] if number <= len(known) else ()
+            x, state = self._advance(state, chunk.tokens, chunk.counts, shown, path=path)
             yield Part(x, chunk.ends, state)
 
     @as_written
@@ -303,14 +314,22 @@ class Engine:
 
     @as_written
     def _advance(
-        self, state: State, tokens: Any, counts: Any, shown: Any, longest: int
+        self, state: State, tokens: Any, counts: Any, shown: Any, *, path: Sequence[bytes] = ()
     ) -> tuple[Array, State]:
-        """One step of `[B, T]` tokens, `counts` of them real; `longest` is the largest count."""
+        """One step of `[B, T]` tokens, `counts` of them real.
+
+        Where a `path` of keys is given the step is not computed if its result is known.
+        """
         window, lengths = self._window(
             state.visible, state.lengths, counts, shown, fresh=state.longest == 0
         )
-        x, filled = self._steps.layers(state.cache, self._steps.embed(tokens), window)
-        return x, State(filled, window.visible, lengths, state.longest + longest)
+        x, filled = self.prefix_cache.chunk(
+            path,
+            state.cache,
+            state.longest,
+            lambda: self._steps.layers(state.cache, self._steps.embed(tokens), window),
+        )
+        return x, State(filled, window.visible, lengths, state.longest + int(counts.max()))
 
 
 def _no_tokenizer() -> Tokenizer:

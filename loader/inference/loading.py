@@ -46,6 +46,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
     memory: int | None = None,
     dtype: Dtype = "bfloat16",
     tokens: int = 1,
+    prefix_cache: int = 0,
     tokenizer: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> Engine:
@@ -62,6 +63,9 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
         memory: bytes that mapped weights, cache and work may take together; None for what is free.
         dtype: of the KV cache and of the products; weights stay int8.
         tokens: the longest context that will be generated, for which there must be memory.
+        prefix_cache: bytes for the beginnings of prompts, at most half of what the model leaves
+            free: a prompt that begins as an earlier one is read from where they differ, in steps of
+            `SHARED_STEP` tokens. 0 keeps none.
         tokenizer: a SentencePiece model for prompts that are texts; None for the one beside the
             weights, which is looked for when the first text comes.
         report: is called with `Progress` while weights are copied, with `Notice` of what is worth
@@ -75,7 +79,8 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
         TokenizerMissing: there is none at `tokenizer`.
     """
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
-    arrangement = arrange(checkpoint.config, Loading(dtype, placement, mesh, memory), tokens)
+    loading = Loading(dtype, placement, mesh, memory, prefix_cache)
+    arrangement = arrange(checkpoint.config, loading, tokens)
     engine = load_onto(arrangement, checkpoint, report)
     if words is not None:
         engine.open_tokenizer = lambda: words
@@ -89,7 +94,8 @@ def load_onto(
     """The same onto devices that are set up already."""
     params, paging = _place(arrangement, checkpoint, report or _silent)
     mesh, dtype = arrangement.mesh, arrangement.loading.dtype
-    engine = Engine(checkpoint.config, params, mesh, dtype, paging)
+    kept = arrangement.prefix_cache
+    engine = Engine(checkpoint.config, params, mesh, dtype, paging, prefix_cache=kept)
     if checkpoint.store is not None:
         engine.open_tokenizer = functools.partial(tokenizer_of, checkpoint.store)
     return engine
@@ -119,21 +125,22 @@ def load_as_it_comes(
         report: as of `load_model`.
     """
     report = report or _silent
-    config = checkpoint.config
+    config, mesh = checkpoint.config, arrangement.mesh
+    dtype, kept = arrangement.loading.dtype, arrangement.prefix_cache
     if checkpoint.by_parts and arrangement.placement == "mapped":
         _announce(checkpoint)
         params, paging = _place(arrangement, checkpoint, report)
-        engine = Engine(config, params, arrangement.mesh, arrangement.loading.dtype, paging)
+        engine = Engine(config, params, mesh, dtype, paging, prefix_cache=kept)
         engine.warm_up(prompt, sampling)
         return engine
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
-    mesh, tuning = arrangement.mesh, _tuning(arrangement, checkpoint, report)
+    tuning = _tuning(arrangement, checkpoint, report)
     params = (
         placing.load(first, mesh, tuning=tuning)
         if arrangement.placement == "sharded"
         else placing.share(first, mesh, tuning)
     )
-    engine = Engine(config, params, mesh, arrangement.loading.dtype)
+    engine = Engine(config, params, mesh, dtype, prefix_cache=kept)
     meet("first layer")
     engine.warm_up(prompt, sampling)
     engine.hold(*_place(arrangement, checkpoint, report))
@@ -170,7 +177,7 @@ def _place(
         params = _copy(checkpoint, arrangement, tuning, report)
     else:
         params = placing.share(checkpoint, mesh, tuning, arriving=checkpoint.by_parts)
-        paging = _paging(checkpoint, arrangement.loading, report)
+        paging = _paging(checkpoint, arrangement, report)
     seconds = round(time.perf_counter() - start, 3)
     report(Loaded(total, mesh.size, arrangement.platform, arrangement.placement, seconds))
     return params, paging
@@ -190,12 +197,13 @@ def _copy(
     return placing.load(checkpoint, arrangement.mesh, tuning=tuning, on_bytes=count)
 
 
-def _paging(checkpoint: Checkpoint, loading: Loading, report: Report) -> Managed:
+def _paging(checkpoint: Checkpoint, arrangement: Arrangement, report: Report) -> Managed:
     """What keeps the pages of mapped weights within the memory that there is; says what stays."""
-    config = checkpoint.config
+    config, loading = checkpoint.config, arrangement.loading
     memory = available_memory() if loading.memory is None else loading.memory
     cache = cache_bytes_per_token(config, loading.itemsize) * config.sequence_len
-    paging = Managed(checkpoint, memory - cache - WORK, arriving=checkpoint.by_parts)
+    rest = memory - cache - WORK - arrangement.prefix_cache
+    paging = Managed(checkpoint, rest, arriving=checkpoint.by_parts)
     division = paging.division
     if not division.everything:
         kept = "attention, embedding and" if division.base else "no more than"

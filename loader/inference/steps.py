@@ -122,12 +122,11 @@ class Steps:
             filled.append(kept)
             if self.choices is not None:
                 self.choices.add(number, *self._tell(chosen, window.real))
-        return x, tuple(filled)
+        return self._alone(x), tuple(filled)
 
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
-        scores: Array = self._logits(self._params.embedding, self._params.norm, x)
-        return scores
+        return self._alone(self._logits(self._params.embedding, self._params.norm, x))
 
     def _spread(
         self, function: Callable[..., Any], given: Any, result: Any, donate: tuple[int, ...] = ()
@@ -137,6 +136,15 @@ class Steps:
             function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
         )
         return jax.jit(spread, donate_argnums=donate, compiler_options=self._compiler_options)
+
+    def _alone(self, x: Array) -> Array:
+        """Let the next program begin after this one, where two of them might wait for ever.
+
+        CPU devices that wait for one another, each in a thread, share the threads.
+        """
+        if self._mesh.size > 1 and self._mesh.devices.flat[0].platform == "cpu":
+            x.block_until_ready()
+        return x
 
 
 class _OnDemand(Steps):
@@ -203,7 +211,7 @@ class _OnDemand(Steps):
                 total = self._expert(weights, np.int32(expert), routed, pairs, total)
                 self._paging.used(number, expert, total)
             x = self._close(weights, x, total)
-        return x, tuple(filled)
+        return self._alone(x), tuple(filled)
 
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""

@@ -22,7 +22,7 @@ from loader.weights.partition import (
 )
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
 
-__all__ = ["Memory", "Need", "Reads", "Shortage", "Use", "need", "reads", "shortage"]
+__all__ = ["Memory", "Need", "Reads", "Shortage", "Use", "left", "need", "reads", "shortage"]
 
 STREAMS = 6
 """Arrays of the size of the residual stream that a layer has at a time, about."""
@@ -151,6 +151,11 @@ def shortage(use: Use, memory: Memory) -> Shortage | None:
         None if memory.sharers else _roomier(use, memory),
         bool(memory.sharers) and use.shape.only_model and _fits(in_files, memory),
     )
+
+
+def left(use: Use, memory: Memory) -> int:
+    """Bytes of all devices together that a model which fits leaves free."""
+    return (memory.free - _needed(use, memory)) * (1 if memory.sharers else use.shape.devices)
 
 
 def _fits(use: Use, memory: Memory) -> bool:

@@ -13,6 +13,7 @@ from support import golden
 
 from grokfetch.errors import PromptInvalid
 from loader.devices.compile_clock import CompileClock
+from loader.inference import engine as engines
 from loader.inference.engine import Engine
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.weights import limits
@@ -94,6 +95,18 @@ def test_after_a_warm_up_nothing_is_compiled_and_the_tokens_are_the_same():
     clock.stop()
     assert tokens == wanted("p1")[:6]
     assert clock.seconds == 0
+
+
+def test_logits_of_a_prompt_of_several_steps_come_on_several_devices(monkeypatch):
+    # The logits of one step and the layers of the next do not depend on one another.
+    monkeypatch.setattr(engines, "LONGEST_STEP", 16)
+    prompt = golden.prompt("p2") * 4
+    rows = len(prompt)
+    found, wanted = (
+        np.asarray(golden.engine(shape).full_logits([prompt]))[0, :rows]
+        for shape in (MeshShape(2, 4), golden.ONE)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_cache_grows_without_changing_the_tokens(monkeypatch):

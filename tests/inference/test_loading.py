@@ -52,6 +52,20 @@ def test_what_does_not_stay_in_memory_is_said():
     assert "no more than 0 of" in next(it.text for it in events if isinstance(it, Notice))
 
 
+@pytest.mark.parametrize(
+    ("asked", "memory", "kept"),
+    [(10**6, None, 10**6), (10**12, None, None), (10**12, 1, 0), (0, None, 0)],
+)
+def test_prefixes_get_half_of_what_the_model_leaves_at_most(monkeypatch, asked, memory, kept):
+    free = 2 * WORK
+    monkeypatch.setattr(arrangement, "free_memory", lambda _: Memory(free, sharers=1))
+    engine = loader.load_model(
+        golden.CHECKPOINT, mesh=golden.ONE, memory=memory, prefix_cache=asked
+    )
+    room = engine.prefix_cache.most
+    assert room == kept if kept is not None else free // 4 < room < free // 2
+
+
 def test_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
     monkeypatch.setattr(arrangement, "free_memory", lambda _: Memory(1000))
     with pytest.raises(OutOfReach, match="are free"):

@@ -25,6 +25,7 @@ from grokfetch.serving.gate import LARGEST_BODY
 from grokfetch.serving.requests import read_completion
 from grokfetch.serving.text import Stops
 from loader.inference.batching import Batch
+from loader.inference.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,23 @@ def test_sixteen_clients_at_once_of_which_half_leave_disturb_nobody(server):
         numbers = httpx.get(f"{server.url}/metrics").text
     assert "grokfetch_disconnects_total 8.0" in numbers
     assert not server.worker.texts
+
+
+def test_a_prompt_that_was_seen_before_is_counted_and_answered_alike():
+    mesh, params = golden.placed(golden.ONE)
+    engine = Engine(golden.CONFIG, params, mesh, "float32", prefix_cache=10**8)
+    with serving(Jobs(Batch(engine, 1, chunk=16))) as (url, _):
+        before = httpx.get(f"{url}/metrics").text
+        prompt = [*P1, *range(3, 40)]
+        answers = [post(url, prompt=prompt, max_tokens=3).json()["choices"] for _ in "12"]
+        after = httpx.get(f"{url}/metrics").text
+    assert answers[0] == answers[1]
+    known = len(prompt) // 16 * 16
+    counts = {"hits_total": 1.0, "tokens_total": float(known)}
+    for name, count in counts.items():
+        assert f"grokfetch_prefix_cache_{name} 0.0" in before
+        assert f"grokfetch_prefix_cache_{name} {count}" in after
+    assert f"grokfetch_prefix_cache_bytes {float(engine.prefix_cache.nbytes)}" in after
 
 
 def test_a_full_queue_says_when_to_come_back_and_forgets_nobody_in_it():

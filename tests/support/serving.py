@@ -70,6 +70,8 @@ def serving(model, *, tokenizer=None, queue=2, slots=4, **access):
 class Held:
     """A model that gives each text a token for each step that it is allowed."""
 
+    prefix_cache = SimpleNamespace(hits=0, tokens=0, nbytes=0)
+
     def __init__(self):
         self.numbers = []
         self.added = threading.Semaphore(0)
