@@ -1,52 +1,82 @@
-"""`grokfetch inspect`: what tensors a shard, or a checkpoint folder, holds."""
+"""`grokfetch inspect`: what tensors a shard or a checkpoint holds, on disk or still in a swarm."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import os
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import plain_option, state_option
-from grokfetch.errors import CheckpointInvalid, GrokfetchError
+from grokfetch.commands.options import NETWORK_NAMES, network_options, plain_option, state_option
+from grokfetch.errors import CheckpointInvalid, GrokfetchError, NoModel
+from grokfetch.events import FetchEvent
+from grokfetch.fetch.wanted import Network, read_manifest, resolve
 from grokfetch.folder.store import Store
-from grokfetch.output.terminal import screen
-from loader.weights.schema import GrokConfig, parameters
+from grokfetch.manifest.schema import Manifest, ManifestTensor
+from grokfetch.output.progress import Bar
+from grokfetch.output.reporting import notice
+from grokfetch.output.terminal import plain, screen
 
 if TYPE_CHECKING:
-    from loader.weights.shard_reader import Shard
+    from loader.weights.shard_values import Shard
 
-SHARDS = "tensor[0-9][0-9][0-9][0-9][0-9]_[0-9][0-9][0-9]"
+    Shards = Mapping[PurePosixPath, Shard | GrokfetchError]
+
+Row = dict[str, object]
+
+Found = tuple[Sequence[Row], Sequence[GrokfetchError]]
+"""A row for each tensor, and what is wrong with the other shards."""
 
 
 @click.command(
     cls=Explained,
     examples=(
         "grokfetch inspect /data/grok-1",
-        "grokfetch inspect tensor00000_000 --json",
+        "grokfetch inspect 'magnet:?xt=urn:btih:...'",
     ),
+    groups={
+        "Without the files": ("folder",),
+        "From whom": NETWORK_NAMES,
+        "How fast": ("up", "down"),
+        "For machines and screens": ("as_json", "plain", "state"),
+    },
 )
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", required=False)
+@click.option(
+    "--to",
+    "folder",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep here what comes of the files; else it goes to a temporary folder.",
+)
+@network_options
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, one object for each tensor.")
 @plain_option
 @state_option
-def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
-    """List the tensors of a shard FILE or a checkpoint DIR.
+def inspect(
+    source: str | None, folder: Path | None, network: Network, *, as_json: bool, state: Path | None
+) -> None:
+    """List the tensors of a shard FILE, a checkpoint DIR or the SOURCE of a fetch.
 
     Prints name, dtype, shape, shape of the scales, bytes, byte offset and file of each tensor.
     Nothing is unpickled and only a few hundred bytes of each file are read.
+
+    A SOURCE is a magnet link, a torrent or a manifest, as for fetch; without one it is Grok-1.
+    Where a manifest names the tensors, nothing is fetched. Else only the pieces with the frames of
+    the shards are, from peers or mirrors, and proven.
     """
-    rows = []
-    refused: list[GrokfetchError] = []
-    for name, file in _tensors(path, state):
-        try:
-            rows.append(_row(name, file, path))
-        except GrokfetchError as error:
-            refused.append(_with_meaning(error, file) if file == path else error)
+    # A link may be too long for the name of a file, at which pathlib raises.
+    there = source is not None and os.path.exists(source)  # noqa: PTH110
+    if source is not None and there and _first_byte(source) not in {b"d", b"{"}:
+        rows, refused = _on_disk(Path(source), state)
+    else:
+        rows, refused = _elsewhere(source, folder, state, network)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
@@ -58,60 +88,141 @@ def inspect(path: Path, *, as_json: bool, state: Path | None) -> None:
         raise refused[-1]
 
 
-def _with_meaning(error: GrokfetchError, file: Path) -> GrokfetchError:
-    """The same of a file that a person has named, which may be meant for another command."""
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        if opened.read(1) in {b"d", b"{"}:
-            error.hint = f"a torrent or a manifest: what it names is told by: grokfetch plan {file}"
-    return error
+def _first_byte(source: str) -> bytes:
+    """The first byte of a file, by which a torrent and a manifest differ from a shard."""
+    with contextlib.suppress(OSError), Path(source).open("rb") as opened:
+        return opened.read(1)
+    return b""
 
 
-def _tensors(path: Path, state: Path | None) -> Iterator[tuple[str | None, Path]]:
-    """(name, shard) of every tensor; a name only where a manifest says it."""
-    if not path.is_dir():
-        yield None, path
-        return
-    store = Store(path, state)
-    manifest = store.manifest_or_none()
-    if manifest is not None and manifest.tensors:
-        yield from ((tensor.name, store.payload(tensor.file)) for tensor in manifest.tensors)
-        return
-    shards = sorted(path.rglob(SHARDS))
-    if not shards:
+def _on_disk(path: Path, state: Path | None) -> Found:
+    """The tensors of a shard, or of those in a folder."""
+    from loader.weights.headers import is_shard
+    from loader.weights.shard_reader import read_shard
+
+    names: dict[PurePosixPath, str] = {}
+    root = path if path.is_dir() else path.parent
+    files = [path]
+    if path.is_dir():
+        store = Store(path, state)
+        manifest = store.manifest_or_none()
+        if manifest is not None and manifest.tensors:
+            names = {tensor.file: tensor.name for tensor in manifest.tensors}
+            files = [store.payload(tensor.file) for tensor in manifest.tensors]
+        else:
+            files = sorted(it for it in path.rglob("tensor*") if is_shard(it.name))
+    if not files:
         raise CheckpointInvalid(
             "no shard named like tensor00000_000 lies here",
             path=path,
             hint="name a shard or the folder of a checkpoint; of other files: grokfetch status DIR",
         )
-    yield from ((None, shard) for shard in shards)
+    shards: dict[PurePosixPath, Shard | GrokfetchError] = {}
+    for file in files:
+        place = PurePosixPath(file.relative_to(root).as_posix())
+        try:
+            shards[place] = read_shard(file)
+        except GrokfetchError as error:
+            shards[place] = error
+    return _found(shards, names)
 
 
-def _row(name: str | None, file: Path, root: Path) -> dict[str, object]:
+def _elsewhere(
+    source: str | None, folder: Path | None, state: Path | None, network: Network
+) -> Found:
+    """The tensors of what a fetch would bring, of which as little comes as can be."""
+    from grokfetch.fetch.waiting_store import Arriving
+    from loader.on_demand import filled_on_demand
+    from loader.weights.headers import is_shard, named, read_headers
 
-    from loader.weights.shard_reader import read_shard
+    if source is not None and _first_byte(source) == b"{":
+        listed = read_manifest(Path(source))
+        if listed.tensors:
+            return _listed(listed), ()
+    wanted = resolve(source, None, state, network)
+    for warning in wanted.warnings:
+        notice(f"warning: {warning}")
+    if wanted.manifest is not None and wanted.manifest.tensors:
+        return _listed(wanted.manifest), ()
+    with contextlib.ExitStack() as held:
+        if folder is None:
+            made = tempfile.TemporaryDirectory(prefix="grokfetch-inspect-")
+            folder = Path(held.enter_context(made))
+        store = Arriving(folder, state, on_demand=True)
+        held.enter_context(filled_on_demand(store, wanted, network, _shown))
+        if not store.manifest().tensors:
+            files = [file for file in store.manifest().files if is_shard(file.path.name)]
+            if not files:
+                raise CheckpointInvalid(
+                    "none of its files is named like tensor00000_000, as shards are",
+                    path=store.manifest().name,
+                    hint="what it holds is told by: grokfetch plan SOURCE",
+                )
+            shards = dict(read_headers(store, files))
+            found = _found(shards, {})
+            with contextlib.suppress(NoModel):
+                store.save_tensors(named(_sound(shards)))
+            return found
+        return _listed(store.manifest()), ()
 
-    shard = read_shard(file)
+
+def _shown(events: Generator[FetchEvent, None, None]) -> Generator[FetchEvent, None, None]:
+    """The same events, with a bar."""
+    with contextlib.closing(events), Bar("fetch", plain=plain()) as bar:
+        for event in events:
+            bar.take(event)
+            yield event
+
+
+def _found(shards: Shards, names: Mapping[PurePosixPath, str]) -> Found:
+    """The rows of shards, with the names that a manifest gives, or else that they must have."""
+    from loader.weights.headers import entry, named
+
+    sound = _sound(shards)
+    if not names:
+        try:
+            names = {tensor.file: tensor.name for tensor in named(sound)}
+        except NoModel:
+            names = {path: _official_name(path, shard) for path, shard in sound.items()}
+    rows = [
+        _row(entry(names[path], path, shard), shard.array.nbytes) for path, shard in sound.items()
+    ]
+    return rows, [error for error in shards.values() if isinstance(error, GrokfetchError)]
+
+
+def _sound(shards: Shards) -> dict[PurePosixPath, Shard]:
+    return {path: it for path, it in shards.items() if not isinstance(it, GrokfetchError)}
+
+
+def _official_name(path: PurePosixPath, shard: Shard) -> str:
+    """The name that the official model gives a tensor of this number, if the shapes are its."""
+    from loader.weights.schema import GrokConfig, parameters
+
+    for spec in parameters(GrokConfig()):
+        scales = None if shard.scales is None else shard.scales.shape
+        if (spec.file, spec.shape, spec.scale_shape) == (path.name, shard.array.shape, scales):
+            return spec.name
+    return "-"
+
+
+def _listed(manifest: Manifest) -> list[Row]:
+    """What a manifest says of its tensors."""
+    return [_row(tensor, next(tensor.spans())[1]) for tensor in manifest.tensors]
+
+
+def _row(tensor: ManifestTensor, nbytes: int) -> Row:
     return {
-        "name": name or _official_name(file, shard) or "-",
-        "dtype": shard.array.dtype,
-        "shape": shard.array.shape,
-        "scales": None if shard.scales is None else shard.scales.shape,
-        "bytes": shard.array.nbytes,
-        "offset": shard.array.offset,
-        "file": str(file.relative_to(root) if root.is_dir() else file.name),
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": tensor.shape,
+        "scales": None if tensor.scales is None else tensor.scales.shape,
+        "bytes": nbytes,
+        "offset": tensor.offset,
+        "file": str(tensor.file),
     }
 
 
-def _official_name(file: Path, shard: Shard) -> str | None:
-    """The name that the official model gives a tensor of this number, if the shapes are its."""
-    for spec in parameters(GrokConfig()):
-        scales = None if shard.scales is None else shard.scales.shape
-        if (spec.file, spec.shape, spec.scale_shape) == (file.name, shard.array.shape, scales):
-            return spec.name
-    return None
-
-
-def _print_table(rows: list[dict[str, object]]) -> None:
+def _print_table(rows: Sequence[Row]) -> None:
     titles = list(rows[0])
     cells = [[_cell(value) for value in row.values()] for row in rows]
     figures = (titles.index("bytes"), titles.index("offset"))

@@ -134,16 +134,20 @@ class Proofs:
             self._files[path] = FileProof(now, writing=True)
         self.save()
 
+    def _mark(self, paths: Iterable[PurePosixPath]) -> None:
+        """Mark those of the files that are not marked yet."""
+        for path in paths:
+            if path not in self._files or not self._files[path].writing:
+                now = self._store.stamp(path) or Stamp(0, 0)
+                self._files[path] = FileProof(now, writing=True)
+
     def mark_more(self, paths: Iterable[PurePosixPath]) -> None:
         """The same of files beside those being written; what was proven may be flushed later.
 
         Raises:
             StorageFailed: the record cannot be written.
         """
-        for path in paths:
-            if path not in self._files or not self._files[path].writing:
-                now = self._store.stamp(path) or Stamp(0, 0)
-                self._files[path] = FileProof(now, writing=True)
+        self._mark(paths)
         self.write()
 
     def save(self) -> None:
@@ -259,9 +263,14 @@ class Proofs:
         return list(changed)
 
     def renew(self, files: Iterable[LayoutFile]) -> None:
-        """Doubt files that we have replaced ourselves; nothing is reported."""
+        """Doubt files that we have replaced ourselves; nothing is reported.
+
+        What we are writing stays marked, though it may not be there yet.
+        """
         ours = {file.path for file in files}
+        writing = [path for path, proof in self._files.items() if proof.writing]
         self._spoilt += [path for path in self._doubt_changed() if path not in ours]
+        self._mark(writing)
 
     def end_writing(self) -> None:
         """Save, and tie the proofs to the files as they look now that nobody writes them.

@@ -22,7 +22,7 @@ from grokfetch.manifest import relocation as placing
 from grokfetch.manifest import schema as manifests
 from grokfetch.manifest import selection as selections
 from grokfetch.manifest.relocation import Places, in_hub_cache
-from grokfetch.manifest.schema import Manifest, ManifestFile
+from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
@@ -231,10 +231,24 @@ class Store:
         Raises:
             StorageFailed: the state folder cannot be written.
         """
-        names = {place: name for name, place in self.places().items()}
-        self._files.write("manifest.json", manifests.encode(manifest.moved(names)))
+        self._write_manifest(manifest)
         self._forget()
         self._keep(manifest)
+
+    def save_tensors(self, tensors: tuple[ManifestTensor, ...]) -> None:
+        """Keep which tensors the files hold, of which the manifest in force says nothing.
+
+        Raises:
+            StorageFailed: the state folder cannot be written.
+        """
+        manifest = dataclasses.replace(self.manifest(), tensors=tensors)
+        self._write_manifest(manifest)
+        # Readers go on meanwhile, and of the files nothing else is known now.
+        self._keep(manifest)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        names = {place: name for name, place in self.places().items()}
+        self._files.write("manifest.json", manifests.encode(manifest.moved(names)))
 
     def save_places(self, places: Places) -> None:
         """Keep where files lie that do not lie where the torrent puts them.

@@ -8,31 +8,24 @@ has too are called as there.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import (
-    GrokfetchError,
-    NoModel,
-    NotProven,
-)
+from grokfetch.errors import GrokfetchError, NoModel, NotProven
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import ManifestTensor
-from grokfetch.open_files import allow_open_files, open_files_for
 from grokfetch.units import bytes_text
 from loader.weights.binding import bind, entries, open_tensor
-from loader.weights.host_share import Share, Span, tensor_spans
-from loader.weights.schema import GrokConfig, ParamSpec, parameters, weight_bytes
-from loader.weights.shard_values import ArraySpan
-from loader.weights.tensor import Index, Tensor, index_spans
+from loader.weights.host_share import Share
+from loader.weights.opened import Opened, model_of
+from loader.weights.schema import GrokConfig, parameters, weight_bytes
+from loader.weights.tensor import Index, Tensor
 
 __all__ = [
     "Checkpoint",
@@ -56,6 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
         tensors: by name.
         store: the folder that it lies in, if that is one of ours.
         coming: who brings tensors that may not be there yet.
+        by_shapes: whether `config` was guessed from shapes, so that nothing else of it is right.
     """
 
     def __init__(
@@ -63,13 +57,31 @@ class Checkpoint(Mapping[str, Tensor]):
         config: GrokConfig,
         tensors: Mapping[str, Tensor],
         store: Store | None = None,
-        coming: _Opened | None = None,
+        coming: Opened | None = None,
+        *,
+        by_shapes: bool = False,
     ) -> None:
         self._coming = coming
-        self.config = config
+        self._config = config
+        self._by_shapes = by_shapes
         self.store = store
         self._tensors = tensors
         self._held = contextlib.ExitStack()
+
+    @property
+    def config(self) -> GrokConfig:
+        """The hyperparameters.
+
+        Raises:
+            NoModel: nobody has said them, and the files themselves do not.
+        """
+        if self._by_shapes:
+            raise NoModel(
+                "the tensors were found in the files, which do not say how wide a head is",
+                path=None if self.store is None else self.store.root,
+                hint="fetch it by a manifest with the hyperparameters: --manifest FILE",
+            )
+        return self._config
 
     @property
     def by_parts(self) -> bool:
@@ -79,7 +91,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and scales; looks at no file."""
-        return weight_bytes(self.config)
+        return weight_bytes(self._config)
 
     def __enter__(self) -> Self:
         if self.store is not None:
@@ -192,11 +204,11 @@ def open_checkpoint(
         ShardInvalid: a file is not a shard.
         CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
     """
-    tensors = _Opened(store, share, proven=proven)
+    tensors = Opened(store, share, proven=proven)
     for name in tensors:
         if not (part and tensors.left_out(name)):
             tensors[name]  # To open it finds what is wrong with it.
-    return Checkpoint(model_of(store), tensors, store)
+    return _checkpoint(tensors, store)
 
 
 def expect_checkpoint(
@@ -214,8 +226,13 @@ def expect_checkpoint(
         StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`, which see
             also for what asking for a tensor raises.
     """
-    tensors = _Opened(store, share, by_parts=by_parts)
-    return Checkpoint(model_of(store), tensors, store, tensors if by_parts else None)
+    tensors = Opened(store, share, by_parts=by_parts)
+    return _checkpoint(tensors, store)
+
+
+def _checkpoint(tensors: Opened, store: Store) -> Checkpoint:
+    coming = tensors if tensors.by_parts else None
+    return Checkpoint(tensors.config, tensors, store, coming, by_shapes=tensors.by_shapes)
 
 
 def require_whole(store: Store) -> None:
@@ -225,132 +242,13 @@ def require_whole(store: Store) -> None:
         NotProven: only a part was.
         StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`.
     """
-    tensors = _Opened(store, None)
+    tensors = Opened(store, None)
     if any(map(tensors.left_out, tensors)):
         raise NotProven(
             f"only a part of the model was asked for: {store.selection()}",
             path=store.root,
             hint=f"run: grokfetch fetch {store.root} --all",
         )
-
-
-def model_of(store: Store) -> GrokConfig:
-    """The hyperparameters of the model that the store's manifest describes.
-
-    Raises:
-        StateMissing: the folder has no manifest.
-        NoModel: the manifest names files only.
-        ManifestInvalid: its model section is not a configuration.
-    """
-    manifest = store.manifest()
-    if manifest.model is None:
-        raise NoModel("the manifest describes files, not a model", path=store.root)
-    return GrokConfig.from_mapping(manifest.model)
-
-
-class _Opened(Mapping[str, Tensor]):
-    """The tensors of a store, each opened when it is first asked for."""
-
-    def __init__(
-        self, store: Store, share: Share | None, *, proven: bool = True, by_parts: bool = False
-    ) -> None:
-        self._store = store
-        self._share = share
-        self._proven = proven
-        self._by_parts = by_parts
-        known = entries(store.manifest(), model_of(store))
-        self._entries = {spec.name: (spec, entry, size) for spec, entry, size in known}
-        allow_open_files(open_files_for(len(self._entries)))
-        self._asked = store.asked()
-        self._open: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._open:
-            spec, entry, size = self._entries[name]
-            if self.left_out(name):
-                raise _left_out(self._store, spec)
-            spans = tuple(self._needed(spec, entry, size))
-            for start, stop in spans:
-                self._store.expect(entry.file, start, stop - start, at_once=True)
-            for start, stop in spans:
-                self._store.require(entry.file, start, stop - start)
-            tensor = open_tensor(self._store, spec, entry, size)
-            if self._by_parts:
-                tensor = dataclasses.replace(tensor, door=_Door(self._store, entry.file))
-            # Two threads may have opened it: both go on with one.
-            self._open.setdefault(name, tensor)
-        return self._open[name]
-
-    def expect(self, name: str, index: Index) -> None:
-        """Have the frame of a tensor brought, and what an index takes of its weight."""
-        _, entry, size = self._entries[name]
-        offset, length = next(entry.spans())
-        array = ArraySpan(entry.dtype, entry.shape, offset, length, "C")
-        door = _Door(self._store, entry.file)
-        door.expect(0, offset)
-        for start, nbytes in index_spans(array, index, door.gap):
-            door.expect(start, nbytes)
-        door.expect(offset + length, size - offset - length)
-
-    def arrived(self, name: str) -> bool:
-        """Whether all of a tensor's file is proven, without waiting for it."""
-        _, entry, _ = self._entries[name]
-        return self._store.arrived(entry.file)
-
-    def left_out(self, name: str) -> bool:
-        """Whether a tensor, or a part of it, was not asked for, all of it being needed."""
-        _, entry, size = self._entries[name]
-        whole = self._proven and self._share is None and not self._by_parts
-        return whole and self._asked is not None and self._asked.get(entry.file) != ((0, size),)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def _needed(self, spec: ParamSpec, entry: ManifestTensor, size: int) -> Iterable[Span]:
-        if not self._proven:
-            return ()
-        if self._by_parts:
-            offset, length = next(entry.spans())
-            return ((0, offset), (offset + length, size))
-        layout = None if self._share is None else self._store.layout()
-        if self._share is None or layout is None:
-            return ((0, size),)
-        return tensor_spans(spec, entry, size, self._share, layout.piece_length)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Door:
-    """The store's door to one file, as `loader.weights.pages.Door`."""
-
-    store: Store
-    path: PurePosixPath
-
-    @property
-    def gap(self) -> int:
-        """The length of a piece, which comes as a whole."""
-        layout = self.store.layout()
-        return 1 if layout is None else layout.piece_length
-
-    def require(self, start: int, length: int) -> None:
-        self.store.require(self.path, start, length)
-
-    def expect(self, start: int, length: int, *, at_once: bool = False) -> None:
-        self.store.expect(self.path, start, length, at_once=at_once)
-
-
-def _left_out(store: Store, spec: ParamSpec) -> NotProven:
-    which = f"--only {spec.name}" if spec.layer is None else f"--layers {spec.layer}"
-    return NotProven(
-        f"{spec.name} was not asked for, or not all of it: only {store.selection()}",
-        path=store.root,
-        hint=f"run: grokfetch fetch {store.root} {which}",
-    )
 
 
 def faults(store: Store) -> Iterator[GrokfetchError]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from grokfetch.manifest.schema import ManifestFile, ManifestTensor, Scales
+from grokfetch.manifest.schema import ManifestFile, ManifestTensor
 from loader.weights.checkpoint import Checkpoint
-from loader.weights.schema import GrokConfig, ParamSpec, parameters
+from loader.weights.headers import entry
+from loader.weights.schema import GrokConfig, parameters
 from loader.weights.shard_reader import Shard
 from loader.weights.shard_writer import frame_layout
 
@@ -26,7 +27,7 @@ def expected(
     for spec in parameters(config):
         layout = frame_layout(spec.dtype, spec.shape, spec.scale_shape)
         files.append(ManifestFile(folder / spec.file, layout.size))
-        tensors.append(_entry(spec, folder / spec.file, layout.shard))
+        tensors.append(entry(spec.name, folder / spec.file, layout.shard))
     return tuple(files), tuple(tensors)
 
 
@@ -42,11 +43,5 @@ def found(
     for tensor in checkpoint.values():
         path = PurePosixPath(tensor.path.relative_to(root).as_posix())
         files.append(ManifestFile(path, tensor.path.stat().st_size))
-        tensors.append(_entry(tensor.spec, path, Shard(tensor.array, tensor.scale_span)))
+        tensors.append(entry(tensor.spec.name, path, Shard(tensor.array, tensor.scale_span)))
     return tuple(files), tuple(tensors)
-
-
-def _entry(spec: ParamSpec, file: PurePosixPath, shard: Shard) -> ManifestTensor:
-    scales = None if shard.scales is None else Scales(shard.scales.shape, shard.scales.offset)
-    array = shard.array
-    return ManifestTensor(spec.name, file, array.dtype, array.shape, array.offset, scales)

@@ -39,7 +39,7 @@ from loader.weights.shard_values import (
     Shard,
 )
 
-__all__ = ["ArraySpan", "Shard", "read_frame", "read_shard"]
+__all__ = ["ArraySpan", "Shard", "Slices", "read_frame", "read_shard", "read_slices"]
 
 # An official shard has at most 140 opcodes, an array of 64 dimensions some 200. As each opcode adds
 # at most one value, this bounds the stack, the memo and all nesting as well as the work.
@@ -67,7 +67,7 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
             except OSError as error:
                 if error.errno not in CANNOT_MAP:
                     raise
-                return _walk(_File(file), path)
+                return read_slices(_File(file), path)
             with mapped:
                 return read_frame(mapped, path)
     except OSError as error:
@@ -83,10 +83,15 @@ def read_frame(
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
     """
     with memoryview(buffer) as view:
-        return _walk(view, path)
+        return read_slices(view, path)
 
 
-def _walk(view: _Bytes, path: str | os.PathLike[str]) -> Shard:
+def read_slices(view: Slices, path: str | os.PathLike[str]) -> Shard:
+    """The same of a file of which parts are handed out as they are asked for.
+
+    Raises:
+        ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
+    """
     walk = _Walk(view)
     while walk.shard is None:
         start = walk.position
@@ -98,14 +103,14 @@ def _walk(view: _Bytes, path: str | os.PathLike[str]) -> Shard:
     return walk.shard
 
 
-def _opcode_name(view: _Bytes, position: int) -> str:
+def _opcode_name(view: Slices, position: int) -> str:
     if position >= len(view):
         return "none"
     [code] = bytes(view[position : position + 1])
     return _NAMES.get(code, f"0x{code:02x}")
 
 
-class _Bytes(Protocol):
+class Slices(Protocol):
     """What a shard is read from; only slices of at most 255 bytes are asked for."""
 
     def __len__(self) -> int:
@@ -139,7 +144,7 @@ _MARK: Final = object()
 class _Walk:
     """A stack machine that understands only what a pickled array needs."""
 
-    def __init__(self, view: _Bytes) -> None:
+    def __init__(self, view: Slices) -> None:
         self.view = view
         self.position = 0
         self.shard: Shard | None = None

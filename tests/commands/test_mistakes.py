@@ -110,12 +110,10 @@ def test_a_folder_one_level_off_is_told_the_right_one(tmp_path):
         assert f"name {tmp_path / 'begun'} instead" in told
 
 
-def test_a_torrent_given_as_a_folder_or_as_a_shard_is_told_what_it_is_for(tmp_path):
+def test_a_torrent_given_as_a_folder_is_told_what_it_is_for(tmp_path):
     torrent = demo_folder() / "grok-demo.torrent"
     told = invoke("run", torrent, "hi", code=errors.StateMissing.exit_code).stderr
     assert f"grokfetch fetch {torrent} --to DIR" in told
-    told = invoke("inspect", torrent, code=errors.ShardInvalid.exit_code).stderr
-    assert f"grokfetch plan {torrent}" in told
 
 
 def test_a_manifest_given_as_config_is_told_to_be_one(tmp_path):

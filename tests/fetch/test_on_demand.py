@@ -10,12 +10,13 @@ from support.release import publish
 from support.web_server import WebServer
 
 import loader
-from grokfetch.errors import StateLocked
+from grokfetch.errors import NoModel, StateLocked
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.wanted import Network
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from loader.weights.checkpoint import model_of
 
 GATE = "transformer/decoder_layer_3/moe/linear/w"
 ROUTER = "transformer/decoder_layer_5/router/w"
@@ -110,6 +111,28 @@ def test_mirrors_bring_what_is_read_where_there_is_no_peer(published, tmp_path):
             assert np.array_equal(part, golden.CHECKPOINT[GATE][3, :, 8:16])
             assert np.array_equal(grok[ROUTER].weight, golden.CHECKPOINT[ROUTER].weight)
     assert 0 < len(proven(tmp_path)) < count(published) // 5
+
+
+def test_a_torrent_without_a_manifest_is_read_too_but_its_hyperparameters_are_not_known(
+    published, seeded, tmp_path
+):
+    torrent = published[0] / "tiny.torrent"
+    given = network(seeded.port)
+    with loader.open_checkpoint(torrent, tmp_path, fetch=True, network=given) as grok:
+        assert list(grok) == list(golden.CHECKPOINT)
+        assert grok.nbytes == golden.CHECKPOINT.nbytes
+        part = grok[GATE].dequantize(np.s_[3, :, 8:16])
+        assert np.array_equal(part, golden.CHECKPOINT[GATE].dequantize(np.s_[3, :, 8:16]))
+        with pytest.raises(NoModel, match="how wide a head is"):
+            grok.config  # noqa: B018 - to look is what is tested
+    few = proven(tmp_path)
+    assert 0 < len(few) < count(published)
+    with loader.open_checkpoint(None, tmp_path, fetch=True, network=network()) as grok:
+        # The names are kept, and nobody is asked.
+        assert np.array_equal(grok[GATE].dequantize(np.s_[3, :, 8:16]), part)
+    assert proven(tmp_path) == few
+    with pytest.raises(NoModel):
+        model_of(Store(tmp_path))
 
 
 def test_a_folder_that_another_process_holds_is_refused(published, seeded, tmp_path):

@@ -97,3 +97,16 @@ def test_data_that_the_disk_has_lost_is_never_claimed_although_a_second_flush_is
     assert run(tmp_path, FakeSwarm(V1, dict(FILES)))[-1].rehashed
     assert content_of(tmp_path) == FILES
     assert whole(tmp_path)
+
+
+def test_a_file_that_is_marked_and_not_there_yet_stays_marked_when_more_are_asked_for(at_work):
+    store, proofs = at_work
+    store.payload(A).unlink()
+    proofs.write()
+    proofs.renew([])
+    proofs.mark_more([PurePosixPath("top/b")])
+    lay_down(store.root, LARGE)
+    proofs.add(0)
+    proofs.save()
+    assert store.record().files[A].writing
+    assert 0 in store.proven().pieces
