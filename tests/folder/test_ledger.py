@@ -109,4 +109,4 @@ def test_a_file_that_is_marked_and_not_there_yet_stays_marked_when_more_are_aske
     proofs.add(0)
     proofs.save()
     assert store.record().files[A].writing
-    assert 0 in store.proven().pieces
+    assert store.record().pieces == {0}

@@ -186,8 +186,14 @@ def test_folder_without_manifest_is_refused(written):
         open_checkpoint(Store(written))
 
 
-def test_manifest_without_model_is_refused(store):
+def test_manifest_without_model_is_refused_or_if_it_names_tensors_gives_just_these(store):
+    files_only = dataclasses.replace(store.manifest(), model=None, tensors=())
     manifested(store, dataclasses.replace(store.manifest(), model=None))
+    checkpoint = open_checkpoint(store)
+    assert [tensor.spec.name for tensor in checkpoint.values()] == list(SPECS)
+    with pytest.raises(NoModel, match="how wide a head is"):
+        checkpoint.config  # noqa: B018 - to look is what is tested
+    manifested(store, files_only)
     with pytest.raises(NoModel):
         open_checkpoint(store)
 
