@@ -108,10 +108,8 @@ def test_copied_weights_recite_on_any_mesh(shape, dtype):
     check_recitation(engine(load, MeshShape(*shape), dtype), [3, 12], 24)
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 

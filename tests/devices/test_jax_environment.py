@@ -87,6 +87,7 @@ assert jax.config.jax_numpy_rank_promotion == {settings!r}.get(
 """
 
 
+@pytest.mark.slow
 def test_a_program_keeps_its_own_settings_and_gets_the_same_text(demo):
     texts = []
     strict = {

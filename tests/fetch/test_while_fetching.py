@@ -229,7 +229,7 @@ class Watched(Arriving):
             self.swarm.gate.set()
 
 
-@pytest.mark.parametrize("placement", ["mapped", "sharded"])
+@pytest.mark.parametrize("placement", ["mapped", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     published, tmp_path, placement, caplog
 ):

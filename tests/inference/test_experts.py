@@ -98,7 +98,14 @@ def mixed(shape, weights, tokens, dtype="float32"):
 
 
 @pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
-@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, EXPERT_PARALLEL, BOTH, FEW_EACH], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(TENSOR_PARALLEL, BOTH),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in (EXPERT_PARALLEL, FEW_EACH)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
 def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, tokens):
     """By pairs, by experts, by blocks; each as GPUs and as other accelerators have it."""

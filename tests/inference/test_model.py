@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,7 @@ def whole_model(params, cache, tokens, window, config):
     return model.logits(params.embedding, params.norm, x, config, dtype), tuple(filled)
 
 
+@pytest.mark.slow
 def test_without_padding_and_in_two_parts_the_logits_are_the_same():
     config = golden.CONFIG
     mesh, params = golden.placed(golden.ONE)
@@ -342,6 +344,7 @@ CASES = {
 def cases(tmp_path_factory):
     """The random checkpoint of each case: its reference and its parameters on its mesh."""
 
+    @functools.cache
     def make(name):
         config, shape = CASES[name]
         folder = tmp_path_factory.mktemp("case")
@@ -350,7 +353,7 @@ def cases(tmp_path_factory):
         mesh = make_mesh(config, MeshShape(*shape))
         return Reference(config, checkpoint), load(checkpoint, mesh), mesh
 
-    return {name: make(name) for name in CASES}
+    return make
 
 
 def check_case(reference, params, mesh):
@@ -377,9 +380,15 @@ def check_case(reference, params, mesh):
         logits, state = engine.decode(state, np.full(len(rows), token, np.int32))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("grouped", "both axes") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_batches_of_random_models_equal_plain_numpy(cases, name):
-    check_case(*cases[name])
+    check_case(*cases(name))
 
 
 def test_numpy_reference_fails_when_query_heads_read_the_wrong_keys(cases, monkeypatch):
@@ -389,7 +398,7 @@ def test_numpy_reference_fails_when_query_heads_read_the_wrong_keys(cases, monke
 
     monkeypatch.setattr(model, "group_queries", interleaved)
     with pytest.raises(AssertionError, match="assert"):
-        check_case(*cases["grouped"])
+        check_case(*cases("grouped"))
 
 
 def test_numpy_reference_agrees_with_the_official_one():
