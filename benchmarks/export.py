@@ -29,13 +29,14 @@ import numpy as np
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.shipped import demo_folder
+from loader.export.target_file import TargetFile
 from loader.weights.checkpoint import open_folder
 from loader.weights.inventory import expected
 from loader.weights.schema import GrokConfig, weight_bytes
 from loader.weights.synthetic import write_checkpoint
 
 PEER = Path(__file__).with_name("llama_export.py")
-BLOCK = 16 << 20
+BLOCK = 4 << 20
 GROK_1 = 318_239_886_140
 TARGET = 0.6
 SMALL = GrokConfig(
@@ -145,12 +146,12 @@ def read(path: Path) -> None:
 
 
 def write(path: Path, size: int) -> None:
-    """Write and flush so many bytes, and remove them."""
+    """Write and flush so many bytes as an export does, and remove them."""
     block = os.urandom(BLOCK)
-    with path.open("wb", buffering=0) as file:
+    with TargetFile(path, size) as file:
         for start in range(0, size, BLOCK):
-            file.write(block[: min(BLOCK, size - start)])
-        os.fsync(file.fileno())
+            file.write(block[: min(BLOCK, size - start)], start)
+        file.flush()
     path.unlink()
 
 

@@ -19,8 +19,10 @@ from grokfetch.errors import Inexact
 __all__ = [
     "BLOCK",
     "BLOCK_LENGTH",
+    "Data",
     "ElementType",
     "bfloat16_scales",
+    "bytes_of",
     "encode",
     "encode_quantized",
     "float16_scales",
@@ -53,6 +55,13 @@ _FLOAT_BLOCK: Final = 1 << 18
 
 Int8 = npt.NDArray[np.int8]
 Float32 = npt.NDArray[np.float32]
+Data = bytes | npt.NDArray[np.generic]
+
+
+def bytes_of(data: Data) -> memoryview:
+    """The bytes themselves, or those of an array as they lie in files."""
+    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def row_bytes(kind: ElementType, length: int) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from grokfetch.errors import (
     CheckpointInvalid,
@@ -40,9 +39,12 @@ from loader.export.layout import CONFIG_KEY, gguf_name, is_turned, split_name, t
 from loader.export.matrices import (
     BLOCK,
     BLOCK_LENGTH,
+    Data,
     bfloat16_scales,
+    bytes_of,
     turned_back,
 )
+from loader.export.target_file import TargetFile
 from loader.weights.pages import Pages
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
 from loader.weights.shard_writer import frame_layout
@@ -55,8 +57,6 @@ SLAB: Final = 1 << 22
 
 FOLDER: Final = PurePosixPath("ckpt-0")
 """Where the shards go in OUT, as in the official release."""
-
-Data = bytes | npt.NDArray[np.generic]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,12 +156,6 @@ def _shard(
     yield around[2]
 
 
-def _bytes_of(data: Data) -> memoryview | bytes:
-    if isinstance(data, bytes):
-        return data
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rebuilt:
     """A shard that was rebuilt in memory: its sha256 in hexadecimal, or why there is none."""
@@ -178,7 +172,7 @@ def digests(exported: Exported) -> Iterator[Rebuilt]:
         hasher = hashlib.sha256()
         try:
             for data in exported.shard(spec):
-                hasher.update(_bytes_of(data))
+                hasher.update(bytes_of(data))
         except GrokfetchError as error:
             return Rebuilt(spec, None, error.what)
         return Rebuilt(spec, hasher.hexdigest())
@@ -204,13 +198,14 @@ def write_shards(exported: Exported, store: Store) -> Iterator[Progress]:
         if path.exists():
             return spec
         try:
-            beside = path.with_name(f"{path.name}.part")
-            with beside.open("wb") as file:
+            beside, offset = path.with_name(f"{path.name}.part"), 0
+            size = frame_layout(spec.dtype, spec.shape, spec.scale_shape).size
+            with TargetFile(beside, size) as file:
                 for data in exported.shard(spec):
                     if stopped.is_set():
                         return spec
-                    file.write(_bytes_of(data))
-            flush(beside)
+                    offset += file.write(data, offset)
+                file.flush()
             beside.replace(path)
         except OSError as error:
             raise storage_failed(error, path) from error

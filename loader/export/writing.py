@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
 
 from grokfetch.errors import (
     Contradiction,
@@ -46,6 +42,7 @@ from grokfetch.process_limits import cores
 from loader.export.jobs import Job, Work, encoded, rows_of
 from loader.export.layout import Part, Plan
 from loader.export.matrices import float16_scales
+from loader.export.target_file import TargetFile
 from loader.weights.checkpoint import Checkpoint
 
 __all__ = ["Export", "check_scales", "read_back"]
@@ -172,15 +169,12 @@ class Export:
         left = [part for part in self._plan.parts if part.name not in self._done]
         if left:
             self._save()
-            try:
-                handles = self._opened()
-            except OSError as error:
-                raise storage_failed(error, self._store.root) from error
-            try:
-                yield from self._write(left, handles)
-            finally:
-                for handle in handles.values():
-                    os.close(handle)
+            with contextlib.ExitStack() as opened:
+                try:
+                    files = self._opened(opened)
+                except OSError as error:
+                    raise storage_failed(error, self._store.root) from error
+                yield from self._write(left, files)
         try:
             for path, partial in zip(self._paths, self._partial, strict=True):
                 if partial.exists():
@@ -189,30 +183,28 @@ class Export:
         except OSError as error:
             raise storage_failed(error, self._store.root) from error
 
-    def _opened(self) -> dict[int, int]:
+    def _opened(self, opened: contextlib.ExitStack) -> list[TargetFile]:
         """The files under their names for the meantime, at their full size, begun."""
-        handles = {}
-        for index, file in enumerate(self._plan.files):
-            path, partial = self._paths[index], self._partial[index]
+        files = []
+        for file, path, partial in zip(self._plan.files, self._paths, self._partial, strict=True):
             if path.exists() and not partial.exists():
                 path.replace(partial)
-            handles[index] = handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(handle, file.size)
-            _write_at(handle, file.head, 0)
-        return handles
+            files.append(opened.enter_context(TargetFile(partial, file.size)))
+            files[-1].write(file.head, 0)
+        return files
 
-    def _write(self, left: list[Part], handles: Mapping[int, int]) -> Iterator[Progress]:
+    def _write(self, left: list[Part], files: Sequence[TargetFile]) -> Iterator[Progress]:
         total = sum(part.source_bytes for part in self._plan.parts)
         done = total - sum(part.source_bytes for part in left)
         work, written = Work(self._checkpoint, left), list[Part]()
         threads = min(cores(), MOST_THREADS)
         with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
-            saving = saver.submit(self._keep, [], handles)
+            saving = saver.submit(self._keep, [], files)
             running: dict[Future[None], Job] = {}
             try:
                 while work.left or running:
                     for job in work.take(2 * threads - len(running)):
-                        running[pool.submit(self._run, job, handles)] = job
+                        running[pool.submit(self._run, job, files)] = job
                     if not running:
                         work.await_more()
                     ended, _ = wait(running, work.patience_s, FIRST_COMPLETED)
@@ -225,31 +217,31 @@ class Export:
                     yield Progress(done, total, "exporting")
                     if written and saving.done():
                         saving.result()
-                        saving = saver.submit(self._keep, written, handles)
+                        saving = saver.submit(self._keep, written, files)
                         written = []
                 saving.result()
-                self._keep(written, handles)
+                self._keep(written, files)
             except BaseException:
                 self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 with contextlib.suppress(GrokfetchError):
-                    self._keep(written, handles)
+                    self._keep(written, files)
                 raise
 
-    def _keep(self, parts: list[Part], handles: Mapping[int, int]) -> None:
+    def _keep(self, parts: list[Part], files: Sequence[TargetFile]) -> None:
         """Record tensors once their bytes are on the disk."""
         if not parts:
             return
         stamps = {part.name: self._stamp(part) for part in parts}
         for index in {part.file for part in parts}:
             try:
-                os.fsync(handles[index])
+                files[index].flush()
             except OSError as error:
                 raise storage_failed(error, self._partial[index]) from error
         self._done |= stamps
         self._save()
 
-    def _run(self, job: Job, handles: Mapping[int, int]) -> None:
+    def _run(self, job: Job, files: Sequence[TargetFile]) -> None:
         # A mapping of its own, which goes with the job: those of all shards together would have
         # page tables of half a gigabyte.
         tensor = dataclasses.replace(self._checkpoint[job.part.spec.name])
@@ -260,7 +252,7 @@ class Export:
                 for offset, data in encoded(job, tensor, matrix):
                     if self._stopped.is_set():
                         return
-                    _write_at(handles[job.part.file], data, job.part.offset + offset)
+                    files[job.part.file].write(data, job.part.offset + offset)
             except Inexact as error:
                 raise Inexact(error.what, path=tensor.path, hint=error.hint) from None
             except OSError as error:
@@ -318,11 +310,3 @@ def _has_size(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except OSError:
         return False
-
-
-def _write_at(handle: int, data: npt.NDArray[np.generic] | bytes, offset: int) -> None:
-    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    while left:
-        count = os.pwrite(handle, left, offset)
-        left, offset = left[count:], offset + count
