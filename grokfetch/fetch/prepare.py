@@ -224,7 +224,9 @@ def _settle(
         manifest = in_force(wanted or earlier, torrent, layout, magnet)
     # What was asked for before names files by where they lie, which must then stay.
     if store.selection() is None:
-        for progress in adopt(store, layout):
+        names = {place: name for name, place in store.places().items()}
+        known = manifest or (earlier and earlier.moved(names))
+        for progress in adopt(store, layout, known.digests if known else {}):
             yield Status("checking", progress.done, progress.total)
     if manifest is not None:
         manifest = manifest.moved(store.places())

@@ -1,9 +1,10 @@
 """Finding in the checkpoint folder what lies there in another layout than the torrent's.
 
-Files come from Hugging Face without the torrent's top folder, from its cache as links, from another
-client under a name that says they are not complete. Each stays where it lies: who put it there
-still finds it, and a link may not even survive a move. A file is adopted when the hash of a piece
-speaks for it, so that no stranger of the same name and size is ever written over.
+Files come from Hugging Face without the torrent's top folder, from its cache as links, from its
+client begun under their digest, from another client under a name that says they are not complete.
+Each stays where it lies: who put it there still finds it, and a link may not even survive a move.
+Only what is not complete gets its name. A file is adopted when the hash of a piece speaks for it,
+so that no stranger of the same name and size is ever written over.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from grokfetch.errors import storage_failed
 from grokfetch.events import Progress
 from grokfetch.folder.payload import behind_link
 from grokfetch.folder.store import Store
-from grokfetch.manifest.relocation import Places, beside, finished_name, guesses
+from grokfetch.manifest.relocation import (
+    Digests,
+    Places,
+    beside,
+    finished_name,
+    guesses,
+    in_hub_cache,
+)
 from grokfetch.torrent.layout import BLOCK, Layout, LayoutFile
 from grokfetch.torrent.names import STATE_FOLDER
 from grokfetch.torrent.read_back import Hashers, check_pieces, may_be_on_disk
@@ -28,7 +36,11 @@ DEEPEST = 8
 """Folders below the checkpoint folder that are looked into."""
 
 
-def adopt(store: Store, layout: Layout) -> Iterator[Progress]:
+BLOBS = PurePosixPath("../../blobs")
+"""Where the files of a snapshot in Hugging Face's cache are begun."""
+
+
+def adopt(store: Store, layout: Layout, digests: Digests) -> Iterator[Progress]:
     """Find files that do not lie where the layout has them, and keep in the store where they lie.
 
     Files that are nowhere get places beside those that were found.
@@ -36,6 +48,7 @@ def adopt(store: Store, layout: Layout) -> Iterator[Progress]:
     Args:
         store: the checkpoint folder, locked exclusively.
         layout: where they should lie.
+        digests: what files must hold, where that is known, by their names in the torrent.
 
     Yields:
         Progress in bytes of the files that are looked at.
@@ -50,7 +63,8 @@ def adopt(store: Store, layout: Layout) -> Iterator[Progress]:
     ours = {file.path for file in layout.payload}
     sizes = _files(store, absent)
     places: dict[PurePosixPath, PurePosixPath] = {}
-    for guess in guesses(absent, (item for item in sizes.items() if item[0] not in ours)):
+    there = (item for item in sizes.items() if item[0] not in ours)
+    for guess in guesses(absent, there, digests):
         taken = {*places, *places.values()}
         left = {n: place for n, place in guess.items() if n not in taken and place not in taken}
         trial = layout.moved({**places, **left})
@@ -86,6 +100,9 @@ def _files(store: Store, absent: Iterable[LayoutFile]) -> dict[PurePosixPath, in
         for start in range(1, len(file.name.parts))
     )
     _add(store, sizes, tails)
+    if in_hub_cache(store.root.resolve()):
+        blobs = store.payload(BLOBS).glob("*.incomplete")
+        _add(store, sizes, (BLOBS / path.name for path in blobs))
     return sizes
 
 
@@ -126,14 +143,22 @@ def _speak(
 
 
 def _named(root: Path, places: Places) -> dict[PurePosixPath, PurePosixPath]:
-    """The places once files that bear the ending of what is not complete have lost it."""
-    named = {}
-    for name, place in places.items():
-        proper = finished_name(place)
+    """The places once files that bear the ending of what is not complete have lost it.
+
+    What was begun under its digest goes beside what bears its name.
+    """
+    named: dict[PurePosixPath, PurePosixPath] = {}
+    by_digest = {name for name, it in places.items() if finished_name(it).name != name.name}
+    for name in sorted(places, key=by_digest.__contains__):
+        place, proper = places[name], finished_name(places[name])
+        if name in by_digest:
+            proper = beside(named, [name]).get(name, name)
         if proper != place:
-            if os.path.lexists(root / proper):
+            away = place.parent != proper.parent and behind_link(root, root / proper) is not None
+            if away or os.path.lexists(root / proper):
                 continue
             try:
+                (root / proper).parent.mkdir(parents=True, exist_ok=True)
                 (root / place).rename(root / proper)
             except OSError as error:
                 raise storage_failed(error, root / place) from error

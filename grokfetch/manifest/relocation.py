@@ -7,6 +7,7 @@ checkpoint folder. Names and sizes only suggest that a file is the torrent's: by
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -19,6 +20,7 @@ from grokfetch.torrent.names import unsafe_name
 
 __all__ = [
     "SCHEMA",
+    "Digests",
     "Places",
     "beside",
     "decode",
@@ -33,12 +35,21 @@ SCHEMA = 1
 Places = Mapping[PurePosixPath, PurePosixPath]
 """From names to places; a file that is not in it lies where the torrent puts it."""
 
+Digests = Mapping[PurePosixPath, str]
+"""From names to the sha256 of the whole file, in hexadecimal."""
+
 UNFINISHED = (
     *(".!qB", ".!ut", ".part", ".bc!", ".xltd", ".td"),
     *(".crdownload", ".opdownload", ".incomplete", ".partial"),
 )
 """What programs append to the name of a file that is not complete: qBittorrent, uTorrent,
 Transmission and Firefox, BitComet, Xunlei; Chrome, Opera, the Hub's client and others."""
+
+BY_DIGEST = re.compile(r"(?:.*\.)?([0-9a-f]{64})(?:\.\w+)?\.incomplete")
+"""How the Hub's client calls what it has begun, by the sha256 of the whole file: in its cache
+`blobs/SHA256.incomplete`, in a folder of one's own
+`.cache/huggingface/download/NAME.SHA256.incomplete`, where NAME is the file's or a hash of it.
+Newer clients put a number behind the digest."""
 
 MOST_GUESSES = 3
 """Places that are tried for one file."""
@@ -51,23 +62,34 @@ def finished_name(path: PurePosixPath) -> PurePosixPath:
 
 
 def guesses(
-    files: Iterable[LayoutFile], there: Iterable[tuple[PurePosixPath, int]]
+    files: Iterable[LayoutFile],
+    there: Iterable[tuple[PurePosixPath, int]],
+    digests: Digests,
 ) -> Iterator[dict[PurePosixPath, PurePosixPath]]:
     """Where files might lie: from names to places, the likeliest first, each place once.
 
-    Of the files that bear the name and are no longer than it must be, the likelier shares more of
-    the path, then has the right size, then lies where more of the checkpoint seems to lie.
+    Of the files that bear the name, or are begun under the digest, and are no longer than it must
+    be, the likelier shares more of the path, then has the right size, then lies where more of the
+    checkpoint seems to lie.
 
     Args:
         files: that do not lie where they should.
         there: path and size in bytes of each file there is.
+        digests: the sha256 of files, where it is known.
     """
     elsewhere = list(files)
     by_name: defaultdict[str, list[tuple[PurePosixPath, int]]] = defaultdict(list)
     for path, size in there:
         by_name[finished_name(path).name].append((path, size))
+        digested = BY_DIGEST.fullmatch(path.name)
+        if digested is not None:
+            by_name[digested[1]].append((path, size))
     fitting = {
-        file.name: [(path, size) for path, size in by_name[file.name.name] if 0 < size <= file.size]
+        file.name: [
+            (path, size)
+            for path, size in by_name[file.name.name] + by_name[digests.get(file.name, "")]
+            if 0 < size <= file.size
+        ]
         for file in elsewhere
     }
     in_folder: Counter[PurePosixPath] = Counter()

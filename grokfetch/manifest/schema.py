@@ -111,6 +111,11 @@ class Manifest:
         """Bytes of all payload files together."""
         return sum(file.size for file in self.files)
 
+    @property
+    def digests(self) -> dict[PurePosixPath, str]:
+        """The sha256 of those files of which it is known, by path."""
+        return {file.path: file.sha256 for file in self.files if file.sha256 is not None}
+
     def file(self, path: PurePosixPath) -> ManifestFile | None:
         """The entry of `path`, None if the manifest does not name it."""
         return next((file for file in self.files if file.path == path), None)

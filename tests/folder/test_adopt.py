@@ -1,9 +1,11 @@
 """What lies in the folder in another layout than the torrent's is found, proven and kept there."""
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
@@ -172,6 +174,30 @@ def test_what_another_client_has_not_completed_is_adopted_and_gets_its_name(
     assert check(root) == []
 
 
+@pytest.mark.parametrize("layout", ["folder", "snapshot", "alone"])
+def test_what_the_hubs_client_has_begun_under_its_digest_goes_on_beside_the_rest(
+    tmp_path, swarm, layout
+):
+    root = tmp_path / "models--o--n/snapshots/main"
+    data = FILES[str(T1)]
+    digest = hashlib.sha256(data).hexdigest()
+    begun = root / f".cache/huggingface/download/ckpt-0/t1.{digest}.incomplete"
+    if layout == "snapshot":
+        begun = root.parents[1] / f"blobs/{digest}.incomplete"
+    if layout != "alone":
+        hugging_face(root, {name: it for name, it in FILES.items() if name != str(T1)})
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(data[: 4 * PIECE])
+    manifest = manifest_of(FILES, swarm.info_hash, digests=True)
+    store = Store(root)
+    list(fetch(store, swarm, manifest=manifest))
+    assert len(swarm.fetched) <= (4 if layout != "alone" else pieces_of(swarm) - 2)
+    assert not begun.exists()
+    top = "top" if layout == "alone" else ""
+    assert files_below(root) == sorted(str(PurePosixPath(top, name)) for name in FILES)
+    assert check(root) == []
+
+
 @pytest.mark.parametrize("top", ["top", "."])
 def test_what_aria2_has_begun_at_its_whole_length_is_adopted_by_its_hashes(tmp_path, swarm, top):
     root = tmp_path / "dir"
@@ -294,11 +320,11 @@ def files(*names, size=10):
     return [LayoutFile(PurePosixPath(name), size, 0) for name in names]
 
 
-def first_guess(wanted, there):
+def first_guess(wanted, there, digests=MappingProxyType({})):
     return {
         str(name): str(place)
         for name, place in next(
-            guesses(wanted, [(PurePosixPath(p), s) for p, s in there]), {}
+            guesses(wanted, [(PurePosixPath(p), s) for p, s in there], digests), {}
         ).items()
     }
 
@@ -310,6 +336,25 @@ def test_more_of_the_path_counts_most_then_the_size_then_the_company():
     there = [("b/a/x", 10), ("c/a/x", 10), ("c/a/y", 10)]
     assert first_guess(wanted, there) == {"top/a/x": "c/a/x", "top/a/y": "c/a/y"}
     assert first_guess(wanted, [("a/x", 11), ("z", 10), ("y", 0)]) == {}
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "blobs/{}.incomplete",
+        "blobs/{}.0a1b2c3d.incomplete",
+        ".cache/huggingface/download/a/x.{}.incomplete",
+        ".cache/huggingface/download/a/9cZ-_0=.{}.0a1b2c3d.incomplete",
+    ],
+)
+def test_what_the_hubs_client_has_begun_is_known_by_its_digest(begun):
+    wanted, digest = files("top/a/x"), hashlib.sha256(b"x").hexdigest()
+    place = begun.format(digest)
+    digests = {PurePosixPath("top/a/x"): digest}
+    assert first_guess(wanted, [(place, 9)], digests) == {"top/a/x": place}
+    assert first_guess(wanted, [(place, 9), ("b/x", 9)], digests) == {"top/a/x": "b/x"}
+    assert first_guess(wanted, [(begun.format("0" * 64), 9)], digests) == {}
+    assert first_guess(wanted, [(place, 9)]) == {}
 
 
 def test_what_is_nowhere_belongs_beside_most_of_what_was_found():
