@@ -6,8 +6,11 @@ Run: python benchmarks/layer.py DIR/ckpt-0 --llama-python PATH, on a checkpoint 
 this machine. The layer's file for it (5.2 GB) is written if it is not there, and kept.
 
 Both engines run a whole model of one layer, with a vocabulary so small that embedding and output
-product do not count, on all cores, over warm pages, in turn: a prompt, then tokens one at a time.
-The weights are random, so each token's experts are too; both engines are given the same tokens.
+product do not count, on all cores, over warm pages, in turn: prompts, then tokens one at a time
+after contexts of some lengths. Contexts are not read, which would take an hour: our cache is filled
+with random keys and values, and llama.cpp leaves the experts of a last layer out where no logits
+are wanted. The weights are random, so each token's experts are too; both engines are given the same
+tokens. `--known` measures ours alone, on a prompt of which so much was seen before.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -32,16 +35,19 @@ from loader.devices.placement import make_mesh, share
 from loader.devices.tuning import measure
 from loader.devices.xla_setup import processor, use_cores
 from loader.inference.engine import Engine
-from loader.inference.state import State
+from loader.inference.state import State, empty
 from loader.weights.checkpoint import Checkpoint, open_folder
 from loader.weights.schema import GrokConfig
 
 VOCABULARY = 256
 EMBEDDING = "language_model/in_out_embed/embeddings"
-PROMPT = 128
+SEED = 1
 TARGETS = {"prefill": 0.4, "decode": 0.9}
+QUESTION = 64
+"""Tokens after those that are known."""
 
-Turn = Callable[[Sequence[int], Sequence[int]], dict[str, list[float]]]
+Case = tuple[str, int]
+"""What is timed: a prefill of so many tokens, or a decode after so many."""
 
 
 def main() -> None:
@@ -50,8 +56,15 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     options.add_argument("--llama-python", default=sys.executable, help="default: this one")
     options.add_argument("--layer-file", type=Path, default="llama-layer/grok-layer.gguf")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--tokens", type=int, default=8, help="decoded after each prompt")
+    options.add_argument("--prompts", type=int, nargs="*", default=[128, 1024], metavar="TOKENS")
+    options.add_argument(
+        "--contexts", type=int, nargs="*", default=[128, 1024, 8192], metavar="TOKENS"
+    )
+    options.add_argument(
+        "--rounds", type=int, default=5, help="after one that compiles; 0 counts that one"
+    )
+    options.add_argument("--tokens", type=int, default=8, help="decoded in a round")
+    options.add_argument("--known", type=int, metavar="TOKENS", help="a multiple of 512")
     options.add_argument("--plain", action="store_true", help="ours without the C program")
     chosen = options.parse_args()
     checkpoint = one_layer(chosen.folder)
@@ -69,13 +82,18 @@ def main() -> None:
         )
         print(f"theirs: llama-cpp-python {about['llama-cpp-python']}, {cores} threads")
         print(f"        {about['system'].strip(' |')}")
-        turns: dict[str, Turn] = {
-            "ours": lambda prompt, tokens: ours(engine, prompt, tokens),
-            "theirs": lambda prompt, tokens: theirs(child, prompt, tokens),
-        }
-        report(measured(turns, chosen.rounds, chosen.tokens))
+        more = chosen.tokens * (chosen.rounds + 1)
+        contexts = [min(context, config.sequence_len - more) for context in chosen.contexts]
+        engines = (Ours(engine), Theirs(child, more))
+        cases = [
+            *(("prefill", tokens) for tokens in chosen.prompts),
+            *(("decode", context) for context in contexts),
+        ]
+        report(measured(engines, cases, chosen.rounds, chosen.tokens))
         print(f"anonymous memory, MB: ours {anonymous('self')}, theirs {anonymous(child.pid)}")
         child.stdin.close()
+    if chosen.known:
+        known(Engine(config, engine.params, mesh, prefix_cache=10**9), chosen.known)
 
 
 def one_layer(folder: Path) -> Checkpoint:
@@ -114,58 +132,125 @@ def told(child: subprocess.Popen[str], *question: object) -> object:
     return json.loads(line)
 
 
-def measured(turns: dict[str, Turn], rounds: int, count: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by engine and phase; each has a turn that is not counted, then one a round."""
-    rng = np.random.default_rng(1)
-    times = {name: {phase: [] for phase in TARGETS} for name in turns}
-    for number in range(rounds + 1):
-        # Neither the pad id nor the end of a sequence.
-        tokens = rng.integers(3, VOCABULARY, PROMPT + count).tolist()
-        for name, turn in turns.items():
-            found = turn(tokens[:PROMPT], tokens[PROMPT:])
-            if number:
-                for phase, seconds in found.items():
-                    times[name][phase] += seconds
-    return times
+class Ours:
+    """Our engine, with a state for each context."""
 
+    name = "ours"
 
-def ours(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds of our prefill and of each token."""
-    state: State
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.states: dict[int, State] = {}
 
-    def step(run: Callable[[], tuple[jax.Array, State]]) -> float:
-        nonlocal state
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds until the logits after a prompt are there."""
         start = time.perf_counter()
-        logits, state = run()
+        self.engine.prefill([prompt])[0].block_until_ready()
+        return time.perf_counter() - start
+
+    def decode(self, context: int, _position: int, token: int) -> float:
+        """Seconds of one more token after a context."""
+        state = self.states.pop(context, None) or self.filled(context)
+        start = time.perf_counter()
+        logits, self.states[context] = self.engine.decode(state, np.array([token], np.int32))
         logits.block_until_ready()
         return time.perf_counter() - start
 
-    first = step(lambda: engine.prefill([prompt]))
-    ids = [np.array([token], np.int32) for token in tokens]
-    return {"prefill": [first], "decode": [step(lambda: engine.decode(state, x)) for x in ids]}  # noqa: B023
+    def filled(self, context: int) -> State:
+        """A state whose row of so many tokens nobody has read."""
+        engine = self.engine
+        shape = 1, engine.places(context)
+        state = empty(engine.config, 1, shape, engine.dtype, engine.heads)
+        keys = iter(jax.random.split(jax.random.key(SEED), 2))
+
+        def drawn(array: jax.Array) -> jax.Array:
+            numbers = jax.random.normal(next(keys), array.shape, array.dtype)
+            return jax.device_put(numbers, engine.heads)
+
+        return State(
+            jax.tree.map(drawn, state.cache),
+            state.visible.at[:, :context].set(True),
+            state.lengths + context,
+            context,
+        )
 
 
-def theirs(
-    child: subprocess.Popen[str], prompt: Sequence[int], tokens: Sequence[int]
-) -> dict[str, list[float]]:
-    """Seconds of llama.cpp's prefill and of each token."""
-    return {
-        "prefill": [told(child, 0, prompt)],
-        "decode": [told(child, PROMPT + place, [token]) for place, token in enumerate(tokens)],
+class Theirs:
+    """llama.cpp in its process, which has a context of its own for each length."""
+
+    name = "theirs"
+
+    def __init__(self, child: subprocess.Popen[str], more: int) -> None:
+        self.child = child
+        self.more = more
+        self.filled: set[int] = set()
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds until the logits after each token of a prompt are there."""
+        return told(self.child, f"prompt of {len(prompt)}", len(prompt), 0, prompt)
+
+    def decode(self, context: int, position: int, token: int) -> float:
+        """Seconds of one more token after a context."""
+        cache = f"context of {context}", context + self.more
+        if context not in self.filled:
+            told(self.child, *cache, 0, [SEED + 2] * context, "fill")
+            self.filled.add(context)
+        return told(self.child, *cache, position, [token])
+
+
+def measured(
+    engines: Sequence[Ours | Theirs], cases: Sequence[Case], rounds: int, count: int
+) -> dict[Case, dict[str, list[float]]]:
+    """Seconds by case and engine; each has a turn that is not counted, then one a round."""
+    rng = np.random.default_rng(SEED)
+    times: dict[Case, dict[str, list[float]]] = {
+        case: {engine.name: [] for engine in engines} for case in cases
     }
+    for number in range(rounds + 1):
+        for phase, length in cases:
+            # Neither the pad id nor the end of a sequence.
+            tokens = rng.integers(3, VOCABULARY, length if phase == "prefill" else count).tolist()
+            first = length + number * count
+            for engine in engines:
+                found = (
+                    [engine.prefill(tokens)]
+                    if phase == "prefill"
+                    else [engine.decode(length, first + n, it) for n, it in enumerate(tokens)]
+                )
+                if number or not rounds:
+                    times[phase, length][engine.name] += found
+    return times
 
 
-def report(times: dict[str, dict[str, list[float]]]) -> None:
+def report(times: dict[Case, dict[str, list[float]]]) -> None:
     """The table: milliseconds of both, and what ours is of theirs."""
-    print(f"{'ms':<32}{'ours':>8}{'theirs':>8}{'ratio':>8}{'target':>8}")
-    for phase, target in TARGETS.items():
-        label = f"prefill of {PROMPT} tokens" if phase == "prefill" else "decode of one token"
+    print(f"{'ms':<40}{'ours':>9}{'theirs':>9}{'ratio':>7}{'target':>7}")
+    for (phase, length), of_case in times.items():
+        label = (
+            f"prefill of {length:,} tokens" if phase == "prefill" else f"decode after {length:,}"
+        )
         for name, of in (("best", min), ("median", statistics.median)):
-            our, their = (of(times[engine][phase]) for engine in ("ours", "theirs"))
+            our, their = (of(seconds) * 1e3 for seconds in of_case.values())
             print(
-                f"{label + ', ' + name:<32}{our * 1e3:8.1f}{their * 1e3:8.1f}"
-                f"{our / their:8.2f}{target:8.1f}"
+                f"{label + ', ' + name:<40}{our:9.1f}{their:9.1f}{our / their:7.2f}"
+                f"{TARGETS[phase]:7.1f}"
             )
+
+
+def known(engine: Engine, count: int) -> None:
+    """Print the seconds of prompts that begin with the same tokens, one after another."""
+    rng = np.random.default_rng(SEED)
+
+    def drawn(count: int) -> list[int]:
+        return rng.integers(3, VOCABULARY, count).tolist()
+
+    ours = Ours(engine)
+    ours.prefill(drawn(count + QUESTION))
+    common = drawn(count)
+    first, *others = (ours.prefill(common + drawn(QUESTION)) for _ in range(6))
+    print(
+        f"prefill of {count + QUESTION:,} tokens: {first * 1e3:.1f} ms, "
+        f"{statistics.median(others) * 1e3:.1f} ms if {count:,} are known (median)"
+    )
 
 
 def anonymous(process: int | str) -> int:

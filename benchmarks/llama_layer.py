@@ -2,8 +2,10 @@
 
 Runs in a Python that has llama-cpp-python and gguf, and needs nothing of this project. Called as
 `llama_layer.py FILE CONFIG`, CONFIG a `GrokConfig` as JSON with its `ff_size`. FILE is written if
-it is not there. Then each line of JSON on standard input, `[position, [token, ...]]`, is answered
-with the seconds that it took llama.cpp to read these tokens; position 0 begins anew.
+it is not there. Then each line of JSON on standard input, `[cache, places, position, tokens]`, is
+answered with the seconds that it took llama.cpp to read these tokens into the cache of that name,
+which has so many places; position 0 begins anew. With "fill" behind the tokens only the last
+one's logits are wanted.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ BLOCKS_AT_ONCE = 2**20
 EMBEDDING_SCALE, SCALE = 2.0**-7, 2.0**-13
 """The embedding outweighs what attention adds: every token is routed by itself."""
 
-PLACES = 256
-"""Of the cache; what our engine begins with."""
+SMALLEST = 256
+"""Places of a cache at least; what our engine begins with."""
+
+MOST = 8192
+"""Tokens in one call."""
 
 FLOAT, QUANTISED = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
@@ -40,8 +45,9 @@ def main() -> None:
     if not file.exists():
         write(file, config)
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    context = opened(file)
-    batch = llama_cpp.llama_batch_init(PLACES, 0, 1)
+    model = loaded(file)
+    contexts: dict[str, llama_cpp.llama_context_p] = {}
+    batch = llama_cpp.llama_batch_init(MOST, 0, 1)
     answer(
         {
             "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
@@ -49,10 +55,13 @@ def main() -> None:
         }
     )
     for line in sys.stdin:
-        position, tokens = json.loads(line)
+        cache, places, position, tokens, *fill = json.loads(line)
+        if cache not in contexts:
+            contexts[cache] = opened(model, max(places, SMALLEST))
+        context = contexts[cache]
         if position == 0:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        answer(seconds_of(context, filled(batch, position, tokens)))
+        answer(seconds_of(context, filled(batch, position, tokens, every=not fill)))
 
 
 def answer(value: object) -> None:
@@ -60,26 +69,31 @@ def answer(value: object) -> None:
     print(json.dumps(value), flush=True)
 
 
-def opened(file: Path) -> llama_cpp.llama_context_p:
-    """A context of llama.cpp on the mapped file, with a thread for each core."""
+def loaded(file: Path) -> llama_cpp.llama_model_p:
+    """The model in the mapped file."""
     of_model = llama_cpp.llama_model_default_params()
     of_model.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     model = llama_cpp.llama_model_load_from_file(os.fsencode(file), of_model)
     if not model:
         sys.exit(f"{file}: llama.cpp cannot load it")
+    return model
+
+
+def opened(model: llama_cpp.llama_model_p, places: int) -> llama_cpp.llama_context_p:
+    """A context of llama.cpp with so many places, and a thread for each core."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = PLACES
+    params.n_ctx = params.n_batch = places
     params.n_threads = params.n_threads_batch = os.cpu_count() or 1
     return llama_cpp.llama_init_from_model(model, params)
 
 
 def filled(
-    batch: llama_cpp.llama_batch, position: int, tokens: Sequence[int]
+    batch: llama_cpp.llama_batch, position: int, tokens: Sequence[int], *, every: bool
 ) -> llama_cpp.llama_batch:
     """The batch with these tokens.
 
-    Logits are asked for after each: llama.cpp leaves the experts of the last layer, which here is
-    the only one, out for a token whose logits nobody wants.
+    Where they are to be timed, logits are asked for after `every` one: llama.cpp leaves the experts
+    of the last layer, which here is the only one, out for a token whose logits nobody wants.
     """
     batch.n_tokens = len(tokens)
     for index, token in enumerate(tokens):
@@ -87,7 +101,7 @@ def filled(
         batch.pos[index] = position + index
         batch.n_seq_id[index] = 1
         batch.seq_id[index][0] = 0
-        batch.logits[index] = 1
+        batch.logits[index] = every or index == len(tokens) - 1
     return batch
 
 
