@@ -12,16 +12,16 @@ and 2,000 texts are tokenized and run through both engines.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -217,8 +217,28 @@ def compare(root: Path, python: Path) -> None:
     mesh = make_mesh(SMALL, devices=jax.devices()[:1])
     engine = Engine(SMALL, load(open_folder(root / "ckpt-0", SMALL), mesh), mesh, "float32")
     (file,) = out.glob("*.gguf")
+    every = list(texts())
+    ids = [tokenizer.encode(text) for text in every]
+    with asking(python, file) as ask:
+        wrong = sum(ask(text) != mine for text, mine in zip(every, ids, strict=True))
+    print(f"{TEXTS} texts, {wrong} with other token ids")
+    ours = [np.asarray(engine.prefill([mine])[0])[0] for mine in ids[:RUN_THROUGH]]
+    for name, options in (("as it is", ()), ("with exact GELU and gates", ("--exact",))):
+        with asking(python, file, *options) as ask:
+            theirs = [np.array(ask(mine), np.float32) for mine in ids[:RUN_THROUGH]]
+        gaps = np.abs(np.array(theirs) - np.array(ours))
+        best = sum(np.argmax(theirs, axis=1) == np.argmax(ours, axis=1))
+        print(
+            f"last logits of {RUN_THROUGH} of them, F32, llama.cpp {name}: median difference "
+            f"{np.median(gaps):.1e}, largest {gaps.max():.1e}, same best token {best} times"
+        )
+
+
+@contextlib.contextmanager
+def asking(python: Path, file: Path, *options: str) -> Iterator[Callable[[object], list[float]]]:
+    """A function that asks llama.cpp, which has loaded a file, as `llama_export.py` says."""
     with subprocess.Popen(
-        [str(python), str(PEER), str(file)],
+        [str(python), str(PEER), str(file), *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -226,29 +246,16 @@ def compare(root: Path, python: Path) -> None:
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdout.readline()
+        asked, answered = child.stdin, child.stdout
+        answered.readline()
 
         def ask(question: object) -> list[float]:
-            child.stdin.write(f"{json.dumps(question)}\n")
-            child.stdin.flush()
-            return json.loads(child.stdout.readline())
+            asked.write(f"{json.dumps(question)}\n")
+            asked.flush()
+            return json.loads(answered.readline())
 
-        every = list(texts())
-        ids = [tokenizer.encode(text) for text in every]
-        wrong = sum(ask(text) != mine for text, mine in zip(every, ids, strict=True))
-        gaps, best = [], 0
-        for mine in ids[:RUN_THROUGH]:
-            theirs = np.array(ask(mine), np.float32)
-            ours = np.asarray(engine.prefill([mine])[0])[0]
-            gaps.append(np.abs(theirs - ours))
-            best += int(theirs.argmax() == ours.argmax())
-        child.stdin.close()
-    print(f"{TEXTS} texts, {wrong} with other token ids")
-    print(
-        f"last logits of {RUN_THROUGH} of them, F32: median difference "
-        f"{statistics.median(map(float, np.concatenate(gaps))):.1e}, largest "
-        f"{max(float(gap.max()) for gap in gaps):.1e}, same best token {best} times"
-    )
+        yield ask
+        asked.close()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """An exported GGUF in llama.cpp: the peer that `export.py` and a test start.
 
 Runs in a Python that has llama-cpp-python, and needs nothing of this project. Called as
-`llama_export.py FILE`. Each line of JSON on standard input is answered by one: a string with its
-token ids, a list of token ids with the logits after the last, and {"prompt": [ids], "count": N}
-with N ids that continue the prompt, each the most probable.
+`llama_export.py FILE [--exact]`. With `--exact` two approximations are undone as each node of the
+graph has been computed: GELU, which is a table in float16, and the gates of the chosen experts,
+which are divided by their sum. Each line of JSON on standard input is answered by one: a string
+with its token ids, a list of token ids with the logits after the last, and {"prompt": [ids],
+"count": N} with N ids that continue the prompt, each the most probable.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +23,63 @@ import numpy as np
 
 PLACES = 512
 """Tokens that the cache has room for."""
+
+GATES, DIVIDED_GATES, GATED = "ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_geglu"
+"""llama.cpp's names, before a hyphen and the number of the layer, of the nodes that matter."""
+
+
+class Node(ctypes.Structure):
+    """The beginning of `struct ggml_tensor`, in ggml.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+    def values(self) -> np.ndarray:
+        """The float32 values where they lie, the fastest dimension last."""
+        shape, strides = tuple(self.ne)[::-1], tuple(self.nb)[::-1]
+        size = sum((count - 1) * step for count, step in zip(shape, strides, strict=True)) + 4
+        data = (ctypes.c_char * size).from_address(self.data)
+        return np.ndarray(shape, np.float32, data, 0, strides)
+
+
+class Exact:
+    """The evaluation callback that writes exact values over approximate ones."""
+
+    def __init__(self) -> None:
+        self._gates: dict[str, np.ndarray] = {}
+
+    def __call__(self, pointer: int, ask: bool, _data: object) -> bool:  # noqa: FBT001 - llama.cpp's
+        """Whether a node is to be seen, before it is computed; after that what becomes of it."""
+        node = Node.from_address(pointer)
+        kind, _, layer = node.name.decode().partition("-")
+        if ask:
+            return kind in {GATES, DIVIDED_GATES, GATED}
+        values = node.values()
+        if kind == GATES:
+            self._gates[layer] = values.copy()
+        elif kind == DIVIDED_GATES:
+            values[...] = self._gates[layer].reshape(values.shape)
+        elif kind == GATED:
+            gate, up = (Node.from_address(node.src[place]).values() for place in (0, 1))
+            values[...] = gelu(gate.astype(np.float64)) * up
+        return True
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU by its approximation with tanh, as the reference has it."""
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def main() -> None:
@@ -33,6 +94,9 @@ def main() -> None:
     params.n_ctx = params.n_batch = PLACES
     # Keys and values in float32, as the F32 export is to be compared; nothing else rounds them.
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    callback = llama_cpp.ggml_backend_sched_eval_callback(Exact())
+    if "--exact" in sys.argv[2:]:
+        params.cb_eval = callback
     context = llama_cpp.llama_init_from_model(model, params)
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     print(json.dumps({"vocabulary": llama_cpp.llama_vocab_n_tokens(vocabulary)}), flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader.export.layout import Part
-from loader.export.matrices import encode, encode_quantized, row_bytes, turned
+from loader.export.matrices import encode, encode_quantized, row_bytes
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.tensor import Tensor
 
@@ -139,5 +139,5 @@ def encoded(
     width = row_bytes(part.kind, length)
     for start in range(0, count, step):
         columns = slice(start, start + step)
-        data = encode_quantized(turned(matrix[:, columns]), own_scales[:, columns], part.kind)
+        data = encode_quantized(matrix[:, columns], own_scales[:, columns], part.kind)
         yield (before + start) * width, data

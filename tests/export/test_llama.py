@@ -4,6 +4,7 @@ It needs a Python of another environment in which `pip install llama-cpp-python`
 path stands in the environment variable GROKFETCH_LLAMA_PYTHON.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -44,33 +45,36 @@ def engine(model):
 @pytest.fixture
 def peer(model, tmp_path):
     """Exports the model and gives a function that asks llama.cpp about it."""
-    children = []
+    with contextlib.ExitStack() as children:
 
-    def started(*options):
-        grokfetch("export", model, tmp_path / "out", *options)
-        first = min((tmp_path / "out").glob("*.gguf"))
-        child = subprocess.Popen(
-            [PYTHON, PEER, first],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        children.append(child)
-        about = json.loads(child.stdout.readline())
-        assert about == {"vocabulary": loadable.CONFIG.vocab_size}
+        def started(*options, exact=False):
+            grokfetch("export", model, tmp_path / "out", *options)
+            first = min((tmp_path / "out").glob("*.gguf"))
+            command = [PYTHON, PEER, first, *(["--exact"] if exact else [])]
+            return children.enter_context(asking(command, loadable.CONFIG.vocab_size))
+
+        yield started
+
+
+@contextlib.contextmanager
+def asking(command, vocabulary):
+    """A function that asks a peer of llama.cpp, which must have a vocabulary of that size."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as child:
+        assert json.loads(child.stdout.readline()) == {"vocabulary": vocabulary}
 
         def ask(question):
             child.stdin.write(f"{json.dumps(question)}\n")
             child.stdin.flush()
             return json.loads(child.stdout.readline())
 
-        return ask
-
-    yield started
-    for child in children:
+        yield ask
         child.kill()
-        child.communicate()
 
 
 def differences(ask, engine):
@@ -87,6 +91,10 @@ def differences(ask, engine):
 @pytest.mark.parametrize("options", [(), ("--split", "1M")])
 def test_the_f32_export_has_our_logits(peer, engine, options):
     assert np.median(differences(peer("--type", "f32", *options), engine)) < 1e-2
+
+
+def test_with_exact_gelu_and_gates_nothing_but_rounding_is_left(peer, engine):
+    assert differences(peer("--type", "f32", exact=True), engine).max() < 1e-3
 
 
 def test_the_q8_0_export_is_loaded_and_near(peer, engine):

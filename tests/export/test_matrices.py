@@ -45,7 +45,7 @@ def test_a_part_of_the_columns_is_turned_as_well():
 
 def test_q8_0_keeps_every_int8_and_every_scale(weight):
     values, scales = weight
-    blocks = encode_quantized(turned(values), scales, "Q8_0")
+    blocks = encode_quantized(values, scales, "Q8_0")
     assert blocks.dtype.itemsize == 34
     assert blocks.shape == (COLUMNS, ROWS // 32)
     said = blocks["values"] * blocks["scale"].astype(np.float64)[:, :, None]
@@ -54,21 +54,21 @@ def test_q8_0_keeps_every_int8_and_every_scale(weight):
 
 def test_q8_0_gives_back_what_it_was_made_of(weight):
     values, scales = weight
-    blocks = encode_quantized(turned(values), scales, "Q8_0")
+    blocks = encode_quantized(values, scales, "Q8_0")
     assert np.array_equal(turned_back(blocks, slice(0, ROWS)), values)
     assert np.array_equal(turned_back(blocks, slice(32, 96)), values[32:96])
     assert np.array_equal(bfloat16_scales(blocks, GROUPS), scales)
 
 
 def test_blocks_of_one_group_with_different_scales_were_not_made_of_shards(weight):
-    blocks = encode_quantized(turned(weight[0]), weight[1], "Q8_0")
+    blocks = encode_quantized(weight[0], weight[1], "Q8_0")
     blocks["scale"][5, 1] *= 2
     with pytest.raises(Inexact, match="different scales"):
         bfloat16_scales(blocks, GROUPS)
 
 
 def test_a_scale_that_bfloat16_lacks_was_not_in_a_shard(weight):
-    blocks = encode_quantized(turned(weight[0]), weight[1], "Q8_0")
+    blocks = encode_quantized(weight[0], weight[1], "Q8_0")
     blocks["scale"][5] = np.float16(1 + 2**-10)
     with pytest.raises(Inexact, match="bfloat16"):
         bfloat16_scales(blocks, GROUPS)
@@ -77,7 +77,7 @@ def test_a_scale_that_bfloat16_lacks_was_not_in_a_shard(weight):
 def test_f32_is_exact(weight):
     values, scales = weight
     assert np.array_equal(
-        encode_quantized(turned(values), scales, "F32").T.astype(np.float64),
+        encode_quantized(values, scales, "F32").T.astype(np.float64),
         products(values, scales),
     )
 
@@ -85,7 +85,7 @@ def test_f32_is_exact(weight):
 def test_bf16_is_what_the_reference_computes_with(weight):
     values, scales = weight
     theirs = values.astype(ml_dtypes.bfloat16) * np.repeat(scales, ROWS // GROUPS, axis=0)
-    ours = encode_quantized(turned(values), scales, "BF16")
+    ours = encode_quantized(values, scales, "BF16")
     assert np.array_equal(ours.T.view(np.uint16), theirs.view(np.uint16))
 
 
