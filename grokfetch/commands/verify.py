@@ -36,8 +36,8 @@ from grokfetch.units import seconds_text
     "--against",
     metavar="MANIFEST",
     type=click.Path(exists=True, path_type=Path),
-    help="Where DIR is a GGUF: the manifest of the shards, or a folder that has one; Grok-1's by "
-    "default.",
+    help="Where DIR is a GGUF: the manifest of the shards, their torrent, or a folder that has "
+    "them; Grok-1's manifest by default.",
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @click.option(
@@ -67,7 +67,8 @@ def verify(
     is what the manifest says; files that the manifest does not name are listed and do no harm.
 
     DIR may be a GGUF of type q8_0 that export wrote: each shard is rebuilt from it in memory, and
-    must have the sha256 that the manifest of the shards tells.
+    must have the sha256 that the manifest of the shards tells, or the piece hashes of their
+    torrent.
     """
     if not folder.is_dir():
         if repair:

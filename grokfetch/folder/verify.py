@@ -104,14 +104,17 @@ def corrupt(layout: Layout, result: PieceResult, tensors: TensorIndex) -> Iterat
 
 
 def hash_files(
-    store: Store, files: Iterable[ManifestFile], threads: int | None = None
+    store: Store, files: Iterable[ManifestFile], threads: int | None = None, *, keep: bool = True
 ) -> Iterator[tuple[ManifestFile, Stamp | None, FileResult]]:
-    """Hash whole files: each with how it looked before it was read, and the result."""
+    """Hash whole files: each with how it looked before it was read, and the result.
+
+    `keep` is whether what is read may stay in the page cache.
+    """
 
     def job(
         file: ManifestFile, buffer: memoryview
     ) -> tuple[ManifestFile, Stamp | None, FileResult]:
-        return file, store.stamp(file.path), sha256_of(store.payload(file.path), buffer)
+        return file, store.stamp(file.path), sha256_of(store.payload(file.path), buffer, keep=keep)
 
     with Hashers[tuple[ManifestFile, Stamp | None, FileResult]](threads) as hashers:
         yield from hashers.run(partial(job, file) for file in files)

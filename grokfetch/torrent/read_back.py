@@ -40,6 +40,9 @@ CHUNK = 1 << 20
 BATCH = 4 << 20
 """Bytes of small pieces that make one job, so that handing out jobs costs nothing to speak of."""
 
+ADVISES = hasattr(os, "posix_fadvise")
+"""Whether the system takes advice on the pages of files; macOS does not."""
+
 _ZEROS = bytes(CHUNK)
 
 Verdict = Literal["good", "bad", "absent", "unreadable"]
@@ -156,17 +159,19 @@ def _feed(root: Path, segment: Segment, hasher: PieceHasher, buffer: memoryview)
     return True
 
 
-def sha256_of(path: Path, buffer: memoryview) -> FileResult:
-    """The sha256 of a whole file."""
+def sha256_of(path: Path, buffer: memoryview, *, keep: bool = True) -> FileResult:
+    """The sha256 of a whole file, which leaves the page cache behind us if it is not to be kept."""
     hasher = hashlib.sha256()
     offset = 0
     try:
         with _reading(path) as handle:
-            if hasattr(os, "posix_fadvise"):
+            if ADVISES:
                 # The system then reads further ahead: 1.3 GB/s of a disk of 2, instead of 0.9.
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             while count := os.preadv(handle, [buffer], offset):
                 hasher.update(buffer[:count])
+                if ADVISES and not keep:
+                    os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
                 offset += count
     except OSError as error:
         return FileResult(None, error.strerror or str(error))

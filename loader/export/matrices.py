@@ -55,12 +55,12 @@ _FLOAT_BLOCK: Final = 1 << 18
 
 Int8 = npt.NDArray[np.int8]
 Float32 = npt.NDArray[np.float32]
-Data = bytes | npt.NDArray[np.generic]
+Data = bytes | memoryview | npt.NDArray[np.generic]
 
 
 def bytes_of(data: Data) -> memoryview:
     """The bytes themselves, or those of an array as they lie in files."""
-    array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    array = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

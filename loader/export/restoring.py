@@ -11,8 +11,9 @@ import hashlib
 import json
 import mmap
 import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -59,6 +60,10 @@ FOLDER: Final = PurePosixPath("ckpt-0")
 """Where the shards go in OUT, as in the official release."""
 
 
+_Part = tuple[int, Callable[[], Data]]
+"""Some bytes of a shard: how many, and what makes them."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exported:
     """A GGUF of ours: its config, its fields, and by name the file and place of every tensor."""
@@ -67,19 +72,30 @@ class Exported:
     fields: Mapping[str, Any]
     tensors: Mapping[str, tuple[Path, Entry]]
 
-    def shard(self, spec: ParamSpec) -> Iterator[Data]:
-        """All bytes of the official shard of a parameter, in order.
+    def shard(
+        self, spec: ParamSpec, start: int = 0, stop: int | None = None
+    ) -> Iterator[memoryview]:
+        """Bytes of the official shard of a parameter, in order; by default all of them.
+
+        Args:
+            spec: the parameter.
+            start: the first byte.
+            stop: the byte after the last one.
 
         Raises:
             Inexact: the tensor was not made of a shard.
             StorageFailed: the file cannot be read.
         """
         path, entry = self.tensors[gguf_name(spec)]
-        layout = frame_layout(spec.dtype, spec.shape, spec.scale_shape)
+        stop = sys.maxsize if stop is None else stop
         try:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            yield from _shard(spec, entry, layout.around, mapped, path)
+            at = 0
+            for nbytes, make in _parts(spec, entry, mapped, path):
+                if start < at + nbytes and at < stop:
+                    yield bytes_of(make())[max(0, start - at) : stop - at]
+                at += nbytes
         except OSError as error:
             raise storage_failed(error, path) from error
         except Inexact as error:
@@ -132,28 +148,58 @@ def _check(spec: ParamSpec, path: Path, tensors: Mapping[str, tuple[Path, Entry]
         )
 
 
-def _shard(
-    spec: ParamSpec, entry: Entry, around: tuple[bytes, ...], mapped: mmap.mmap, path: Path
-) -> Iterator[Data]:
+def _parts(spec: ParamSpec, entry: Entry, mapped: mmap.mmap, path: Path) -> Iterator[_Part]:
+    """The parts of a shard in order."""
+    around = frame_layout(spec.dtype, spec.shape, spec.scale_shape).around
     if spec.scale_groups is None:
-        Pages(path, mapped, entry.offset, entry.nbytes).bring()
-        array = np.ndarray(entry.shape, "<f4", mapped, entry.offset)
-        yield from (around[0], array.T if is_turned(spec) else array, around[-1])
+        arrays = [_floats(spec, entry, mapped, path)]
+    else:
+        arrays = _int8_and_scales(spec, spec.scale_groups, entry, mapped, path)
+    for before, parts in zip(around, (*arrays, ()), strict=True):
+        yield len(before), partial(bytes, before)
+        yield from parts
+
+
+def _floats(spec: ParamSpec, entry: Entry, mapped: mmap.mmap, path: Path) -> Iterator[_Part]:
+    table = np.ndarray(entry.shape, "<f4", mapped, entry.offset)
+    if is_turned(spec):
+        yield entry.nbytes, lambda: table.T
         return
+    flat = table.reshape(len(table), -1)
+    width = flat.shape[1] * flat.itemsize
+
+    def rows(start: int, count: int) -> Data:
+        Pages(path, mapped, entry.offset + start * width, count * width).bring()
+        return flat[start : start + count]
+
+    step = max(1, SLAB // width)
+    for start in range(0, len(flat), step):
+        count = min(step, len(flat) - start)
+        yield count * width, partial(rows, start, count)
+
+
+def _int8_and_scales(
+    spec: ParamSpec, groups: int, entry: Entry, mapped: mmap.mmap, path: Path
+) -> list[Iterator[_Part]]:
     rows, columns = spec.shape[-2:]
     stack = np.ndarray((entry.nbytes // BLOCK.itemsize,), BLOCK, mapped, entry.offset)
     experts = stack.reshape(-1, columns, rows // BLOCK_LENGTH)
     step = max(BLOCK_LENGTH, SLAB // columns // BLOCK_LENGTH * BLOCK_LENGTH)
+    slabs = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     each = entry.nbytes // len(experts)
-    yield around[0]
-    for number, blocks in enumerate(experts):
+
+    def int8(number: int, slab: slice) -> Data:
         Pages(path, mapped, entry.offset + number * each, each).bring()
-        for start in range(0, rows, step):
-            yield turned_back(blocks, slice(start, min(start + step, rows)))
-    yield around[1]
-    for blocks in experts:
-        yield bfloat16_scales(blocks, spec.scale_groups)
-    yield around[2]
+        return turned_back(experts[number], slab)
+
+    return [
+        (
+            ((slab.stop - slab.start) * columns, partial(int8, number, slab))
+            for number in range(len(experts))
+            for slab in slabs
+        ),
+        ((2 * groups * columns, partial(bfloat16_scales, blocks, groups)) for blocks in experts),
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -172,7 +218,7 @@ def digests(exported: Exported) -> Iterator[Rebuilt]:
         hasher = hashlib.sha256()
         try:
             for data in exported.shard(spec):
-                hasher.update(bytes_of(data))
+                hasher.update(data)
         except GrokfetchError as error:
             return Rebuilt(spec, None, error.what)
         return Rebuilt(spec, hasher.hexdigest())

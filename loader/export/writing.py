@@ -270,7 +270,7 @@ def read_back(store: Store, described: Manifest) -> Iterator[Progress]:
         StorageFailed: a file cannot be read, or the state folder not be written.
     """
     digests, proofs, done = {}, {}, 0
-    for file, stamp, result in hash_files(store, described.files):
+    for file, stamp, result in hash_files(store, described.files, keep=False):
         if result.sha256 is None or stamp is None or stamp != store.stamp(file.path):
             raise StorageFailed(
                 f"cannot be read back: {result.detail}", path=store.payload(file.path)

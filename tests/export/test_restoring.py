@@ -1,16 +1,19 @@
 """The way back: a GGUF is proven to be the official shards, and becomes them again."""
 
+import dataclasses
 import shutil
 
 import pytest
 from support import loadable
 from support.damage import spoil
 from support.program import grokfetch, killed
+from support.torrents import torrent_of
 
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import encode, parse
-from loader.export import gguf, restoring
+from loader.export import by_pieces, gguf, restoring
 
+PIECE = 16384
 SHARDS = 2 + 12 * loadable.CONFIG.num_layers
 
 
@@ -62,6 +65,76 @@ def test_shards_whose_sha256_nobody_knows_are_not_called_wrong(model, exported, 
     findings = [line for line in said.splitlines() if line.startswith(("unproven", "corrupt"))]
     assert len(findings) == 1
     assert findings[0].startswith("unproven ckpt-0/tensor00003_000")
+
+
+@pytest.fixture(params=["v1", "v2", "hybrid"])
+def torrent(request, model, tmp_path):
+    """The torrent of a release of the shards, and the file that has it."""
+    release = tmp_path / "release"
+    shutil.copytree(model / "ckpt-0", release / "ckpt-0")
+    path = tmp_path / "release.torrent"
+    path.write_bytes(torrent_of(release, PIECE, request.param))
+    return path
+
+
+def test_a_gguf_is_proven_by_the_piece_hashes_of_a_torrent(torrent, exported, monkeypatch):
+    monkeypatch.setattr(by_pieces, "RUN", 3 * PIECE)
+    monkeypatch.setattr(restoring, "SLAB", 256 * 70)
+    said = grokfetch("verify", exported, "--against", torrent)
+    assert "proven, by the piece hashes of torrent" in said
+    assert said.endswith(": these are its bytes\n")
+
+
+def test_a_changed_byte_is_found_in_its_piece(torrent, copy):
+    spoil(copy, gguf.read(copy).tensors["blk.1.ffn_up_exps.weight"].offset + 34 * 3000 + 20)
+    said = grokfetch("verify", copy, "--against", torrent, code=20)
+    findings = [line for line in said.splitlines() if line.startswith("corrupt")]
+    assert len(findings) == 1
+    assert findings[0].endswith("[transformer/decoder_layer_1/moe/linear_v/w]")
+
+
+def test_what_was_not_made_of_a_shard_spoils_only_its_own_pieces(torrent, copy):
+    # A scale: the blocks of its group differ from then on, and there is no shard of them.
+    spoil(copy, gguf.read(copy).tensors["blk.0.attn_k.weight"].offset + 34 * 9)
+    said = grokfetch("verify", copy, "--against", torrent, code=20)
+    findings = [line for line in said.splitlines() if line.startswith("corrupt")]
+    assert findings
+    assert all("blk.0.attn_k.weight was not made" in line for line in findings)
+
+
+def test_a_folder_and_a_manifest_bring_their_torrent(model, exported, tmp_path):
+    torrent, described = loadable.publish(model, tmp_path)
+    manifest = parse(described.read_bytes(), "")
+    files = tuple(dataclasses.replace(file, sha256=None) for file in manifest.files)
+    described.write_bytes(encode(dataclasses.replace(manifest, files=files)))
+    command = ("verify", exported, "--against")
+    by_hashes = f"proven, by the piece hashes of torrent {torrent.info_hash}"
+    assert by_hashes in grokfetch(*command, described)
+    fetched = tmp_path / "fetched"
+    shutil.copytree(tmp_path / "release", fetched / "release")
+    source = (tmp_path / "release.torrent").rename(tmp_path / "other.torrent")
+    loopback = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
+    grokfetch("fetch", source, "--manifest", described, "--to", fetched, *loopback)
+    assert by_hashes in grokfetch(*command, fetched)
+    assert "unproven" in grokfetch(*command, described, code=20)
+
+
+def test_a_piece_that_also_holds_bytes_of_other_files_stays_unproven(model, exported, tmp_path):
+    release = tmp_path / "release"
+    shutil.copytree(model, release, ignore=shutil.ignore_patterns(".grokfetch"))
+    path = tmp_path / "release.torrent"
+    path.write_bytes(torrent_of(release, PIECE, "v1"))
+    said = grokfetch("verify", exported, "--against", path, code=20)
+    findings = [line for line in said.splitlines() if line.startswith(("unproven", "corrupt"))]
+    assert len(findings) == 1
+    assert "also holds bytes of release/tokenizer.model, which a GGUF has not" in findings[0]
+
+
+def test_a_torrent_of_another_model_is_refused(exported, tmp_path):
+    from grokfetch.manifest.shipped import demo_folder
+
+    torrent = demo_folder() / "grok-demo.torrent"
+    grokfetch("verify", exported, "--against", torrent, code=13)
 
 
 def test_a_manifest_of_another_model_is_refused(exported, tmp_path):
