@@ -124,6 +124,14 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
 
     if x.size == x.shape[-1]:
         return by_platform(_summed, multiplied, x, weights)
+    if weights.index is None and reads_decide(weights, x.size // x.shape[-1]):
+
+        def at_once(x: Array, weights: Quantized) -> Array:
+            rows, one = x.reshape(-1, x.shape[-1]), jax.tree.map(lambda part: part[None], weights)
+            return stack_product(rows, one, dtype).reshape(*x.shape[:-1], -1)
+
+        # Of a matrix that is cut into groups a GPU's compiler first writes all in another type.
+        return by_platform(at_once, multiplied, x, weights)
     return multiplied(x, weights)
 
 
@@ -163,7 +171,7 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
     """Each matrix of a stack with its own rows, as one product over the stack where it lies.
 
     Args:
-        x: float32 `[E, T, K]`.
+        x: float32 `[E, T, K]`, or `[T, K]` if all have the same.
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
         dtype: as for `product`.
 
@@ -171,13 +179,13 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         float32 `[E, T, N]`.
     """
     assert isinstance(weights, Quantized)
-    (stack, tokens, rows), groups = x.shape, weights.scales.shape[-2]
-    parts = _halves(x) if dtype == jnp.bfloat16 else x[None]
-    count = parts.shape[0] * tokens
-    grouped = jnp.moveaxis(parts, 0, 1).reshape(stack, count, groups, rows // groups)
+    (tokens, rows), (stack, groups) = x.shape[-2:], weights.scales.shape[:2]
+    parts = jnp.moveaxis(_halves(x), 0, -3) if dtype == jnp.bfloat16 else x[..., None, :, :]
+    grouped = parts.reshape(*x.shape[:-2], -1, groups, rows // groups)
     sums = jnp.einsum(
         "etgk,egkn->egtn",
-        grouped,
+        # Repeated last: a GPU's compiler repeats in the product what it has divided once.
+        jnp.broadcast_to(grouped, (stack, *grouped.shape[-3:])),
         weights.weight.reshape(stack, groups, rows // groups, -1).astype(parts.dtype),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,

@@ -193,10 +193,12 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         return total
 
     def together(x: Array, weights: Layer, gates: Array) -> Array:
-        every = jnp.broadcast_to(x, (held, *x.shape))
-        hidden = jax.nn.gelu(stack_product(every, weights.gate, dtype), approximate=True)
-        hidden = hidden * stack_product(every, weights.up, dtype)
-        return jnp.einsum("ne,end->nd", gates, stack_product(hidden, weights.down, dtype))
+        hidden = jax.nn.gelu(stack_product(x, weights.gate, dtype), approximate=True)
+        # One after the other, so that the partial sums of both do not lie in memory together.
+        x, hidden = lax.optimization_barrier((x, hidden))  # type: ignore[no-untyped-call]
+        hidden = hidden * stack_product(x, weights.up, dtype)
+        output = stack_product(hidden, weights.down, dtype)
+        return jnp.sum(gates.T[..., None] * output, axis=0)
 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one

@@ -28,6 +28,7 @@ from jax import Array, lax
 from loader.devices import native
 from loader.devices.placement import Layer
 from loader.devices.products import Table, Weights, dots, lookup, product, table_rows
+from loader.inference import heads
 from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
 from loader.weights.partition import RULES
@@ -173,11 +174,11 @@ def attention(
     """
     dtype = cache.keys.dtype
 
-    def heads(matrix: Weights) -> Array:
+    def projected(matrix: Weights) -> Array:
         return product(x, matrix, dtype).reshape(*x.shape[:2], -1, config.key_size)
 
-    queries = rotate(heads(weights.query), window.positions)
-    step = KeyValues(rotate(heads(weights.key), window.positions), heads(weights.value))
+    queries = rotate(projected(weights.query), window.positions)
+    step = KeyValues(rotate(projected(weights.key), window.positions), projected(weights.value))
     tuning = weights.query.tuning
     if tuning is not None and tuning.native:
         mixed, cache = _by_native(queries, cache, step, window, config)
@@ -229,13 +230,7 @@ def _attend_block(
     queries: Array, positions: Array, held: KeyValues, window: Window, config: GrokConfig
 ) -> Array:
     """Some tokens' queries, `[B, t, K, Q / K, d]` at `[B, t]`, over everything that is held."""
-    scores = jnp.einsum(
-        "btkgd,bskd->bkgts",
-        queries.astype(held.keys.dtype),
-        held.keys,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    scores = heads.scores(queries.astype(held.keys.dtype), held.keys)
     scores = soft_cap(scores * config.attn_output_multiplier)
     # The cap comes before the mask: after it, a masked score would be no lower than -30.
     places = held.keys.shape[1]
@@ -247,13 +242,8 @@ def _attend_block(
     alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
     allowed = allowed | alone
     scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
-    return jnp.einsum(
-        "bkgts,bskd->btkgd",
-        jax.nn.softmax(scores, axis=-1).astype(held.values.dtype),
-        held.values,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
+    return heads.mixed(weights, held.values)
 
 
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:

@@ -19,6 +19,7 @@ from support.parity import TOLERANCE, check_bfloat16, check_parity, furthest
 from support.program import with_devices
 from support.reference import Reference
 
+from loader.devices import products
 from loader.devices.placement import load, make_mesh
 from loader.inference import model
 from loader.inference.engine import Engine
@@ -81,6 +82,37 @@ def test_accelerators_products_equal_the_reference():
     check_parity(engine, ["p1"], steps=4)
 
 
+def follow(engine, steps):
+    """Decode three texts at once as the reference did; the state at the end."""
+    wanted = golden.arrays()
+    logits, state = engine.prefill([golden.prompt(name) for name in golden.CONTINUED])
+    for step in range(steps):
+        for row, name in zip(logits, golden.CONTINUED, strict=True):
+            assert furthest(row, wanted[f"f32/{name}_step_logits"][step]) < TOLERANCE, (name, step)
+            assert int(row.argmax()) == wanted[f"f32/{name}_tokens"][step]
+        tokens = [wanted[f"f32/{name}_tokens"][step] for name in golden.CONTINUED]
+        logits, state = engine.decode(state, np.array(tokens, np.int32))
+    return state
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (2, 4),
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in [(1, 1), (1, 2), (1, 8), (4, 2), (8, 1)]
+        ),
+    ],
+    ids=str,
+)
+def test_the_forms_for_gpus_equal_the_reference(monkeypatch, mesh):
+    """One of the heads, of the groups of scales, and of the experts that all are needed."""
+    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    devices, params = golden.placed(MeshShape(*mesh))
+    follow(Engine(golden.CONFIG, golden.for_accelerators(params), devices, "float32"), steps=4)
+
+
 @pytest.mark.parametrize(
     ("mesh", "steps"),
     [
@@ -91,14 +123,8 @@ def test_accelerators_products_equal_the_reference():
 )
 def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh, steps):
     """Three texts at once: their number divides by that of the copies in no case."""
-    engine, wanted = golden.engine(MeshShape(*mesh)), golden.arrays()
-    logits, state = engine.prefill([golden.prompt(name) for name in golden.CONTINUED])
-    for step in range(steps):
-        for row, name in zip(logits, golden.CONTINUED, strict=True):
-            assert furthest(row, wanted[f"f32/{name}_step_logits"][step]) < TOLERANCE, (name, step)
-            assert int(row.argmax()) == wanted[f"f32/{name}_tokens"][step]
-        tokens = [wanted[f"f32/{name}_tokens"][step] for name in golden.CONTINUED]
-        logits, state = engine.decode(state, np.array(tokens, np.int32))
+    engine = golden.engine(MeshShape(*mesh))
+    state = follow(engine, steps)
     rows = engine.rows(3) // engine.mesh.shape["data"]
     keys = state.cache[0].keys.addressable_shards
     assert {shard.data.shape[0] for shard in keys} == {rows}
