@@ -65,6 +65,7 @@ def main() -> None:
     )
     options.add_argument("--tokens", type=int, default=8, help="decoded in a round")
     options.add_argument("--known", type=int, metavar="TOKENS", help="a multiple of 512")
+    options.add_argument("--cache", choices=["bfloat16", "float16"], help="ours; theirs: float16")
     options.add_argument("--plain", action="store_true", help="ours without the C program")
     chosen = options.parse_args()
     checkpoint = one_layer(chosen.folder)
@@ -72,7 +73,7 @@ def main() -> None:
     use_cores(config)
     mesh = make_mesh(config)
     tuning = measure(None if chosen.plain else cache_folder() / processor())
-    engine = Engine(config, share(checkpoint, mesh, tuning), mesh)
+    engine = Engine(config, share(checkpoint, mesh, tuning), mesh, cache=chosen.cache)
     with started(chosen.llama_python, chosen.layer_file, config) as child:
         about = told(child)
         cores = os.cpu_count()

@@ -4,7 +4,7 @@ Run: python benchmarks/precision.py, on any CPU: it multiplies as accelerators d
 the golden checkpoint, on random tokens, and the demo's, which has learnt a text, on that text. Each
 part of the model is rounded by itself, all else multiplied in two halves, which stands first. All
 is compared with float32, as prefill computes it: what a prompt's own keys and values are read as is
-not rounded.
+not rounded. The last lines are of decoding in float32 with a rounded cache.
 
 logits: mean distance over their standard deviation. KL: of the next token's probabilities, mean, in
 millinats. other token: positions whose most probable token is another. other experts: of all
@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from loader.devices.arrangement import CacheType
 from loader.devices.placement import load, make_mesh
 from loader.devices.products import Quantized, dots, product
 from loader.inference import experts, model
+from loader.inference.engine import Engine
 from loader.inference.model import KeyValues, Window
 from loader.inference.steps import steps_for
 from loader.inference.tokenizer import Tokenizer
@@ -127,6 +129,21 @@ def ran(checkpoint: Any, tokens: np.ndarray[Any, Any], dtype: str, parts: tuple[
     return Run(logits, np.stack(chosen.layers))
 
 
+def decoded(checkpoint: Any, tokens: np.ndarray[Any, Any], cache: CacheType) -> Run:
+    """The second half of each row, token after token, in float32 with such a cache."""
+    config = checkpoint.config
+    mesh = make_mesh(config, MeshShape(), jax.devices()[:1])
+    engine = Engine(config, load(checkpoint, mesh), mesh, "float32", cache=cache)
+    half = tokens.shape[1] // 2
+    _, state = engine.prefill(tokens[:, :half])
+    chosen, logits = Chosen(), []
+    engine._steps.choices = chosen  # type: ignore[assignment] # noqa: SLF001
+    for column in tokens[:, half:].T:
+        scores, state = engine.decode(state, column)
+        logits.append(np.asarray(scores, np.float64))
+    return Run(np.concatenate(logits), np.stack(chosen.layers))
+
+
 def compared(found: Run, wanted: Run) -> str:
     """The columns of one line."""
     apart = np.abs(found.logits - wanted.logits).mean() / wanted.logits.std()
@@ -167,6 +184,11 @@ def main() -> None:
             found = ran(checkpoint, tokens, "bfloat16", parts)
             label = f"{name:<8}{', '.join(parts) or 'nothing'}"
             print(f"{label:<46}{compared(found, exact)}", flush=True)
+        exact = decoded(checkpoint, tokens, "float32")
+        rounded_caches: tuple[CacheType, ...] = ("bfloat16", "float16")
+        for cache in rounded_caches:
+            label = f"{name:<8}cache in {cache}, decoding"
+            print(f"{label:<46}{compared(decoded(checkpoint, tokens, cache), exact)}", flush=True)
 
 
 if __name__ == "__main__":

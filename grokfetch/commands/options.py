@@ -22,7 +22,7 @@ from grokfetch.fetch.wanted import Network
 from grokfetch.manifest.selection import Request, parse_numbers
 from grokfetch.output.reporting import begin_lines
 from grokfetch.output.terminal import be_plain
-from loader.devices.arrangement import Dtype, Loading, Placement
+from loader.devices.arrangement import CacheType, Dtype, Loading, Placement
 from loader.weights.partition import MeshShape
 
 __all__ = [
@@ -338,9 +338,13 @@ part_options = bundle(
 
 
 def _loading(
-    dtype: Dtype, placement: Placement | None, mesh: MeshShape | None, memory: int | None
+    dtype: Dtype,
+    cache: CacheType | None,
+    placement: Placement | None,
+    mesh: MeshShape | None,
+    memory: int | None,
 ) -> Loading:
-    return Loading(dtype, placement, mesh, memory)
+    return Loading(dtype, placement, mesh, memory, cache=cache)
 
 
 loading_options = bundle(
@@ -352,6 +356,13 @@ loading_options = bundle(
         default="bfloat16",
         show_default=True,
         help="Of activations and the KV cache; weights stay int8.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        metavar="DTYPE",
+        help="Of the KV cache alone: bfloat16, float32, or float16, which is as large as bfloat16 "
+        "and rounds less, but holds no number beyond 65,504.",
     ),
     click.option(
         "--placement",

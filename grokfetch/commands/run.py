@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         "Prompt": ("tokens", "prompt_file", "tokenizer"),
         "Many prompts": ("prompts", "output", "slots"),
         "Text": ("max_tokens", "temperature", "top_p", "top_k", "seed"),
-        "How the model is held": ("dtype", "placement", "mesh", "memory", "unproven"),
+        "How the model is held": ("dtype", "cache", "placement", "mesh", "memory", "unproven"),
         "Several hosts": ("cluster", "coordinator", "num_hosts", "host_id"),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
         "For machines and screens": ("json", "plain", "state", "stats"),

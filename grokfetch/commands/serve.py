@@ -142,6 +142,7 @@ def serve(
                 mesh=loading.mesh,
                 memory=loading.memory,
                 dtype=loading.dtype,
+                cache=loading.cache,
                 prefix_cache=prefix_cache,
                 report=report,
             )

@@ -23,22 +23,23 @@ from loader.weights.schema import GrokConfig, weight_bytes
 if TYPE_CHECKING:
     from loader.devices.placement import Mesh
 
-__all__ = ["Arrangement", "Dtype", "Loading", "Placement", "advice", "arrange"]
+__all__ = ["Arrangement", "CacheType", "Dtype", "Loading", "Placement", "advice", "arrange"]
 
 Dtype = Literal["bfloat16", "float32"]
+CacheType = Literal["bfloat16", "float16", "float32"]
 Placement = Literal["mapped", "sharded"]
 
-ITEM_SIZES = {"bfloat16": 2, "float32": 4}
+ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loading:
     """How a model is to be held.
 
-    dtype: of the KV cache and of the products. placement: None for what suits the devices. mesh:
-    None for all devices. memory: bytes that mapped weights, cache and work may take together, None
-    for what is free. prefix_cache: bytes for the beginnings of prompts at most; it gets half of
-    what the model leaves free if that is less.
+    dtype: of the products. cache: of the KV cache, None for that of the products. placement: None
+    for what suits the devices. mesh: None for all devices. memory: bytes that mapped weights, cache
+    and work may take together, None for what is free. prefix_cache: bytes for the beginnings of
+    prompts at most; it gets half of what the model leaves free if that is less.
     """
 
     dtype: Dtype = "bfloat16"
@@ -46,11 +47,12 @@ class Loading:
     mesh: MeshShape | None = None
     memory: int | None = None
     prefix_cache: int = 0
+    cache: CacheType | None = None
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element of the cache."""
-        return ITEM_SIZES[self.dtype]
+        return ITEM_SIZES[self.cache or self.dtype]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> int
         config,
         MeshShape(**arrangement.mesh.shape),
         min(tokens, config.sequence_len),
-        arrangement.loading.itemsize,
+        ITEM_SIZES[arrangement.loading.dtype],
+        cache_itemsize=arrangement.loading.itemsize,
         mapped=arrangement.placement == "mapped",
     )
     short = shortage(use, memory)

@@ -25,7 +25,8 @@ enum {
 #else
     QUERIES = 2,
 #endif
-    MOST = 1 << 16    /* scores that are not worth waking another thread for */
+    MOST = 1 << 16,   /* scores that are not worth waking another thread for */
+    TINY = 0x38800000 /* bits of 2^-14 in float32, the smallest float16 that is not subnormal */
 };
 
 typedef int32_t integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -33,7 +34,7 @@ typedef uint32_t naturals __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 /* What keys and values are stored as. */
-typedef enum { SINGLE, BRAIN } kind;
+typedef enum { SINGLE, BRAIN, HALF } kind;
 
 /* One step of attention. */
 typedef struct {
@@ -55,16 +56,28 @@ static int64_t least(int64_t one, int64_t other) { return one < other ? one : ot
 /* LANES elements as floats. */
 INLINE vector loaded(kind stored, const void *from, int64_t at) {
     if (stored == SINGLE) return *(const vector *)((const float *)from + at);
-    halves bits = *(const halves *)((const uint16_t *)from + at);
-    return (vector)(__builtin_convertvector(bits, naturals) << 16);
+    halves given = *(const halves *)((const uint16_t *)from + at);
+    naturals bits = __builtin_convertvector(given, naturals);
+    if (stored == BRAIN) return (vector)(bits << 16);
+#if defined(__AVX512F__)
+    return (vector)_mm512_cvtph_ps((__m256i)given);
+#endif
+    naturals sign = (bits & 0x8000) << 16, moved = (bits & 0x7fff) << 13;
+    /* Subnormal ones by a difference: XLA's threads take what float32 has of them for zero. */
+    naturals subnormal = (naturals)((vector)(moved + TINY) - (vector)((naturals){0} + TINY));
+    naturals few = (naturals)(moved < 0x800000);
+    return (vector)(sign | (few & subnormal) | (~few & (moved + (TINY - 0x800000))));
 }
 
 INLINE float element(kind stored, const void *from, int64_t at) {
     if (stored == SINGLE) return ((const float *)from)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
+    uint32_t half = ((const uint16_t *)from)[at], bits = half << 16, moved = (half & 0x7fff) << 13;
+    if (stored == HALF) bits = moved + TINY - (moved < 0x800000 ? 0 : 0x800000);
     float value;
     memcpy(&value, &bits, sizeof value);
-    return value;
+    if (stored == BRAIN) return value;
+    if (moved < 0x800000) value -= 0x1p-14f;
+    return half & 0x8000 ? -value : value;
 }
 
 /* The nearest bfloat16, the even one of two; what is no number stays none. */
@@ -73,6 +86,21 @@ static uint16_t rounded(float value) {
     memcpy(&bits, &value, sizeof bits);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* The nearest float16, the even one of two; the largest there is for all that is larger. */
+static uint16_t halved(float value) {
+    const float magic = 0x1p-1f; /* whose last bit is the smallest float16 */
+    float size = value < 0 ? -value : value;
+    uint32_t bits, sign = value < 0 ? 0x8000 : 0;
+    if (!(size < 65504.0f)) size = 65504.0f;
+    if (size < 0x1p-14f) { /* a subnormal one */
+        size += magic;
+        memcpy(&bits, &size, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    memcpy(&bits, &size, sizeof bits);
+    return (uint16_t)(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 /* The sums over the lanes of four vectors. */
@@ -345,8 +373,10 @@ INLINE void many_of(attention *a, kind stored, int64_t piece) {
 static void piece_of(job *j, int64_t piece) {
     attention *a = (attention *)j;
     if (a->partial && a->stored == BRAIN) one_of(a, BRAIN, piece);
+    else if (a->partial && a->stored == HALF) one_of(a, HALF, piece);
     else if (a->partial) one_of(a, SINGLE, piece);
     else if (a->stored == BRAIN) many_of(a, BRAIN, piece);
+    else if (a->stored == HALF) many_of(a, HALF, piece);
     else many_of(a, SINGLE, piece);
 }
 
@@ -395,12 +425,14 @@ static void store(const attention *a, const float *step, XLA_FFI_Buffer *cache) 
         if (cache->dtype == XLA_FFI_DataType_F32)
             memcpy((float *)cache->data + at, from, width * sizeof(float));
         else
-            for (int64_t i = 0; i < width; i++) ((uint16_t *)cache->data)[at + i] = rounded(from[i]);
+            for (int64_t i = 0; i < width; i++)
+                ((uint16_t *)cache->data)[at + i] =
+                    cache->dtype == XLA_FFI_DataType_F16 ? halved(from[i]) : rounded(from[i]);
     }
 }
 
 /* Arguments: queries float32 [rows, tokens, queries, size]; keys and values of the step, float32
-   [rows, tokens, heads, size]; the cache's, float32 or bfloat16 [rows, places, heads, size]; positions
+   [rows, tokens, heads, size]; the cache's, float32, bfloat16 or float16 [rows, places, heads, size]; positions
    int32 [rows, tokens], -1 for a token that does not count; visible bool [rows, at least places];
    numbers float32 [3]: the factor of a score, its cap (at most 80), and whether the cache was empty, so
    that the step's own keys and values, not rounded, are all that there is.
@@ -418,7 +450,9 @@ XLA_FFI_Error *grokfetch_attention(XLA_FFI_CallFrame *frame) {
     int fresh = numbers[2] != 0;
     a->queries = args[0]->data;
     a->keys = args[fresh ? 1 : 3]->data, a->values = args[fresh ? 2 : 4]->data;
-    a->stored = fresh || args[3]->dtype == XLA_FFI_DataType_F32 ? SINGLE : BRAIN;
+    a->stored = fresh || args[3]->dtype == XLA_FFI_DataType_F32 ? SINGLE
+                : args[3]->dtype == XLA_FFI_DataType_F16        ? HALF
+                                                                : BRAIN;
     a->positions = args[5]->data, a->visible = args[6]->data;
     a->out = rets[0]->data;
     a->rows = args[0]->dims[0], a->tokens = args[0]->dims[1], a->size = args[0]->dims[3];

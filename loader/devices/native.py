@@ -121,7 +121,8 @@ def attention(
 
     Args:
         step: the tokens.
-        keys: the cache's, float32 or bfloat16 `[B, S, K, d]`; used up where it is donated.
+        keys: the cache's, float32, bfloat16 or float16 `[B, S, K, d]`; used up where it is donated.
+            What float16 cannot hold becomes the largest that it can.
         values: likewise.
         scale: what a score is multiplied with.
         cap: scores are squeezed into -cap to cap by a hyperbolic tangent; at most 80, so that their

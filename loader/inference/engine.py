@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from grokfetch.errors import PromptInvalid, TokenizerMissing
+from loader.devices.arrangement import CacheType, Dtype
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.devices.semantics import as_written
@@ -41,12 +42,14 @@ class Engine:
         config: the hyperparameters.
         params: from `loader.devices.placement.load` or `share`, on `mesh`.
         mesh: from `loader.devices.placement.make_mesh`.
-        dtype: of the cache and the products; sums and activations are float32 either way.
+        dtype: of the products; sums and activations are float32 either way.
         paging: told what mapped weights will be touched; None leaves it to the system.
         prefix_cache: bytes of all devices for the beginnings of prompts; 0 keeps none, and reads
             prompts in larger steps.
+        cache: dtype of the cache; None for that of the products.
 
     Attributes:
+        dtype: of the cache.
         prefix_cache: the beginnings of prompts that were read one by one.
         open_tokenizer: finds what turns texts into token ids, when the first text comes.
         heads: how the devices share a cache `[B, S, K, d]`.
@@ -59,18 +62,19 @@ class Engine:
         config: GrokConfig,
         params: Params,
         mesh: Mesh,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         paging: Paging | None = None,
         *,
         prefix_cache: int = 0,
+        cache: CacheType | None = None,
     ) -> None:
         self.config = config
         self.params = params
         self.mesh = mesh
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = jnp.dtype(cache or dtype)
         self._paging = paging
         self.open_tokenizer: Callable[[], Tokenizer] = _no_tokenizer
-        self._steps = steps_for(config, params, mesh, self.dtype, paging)
+        self._steps = steps_for(config, params, mesh, jnp.dtype(dtype), paging)
         self.heads, self.by_rows = self._steps.heads, self._steps.rows
         self.everywhere = self._steps.everywhere
         self.prefix_cache = PrefixCache(prefix_cache, self.heads, self.by_rows)

@@ -16,7 +16,7 @@ from grokfetch.events import Loaded, LoadEvent, Notice, Progress
 from grokfetch.process_limits import available_memory
 from grokfetch.units import bytes_text
 from loader.devices import placement as placing
-from loader.devices.arrangement import Arrangement, Dtype, Loading, Placement, arrange
+from loader.devices.arrangement import Arrangement, CacheType, Dtype, Loading, Placement, arrange
 from loader.devices.cluster import meet
 from loader.devices.kernels import Tuning
 from loader.devices.paging import Managed
@@ -29,7 +29,7 @@ from loader.inference.tokenizer import Tokenizer, tokenizer_of
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.limits import WORK, cache_bytes_per_token
 from loader.weights.partition import MeshShape
-from loader.weights.schema import ParamSpec
+from loader.weights.schema import GrokConfig, ParamSpec
 from loader.weights.tensor import Index
 
 __all__ = ["Report", "load_as_it_comes", "load_model", "load_onto"]
@@ -45,6 +45,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
     mesh: MeshShape | None = None,
     memory: int | None = None,
     dtype: Dtype = "bfloat16",
+    cache: CacheType | None = None,
     tokens: int = 1,
     prefix_cache: int = 0,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -61,7 +62,8 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
             the devices; None for what suits the devices.
         mesh: how many devices stand along each axis; None for all devices.
         memory: bytes that mapped weights, cache and work may take together; None for what is free.
-        dtype: of the KV cache and of the products; weights stay int8.
+        dtype: of the products; weights stay int8.
+        cache: dtype of the KV cache; None for that of the products.
         tokens: the longest context that will be generated, for which there must be memory.
         prefix_cache: bytes for the beginnings of prompts, at most half of what the model leaves
             free: a prompt that begins as an earlier one is read from where they differ, in steps of
@@ -79,7 +81,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
         TokenizerMissing: there is none at `tokenizer`.
     """
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
-    loading = Loading(dtype, placement, mesh, memory, prefix_cache)
+    loading = Loading(dtype, placement, mesh, memory, prefix_cache, cache)
     arrangement = arrange(checkpoint.config, loading, tokens)
     engine = load_onto(arrangement, checkpoint, report)
     if words is not None:
@@ -93,9 +95,7 @@ def load_onto(
 ) -> Engine:
     """The same onto devices that are set up already."""
     params, paging = _place(arrangement, checkpoint, report or _silent)
-    mesh, dtype = arrangement.mesh, arrangement.loading.dtype
-    kept = arrangement.prefix_cache
-    engine = Engine(checkpoint.config, params, mesh, dtype, paging, prefix_cache=kept)
+    engine = _engine(arrangement, checkpoint.config, params, paging)
     if checkpoint.store is not None:
         engine.open_tokenizer = functools.partial(tokenizer_of, checkpoint.store)
     return engine
@@ -126,11 +126,10 @@ def load_as_it_comes(
     """
     report = report or _silent
     config, mesh = checkpoint.config, arrangement.mesh
-    dtype, kept = arrangement.loading.dtype, arrangement.prefix_cache
     if checkpoint.by_parts and arrangement.placement == "mapped":
         _announce(checkpoint)
         params, paging = _place(arrangement, checkpoint, report)
-        engine = Engine(config, params, mesh, dtype, paging, prefix_cache=kept)
+        engine = _engine(arrangement, config, params, paging)
         engine.warm_up(prompt, sampling)
         return engine
     first = Checkpoint(dataclasses.replace(config, num_layers=1), checkpoint)
@@ -140,11 +139,26 @@ def load_as_it_comes(
         if arrangement.placement == "sharded"
         else placing.share(first, mesh, tuning)
     )
-    engine = Engine(config, params, mesh, dtype, prefix_cache=kept)
+    engine = _engine(arrangement, config, params, None)
     meet("first layer")
     engine.warm_up(prompt, sampling)
     engine.hold(*_place(arrangement, checkpoint, report))
     return engine
+
+
+def _engine(
+    arrangement: Arrangement, config: GrokConfig, params: Params, paging: Managed | None
+) -> Engine:
+    loading, kept = arrangement.loading, arrangement.prefix_cache
+    return Engine(
+        config,
+        params,
+        arrangement.mesh,
+        loading.dtype,
+        paging,
+        prefix_cache=kept,
+        cache=loading.cache,
+    )
 
 
 def _announce(checkpoint: Checkpoint) -> None:

@@ -6,9 +6,9 @@ its slice of each of its experts, its part of the vocabulary. The residual strea
 the same on every device along `expert` and `model`; what those compute in part is summed over them.
 One device is a mesh of size one.
 
-Activations are float32 between the products. `dtype` is that of the cache and of what the products
-multiply; in bfloat16 the reference rounds activations too, and then near ties of its router fall
-the other way.
+Activations are float32 between the products. `dtype` is that of what the products multiply, the
+cache's where it is None; in bfloat16 the reference rounds activations too, and then near ties of
+its router fall the other way.
 
 Letters in shapes: B rows, T tokens of this step, S places in the cache, D width, Q query heads, K
 key/value heads, d head size, E experts, V vocabulary; of B, Q, K, E and V it is this device's
@@ -47,12 +47,14 @@ __all__ = [
     "norm",
     "rotate",
     "soft_cap",
+    "within",
 ]
 
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
+LARGEST_HALF = 65_504.0
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +97,14 @@ def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:
     return jnp.asarray(multiplier, dtype).astype(jnp.float32)
 
 
-def layer(
-    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+def layer(  # noqa: PLR0913 - a step is all of these
+    weights: Layer,
+    cache: KeyValues,
+    x: Array,
+    window: Window,
+    config: GrokConfig,
+    *,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[Array, KeyValues, Array]:
     """One decoder layer over the residual stream, float32 `[B, T, D]`.
 
@@ -106,16 +114,23 @@ def layer(
     Returns:
         The stream, the cache, and the experts that each token chose, int32 `[B * T, chosen]`.
     """
-    x, cache, routed = attend(weights, cache, x, window, config)
-    mixed = experts(weights, routed, window.real, config, cache.keys.dtype)
+    x, cache, routed = attend(weights, cache, x, window, config, dtype=dtype)
+    mixed = experts(weights, routed, window.real, config, dtype or cache.keys.dtype)
     return close(weights, x, mixed), cache, routed.choices
 
 
-def attend(
-    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+def attend(  # noqa: PLR0913 - a step is all of these
+    weights: Layer,
+    cache: KeyValues,
+    x: Array,
+    window: Window,
+    config: GrokConfig,
+    *,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[Array, KeyValues, Routed]:
     """The first half of a layer, and what its router wants of the second."""
-    attended, cache = attention(weights, cache, norm(x, weights.before_attention), window, config)
+    before = norm(x, weights.before_attention)
+    attended, cache = attention(weights, cache, before, window, config, dtype=dtype)
     x = x + norm(attended, weights.after_attention)
     flat = norm(x, weights.before_experts).reshape(-1, x.shape[-1])
     return x, cache, Routed(flat, *route(flat, weights.router, config.num_selected_experts))
@@ -164,15 +179,21 @@ def soft_cap(scores: Array) -> Array:
     return SCORE_CAP * jnp.tanh(scores / SCORE_CAP)
 
 
-def attention(
-    weights: Layer, cache: KeyValues, x: Array, window: Window, config: GrokConfig
+def attention(  # noqa: PLR0913 - a step is all of these
+    weights: Layer,
+    cache: KeyValues,
+    x: Array,
+    window: Window,
+    config: GrokConfig,
+    *,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[Array, KeyValues]:
     """Causal attention over the cache for this device's heads, summed over all devices.
 
     Returns:
         float32 `[B, T, D]` and the cache with this step's keys and values in their places.
     """
-    dtype = cache.keys.dtype
+    dtype = dtype or cache.keys.dtype
 
     def projected(matrix: Weights) -> Array:
         return product(x, matrix, dtype).reshape(*x.shape[:2], -1, config.key_size)
@@ -230,7 +251,7 @@ def _attend_block(
     queries: Array, positions: Array, held: KeyValues, window: Window, config: GrokConfig
 ) -> Array:
     """Some tokens' queries, `[B, t, K, Q / K, d]` at `[B, t]`, over everything that is held."""
-    scores = heads.scores(queries.astype(held.keys.dtype), held.keys)
+    scores = heads.scores(within(queries, held.keys.dtype), held.keys)
     scores = soft_cap(scores * config.attn_output_multiplier)
     # The cap comes before the mask: after it, a masked score would be no lower than -30.
     places = held.keys.shape[1]
@@ -246,12 +267,19 @@ def _attend_block(
     return heads.mixed(weights, held.values)
 
 
+def within(array: Array, dtype: jnp.dtype) -> Array:
+    """Float32 numbers in another dtype; of those too large for float16 the largest that it has."""
+    if dtype == jnp.float16:
+        array = jnp.clip(array, -LARGEST_HALF, LARGEST_HALF)
+    return array.astype(dtype)
+
+
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
     # A place outside the cache is dropped, so that padding tokens leave no trace in it.
     places = jnp.where(window.real, window.positions, cache.keys.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
 
     def write(into: Array, new: Array) -> Array:
-        return into.at[rows, places].set(new.astype(into.dtype), mode="drop")
+        return into.at[rows, places].set(within(new, into.dtype), mode="drop")
 
     return KeyValues(write(cache.keys, step.keys), write(cache.values, step.values))

@@ -46,7 +46,7 @@ class Steps:
         config: the hyperparameters.
         params: the weights, on `mesh`.
         mesh: the devices.
-        dtype: of the cache and the products.
+        dtype: of the products; the cache may have another.
 
     Attributes:
         everywhere: how an array lies that all devices hold.
@@ -89,10 +89,12 @@ class Steps:
         self._tell = jax.jit(lambda *arrays: arrays, out_shardings=self.everywhere)
         self._compile_layer(config, dtype)
 
-    def _compile_layer(self, config: GrokConfig, _dtype: jnp.dtype) -> None:
+    def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         # The cache is donated: each layer's keys and values are written where they lie.
         self._layer = self._spread(
-            lambda weights, cache, x, window: model.layer(weights, cache, x, window, config),
+            lambda weights, cache, x, window: model.layer(
+                weights, cache, x, window, config, dtype=dtype
+            ),
             (self._layer_spec, self._heads, self._rows, self._rows),
             (self._rows, self._heads, self._rows),
             donate=(1,),
@@ -169,7 +171,9 @@ class _OnDemand(Steps):
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         weights, nothing, heads = self._layer_spec, self._nothing, self._heads
         self._attend = self._spread(
-            lambda weights, cache, x, window: model.attend(weights, cache, x, window, config),
+            lambda weights, cache, x, window: model.attend(
+                weights, cache, x, window, config, dtype=dtype
+            ),
             (weights, heads, nothing, nothing),
             (nothing, heads, nothing),
             donate=(1,),

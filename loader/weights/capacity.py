@@ -57,8 +57,9 @@ class Use:
     """How a model is to be used.
 
     config: the model. shape: the mesh, which must have passed `check_mesh`. tokens: the longest
-    that the one row of a batch will be. itemsize: bytes of an element of the cache and of what is
-    multiplied. mapped: the weights stay in their files, and are not converted.
+    that the one row of a batch will be. itemsize: bytes of an element of what is multiplied, and of
+    the cache if `cache_itemsize` is None. mapped: the weights stay in their files, and are not
+    converted.
     """
 
     config: GrokConfig
@@ -66,6 +67,14 @@ class Use:
     tokens: int
     itemsize: int = 2
     mapped: bool = False
+    cache_itemsize: int | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache of one row, on all devices together."""
+        itemsize = self.cache_itemsize or self.itemsize
+        places = cache_length(self.config, self.tokens)
+        return places * cache_bytes_per_token(self.config, itemsize)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def need(use: Use) -> Need:
     """What one device holds."""
     config, ways = use.config, use.shape.model
     places = cache_length(config, use.tokens)
-    cache = cache_bytes_per_token(config, use.itemsize) * places // ways
+    cache = use.cache_bytes // ways
     stream = STREAMS * min(places, LONGEST_STEP) * config.emb_size * 4
     scores = 2 * min(places, QUERY_BLOCK) * places * (config.num_q_heads // ways) * 4
     if use.mapped:
@@ -133,8 +142,7 @@ def reads(use: Use, rows: int = 1) -> Reads:
             layer += size * chosen // experts_held if spec.axes[0] == "expert" else size
         elif spec.axes[0] == "vocab":
             table = size
-    cache = rows * cache_length(config, use.tokens) * cache_bytes_per_token(config, use.itemsize)
-    cache //= config.num_layers * shape.model
+    cache = rows * use.cache_bytes // (config.num_layers * shape.model)
     return Reads(layer + cache, table)
 
 

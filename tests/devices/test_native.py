@@ -72,7 +72,7 @@ def check(multiply, sizes, left, stride, seed):
 @given(
     st.sampled_from([(1, 1, 1, 4, 20), (2, 2, 6, 128, 600), (3, 1, 7, 70, 130), (1, 3, 2, 16, 64)]),
     st.sampled_from([1, 5, 40]),
-    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
     st.integers(0, 2**32 - 1),
 )
 @pytest.mark.usefixtures("multiply")
@@ -132,7 +132,32 @@ def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     assert native.built(tmp_path, pytest.fail)
     for tokens in (1, 6, 20):
         check(native.product, (tokens, 96, 130, 4), 3, 140, tokens)
-        check_attention(native.attention, (2, tokens, 3, 2, 70, 90), "bfloat16", tokens)
+        for dtype in ("bfloat16", "float16"):
+            check_attention(native.attention, (2, tokens, 3, 2, 70, 90), dtype, tokens)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("multiply")
+@pytest.mark.parametrize("by_rows", [True, False], ids=["one token", "many tokens"])
+def test_every_float16_is_read_as_it_is_and_the_nearest_is_written(by_rows):
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = np.sort(every[np.isfinite(every)]).astype(np.float32)
+    between = (every[1:] + every[:-1]) / 2
+    beside = [np.nextafter(between, np.float32(end)) for end in (-np.inf, np.inf)]
+    large = np.array([65519, 65520, 1e30, -1e30, np.inf, -np.inf], np.float32)
+    values = np.concatenate([every, between, *beside, large])
+    values = np.resize(values, (-(-len(values) // 128), 128))
+    wanted = np.clip(values, -65504, 65504).astype(np.float16)
+    # Where nothing may be seen a token sees itself, so that what it has written comes back.
+    rows, tokens = (len(values), 1) if by_rows else (1, len(values))
+    step = values.reshape(rows, tokens, 1, 128)
+    zeros, cache = np.zeros_like(step), [jnp.zeros(step.shape, jnp.float16) for _ in "kv"]
+    places = np.tile(np.arange(tokens, dtype=np.int32), (rows, 1))
+    asked = native.Step(zeros, zeros, step, places, np.zeros((rows, tokens), bool), np.bool_(False))
+    attention = jax.jit(native.attention, static_argnums=(3, 4))
+    mixed, _, written = attention(asked, *cache, 0.2, 30.0)
+    np.testing.assert_array_equal(np.asarray(written).reshape(wanted.shape), wanted)
+    np.testing.assert_array_equal(np.asarray(mixed).reshape(wanted.shape), wanted)
 
 
 @needs_compiler

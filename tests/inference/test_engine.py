@@ -15,6 +15,7 @@ from grokfetch.errors import PromptInvalid
 from loader.devices.compile_clock import CompileClock
 from loader.inference import engine as engines
 from loader.inference.engine import Engine
+from loader.inference.model import within
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.weights import limits
 from loader.weights.partition import MeshShape
@@ -109,6 +110,28 @@ def test_logits_of_a_prompt_of_several_steps_come_on_several_devices(monkeypatch
         for shape in (MeshShape(2, 4), golden.ONE)
     )
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_float16_cache_is_nearer_to_float32_than_a_bfloat16_one():
+    mesh, params = golden.placed(golden.ONE)
+
+    def said(cache):
+        engine = Engine(golden.CONFIG, params, mesh, "float32", cache=cache)
+        logits, state = engine.prefill([golden.prompt("p1")])
+        told = []
+        for token in wanted("p1")[:12]:
+            logits, state = engine.decode(state, np.array([token], np.int32))
+            told.append(np.asarray(logits[0]))
+        return np.array(told)
+
+    exact = said(None)
+    errors = {cache: np.abs(said(cache) - exact).mean() for cache in ("float16", "bfloat16")}
+    assert 0 < errors["float16"] < errors["bfloat16"] / 4
+
+
+def test_what_float16_cannot_hold_is_the_largest_that_it_can():
+    held = within(jnp.array([1e9, -jnp.inf, 65504.0, 0.1]), jnp.dtype(jnp.float16))
+    assert held.tolist() == [65504, -65504, 65504, np.float16(0.1)]
 
 
 def test_cache_grows_without_changing_the_tokens(monkeypatch):

@@ -2,6 +2,8 @@
 
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 from support import golden
 from support.demo import fetch_demo
@@ -41,6 +43,14 @@ def test_model_generates_what_the_reference_does(placement, kind):
     counts = [event.done for event in copied if isinstance(event, Progress)]
     assert counts[-1:] == ([total] if placement == "sharded" else [])
     assert len(counts) == len(copied)
+
+
+@pytest.mark.parametrize("cache", ["float16", "bfloat16"])
+def test_the_cache_may_have_a_dtype_of_its_own(cache):
+    engine = loader.load_model(golden.CHECKPOINT, mesh=golden.ONE, dtype="float32", cache=cache)
+    _, state = engine.prefill([golden.prompt("p1")])
+    assert {array.dtype for array in jax.tree.leaves(state.cache)} == {jnp.dtype(cache)}
+    assert next(engine.generate(golden.prompt("p1"), 1)) == WANTED[0]
 
 
 def test_what_does_not_stay_in_memory_is_said():
