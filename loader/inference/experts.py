@@ -179,18 +179,30 @@ def _by_pairs(weights: Layer, routed: Routed, dtype: jnp.dtype) -> Array:
     return total
 
 
+def _gates(routed: Routed, held: int) -> Array:
+    """What each token weights each expert of this device with, `[N, held]`: zero if not chosen."""
+    taken = routed.choices[..., None] == jnp.arange(held)
+    return jnp.sum(jnp.where(taken, routed.gates[..., None], 0.0), axis=1)
+
+
+def _one_by_one(
+    x: Array, weights: Layer, gates: Array, dtype: jnp.dtype, *, halves: bool = True
+) -> Array:
+    """Every expert that this device holds over all tokens, one after another."""
+
+    def add(number: Array, total: Array) -> Array:
+        output = feed_forward(x, _selected(weights, number), dtype, halves=halves)
+        return total + gates[:, number, None] * output
+
+    total: Array = lax.fori_loop(0, gates.shape[1], add, jnp.zeros_like(x))
+    return total
+
+
 def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> Array:
     """Every expert that this device holds over all tokens, weighted with zero if not chosen."""
-    taken = routed.choices[..., None] == jnp.arange(held)
-    gates = jnp.sum(jnp.where(taken, routed.gates[..., None], 0.0), axis=1)
 
     def one(x: Array, weights: Layer, gates: Array) -> Array:
-        def add(number: Array, total: Array) -> Array:
-            output = feed_forward(x, _selected(weights, number), dtype)
-            return total + gates[:, number, None] * output
-
-        total: Array = lax.fori_loop(0, held, add, jnp.zeros_like(x))
-        return total
+        return _one_by_one(x, weights, gates, dtype)
 
     def together(x: Array, weights: Layer, gates: Array) -> Array:
         hidden = jax.nn.gelu(stack_product(x, weights.gate, dtype), approximate=True)
@@ -203,13 +215,19 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one
     on_gpus = one if routed.x.shape[0] == 1 else together
-    return by_platform(on_gpus, elsewhere, routed.x, weights, gates)
+    return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
 
 
 def _by_blocks(
     weights: Layer, routed: Routed, held: int, config: GrokConfig, dtype: jnp.dtype
 ) -> Array:
-    """Blocks of pairs of one expert each; how many there are is known only at run time."""
+    """Blocks of pairs of one expert each; how many there are is known only at run time.
+
+    A GPU's host would wait for every trip of a loop of unknown length, and each block copies its
+    expert out of the stack. There the blocks are larger, and as many as there may be; where a
+    device holds only some of the experts those would be several times what is needed, and each of
+    its experts takes all tokens instead.
+    """
     size = block_size(routed.choices.size, config.num_experts)
 
     def all_blocks(weights: Layer, routed: Routed, size: int, most: int | None) -> Array:
@@ -230,11 +248,10 @@ def _by_blocks(
         return total
 
     def on_gpus(weights: Layer, routed: Routed) -> Array:
-        # Each block copies its expert out of the stack, so that there are to be fewer; and the host
-        # would wait for every trip of a loop of unknown length.
+        if held < config.num_experts:
+            return _one_by_one(routed.x, weights, _gates(routed, held), dtype, halves=False)
         larger = 2 * size
-        known = routed.choices.size // larger + held - 1 if held == config.num_experts else None
-        return all_blocks(weights, routed, larger, known)
+        return all_blocks(weights, routed, larger, routed.choices.size // larger + held - 1)
 
     def elsewhere(weights: Layer, routed: Routed) -> Array:
         return all_blocks(weights, routed, size, None)

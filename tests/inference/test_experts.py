@@ -119,10 +119,16 @@ def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, toke
         assert not found[-1].any()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 40])
-def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(monkeypatch, tokens):
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [(TENSOR_PARALLEL, 1), (TENSOR_PARALLEL, 16), (TENSOR_PARALLEL, 40), (BOTH, 40)],
+    ids=str,
+)
+def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(
+    monkeypatch, shape, tokens
+):
     monkeypatch.setattr(products, "GPUS", ("cpu",))
-    assert counted_loops(TENSOR_PARALLEL, tokens) == 0
+    assert counted_loops(shape, tokens) == 0
 
 
 def test_blocks_are_counted_at_run_time_elsewhere():
