@@ -102,6 +102,10 @@ def _walk(folder: Path) -> None:
     steps.done(f"compiled the model and generated {count} tokens, word for word what it has learnt")
     click.echo(f"\n{text}\n")
     click.echo("(a small model that knows one text by heart; the real one: fetch --to DIR)")
+    click.echo(
+        "(llama.cpp recites it, too: grokfetch demo --keep DIR; "
+        "grokfetch export DIR/fetched OUT --pad)"
+    )
 
 
 class _Steps:

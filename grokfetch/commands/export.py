@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
+import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ from grokfetch.commands.options import (
 from grokfetch.commands.streaming import reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Size
-from grokfetch.errors import StorageFailed
+from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.fetch.preflight import Check, checks, nearest, need, probe
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
@@ -49,7 +51,7 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
         "grokfetch export grok-1-Q8_0.gguf /data/grok-1 --format shards",
     ),
     groups={
-        "What": ("form", "kind", "names", "split", "dry_run", "tokenizer", "unproven"),
+        "What": ("form", "kind", "names", "split", "pad", "dry_run", "tokenizer", "unproven"),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
         "For machines and screens": ("json", "plain", "state"),
     },
@@ -83,6 +85,12 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
     help="Begin another file after so many bytes, 48G say; one file by default, of safetensors 5G "
     "each.",
 )
+@click.option(
+    "--pad",
+    is_flag=True,
+    help="Fill a small model up with zeros to a shape that llama.cpp loads and q8_0 can hold; what "
+    "it computes stays the same.",
+)
 @click.option("--dry-run", is_flag=True, help="List files and sizes, and write nothing.")
 @tokenizer_option
 @click.option(
@@ -100,6 +108,7 @@ def export(
     kind: str | None,
     names: Names | None,
     split: int | None,
+    pad: bool,
     dry_run: bool,
     tokenizer: Path | None,
     unproven: bool,
@@ -113,15 +122,10 @@ def export(
     Whatever ends an export, the same command goes on with what is missing. The files get their
     names when all are whole. Afterwards verify and publish work on OUT.
     """
-    if out.suffix == ".gguf":
-        raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
-    if names is not None and form != "safetensors":
-        raise click.UsageError("--names goes with --format safetensors")
-    if form == "safetensors" and kind not in (None, "bf16"):
-        raise click.UsageError("safetensors is written as bf16 only")
-    if meanwhile is not None and (form == "shards" or dry_run or unproven):
+    _refuse_together(out, form, kind, names, pad=pad)
+    if meanwhile is not None and (form == "shards" or pad or dry_run or unproven):
         raise click.UsageError(
-            "--while-fetching goes without --format shards, --dry-run and --unproven"
+            "--while-fetching goes without --format shards, --pad, --dry-run and --unproven"
         )
     if meanwhile is None and not folder.exists():
         raise click.UsageError(f"{folder} is not there")
@@ -131,17 +135,19 @@ def export(
         return
     if folder.is_file():
         raise click.UsageError(f"{folder} is a file; a GGUF is turned back by --format shards")
-    with reading(folder, state, meanwhile) as store:
+    with reading(folder, state, meanwhile) as store, contextlib.ExitStack() as meantime:
         if form == "safetensors":
             plan = _as_safetensors(store, names or "vllm", split, tokenizer)
         else:
-            plan = _as_gguf(store, kind or "q8_0", split, tokenizer)
+            plan = _as_gguf(store, kind or "q8_0", split, tokenizer, pad=pad)
         if dry_run:
             _list(plan, out, time.perf_counter() - start)
             return
         checkpoint = _checkpoint(
             store, proven=not unproven, as_they_are=form == "gguf" and kind in (None, "q8_0")
         )
+        if pad:
+            checkpoint = _padded(checkpoint, meantime)
         text, kept = _write(plan, checkpoint, store, Store(out))
     # A fetch beside it has ended by now.
     seconds = time.perf_counter() - start
@@ -154,6 +160,24 @@ def export(
         tensors=len(plan.parts),
         kept=kept,
     )
+
+
+def _refuse_together(
+    out: Path, form: str, kind: str | None, names: Names | None, *, pad: bool
+) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if out.suffix == ".gguf":
+        raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
+    if names is not None and form != "safetensors":
+        raise click.UsageError("--names goes with --format safetensors")
+    if form == "safetensors" and kind not in (None, "bf16"):
+        raise click.UsageError("safetensors is written as bf16 only")
+    if pad and form != "gguf":
+        raise click.UsageError("--pad goes with --format gguf")
 
 
 def _checkpoint(store: Store, *, proven: bool, as_they_are: bool) -> Checkpoint:
@@ -175,6 +199,17 @@ def _checkpoint(store: Store, *, proven: bool, as_they_are: bool) -> Checkpoint:
     return checkpoint
 
 
+def _padded(checkpoint: Checkpoint, meantime: contextlib.ExitStack) -> Checkpoint:
+    """The same model in its padded shape, in a temporary folder."""
+    from loader.export.padding import write_padded
+
+    try:
+        folder = meantime.enter_context(tempfile.TemporaryDirectory(prefix="grokfetch-export-"))
+        return write_padded(checkpoint, Path(folder))
+    except OSError as error:
+        raise storage_failed(error, Path(tempfile.gettempdir())) from error
+
+
 def _origin(store: Store) -> Origin:
     from loader.export.layout import Origin
 
@@ -188,13 +223,19 @@ def _origin(store: Store) -> Origin:
     )
 
 
-def _as_gguf(store: Store, kind: str, split: int | None, tokenizer: Path | None) -> Plan:
+def _as_gguf(
+    store: Store, kind: str, split: int | None, tokenizer: Path | None, *, pad: bool
+) -> Plan:
     from loader.export.layout import gguf_plan
+    from loader.export.padding import padded_config
     from loader.weights.checkpoint import model_of
 
-    config = model_of(store)
+    config = padded_config(model_of(store)) if pad else model_of(store)
     if config.num_q_heads * config.key_size != config.emb_size:
-        notice("note: llama.cpp loads only models whose heads times head size are the width")
+        notice(
+            "note: llama.cpp loads only models whose heads times head size are the width; --pad "
+            "makes this one so"
+        )
     vocabulary = tuple(find_tokenizer(store, tokenizer).entries())
     return gguf_plan(config, vocabulary, _origin(store), TYPES[kind], split)
 

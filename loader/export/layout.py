@@ -246,7 +246,7 @@ def _require_whole_blocks(config: GrokConfig) -> None:
             raise Inexact(
                 f"{spec.name} has {rows} rows for each scale, and Q8_0 has blocks of "
                 f"{BLOCK_LENGTH}: a block would need two scales",
-                hint="choose --type f32 or bf16",
+                hint="choose --type f32 or bf16, or --pad",
             )
 
 

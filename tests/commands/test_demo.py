@@ -274,6 +274,8 @@ def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     words = " ".join(text.split("prompt  ")[1].replace("text  ", "").split())
     assert " ".join(SENTENCES[-4:]) in words
     assert MANIFEST["info_hash"] in text
+    assert "grokfetch export DIR/fetched OUT --pad" in text
+    grokfetch("export", keep / "fetched", tmp_path / "gguf", "--pad")
     assert MANIFEST["info_hash"] in grokfetch("verify", keep / "fetched")
     said = grokfetch("run", keep / "fetched", start(SENTENCES[-1]), *SIMPLEST)
     assert f"{start(SENTENCES[-1])}{said}".strip() == SENTENCES[-1]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import loadable
+from support.demo import fetch_demo
 from support.program import grokfetch
 
 from loader.inference.tokenizer import Tokenizer
@@ -104,6 +105,20 @@ def test_the_q8_0_export_is_loaded_and_near(peer, engine):
 
 def test_the_bf16_export_is_loaded_and_near(peer, engine):
     assert np.median(differences(peer("--type", "bf16"), engine)) < 0.2
+
+
+def test_llama_cpp_recites_the_demo_from_int8(tmp_path):
+    demo = fetch_demo(tmp_path / "demo")
+    grokfetch("export", demo, tmp_path / "out", "--pad")
+    tokenizer = Tokenizer.load(demo / "grok-demo/tokenizer.model")
+    prompt = "In the demo"
+    command = [PYTHON, PEER, tmp_path / "out/grok-demo-Q8_0.gguf"]
+    with asking(command, 512) as ask:
+        ids = ask({"prompt": tokenizer.encode(prompt), "count": 100})
+    stream = tokenizer.stream()
+    text = "".join([*map(stream.push, ids), stream.finish()])
+    known = (demo / "grok-demo/text.txt").read_text()
+    assert f"{prompt}{text}" in " ".join(known.splitlines())
 
 
 def test_token_ids_are_those_of_sentencepiece(peer, model):
