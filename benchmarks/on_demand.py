@@ -8,8 +8,8 @@ at once, which no link does. Printed are
 - the share of the checkpoint that prompts of 1, 3 and 10 tokens need,
 - the bytes that had come when the first token was there, over the bytes that it needed: of those
   tensors, rows and experts that were read, each to the byte,
-- the seconds from a demand to its proof, beside the download at full rate, over those that its
-  bytes take at the link's rate,
+- the seconds from a demand to its proof, beside the download at full rate and where nothing else is
+  fetched, over those that its bytes take at the link's rate,
 - the seconds of a whole download with such demands, over those without.
 """
 
@@ -37,6 +37,7 @@ from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.manifest.schema import Manifest
+from grokfetch.manifest.selection import ON_DEMAND, Extract, Request
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
 from loader.devices.arrangement import Arrangement, Loading
 from loader.devices.placement import make_mesh
@@ -150,11 +151,19 @@ class Watch:
 
 
 @contextlib.contextmanager
-def fetching(made: Release, swarm: Swarm, folder: Path, watch: Watch) -> Iterator[Arriving]:
-    """A folder that is being filled."""
-    store = Arriving(folder)
-    limits = Limits(60, 120, save_s=1.0)
-    events = fetch(store, swarm, manifest=made.manifest, limits=limits, demand=store.demand)
+def fetching(
+    made: Release, swarm: Swarm, folder: Path, watch: Watch, *, on_demand: bool = False
+) -> Iterator[Arriving]:
+    """A folder that is being filled, with everything or on demand."""
+    store = Arriving(folder, on_demand=on_demand)
+    events = fetch(
+        store,
+        swarm,
+        manifest=made.manifest,
+        limits=Limits(60, 120, save_s=1.0),
+        request=Request(extract=Extract(ON_DEMAND, ())) if on_demand else None,
+        demand=store.demand,
+    )
 
     def followed() -> Iterator[FetchEvent]:
         with contextlib.closing(events):
@@ -228,22 +237,35 @@ def whole(made: Release, rate: int, folder: Path) -> float:
 def demands(made: Release, rate: int, folder: Path) -> float:
     """Print how long demands take beside a download at full rate; the seconds of all of it."""
     watch, start = Watch(), time.perf_counter()
-    print(
-        "| demanded | bytes | seconds | over those at the link's rate |\n| --- | --- | --- | --- |"
-    )
     with source(made, rate) as swarm, fetching(made, swarm, folder, watch) as store:
         while watch.received < rate:
             time.sleep(0.1)
-        for layer in range(made.config.num_layers - 1, made.config.num_layers - 9, -2):
-            specs = [it for it in parameters(made.config) if it.layer == layer]
-            largest = [max(specs, key=lambda spec: spec.nbytes)]
-            for what, some in (("a tensor", largest), ("a layer", specs)):
-                spans = missing(store, [spec.file for spec in some])
-                size = sum(length for _, _, length in spans)
-                seconds = timed(lambda spans=spans: require(store, spans))
-                ratio = seconds * rate / max(size, 1)
-                print(f"| {what} | {size / 1e6:.1f} MB | {seconds:.2f} | {ratio:.2f} |", flush=True)
+        ask(made, store, rate, "beside a download")
     return time.perf_counter() - start
+
+
+def idle(made: Release, rate: int, folder: Path) -> None:
+    """Print how long demands take where nothing else is fetched."""
+    with (
+        source(made, rate) as swarm,
+        fetching(made, swarm, folder, Watch(), on_demand=True) as store,
+    ):
+        time.sleep(1)  # The peer has been found by then.
+        ask(made, store, rate, "idle")
+
+
+def ask(made: Release, store: Arriving, rate: int, when: str) -> None:
+    """Demand tensors and layers one after the other, and print how long each takes."""
+    for layer in range(made.config.num_layers - 1, made.config.num_layers - 9, -2):
+        specs = [it for it in parameters(made.config) if it.layer == layer]
+        largest = [max(specs, key=lambda spec: spec.nbytes)]
+        for what, some in (("a tensor", largest), ("the rest of its layer", specs)):
+            spans = missing(store, [spec.file for spec in some])
+            size = sum(length for _, _, length in spans)
+            seconds = timed(lambda spans=spans: require(store, spans))
+            ratio = seconds * rate / max(size, 1)
+            row = f"{what}, {when} | {size / 1e6:.1f} MB | {seconds:.2f} | {ratio:.2f}"
+            print(f"| {row} |", flush=True)
 
 
 Part = tuple[PurePosixPath, int, int]
@@ -305,7 +327,12 @@ def main() -> None:
         )
         shares(made)
         token = first_token(made, chosen.rate, Path(name, "token"))
+        print(
+            "| demanded | bytes | seconds | over those at the link's rate |\n"
+            "| --- | --- | --- | --- |"
+        )
         asked = demands(made, chosen.rate, Path(name, "demands"))
+        idle(made, chosen.rate, Path(name, "idle"))
         plain = whole(made, chosen.rate, Path(name, "whole"))
         print(
             f"the whole download took {plain:.1f} s, {token / plain:.3f} times as long with a "

@@ -21,16 +21,18 @@ class Demand:
     for it may have gone, and has wanted it all the same.
 
     Args:
-        answered: called when pieces are proven that somebody waits for.
+        answered: called when pieces are proven that somebody waits for; None where nobody will.
         stays: whether more may be asked for as long as the fetch is not ended: then it and its
             sources stay when all is there.
 
     Attributes:
         stays: as it was given.
+        readers: whether somebody may ask for pieces while the fetch runs.
     """
 
-    def __init__(self, answered: Callable[[], None] = lambda: None, *, stays: bool = False) -> None:
+    def __init__(self, answered: Callable[[], None] | None = None, *, stays: bool = False) -> None:
         self.stays = stays
+        self.readers = answered is not None
         self._answered = answered
         self._admitted: frozenset[int] = frozenset()
         self._holds: Callable[[int], bool] = lambda _piece: False
@@ -113,7 +115,7 @@ class Demand:
             for piece in done:
                 self._ahead.pop(piece, None)
             self._version += bool(done)
-        if waited:
+        if waited and self._answered is not None:
             self._answered()
 
     @contextlib.contextmanager

@@ -320,8 +320,8 @@ def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[i
             for piece in layout.pieces_over(file):
                 if piece in wanted:
                     order.setdefault(piece, len(order))
-    last = len(order)
-    return {piece: BANDS - order.get(piece, last - 1) * BANDS // max(last, 1) for piece in wanted}
+    count = max(len(order), 1)
+    return {piece: BANDS - order.get(piece, count - 1) * BANDS // count for piece in wanted}
 
 
 # --- JSON --------------------------------------------------------------------------------------

@@ -308,6 +308,13 @@ def test_what_lies_outside_the_layers_is_the_most_urgent_and_the_last_layer_the_
     assert min(of("t6")) == 1
 
 
+def test_without_tensors_all_pieces_are_equally_urgent():
+    layout = parse_info(V2.info, V2.piece_layers)
+    bare = dataclasses.replace(manifest(V2), tensors=())
+    [rank] = set(urgency(bare, layout, range(layout.piece_count)).values())
+    assert 1 <= rank <= 7
+
+
 @given(st.sets(st.integers(0, 999), min_size=1))
 def test_numbers_survive_being_written_as_ranges(numbers):
     text = str(Request(layers=tuple(sorted(numbers)))).removeprefix("layers ")

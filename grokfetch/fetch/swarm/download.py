@@ -263,7 +263,7 @@ class _Download:
             if new:
                 self._known |= new
                 self._left |= new
-            self._urgent.heed(self._left)
+            self._urgent.heed(self._left, self._finished | self._flushing)
             for alert in self._session.alerts():
                 yield from self._take(alert)
             now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,19 +30,18 @@ WINDOW = 64 << 20
 """Bytes of pieces that have a deadline at one time, and never fewer than two pieces: of very many
 libtorrent would bring some of each, and none would be whole."""
 
-HURRIED_S, USUAL_S = 1, 3
-"""Seconds' worth of blocks that a peer is asked for at one time, while there are demands and else;
-the latter is libtorrent's own measure. No demand can take back what is on its way by then."""
+QUEUE_S = 1
+"""Seconds' worth of blocks that a peer is asked for at one time where demands may come; three is
+libtorrent's own measure. No demand can take back what is on its way by then."""
 
-OPEN_S = 0.25
-"""Seconds' worth of pieces that may be asked for while there are demands, those that are waited for
-included: as many as it takes to keep peers busy until we have learned of the first."""
+OPEN_S = 0.5
+"""Seconds' worth of pieces that may be asked for where demands may come, those that are waited for
+included. It must be more than it takes from asking for a piece to learning that it has come, or the
+rate cannot grow: a peer 0.1 s away reached its full rate three seconds later for it, none lost it.
+"""
 
-LEAST_OPEN = 2
-"""So many pieces in any case."""
-
-CALM_S = 5.0
-"""So long after the last demand the next one is still expected."""
+LEAST_OPEN = 1 << 20
+"""So many bytes of them in any case, and two pieces: before the rate is known."""
 
 FORGET = 0.98
 """What is left of the highest rate seen after each look at it."""
@@ -50,9 +50,9 @@ FORGET = 0.98
 class Urgent:
     """What is asked of libtorrent before all else, in one session.
 
-    While there are demands few other pieces may be asked for at a time, whatever their priority:
+    Where demands may come few other pieces may be asked for at a time, whatever their priority:
     what peers have begun to send cannot be taken back, and what is demanded next would come behind
-    it. That ends when nothing of a demand has come for a while.
+    it.
 
     Args:
         session: of libtorrent.
@@ -64,49 +64,40 @@ class Urgent:
     """
 
     def __init__(self, session: Session, handle: Any, order: Order) -> None:
-        self._session = session
         self._handle = handle
         self._order = order
         self._demand = order.demand
         self._size = order.layout.piece_length
         self._heeded = -1
-        self._raised: set[int] = set()
         self._came = (0, 0)
         self._insist_s, self._insist_at = INSIST_S, 0.0
         self._received, self._rate, self._looked_at = 0, 0.0, time.monotonic()
-        self._calm_at = 0.0
-        self._hurried = False
         self._open: set[int] = set()
         self._later: Iterator[int] = iter(())
         self.waited: set[int] = set()
+        if self._demand.readers:
+            session.set_queue_time(QUEUE_S)
+            self._prioritize(dict.fromkeys(order.want, 0))
+            # By chance: peers that all wanted the same pieces could give each other nothing.
+            later = random.sample(sorted(order.want), len(order.want))
+            self._later = iter(sorted(later, key=self._usual, reverse=True))
 
-    def heed(self, left: set[int]) -> None:
+    def heed(self, left: set[int], arrived: set[int]) -> None:
         """Take in what has been demanded since; called at each turn.
 
         A deadline makes libtorrent take back what it has asked of peers, and ask all of them for
         the blocks of these pieces; a priority only decides what is asked for next, and peers have
-        seconds' worth of requests by then.
+        a second's worth of requests by then.
 
         Args:
             left: the pieces that are still to come.
+            arrived: those of them that have come and have not been said to be there.
         """
         if self._demand.version != self._heeded:
             self._heeded = self._demand.version
             self._set_deadlines([piece for piece in self._demand.waited if piece in left])
-        hurried = time.monotonic() < self._calm_at
-        if hurried != self._hurried:
-            self._hurried = hurried
-            self._session.set_queue_time(HURRIED_S if hurried else USUAL_S)
-            others = left.difference(self._demand.waited)
-            self._prioritize({piece: 0 if hurried else self._usual(piece) for piece in others})
-            self._later = iter(sorted(others, key=lambda piece: (-self._usual(piece), piece)))
-            self._open, self._raised = set(), set()
-        if hurried:
-            self._open_more(left)
-        else:
-            ahead = left.intersection(self._demand.ahead) - self._raised
-            self._raised |= ahead
-            self._prioritize(dict.fromkeys(ahead, AHEAD))
+        if self._demand.readers:
+            self._open_more(left, arrived)
 
     def _set_deadlines(self, waited: list[int]) -> None:
         soonest = waited[: max(2, WINDOW // self._size)]
@@ -117,18 +108,19 @@ class Urgent:
             if piece not in self.waited:
                 self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
         if new:
-            now = time.monotonic()
-            self._insist_s, self._insist_at, self._calm_at = INSIST_S, now + INSIST_S, now + CALM_S
+            self._insist_s, self._insist_at = INSIST_S, time.monotonic() + INSIST_S
         self.waited = set(soonest)
 
-    def _open_more(self, left: set[int]) -> None:
+    def _open_more(self, left: set[int], arrived: set[int]) -> None:
         """Let some of the pieces be asked for that nobody waits for."""
-        self._open &= left
-        most = max(LEAST_OPEN, int(self._rate * OPEN_S / self._size)) - len(self.waited)
+        self._open = (self._open & left) - arrived
+        most = max(2, int(max(LEAST_OPEN, self._rate * OPEN_S) / self._size)) - len(
+            self.waited - arrived
+        )
         opened = {}
         later = itertools.chain(self._demand.ahead, self._later)
         while len(self._open) < most and (piece := next(later, None)) is not None:
-            if piece in left and piece not in self._open:
+            if piece in left and piece not in self._open and piece not in arrived:
                 self._open.add(piece)
                 opened[piece] = self._usual(piece)
         self._prioritize(opened)
@@ -157,10 +149,8 @@ class Urgent:
         mine = [part for part in queue if part["piece_index"] in waited]
         progress = sum(block["bytes_progress"] for part in mine for block in part["blocks"])
         came = (len(waited), progress)
-        if not waited:
+        if not waited or came != self._came:
             self._insist_s, self._insist_at = INSIST_S, now + INSIST_S
-        elif came != self._came:
-            self._insist_s, self._insist_at, self._calm_at = INSIST_S, now + INSIST_S, now + CALM_S
         elif now >= self._insist_at:
             self._insist(now, waited)
         self._came = came
