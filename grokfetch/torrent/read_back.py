@@ -26,6 +26,7 @@ __all__ = [
     "FileResult",
     "Hashers",
     "PieceResult",
+    "advise",
     "check_pieces",
     "in_batches",
     "may_be_on_disk",
@@ -39,9 +40,6 @@ CHUNK = 1 << 20
 
 BATCH = 4 << 20
 """Bytes of small pieces that make one job, so that handing out jobs costs nothing to speak of."""
-
-ADVISES = hasattr(os, "posix_fadvise")
-"""Whether the system takes advice on the pages of files; macOS does not."""
 
 _ZEROS = bytes(CHUNK)
 
@@ -165,17 +163,23 @@ def sha256_of(path: Path, buffer: memoryview, *, keep: bool = True) -> FileResul
     offset = 0
     try:
         with _reading(path) as handle:
-            if ADVISES:
-                # The system then reads further ahead: 1.3 GB/s of a disk of 2, instead of 0.9.
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            # The system then reads further ahead: 1.3 GB/s of a disk of 2, instead of 0.9.
+            advise(handle, 0, 0, "SEQUENTIAL")
             while count := os.preadv(handle, [buffer], offset):
                 hasher.update(buffer[:count])
-                if ADVISES and not keep:
-                    os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
+                if not keep:
+                    advise(handle, offset, count, "DONTNEED")
                 offset += count
     except OSError as error:
         return FileResult(None, error.strerror or str(error))
     return FileResult(hasher.hexdigest())
+
+
+def advise(handle: int, start: int, length: int, what: Literal["SEQUENTIAL", "DONTNEED"]) -> None:
+    """Give the system advice on the pages of an open file, where it takes any: macOS does not."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(handle, start, length, getattr(os, f"POSIX_FADV_{what}"))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from grokfetch.torrent.read_back import advise
 from loader.export.matrices import Data, bytes_of
 
 __all__ = ["TargetFile"]
@@ -73,10 +74,9 @@ class TargetFile:
                 span = self._cached.popleft()
                 self._cached_bytes -= span[1]
                 spans.append(span)
-        if hasattr(os, "posix_fadvise"):
-            # Pages that are not on the disk yet are sent there by this, and stay; others go.
-            for at, nbytes in spans:
-                os.posix_fadvise(self._handle, at, nbytes, os.POSIX_FADV_DONTNEED)
+        # Pages that are not on the disk yet are sent there by this, and stay; others go.
+        for at, nbytes in spans:
+            advise(self._handle, at, nbytes, "DONTNEED")
 
     def flush(self) -> None:
         """Return when all that was written is on the disk."""
