@@ -283,7 +283,8 @@ class Engine:
         most = most or (SHARED_STEP if cached else LONGEST_STEP)
         shape = self.rows(len(prompts)), self.places(max(map(len, prompts)))
         state = empty(self.config, len(self.params.layers), shape, self.dtype, self.heads)
-        known = keys(prompts[0], most, shape[1]) if cached and len(prompts) == 1 else []
+        places = 0 if self._steps.alike_at_any_size else shape[1]
+        known = keys(prompts[0], most, places) if cached and len(prompts) == 1 else []
         for number, chunk in enumerate(chunks(self.config, prompts, shape[0], most), start=1):
             # Pad ids in a prompt are not keys; padding tokens are not either, by their count.
             shown = chunk.tokens != self.config.pad_token

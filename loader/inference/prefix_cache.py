@@ -118,8 +118,8 @@ def keys(prompt: Sequence[int], chunk: int, places: int) -> list[bytes]:
     Args:
         prompt: token ids.
         chunk: tokens of a chunk.
-        places: of the cache into which it is read: another size is another program, whose sums may
-            be rounded otherwise.
+        places: of the cache into which it is read, where another size is another program whose
+            sums may be rounded otherwise; 0 where it makes no difference.
     """
     tokens, chain = np.array(prompt, np.int32), [b"%d" % places]
     for start in range(0, len(tokens) // chunk * chunk, chunk):

@@ -53,11 +53,14 @@ class Steps:
         rows: how an array `[B, ...]` lies of which each device has its rows.
         heads: how a cache `[B, S, K, d]` lies.
         choices: where the experts chosen are counted, None for nowhere.
+        alike_at_any_size: a step gives the same bits whatever the places of its cache: where the C
+            program attends, whose sums depend on a token's position alone.
     """
 
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.choices: Choices | None = None
         tuning = params.layers[0].gate.tuning
+        self.alike_at_any_size = tuning is not None and tuning.native
         self._compiler_options = (
             {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
         )

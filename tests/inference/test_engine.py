@@ -100,6 +100,7 @@ def test_after_a_warm_up_nothing_is_compiled_and_the_tokens_are_the_same():
     assert clock.seconds == 0
 
 
+@pytest.mark.slow
 def test_logits_of_a_prompt_of_several_steps_come_on_several_devices(monkeypatch):
     # The logits of one step and the layers of the next do not depend on one another.
     monkeypatch.setattr(engines, "LONGEST_STEP", 16)
@@ -112,6 +113,7 @@ def test_logits_of_a_prompt_of_several_steps_come_on_several_devices(monkeypatch
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_float16_cache_is_nearer_to_float32_than_a_bfloat16_one():
     mesh, params = golden.placed(golden.ONE)
 

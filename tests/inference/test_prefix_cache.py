@@ -16,6 +16,7 @@ from loader.inference import engine as engines
 from loader.inference.batching import Batch, Job
 from loader.inference.engine import Engine
 from loader.inference.prefix_cache import keys
+from loader.weights import limits
 from loader.weights.partition import MeshShape
 
 CHUNK = 16
@@ -78,6 +79,25 @@ def test_logits_are_the_same_bit_for_bit(placement, dtype, tuning):
     # Each prompt is read twice: three whole chunks of 60 and of 55 tokens, two of them in common.
     assert caching.prefix_cache.hits == 5
     assert caching.prefix_cache.tokens == (3 + 2 + 3 + 3 + 3) * CHUNK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_where_c_attends_prompts_share_whatever_the_size_of_their_caches(
+    monkeypatch, tuning, dtype
+):
+    if not tuning.native:
+        pytest.skip("this machine has no C compiler")
+    monkeypatch.setattr(limits, "SMALLEST_CACHE", CHUNK)
+    plain, caching = (made(room, dtype=dtype, tuning=tuning) for room in (0, ROOM))
+    prompts = [TOKENS[:20], TOKENS, TOKENS[:40] * 2]
+    sizes = [caching.places(len(prompt)) for prompt in prompts]
+    assert sizes == [32, 64, 128]
+    for prompt in prompts:
+        for ours, wanted in zip(said(caching, prompt), said(plain, prompt), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+    # By each prompt twice, but for what is new in it.
+    assert caching.prefix_cache.tokens == (1 + (1 + 3) + (2 + 5)) * CHUNK
 
 
 @pytest.mark.slow
