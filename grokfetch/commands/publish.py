@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.manifest import (
-    FIRST_SHARD,
-    TOKENIZER,
-    find_checkpoint,
-    read_config,
-    write_file,
-)
 from grokfetch.commands.options import (
     Goal,
     goal_options,
@@ -27,22 +21,23 @@ from grokfetch.commands.options import (
     state_option,
     swarm_options,
 )
+from grokfetch.commands.publish_mirror import MirrorSource, publish_mirror
+from grokfetch.commands.published import describe, put_out, warn_of_look_alikes
 from grokfetch.commands.seed import share
 from grokfetch.commands.value_types import Integer
-from grokfetch.errors import Contradiction, StateLocked, StorageFailed, storage_failed
+from grokfetch.errors import Contradiction, StateLocked, StorageFailed
 from grokfetch.events import Hashed
+from grokfetch.fetch.mirror.addresses import PATH, unusable
 from grokfetch.fetch.swarm import SwarmSettings
+from grokfetch.fetch.wanted import Network
 from grokfetch.folder.known import keep_published, made_here
 from grokfetch.folder.store import Store
-from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
+from grokfetch.manifest.schema import Manifest
 from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain
 from grokfetch.torrent import create as making
 from grokfetch.torrent.create import Made
 from grokfetch.torrent.listing import leftovers, list_files
-from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
-from grokfetch.torrent.names import look_alikes, with_ending
-from grokfetch.units import bytes_text, seconds_text
 
 LARGEST_PIECE = 1 << 30
 
@@ -72,21 +67,54 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
     return value
 
 
+class FolderOrTemplate(click.Path):
+    """A folder that is there, or a web address with `{path}` in it, which stays a string."""
+
+    def convert(  # noqa: D102 - as click has it
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if not isinstance(value, str) or not re.match("https?://", value, re.IGNORECASE):
+            return super().convert(value, param, ctx)
+        why = unusable(value, stranger=False)
+        if why is None and value.count(PATH) != 1:
+            why = "it must hold {path} once, where the path of a file belongs"
+        return value if why is None else self.fail(f"{value!r:.100}: {why}", param, ctx)
+
+
 @click.command(
     cls=Explained,
     examples=(
         "grokfetch publish my-model",
         "grokfetch publish my-model --tracker udp://tracker.example.org:1337/announce",
+        "grokfetch publish 'https://example.org/my-model/{path}' --files list.txt",
     ),
 )
 @click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+    "source", metavar="DIR", type=FolderOrTemplate(file_okay=False, exists=True, path_type=Path)
+)
+@click.option(
+    "--files",
+    "listed",
+    metavar="LIST",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The files at a web address: a text with one path in each line.",
+)
+@click.option(
+    "--manifest",
+    "manifest_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The same by a manifest, whose sizes and sha256 must be right.",
+)
+@click.option(
+    "--name",
+    help="Of the torrent's folder, for a web address; by default the manifest's or the address's.",
 )
 @click.option(
     "--output",
     metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to write; beside DIR if not given.",
+    help="Where to write; beside DIR, or here, if not given.",
 )
 @click.option(
     "--tracker",
@@ -136,8 +164,11 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
 @plain_option
 @state_option
 def publish(
-    folder: Path,
+    source: Path | str,
     *,
+    listed: Path | None,
+    manifest_file: Path | None,
+    name: str | None,
     output: Path | None,
     trackers: tuple[str, ...],
     web_seeds: tuple[str, ...],
@@ -155,11 +186,29 @@ def publish(
     Writes NAME.torrent (BitTorrent v1 and v2 in one) and NAME.json, and prints the magnet link.
     Without official shards or --config, DIR is any folder and the manifest one of plain files.
     Afterwards verify, status, run and seed work on DIR, and --seed goes on sharing it.
+
+    DIR may be a web address in which {path} stands for the path of a file: what lies there is
+    hashed as it streams by, and nothing is kept but hashes. The address becomes a web seed and a
+    mirror. If it is interrupted the same command goes on; files that were under way begin anew.
     """
     if goal != Goal() and not go_on:
         raise click.UsageError("--ratio and --for go with --seed")
     start = time.perf_counter()
-    folder = folder.resolve()
+    if isinstance(source, str):
+        if v1_only or with_leftovers or go_on or state is not None:
+            raise click.UsageError("--v1, --leftovers, --seed and --state go with a folder")
+        publish_mirror(
+            MirrorSource(source, listed, manifest_file, name, config, piece_length),
+            Path.cwd() if output is None else output.resolve(),
+            Network(swarm).mirror_settings(),
+            trackers=trackers,
+            web_seeds=web_seeds,
+            start=start,
+        )
+        return
+    if listed is not None or manifest_file is not None or name is not None:
+        raise click.UsageError("--files, --manifest and --name go with a web address")
+    folder = source.resolve()
     target = folder.parent if output is None else output.resolve()
     if target.is_relative_to(folder):
         raise click.UsageError("--output must not lie in DIR, or it would be published too")
@@ -167,22 +216,11 @@ def publish(
     if state is not None and store.state.is_relative_to(folder):
         raise click.UsageError("--state must not lie in DIR, or it would be published too")
     with _settled(Store(folder)), _settled(store):
-        described = _describe(folder, config)
+        described = describe(folder, config)
         hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
         left_out = [] if with_leftovers else leftovers(folder)
         published = _make(folder, list_files(folder, left_out), piece_length, hashing)
-    magnet = magnet_of(published.torrent, folder.name, sum(file.size for file in published.files))
-    manifest = _complete(described, published, magnet)
-    torrent_path, manifest_path = (
-        target / with_ending(folder.name, ending) for ending in (".torrent", ".json")
-    )
-    _write(published.torrent, torrent_path, manifest, manifest_path)
-    click.echo(
-        f"{torrent_path} and {manifest_path}: {len(manifest.files)} files, "
-        f"{len(manifest.tensors)} tensors, {bytes_text(manifest.size)} "
-        f"in {seconds_text(time.perf_counter() - start)}",
-        err=True,
-    )
+    magnet, manifest = put_out(described, published, target, start)
     if left_out:
         click.echo(
             f"left out: {left_out[0]}{' and others' if left_out[1:] else ''}, which other programs"
@@ -225,24 +263,13 @@ def _settled(store: Store) -> Iterator[None]:
         yield
 
 
-def _describe(folder: Path, config: Path | None) -> Manifest:
-    """The manifest without files and digests: name, and tensors where it is a checkpoint."""
-    if config is None and next(folder.rglob(FIRST_SHARD), None) is None:
-        return Manifest(folder.name, ())
-    from loader.weights.inventory import found
-
-    checkpoint = find_checkpoint(folder, read_config(config))
-    _, tensors = found(checkpoint, folder.parent)
-    return Manifest(folder.name, (), tensors=tensors, model=checkpoint.config.to_mapping())
-
-
 def _make(
     folder: Path,
     files: Sequence[tuple[PurePosixPath, int]],
     piece_length: int | None,
     hashing: Callable[..., Iterator[Hashed | Made]],
 ) -> Made:
-    _warn_of_look_alikes(path for path, _ in files)
+    warn_of_look_alikes(path for path, _ in files)
     sizes = [size for _, size in files]
     length = piece_length or making.suitable_piece_length(sizes)
     with Bar("hash", plain=plain()) as bar:
@@ -252,52 +279,3 @@ def _make(
             else:
                 torrent = event
     return torrent
-
-
-def _warn_of_look_alikes(paths: Iterable[PurePosixPath]) -> None:
-    for one, other, *_ in look_alikes(paths):
-        click.echo(
-            f"warning: {str(one)!r} and {str(other)!r} are the same name on many file systems, on "
-            "macOS and Windows for example; there nobody can fetch this",
-            err=True,
-        )
-
-
-def magnet_of(torrent: TorrentFile, name: str, size: int) -> str:
-    """The link with the info hashes there are, name, size in bytes, trackers and web seeds."""
-    pairs = [("dn", name), ("xl", str(size))]
-    pairs += [("tr", url) for url in torrent.trackers]
-    pairs += [("ws", url) for url in torrent.web_seeds]
-    topics = f"xt=urn:btih:{torrent.v1}"
-    if torrent.v2 is not None:
-        topics += f"&xt=urn:btmh:1220{torrent.v2}"
-    return f"magnet:?{topics}" + "".join(f"&{key}={quote(value, safe='')}" for key, value in pairs)
-
-
-def _complete(described: Manifest, made: Made, magnet: str) -> Manifest:
-    files = tuple(ManifestFile(file.path, file.size, file.sha256) for file in made.files)
-    return dataclasses.replace(
-        described,
-        files=files,
-        info_hash=made.torrent.info_hash,
-        magnet=magnet,
-        tokenizer=_tokenizer(PurePosixPath(described.name) / TOKENIZER, files),
-    )
-
-
-def _tokenizer(path: PurePosixPath, files: Sequence[ManifestFile]) -> TokenizerSource | None:
-    """The tokenizer among the files, which the torrent brings like any other."""
-    file = next((file for file in files if file.path == path), None)
-    if file is None or file.sha256 is None:
-        return None
-    return TokenizerSource(path, file.size, file.sha256)
-
-
-def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: Path) -> None:
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_failed(error, path.parent) from error
-    write_file(torrent_path, encode_torrent(torrent))
-    write_file(path, encode(manifest))

@@ -34,7 +34,7 @@ from grokfetch.torrent.layout import (
 from grokfetch.torrent.metainfo import TorrentFile, parse_info, torrent_file
 from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
 
-__all__ = ["Made", "MadeFile", "make", "suitable_piece_length"]
+__all__ = ["Made", "MadeFile", "Pieces", "hybrid_info", "make", "suitable_piece_length"]
 
 MOST_PIECES = 20_000
 """So many hashes make a torrent of about a megabyte."""
@@ -65,7 +65,7 @@ class Made:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Pieces:
+class Pieces:
     """Hashes of consecutive pieces of a file, the first of which is its piece `first`.
 
     In v1 alone pieces are counted through all files, and belong to the first one.
@@ -139,11 +139,11 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
         )
     stamps = [_stamp(folder / path) for path, _ in files]
     whole: list[FileResult] = [FileResult(None)] * len(files)
-    pieces: list[list[_Pieces]] = [[] for _ in files]
+    pieces: list[list[Pieces]] = [[] for _ in files]
     done = 0
     layers: dict[bytes, bytes] = {}
     jobs = (_v1_jobs if v1_only else _jobs)(folder, files, piece_length)
-    with Hashers[_Pieces | _Whole]() as hashers:
+    with Hashers[Pieces | _Whole]() as hashers:
         for result in hashers.run(jobs):
             if isinstance(result, _Whole):
                 whole[result.file] = result.result
@@ -156,7 +156,7 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
     if v1_only:
         info = _v1_info(folder.name, files, piece_length, pieces[0])
     else:
-        info, layers = _info(folder.name, files, piece_length, pieces)
+        info, layers = hybrid_info(folder.name, files, piece_length, pieces)
     torrent = torrent_file(info, layers, trackers=trackers, web_seeds=web_seeds)
     parse_info(torrent.info, torrent.piece_layers)
     entries = (
@@ -193,7 +193,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _jobs(
     folder: Path, files: Sequence[tuple[PurePosixPath, int]], piece_length: int
-) -> Iterator[Callable[[memoryview], _Pieces | _Whole]]:
+) -> Iterator[Callable[[memoryview], Pieces | _Whole]]:
     """A file's digest and its pieces follow each other, so that the disk is read only once."""
     batch = max(piece_length, BATCH)
     for index, (path, size) in enumerate(files):
@@ -210,7 +210,7 @@ def _hash_whole(path: Path, index: int, buffer: memoryview) -> _Whole:
     return _Whole(index, sha256_of(path, buffer))
 
 
-def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> _Pieces:
+def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> Pieces:
     v1, v2 = [], []
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -228,12 +228,12 @@ def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> _Pi
     except OSError as error:
         raise storage_failed(error, path) from error
     first = span.start // span.piece_length
-    return _Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
+    return Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
 
 
 def _v1_jobs(
     folder: Path, files: Sequence[tuple[PurePosixPath, int]], piece_length: int
-) -> Iterator[Callable[[memoryview], _Pieces | _Whole]]:
+) -> Iterator[Callable[[memoryview], Pieces | _Whole]]:
     """A file's digest, then the pieces that end in it."""
     starts = itertools.accumulate((size for _, size in files), initial=0)
     placed = tuple(LayoutFile(path, size, next(starts)) for path, size in files)
@@ -250,7 +250,7 @@ def _v1_jobs(
             first = last
 
 
-def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) -> _Pieces:
+def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) -> Pieces:
     hashes, length = [], 0
     for piece in pieces:
         hasher = piece_hasher(1, 0)
@@ -266,7 +266,7 @@ def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) ->
                 raise storage_failed(error, path) from error
             length += part.length
         hashes.append(hasher.digest())
-    return _Pieces(0, pieces.start, b"".join(hashes), b"", length)
+    return Pieces(0, pieces.start, b"".join(hashes), b"", length)
 
 
 def _feed(
@@ -281,11 +281,11 @@ def _feed(
         start += count
 
 
-def _info(
+def hybrid_info(
     name: str,
     files: Sequence[tuple[PurePosixPath, int]],
     piece_length: int,
-    pieces: Sequence[list[_Pieces]],
+    pieces: Sequence[list[Pieces]],
 ) -> tuple[bytes, dict[bytes, bytes]]:
     """The info dictionary and the piece layers."""
     tree: dict[bytes, Value] = {}
@@ -322,7 +322,7 @@ def _v1_info(
     name: str,
     files: Sequence[tuple[PurePosixPath, int]],
     piece_length: int,
-    pieces: Sequence[_Pieces],
+    pieces: Sequence[Pieces],
 ) -> bytes:
     ordered = sorted(pieces, key=lambda batch: batch.first)
     return bencode.encode(

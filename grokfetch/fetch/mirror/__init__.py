@@ -9,15 +9,20 @@ from __future__ import annotations
 from grokfetch.fetch.mirror.addresses import unusable
 from grokfetch.fetch.mirror.document import read_document
 from grokfetch.fetch.mirror.environment import environment
+from grokfetch.fetch.mirror.passing import Length, Receiver, lengths, pass_by
 from grokfetch.fetch.mirror.pinned import bring_tokenizer
 from grokfetch.fetch.mirror.state import MirrorSettings
 from grokfetch.fetch.mirror.together import Together
 
 __all__ = [
+    "Length",
     "MirrorSettings",
+    "Receiver",
     "Together",
     "bring_tokenizer",
     "environment",
+    "lengths",
+    "pass_by",
     "read_document",
     "unusable",
 ]

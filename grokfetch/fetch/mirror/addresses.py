@@ -14,9 +14,10 @@ from pathlib import PurePosixPath
 from typing import Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
-__all__ = ["Zone", "label", "places", "unusable", "zone"]
+__all__ = ["PATH", "Zone", "label", "places", "unusable", "zone"]
 
 PATH = "{path}"
+"""Stands for a file's path in a template."""
 
 
 def unusable(address: str, *, stranger: bool) -> str | None:

@@ -26,6 +26,7 @@ from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
 from grokfetch.fetch.mirror.rate_limit import rest_asked_for
 
 __all__ = [
+    "Changed",
     "Failed",
     "Faulty",
     "Http",
@@ -51,6 +52,10 @@ class Refused(Exception):
     """The mirror does not have this file, or another one in its place."""
 
 
+class Changed(Refused):
+    """What the mirror has there is not what it was, or not as long as it should be."""
+
+
 class Faulty(Exception):
     """The mirror is of no use at all: what it does cannot be right."""
 
@@ -73,11 +78,12 @@ class Short(Failed):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes from `start` up to `stop` of a file of `size` bytes."""
+    """The bytes from `start` up to `stop` of a file of `size` bytes, and of that ETag if given."""
 
     start: int
     stop: int
     size: int
+    etag: str | None = None
 
 
 class Http:
@@ -151,6 +157,19 @@ class Http:
         finally:
             await response.aclose()
         return bytes(data)
+
+    async def length(self, url: str) -> tuple[int, str | None]:
+        """Bytes of what lies at an address, and its ETag; nothing of it is read.
+
+        Raises:
+            Refused, Faulty, Failed: there is nothing, or it is not said how long it is.
+        """
+        response = await self._ask(url, None)
+        await response.aclose()
+        size, etag = response.headers.get("content-length"), response.headers.get("etag")
+        if size is None:
+            raise Faulty("it does not say how long the file is")
+        return int(size), etag
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         try:
@@ -340,6 +359,8 @@ def _check(response: httpx.Response, span: Span | None) -> None:
         raise Faulty(f"it sends {coding} where plain bytes were asked for")
     if status == HTTPStatus.OK and span is None:
         return
+    if span and span.etag and status < 300 and headers.get("etag") != span.etag:
+        raise Changed(f"its ETag is {headers.get('etag')} there, and was {span.etag}")
     if status == HTTPStatus.PARTIAL_CONTENT and span is not None:
         _check_range(headers.get("content-range", ""), span)
     elif status == HTTPStatus.OK and span is not None:
@@ -347,7 +368,7 @@ def _check(response: httpx.Response, span: Span | None) -> None:
         if (span.start, span.stop) != (0, span.size):
             raise Failed("it ignores Range")
         if length is not None and length != str(span.size):
-            raise Refused(f"it has {length} bytes there, not {span.size}")
+            raise Changed(f"it has {length} bytes there, not {span.size}")
     else:
         raise _denial(status, headers)
 
@@ -364,7 +385,7 @@ def _denial(status: int, headers: httpx.Headers) -> Exception:
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return Faulty("the proxy asks for a password (it answers 407)")
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return Refused("it has fewer bytes there")
+        return Changed("it has fewer bytes there")
     return Refused(f"it answers {status}")
 
 
@@ -373,4 +394,4 @@ def _check_range(text: str, span: Span) -> None:
     if match is None or int(match[1]) != span.start:
         raise Faulty("it answers with another range than the one asked for")
     if match[3] not in ("*", str(span.size)):
-        raise Refused(f"it has {match[3]} bytes there, not {span.size}")
+        raise Changed(f"it has {match[3]} bytes there, not {span.size}")

@@ -1,0 +1,243 @@
+"""`grokfetch publish` of what lies on a web server; no command of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import click
+
+from grokfetch.commands.manifest import FIRST_SHARD, read_config
+from grokfetch.commands.published import describe, put_out, warn_of_look_alikes
+from grokfetch.errors import Contradiction, SourceInvalid
+from grokfetch.fetch.hashed_mirror import FRAMES, Mirrored, Spans, hash_mirror
+from grokfetch.fetch.mirror import Length, MirrorSettings, lengths
+from grokfetch.fetch.mirror.addresses import PATH
+from grokfetch.fetch.wanted import read_manifest
+from grokfetch.folder.lock import folder_lock
+from grokfetch.manifest.schema import Manifest
+from grokfetch.output.progress import Bar
+from grokfetch.output.terminal import plain
+from grokfetch.torrent.create import suitable_piece_length
+from grokfetch.torrent.names import unsafe_name, with_ending
+from grokfetch.torrent.streamed import made_of
+
+__all__ = ["MirrorSource", "publish_mirror"]
+
+SLACK = 4096
+"""Bytes by which the frame of a shard may be longer than the official pickler makes it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MirrorSource:
+    """What lies on a web server, as a person describes it.
+
+    `address` is a template with `{path}`; `listed` is a file with paths, or else `manifest` one
+    with a manifest. `name` is the torrent's, `config` holds hyperparameters, `piece_length` is in
+    bytes.
+    """
+
+    address: str
+    listed: Path | None
+    manifest: Path | None
+    name: str | None
+    config: Path | None
+    piece_length: int | None
+
+
+def publish_mirror(
+    source: MirrorSource,
+    target: Path,
+    settings: MirrorSettings,
+    *,
+    trackers: Sequence[str],
+    web_seeds: Sequence[str],
+    start: float,
+) -> None:
+    """Hash what lies on a web server, and write its torrent and its manifest.
+
+    Args:
+        source: what, and where.
+        target: the folder to write to; `.NAME.publishing` in it is what an interrupted run keeps.
+        settings: how to treat the server.
+        trackers: where peers can be asked for.
+        web_seeds: where copies lie, beside the server.
+        start: when the work began, as of `time.perf_counter`.
+
+    Raises:
+        SourceInvalid: it is not said which files there are, or a path cannot be.
+        Contradiction: a file changes in the middle, or has another size than the manifest says.
+        Damaged: a file has another sha256 than the manifest says.
+        OutOfReach: the server does not have a file, or does not answer.
+        CheckpointInvalid: the shards are not those of the hyperparameters.
+        StateLocked: another process does the same.
+        StorageFailed: something cannot be written.
+    """
+    known = None if source.manifest is None else read_manifest(source.manifest)
+    name = source.name or _name(source.address, known)
+    described = None if known is None else _below(known, name)
+    paths = _sorted(_listed(source, name, described))
+    warn_of_look_alikes(paths)
+    state = target / with_ending(f".{name}", ".publishing")
+    with folder_lock(state, exclusive=True):
+        found = lengths(source.address, paths, settings)
+        _check_sizes(found, described)
+        sizes = {path: size for path, (size, _) in found.items()}
+        if not any(sizes.values()) or paths == [PurePosixPath(name, name)]:
+            raise SourceInvalid(
+                "there are no bytes to publish, or only a file of the torrent's own name",
+                path=source.address,
+                hint="name more files, or choose another --name",
+            )
+        model = described is not None and described.tensors
+        mirrored = Mirrored(
+            source.address,
+            source.piece_length or suitable_piece_length(list(sizes.values())),
+            {path: found[path] for path in paths},
+            {
+                file.path: file.sha256
+                for file in (() if described is None else described.files)
+                if file.sha256 is not None
+            },
+            {} if model else _frames(sizes, source.config),
+        )
+        with Bar("hash", plain=plain()) as bar:
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.show(done, sum(sizes.values()))
+
+            hashes = hash_mirror(mirrored, state, settings, progress)
+        if described is None or not model:
+            shown = _shown(state, name, mirrored.frames, source.config)
+            described = _together(described, shown)
+        seeds = dict.fromkeys((_web_seed(source.address, name), *web_seeds))
+        made = made_of(
+            name,
+            [(path.relative_to(name), sizes[path]) for path in paths],
+            mirrored.piece_length,
+            {path.relative_to(name): it for path, it in hashes.items()},
+            trackers=trackers,
+            web_seeds=list(seeds),
+        )
+        mirrors = tuple(dict.fromkeys((source.address, *described.mirrors)))
+        described = dataclasses.replace(described, mirrors=mirrors, measured=None)
+        magnet, _ = put_out(described, made, target, start)
+        shutil.rmtree(state, ignore_errors=True)
+    click.echo(magnet)
+
+
+def _name(address: str, known: Manifest | None) -> str:
+    """The torrent's name: the manifest's, or that of the folder or repository at the address."""
+    found = re.search(r"/([^/?#]+?)(?:/resolve/[^/]+)?/\{path\}", address.partition("://")[2])
+    name = found[1] if known is None and found else "" if known is None else known.name
+    if not name or unsafe_name(name) is not None:
+        raise click.UsageError("the address does not say what to call it: --name NAME")
+    return name
+
+
+def _below(manifest: Manifest, name: str) -> Manifest:
+    """The manifest with all files below the torrent's top folder, under that name."""
+
+    def place(path: PurePosixPath) -> PurePosixPath:
+        inside = path.parts[1:] if path.parts[0] in (manifest.name, name) else path.parts
+        return PurePosixPath(name, *inside)
+
+    moved = manifest.moved({file.path: place(file.path) for file in manifest.files})
+    return dataclasses.replace(moved, name=name)
+
+
+def _listed(source: MirrorSource, name: str, described: Manifest | None) -> list[PurePosixPath]:
+    if (source.listed is None) == (described is None):
+        raise click.UsageError("say which files there are: either --files LIST or --manifest FILE")
+    if described is not None:
+        return [file.path for file in described.files]
+    assert source.listed is not None
+    try:
+        lines = source.listed.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceInvalid(f"cannot be read: {error}", path=source.listed) from None
+    paths = [line.strip().removeprefix("./") for line in lines if line.strip()]
+    for path in paths:
+        reason = unsafe_name(path)
+        if reason is not None:
+            raise SourceInvalid(
+                f"{path!r:.100} is not a plain relative path: {reason}",
+                path=source.listed,
+                hint="give each file a line of its own, as: ckpt-0/tensor00000_000",
+            )
+    if not paths:
+        raise SourceInvalid("it names no file", path=source.listed, hint="one path in each line")
+    return [PurePosixPath(name, path) for path in dict.fromkeys(paths)]
+
+
+def _sorted(paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:
+    """In the order in which a torrent has them."""
+    return sorted(paths, key=lambda path: [part.encode() for part in path.parts])
+
+
+def _check_sizes(found: Mapping[PurePosixPath, Length], described: Manifest | None) -> None:
+    for file in () if described is None else described.files:
+        size = found[file.path][0]
+        if size != file.size:
+            raise Contradiction(
+                f"it has {size:,} bytes on the mirror, and {file.size:,} in the manifest",
+                path=str(file.path),
+                hint="name another mirror, or another manifest",
+            )
+
+
+def _frames(sizes: Mapping[PurePosixPath, int], config: Path | None) -> dict[PurePosixPath, Spans]:
+    """The bytes of shards that are not payload, which tell the tensors; none without shards."""
+    homes = [path.parent for path in sizes if path.name == FIRST_SHARD]
+    if not homes and config is None:
+        return {}
+    from loader.weights.inventory import expected
+
+    home = homes[0] if homes else PurePosixPath()
+    files, tensors = expected(read_config(config), home)
+    kept: dict[PurePosixPath, list[int]] = {file.path: [0] for file in files if file.path in sizes}
+    for tensor in tensors:
+        if tensor.file in kept:
+            for offset, length in tensor.spans():
+                if length > 2 * SLACK:
+                    kept[tensor.file] += (offset + SLACK, offset + length - SLACK)
+    return {path: tuple(_pairs([*bounds, sizes[path]])) for path, bounds in kept.items()}
+
+
+def _pairs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    yield from zip(bounds[::2], bounds[1::2], strict=True)
+
+
+def _shown(
+    state: Path, name: str, frames: Mapping[PurePosixPath, Spans], config: Path | None
+) -> Manifest:
+    """What the frames tell; plain files where there are none."""
+    if not frames and config is None:
+        return Manifest(name, ())
+    folder = state / FRAMES / name
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return describe(folder, config)
+
+
+def _together(known: Manifest | None, shown: Manifest) -> Manifest:
+    """The manifest that was given with the tensors that the frames tell."""
+    if known is None:
+        return shown
+    return dataclasses.replace(known, tensors=shown.tensors, model=shown.model or known.model)
+
+
+def _web_seed(address: str, name: str) -> str:
+    """The address as every client understands it, or as only we do.
+
+    A client appends the torrent's name and the path of a file (BEP 19).
+    """
+    folder = f"/{name}/{PATH}"
+    return address.removesuffix(folder.removeprefix("/")) if address.endswith(folder) else address

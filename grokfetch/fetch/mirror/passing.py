@@ -1,0 +1,208 @@
+"""Whole files of one web server as they pass by, several at a time; no byte is written here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from grokfetch.errors import Contradiction, OutOfReach
+from grokfetch.fetch.mirror.addresses import label, places
+from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
+
+if TYPE_CHECKING:
+    from grokfetch.fetch.mirror.http import Http
+
+__all__ = ["Length", "Receiver", "lengths", "pass_by"]
+
+BUFFER = 1 << 20
+"""Bytes that are handed on together."""
+
+Length = tuple[int, str | None]
+"""Bytes of a file on the server, and the ETag that goes with them."""
+
+Work = Callable[["Http", Mirror, PurePosixPath], Awaitable[None]]
+
+HINT = "what has been hashed is kept; run the same command again"
+
+
+class Receiver(Protocol):
+    """Takes one file, in order; is called in other threads, never twice at a time."""
+
+    @property
+    def done(self) -> int:
+        """Bytes taken so far."""
+
+    def take(self, data: memoryview) -> None:
+        """The next bytes."""
+
+    def end(self) -> None:
+        """The file has come to its end; called in the thread of `pass_by`."""
+
+
+def lengths(
+    address: str, paths: Iterable[PurePosixPath], settings: MirrorSettings
+) -> dict[PurePosixPath, Length]:
+    """How long files are on a server.
+
+    Args:
+        address: as of a mirror.
+        paths: with the torrent's top folder.
+        settings: how many connections, and how patient.
+
+    Raises:
+        OutOfReach: the server does not have one, or does not answer.
+    """
+    found: dict[PurePosixPath, Length] = {}
+
+    async def look(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
+        found[path] = await _length(http, mirror, path)
+
+    asyncio.run(_Server(address, settings, look).visit(paths))
+    return found
+
+
+def pass_by(
+    address: str,
+    files: Mapping[PurePosixPath, tuple[Length, Receiver]],
+    settings: MirrorSettings,
+    progress: Callable[[int], None],
+) -> None:
+    """Let files pass by from beginning to end, each on one connection.
+
+    A connection that breaks is made again, and the file goes on where it stopped.
+
+    Args:
+        address: as of a mirror.
+        files: path with the torrent's top folder, length as of `lengths`, and who takes it.
+        settings: how many connections, and how patient.
+        progress: is told of bytes that have come.
+
+    Raises:
+        Contradiction: a file has another length or ETag there now.
+        OutOfReach: the server does not have one any more, or does not answer.
+    """
+    from grokfetch.fetch.mirror.http import Short
+
+    async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
+        length, receiver = files[path]
+        while receiver.done < length[0]:
+            before = receiver.done
+            try:
+                await _bring(http, mirror, path, length, receiver, progress)
+            except Short:
+                if receiver.done == before:
+                    raise
+        receiver.end()
+
+    asyncio.run(_Server(address, settings, bring).visit(files))
+
+
+class _Server:
+    """Does something for each of several files, on as many connections as a server is to have."""
+
+    def __init__(self, address: str, settings: MirrorSettings, work: Work) -> None:
+        here = settings.environment.at_hub(address)
+        self._mirror = Mirror(here, label(here), settings.connections)
+        self._settings = settings
+        self._work = work
+
+    async def visit(self, paths: Iterable[PurePosixPath]) -> None:
+        from grokfetch.fetch.mirror.http import Http
+
+        settings = self._settings
+        left = iter(list(paths))
+        async with Http(
+            settings.connections, settings.patience_s, settings.proxy, settings.environment
+        ) as http:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(settings.connections):
+                        group.create_task(self._serve(http, left))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+
+    async def _serve(self, http: Http, left: Iterator[PurePosixPath]) -> None:
+        for path in left:
+            rest_s: float | None = 0.0
+            while rest_s is not None:
+                await asyncio.sleep(rest_s)
+                rest_s = await self._attempt(http, path)
+
+    async def _attempt(self, http: Http, path: PurePosixPath) -> float | None:
+        """How long to rest before the next attempt, None after a good one."""
+        from grokfetch.fetch.mirror.http import Changed, Failed, Faulty, Limited, Refused
+
+        mirror = self._mirror
+        began = time.monotonic()
+        try:
+            await self._work(http, mirror, path)
+        except Changed as error:
+            raise Contradiction(
+                f"{path} has changed: {error}", path=mirror.name, hint=HINT
+            ) from None
+        except (Refused, Faulty) as error:
+            raise OutOfReach(f"{path}: {error}", path=mirror.name, hint=HINT) from None
+        except Failed as error:
+            if isinstance(error, Limited) and error.rest_s is not None:
+                mirror.limit(began, error.rest_s, self._settings)
+            elif mirror.strike(began, self._settings, fewer=isinstance(error, Limited)):
+                raise OutOfReach(f"{path}: {error}", path=mirror.name, hint=HINT) from None
+            return max(0.0, mirror.rests_until - time.monotonic())
+        mirror.deliver()
+        return None
+
+
+async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
+    """How long a file is, at whichever of its addresses there is one."""
+    from grokfetch.fetch.mirror.http import Refused
+
+    candidates = places(mirror.address, path)
+    for form in sorted(range(len(candidates)), key=lambda form: form != mirror.form):
+        try:
+            found = await http.length(candidates[form])
+        except Refused as error:
+            refused = error
+        else:
+            mirror.form = form
+            return found
+    raise refused
+
+
+async def _bring(  # noqa: PLR0913, PLR0917  # from where, what, to whom
+    http: Http,
+    mirror: Mirror,
+    path: PurePosixPath,
+    length: Length,
+    receiver: Receiver,
+    progress: Callable[[int], None],
+) -> None:
+    """Hand on what is left of a file."""
+    from grokfetch.fetch.mirror.http import Short, Span
+
+    size, etag = length
+    candidates = places(mirror.address, path)
+    url = candidates[min(mirror.form, len(candidates) - 1)]
+    async with http.opened(url, Span(receiver.done, size, size, etag)) as chunks:
+        held = bytearray()
+
+        async def hand_on() -> None:
+            data = memoryview(held)[: size - receiver.done]
+            await asyncio.to_thread(receiver.take, data)
+            data.release()
+            progress(len(held))
+            held.clear()
+            mirror.deliver()
+
+        try:
+            async for chunk in chunks:
+                held += chunk
+                if len(held) >= BUFFER:
+                    await hand_on()
+        finally:
+            if held:
+                await hand_on()
+    if receiver.done < size:
+        raise Short("it sent fewer bytes than were asked for")
