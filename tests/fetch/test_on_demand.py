@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+from pathlib import PurePosixPath
+
 import numpy as np
 import pytest
 from support import golden
+from support.fake_swarm import FakeSwarm, NoPeers
 from support.patience import wait_for
-from support.release import publish
+from support.release import PIECE, publish
+from support.torrents import content, v1_torrent
 from support.web_server import WebServer
 
 import loader
 from grokfetch.errors import NoModel, StateLocked
+from grokfetch.events import Traffic
+from grokfetch.fetch import fetch
+from grokfetch.fetch.mirror import Together
+from grokfetch.fetch.mirror.division import Patience
 from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.fetch.wanted import Network
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
+from grokfetch.manifest.selection import ON_DEMAND, Extract, Request
 from grokfetch.torrent.metainfo import encode_torrent, parse_info
 from loader.weights.checkpoint import model_of
 
@@ -133,6 +146,75 @@ def test_a_torrent_without_a_manifest_is_read_too_but_its_hyperparameters_are_no
     assert proven(tmp_path) == few
     with pytest.raises(NoModel):
         model_of(Store(tmp_path))
+
+
+class Elsewhere(NoPeers):
+    """A swarm that is at work, and has nothing of what is asked for."""
+
+    def download(self, order):
+        self.orders.append(order)
+        for turn in itertools.count():
+            self.never.wait(0.01)
+            yield Traffic(turn * 10_000, 1e6, 1)
+
+
+FILES = {"a": content(8 * PIECE), "b": content(8 * PIECE, 1)}
+PLAIN = v1_torrent(FILES, PIECE)
+
+
+@contextlib.contextmanager
+def demanding(folder, source):
+    store = Arriving(folder, on_demand=True)
+    nothing = Request(extract=Extract(ON_DEMAND, ()))
+    with store.filled(fetch(store, source, request=nothing, demand=store.demand)):
+        yield store
+
+
+def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror(tmp_path):
+    with WebServer({f"top/{name}": data for name, data in FILES.items()}) as server:
+        swarm = Elsewhere(PLAIN)
+        with demanding(tmp_path, Together(swarm, [server.url])) as store:
+            store.require(PurePosixPath("top/a"), 3 * PIECE, 10)
+            assert swarm.orders
+    assert tmp_path.joinpath("top/a").read_bytes()[3 * PIECE :][:10] == FILES["a"][3 * PIECE :][:10]
+
+
+def test_what_no_mirror_has_is_asked_of_the_swarm_again(tmp_path):
+    class Later(FakeSwarm):
+        """Silent at first."""
+
+        def download(self, order):
+            if not self.orders:
+                self.orders.append(order)
+                yield from NoPeers(PLAIN).download(order)
+            yield from super().download(dataclasses.replace(order, want=wanted(order)))
+
+    def wanted(order):
+        return frozenset(order.demand.waited)
+
+    with WebServer({"top/a": FILES["a"]}) as server:
+        swarm = Later(PLAIN, dict(FILES))
+        with demanding(tmp_path, Together(swarm, [server.url])) as store:
+            store.require(PurePosixPath("top/a"), 0, 10)
+            store.require(PurePosixPath("top/b"), 0, 10)
+    assert tmp_path.joinpath("top/b").read_bytes()[:10] == FILES["b"][:10]
+    assert len(swarm.orders) > 1
+
+
+def test_a_swarm_is_waited_for_as_long_as_it_brings_what_is_waited_for():
+    patience = Patience(1_000_000)
+    assert not patience.ends(0.0, set(), 0, 0.0)
+    assert not patience.ends(10.0, {1, 2}, 0, 0.0)
+    assert not patience.ends(11.9, {1, 2}, 0, 0.0)
+    assert patience.ends(12.1, {1, 2}, 0, 0.0)
+    # Bytes of others come, at a piece a second.
+    assert not patience.ends(12.2, {1, 2}, 1, 1e6)
+    assert not patience.ends(15.9, {1, 2}, 2, 1e6)
+    assert patience.ends(16.1, {1, 2, 3}, 3, 1e6)
+    # One that was waited for has come.
+    assert not patience.ends(16.2, {2, 3}, 4, 1e6)
+    assert not patience.ends(100.0, set(), 4, 1e6)
+    assert not patience.ends(200.0, {9}, 4, 1e6)
 
 
 def test_a_folder_that_another_process_holds_is_refused(published, seeded, tmp_path):

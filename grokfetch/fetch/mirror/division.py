@@ -21,7 +21,7 @@ from grokfetch.torrent.layout import Layout
 if TYPE_CHECKING:
     from grokfetch.fetch.mirror.pool import Pool
 
-__all__ = ["Event", "Round", "Turn"]
+__all__ = ["Event", "Patience", "Round", "Turn"]
 
 ON_DEMAND_S = 0.02
 """How long to wait for mirrors when a demand may come at any moment."""
@@ -38,6 +38,10 @@ QUIET_S = 10.0
 
 DEMAND_QUIET_S = 2.0
 """So long without a byte, and what somebody waits for is not left to a swarm."""
+
+PIECES_TOO_LATE, TOO_LATE_S = 4, 60.0
+"""Nor is it when nothing of it comes though other pieces do: for so much longer than so many pieces
+take, and for no longer than that."""
 
 FAIR_S = 5.0
 """Before this nothing is known of how fast mirrors are."""
@@ -69,31 +73,33 @@ class Turn:
         return set(wanted.intersection(self._order.demand.waited) - self.arrived)
 
     def of_swarm(self, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """Until it has been silent while somebody waited for what a mirror may have."""
-        silent_since = math.inf
+        """Until somebody has waited too long for what a mirror may have."""
+        patience, rate = Patience(self._order.layout.piece_length), 0.0
         with contextlib.closing(swarm):
             for event in swarm:
-                now = time.monotonic()
                 if isinstance(event, Arrived):
                     self.arrived.update(event.pieces)
                 if isinstance(event, Traffic):
-                    total = self._before + event.received
-                    if total > self.received or not self._waited:
-                        silent_since = math.inf
-                    self.received = max(self.received, total)
+                    self.received = max(self.received, self._before + event.received)
+                    rate = event.rate
                     yield dataclasses.replace(event, received=self.received)
                 else:
                     yield event
-                if self._waited:
-                    silent_since = min(silent_since, now)
-                    silent = now - silent_since > DEMAND_QUIET_S
-                    if silent and self._can_help(self._order.layout, self._waited):
-                        return
+                waited = self._waited
+                late = patience.ends(time.monotonic(), waited, self.received, rate)
+                if late and self._can_help(self._order.layout, waited):
+                    return
 
     def of_mirrors(
-        self, mirrors: list[Mirror], settings: MirrorSettings
+        self, mirrors: list[Mirror], settings: MirrorSettings, *, alone: bool
     ) -> Generator[Event, None, None]:
-        """Until none is left."""
+        """Until none is left, or none may have what somebody waits for.
+
+        Args:
+            mirrors: which.
+            settings: how to treat them.
+            alone: whether there is no swarm that might have it.
+        """
         from grokfetch.fetch.mirror.pool import Pool
 
         order, rate = self._order, _Rate()
@@ -102,6 +108,9 @@ class Turn:
         version = order.demand.version
         with pool:
             while pool.busy:
+                waited = self._waited
+                if waited and not alone and not self._can_help(order.layout, waited):
+                    return
                 # Who listens has to learn of demands before anything can be done.
                 for event in pool.take(0.0 if order.demand.version != version else ON_DEMAND_S):
                     if isinstance(event, Arrived):
@@ -110,6 +119,39 @@ class Turn:
                 version = order.demand.version
                 self.received = self._before + pool.received
                 yield Traffic(self.received, rate.of(pool.received), 0)
+
+
+class Patience:
+    """How long somebody has waited in vain for what a swarm should bring. Pure: no clock.
+
+    Args:
+        piece_length: in bytes.
+    """
+
+    def __init__(self, piece_length: int) -> None:
+        self._piece_length = piece_length
+        self._waited: set[int] = set()
+        self._received = 0
+        self._moved_at = self._served_at = 0.0
+
+    def ends(self, now: float, waited: set[int], received: int, rate: float) -> bool:
+        """Whether it has been too long: not a byte came, or enough of what nobody waits for.
+
+        Args:
+            now: monotonic seconds.
+            waited: the pieces that are waited for.
+            received: payload bytes so far, of any pieces.
+            rate: bytes a second.
+        """
+        if not self._waited or not self._waited <= waited:
+            self._moved_at = self._served_at = now
+        if received > self._received:
+            self._moved_at = now
+        self._waited, self._received = waited, received
+        pieces_s = PIECES_TOO_LATE * self._piece_length / max(rate, 1.0)
+        longest_s = DEMAND_QUIET_S + min(pieces_s, TOO_LATE_S)
+        late = now - self._moved_at > DEMAND_QUIET_S or now - self._served_at > longest_s
+        return bool(waited) and late
 
 
 class Round:

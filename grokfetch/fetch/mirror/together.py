@@ -108,14 +108,14 @@ class Together:
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
 
     def _in_turn(self, order: Order) -> Iterator[Event]:
-        """What is asked for while it runs: by the swarm, or where that is silent by mirrors."""
+        """What is asked for while it runs: by the swarm, or what that does not bring by mirrors."""
         received, by_swarm = 0, True
         while True:
             turn = Turn(order, received, self._can_help)
             with contextlib.closing(
                 turn.of_swarm(self._join(order, stays=True))
                 if by_swarm and self._swarm_works
-                else turn.of_mirrors(self.alive, self._settings)
+                else turn.of_mirrors(self.alive, self._settings, alone=not self._swarm_works)
             ) as events:
                 yield from map(self._with_senders, events)
             received, have = turn.received, order.have | turn.arrived
