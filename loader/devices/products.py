@@ -27,6 +27,7 @@ __all__ = [
     "by_platform",
     "dots",
     "lookup",
+    "on_tpus",
     "product",
     "reads_decide",
     "select",
@@ -36,6 +37,8 @@ __all__ = [
 
 GPUS = ("cuda", "rocm")
 """Platforms whose compiler copies a matrix out of its stack before it multiplies with it."""
+
+TPUS = ("tpu",)
 
 PART = 128
 """Rows that one kernel of a GPU sums where it sums over the rows of a matrix."""
@@ -140,6 +143,12 @@ def by_platform(
 ) -> Array:
     """One of two functions of the same result, chosen when the program is compiled."""
     result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
+    return result
+
+
+def on_tpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
+    """The same for TPUs."""
+    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(TPUS, there))
     return result
 
 

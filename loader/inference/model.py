@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from loader.devices import native
 from loader.devices.placement import Layer
-from loader.devices.products import Table, Weights, dots, lookup, product, table_rows
+from loader.devices.products import Table, Weights, dots, lookup, on_tpus, product, table_rows
 from loader.inference import heads
 from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
@@ -54,6 +54,9 @@ NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
+
+SCORES = 2 << 20
+"""Bytes of scores that a TPU computes at once where each row has one token."""
 LARGEST_HALF = 65_504.0
 
 
@@ -233,6 +236,9 @@ def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig)
     """Queries `[B, T, Q, d]` over keys and values `[B, S, K, d]`: float32 `[B, T, K, Q / K, d]`."""
     grouped = group_queries(queries, held.keys.shape[2])
     batch, steps = grouped.shape[:2]
+    each = queries.shape[2] * held.keys.shape[1] * 4
+    if steps == 1 < batch and batch * each > SCORES:
+        return _attend_by_rows(grouped, held, window, config, max(1, SCORES // each))
     size = next(n for n in range(min(steps, QUERY_BLOCK), 0, -1) if steps % n == 0)
     if size == steps:
         return _attend_block(grouped, window.positions, held, window, config)
@@ -245,6 +251,29 @@ def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig)
 
     mixed = lax.map(block, (cut(grouped), cut(window.positions)))
     return jnp.moveaxis(mixed, 0, 1).reshape(grouped.shape)
+
+
+def _attend_by_rows(
+    queries: Array, held: KeyValues, window: Window, config: GrokConfig, most: int
+) -> Array:
+    """One token a row, at most so many rows at a time: their scores stay in a TPU's fast memory."""
+    batch = queries.shape[0]
+    size = next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
+
+    def at_once(queries: Array, held: KeyValues, window: Window) -> Array:
+        return _attend_block(queries, window.positions, held, window, config)
+
+    def some(queries: Array, held: KeyValues, window: Window) -> Array:
+        def rows(start: Array) -> Array:
+            def cut(array: Array) -> Array:
+                return lax.dynamic_slice_in_dim(array, start, size)
+
+            return at_once(*jax.tree.map(cut, (queries, held, window)))
+
+        mixed: Array = lax.map(rows, jnp.arange(0, batch, size))
+        return mixed.reshape(queries.shape)
+
+    return on_tpus(some, at_once, queries, held, window)
 
 
 def _attend_block(

@@ -106,9 +106,11 @@ def follow(engine, steps):
     ],
     ids=str,
 )
-def test_the_forms_for_gpus_equal_the_reference(monkeypatch, mesh):
-    """One of the heads, of the groups of scales, and of the experts that all are needed."""
+def test_the_forms_for_gpus_and_tpus_equal_the_reference(monkeypatch, mesh):
+    """All heads, groups of scales or experts at once; the rows of a step one after the other."""
     monkeypatch.setattr(products, "GPUS", ("cpu",))
+    monkeypatch.setattr(products, "TPUS", ("cpu",))
+    monkeypatch.setattr(model, "SCORES", 1)
     devices, params = golden.placed(MeshShape(*mesh))
     follow(Engine(golden.CONFIG, golden.for_accelerators(params), devices, "float32"), steps=4)
 
