@@ -40,8 +40,8 @@ GPUS = ("cuda", "rocm")
 
 TPUS = ("tpu",)
 
-PART = 128
-"""Rows that one kernel of a GPU sums where it sums over the rows of a matrix."""
+PART, PARTIAL_SUMS = 128, 196_608
+"""Where a GPU sums over the rows of a matrix: least rows of a part, and about how many sums."""
 
 FEW = 32
 """Tokens whose products take no longer on an accelerator than the weights take to read."""
@@ -164,11 +164,11 @@ def _summed(x: Array, weights: Quantized) -> Array:
     copy the matrix for a product that it leaves to a kernel for matrices. A vector and not a matrix
     of one row, and scaled within the sum: otherwise the stack is transposed first. In parts that
     are summed first: left to split the sum by itself it may write all addends out, as for a B200,
-    whose cache is large.
+    whose cache is large. The parts of large matrices are longer, so that the sums stay few.
     """
     weights = _matrix(weights)
     groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape
-    size = math.gcd(rows // groups, PART)
+    size = math.gcd(rows // groups, max(PART, rows * columns // PARTIAL_SUMS))
     shape = (groups, rows // groups // size, size)
     matrix = weights.weight.reshape(*shape, columns).astype(jnp.float32)
     scaled = x.reshape(*shape, 1) * matrix * weights.scales[:, None, None].astype(jnp.float32)

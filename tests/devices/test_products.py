@@ -41,8 +41,10 @@ def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype, tuning)
 
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("batch", [(), (1,), (1, 1)], ids=str)
-def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, groups, batch):
+@pytest.mark.parametrize("part", [2, 128])
+def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, part, groups, batch):
     monkeypatch.setattr(quantized, "GPUS", ("cpu",))
+    monkeypatch.setattr(quantized, "PART", part)
     weights, matrix = made(48, 7, groups)
     x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
     found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype("bfloat16"))
