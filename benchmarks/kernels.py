@@ -79,7 +79,8 @@ def formulations(tokens: int, plain: Tuning) -> Iterator[tuple[str, Tuning]]:
             )
     yield "plain, as tuned", plain
     if native.built(cache_folder() / processor(), print):
-        yield "product.c", dataclasses.replace(plain, native=True)
+        yield "product.c, float32", dataclasses.replace(plain, native=True)
+        yield "product.c, integers", dataclasses.replace(plain, native=True, integers=True)
 
 
 def ours(flat: jax.Array, x: jax.Array, tuning: Tuning) -> jax.Array:

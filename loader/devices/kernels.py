@@ -48,7 +48,8 @@ class Tuning:
     rows are accumulated; above, blocks are converted and multiplied as matrices. block_rows,
     block_columns: of such a block. halves: multiply blocks in bfloat16, and activations as the sum
     of two bfloat16 numbers, which pays where the processor has matrix instructions for them.
-    native: leave all products to `loader.devices.native`, which must have been built.
+    native: leave all products to `loader.devices.native`, which must have been built. integers:
+    those of many tokens in integers of 16 bits, unless float32 is asked for.
     """
 
     vector_width: int = 512
@@ -59,6 +60,7 @@ class Tuning:
     block_columns: int = 512
     halves: bool = False
     native: bool = False
+    integers: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def product(
     if tuning.native:
         place = jnp.stack((rows.start, rows.column, jnp.int32(rows.stride)))
         scales = jnp.stack([scale(jnp.int32(number)) for number in range(groups)])
-        return native.product(x, rows.flat, place, scales)
+        return native.product(x, rows.flat, place, scales, integers=tuning.integers)
     height = rows.count // groups
 
     def group(number: Array, total: Array) -> Array:

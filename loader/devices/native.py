@@ -28,7 +28,7 @@ from jax import Array
 __all__ = ["attention", "built", "product"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.c", "attention.c"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("pool.h", "tiles.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("pool.h", "tiles.h", "integers.h"))
 OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 PROCESSOR = ("-march=native", "-mcpu=native")
 """How compilers are told to use all that this processor has; the second is that of some for ARM."""
@@ -39,7 +39,7 @@ VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES + HEADER
 NAME = f"grokfetch_native_{VERSION}"
 """Of the compiled file that is kept, which is found by no other version of the source."""
 
-FUNCTIONS = ("grokfetch_product", "grokfetch_attention")
+FUNCTIONS = ("grokfetch_product", "grokfetch_integer_product", "grokfetch_attention")
 
 LOADED: list[ctypes.CDLL] = []
 """The C program once this process uses it: jax takes a function of a name only once."""
@@ -75,7 +75,7 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
     return True
 
 
-def product(x: Array, flat: Array, place: Array, scales: Array) -> Array:
+def product(x: Array, flat: Array, place: Array, scales: Array, *, integers: bool) -> Array:
     """`x @ matrix`, each group of rows scaled by columns; once `built` has said that it can.
 
     Args:
@@ -83,13 +83,16 @@ def product(x: Array, flat: Array, place: Array, scales: Array) -> Array:
         flat: int8 `[bytes]`, in which the matrix lies.
         place: int32 `[3]`: where its first row begins, the first column of ours, columns of a row.
         scales: float32 `[groups, N]`; groups divides K.
+        integers: whether the activations of many tokens are rounded to integers of 16 bits, each by
+            2^-16 of the largest of 256 at most; products and their sums are exact then.
 
     Returns:
         float32 `[T, N]`.
     """
     shape = (x.shape[0], scales.shape[1])
     result = jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
-    computed: Array = jax.ffi.ffi_call(_target("grokfetch_product"), result)(x, flat, place, scales)
+    function = "grokfetch_integer_product" if integers else "grokfetch_product"
+    computed: Array = jax.ffi.ffi_call(_target(function), result)(x, flat, place, scales)
     return computed
 
 

@@ -6,10 +6,12 @@
 
    A few tokens are bound by memory: each piece of work is a run of whole rows, read once from end to
    end, some rows side by side. Many tokens are bound by arithmetic: each piece is a strip of columns,
-   of which one small panel after another is converted and used by all tokens. */
+   of which one small panel after another is converted and used by all tokens: as floats, or as the
+   integers of `integers.h`, which are faster where `loader/devices/tuning.py` finds them to be. */
 
 #include <string.h>
 
+#include "integers.h"
 #include "pool.h"
 #include "tiles.h"
 
@@ -17,7 +19,7 @@ enum {
     FEW = 12,                  /* tokens up to which a panel does not pay */
     PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
     WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
-    AHEAD = 4,                 /* rows that are asked for before they are converted */
+    AHEAD = 16,                /* rows that are asked for before they are converted */
     SUMS = 1 << 15,            /* sums of a piece of work: 128 KiB of a second-level cache */
     STRIPS = 8,                /* pieces side by side for many tokens, at least */
     PIECE = 1 << 22,           /* bytes of the matrix in a piece for few tokens, at least */
@@ -35,6 +37,10 @@ typedef struct {
     int64_t tokens, height, width, stride, groups;
     int64_t parts;         /* runs of rows that a group is cut into */
     int64_t strip, strips; /* columns of a piece, and pieces side by side */
+    int16_t *rounded;      /* [groups * blocks, tokens, block], for many in integers; else null */
+    float *factors;        /* [groups * blocks, tokens], of what is rounded */
+    int64_t block, blocks; /* rows that share a factor, and how many such blocks a group has */
+    atomic_long ready;     /* tokens that are rounded: the first pieces of the work */
 } product;
 
 /* Columns that do not fill a tile: only small models have them. */
@@ -90,35 +96,71 @@ static void convert(const int8_t *weights, int64_t stride, int64_t rows, int64_t
         }
 }
 
+/* Adds what some rows of a strip give to the sums of all tokens, in float32. */
+static void add(product *p, int64_t row, int64_t rows, int64_t first, int64_t tiles_wide,
+                float *panel, float *sums, int64_t columns) {
+    int64_t runs = (p->tokens + AT_ONCE - 1) / AT_ONCE;
+    convert(p->matrix + row * p->stride + first, p->stride, rows, tiles_wide, panel);
+    for (int64_t t = 0; t < tiles_wide; t++)
+        /* Runs of nearly equal length: short ones leave arithmetic waiting. */
+        for (int64_t run = 0; run < runs; run++) {
+            int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
+            tiles(end - token, p->x + token * p->height + row, p->height, NULL,
+                  panel + t * PANEL_ROWS * TILE, 0, rows, sums + token * columns + t * TILE,
+                  columns);
+        }
+}
+
+/* The same in integers, for the rows of a block. */
+static void add_block(product *p, int64_t block, int64_t row, int64_t rows, int64_t first,
+                      int64_t tiles_wide, int32_t *panel, float *sums, int64_t columns) {
+    int64_t runs = (p->tokens + AT_ONCE - 1) / AT_ONCE, pairs = (rows + 1) / 2;
+    static const int8_t none[TILE];
+    for (int64_t pair = 0; pair < pairs; pair++)
+        for (int64_t t = 0; t < tiles_wide; t++) {
+            const int8_t *upper = p->matrix + (row + 2 * pair) * p->stride + first + t * TILE;
+            const int8_t *lower = 2 * pair + 1 < rows ? upper + p->stride : none;
+            int32_t *to = panel + (t * p->block / 2 + pair) * TILE;
+            __builtin_prefetch(upper + AHEAD * p->stride, 0, 2);
+            __builtin_prefetch(upper + (AHEAD + 1) * p->stride, 0, 2);
+            for (int v = 0; v < VECTORS; v++)
+                *(integers *)(to + v * LANES) = paired(upper + v * LANES, lower + v * LANES);
+        }
+    for (int64_t t = 0; t < tiles_wide; t++)
+        for (int64_t run = 0; run < runs; run++) {
+            int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
+            int64_t at = block * p->tokens + token;
+            integer_tiles(end - token, p->rounded + at * p->block, p->block, p->factors + at,
+                          panel + t * p->block / 2 * TILE, pairs, sums + token * columns + t * TILE,
+                          columns);
+        }
+}
+
 /* A strip of columns for any number of tokens, into the result. */
 static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
-    int64_t rows = p->height / p->groups, runs = (p->tokens + AT_ONCE - 1) / AT_ONCE;
+    int64_t rows = p->height / p->groups, most = p->rounded ? p->block : PANEL_ROWS;
     int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
-    size_t bytes = (p->tokens * columns + PANEL_ROWS * even) * sizeof(float);
-    float *panel = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
-    if (!panel) {
+    size_t bytes = p->tokens * columns * sizeof(float) +
+                   most * even * (p->rounded ? sizeof(int16_t) : sizeof(float));
+    float *sums = aligned_alloc(LINE, (bytes + 2 * LINE - 1) / LINE * LINE);
+    if (!sums) {
         atomic_store(&p->job.failed, 1);
         return;
     }
-    float *sums = panel + PANEL_ROWS * even;
+    float *panel = sums + (p->tokens * columns + LINE / 4 - 1) / (LINE / 4) * (LINE / 4);
     for (int64_t group = 0; group < p->groups; group++) {
         memset(sums, 0, p->tokens * columns * sizeof(float));
-        for (int64_t done = 0; done < rows; done += PANEL_ROWS) {
-            int64_t row = group * rows + done, count = least(PANEL_ROWS, rows - done);
-            const int8_t *weights = p->matrix + row * p->stride + first;
-            convert(weights, p->stride, count, tiles_wide, panel);
-            for (int64_t t = 0; t < tiles_wide; t++)
-                /* Runs of nearly equal length: short ones leave arithmetic waiting. */
-                for (int64_t run = 0; run < runs; run++) {
-                    int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
-                    tiles(end - token, p->x + token * p->height + row, p->height, NULL,
-                          panel + t * PANEL_ROWS * TILE, 0, count,
-                          sums + token * columns + t * TILE, columns);
-                }
+        for (int64_t done = 0; done < rows; done += most) {
+            int64_t row = group * rows + done, count = least(most, rows - done);
+            if (p->rounded)
+                add_block(p, group * p->blocks + done / most, row, count, first, tiles_wide,
+                          (int32_t *)panel, sums, columns);
+            else
+                add(p, row, count, first, tiles_wide, panel, sums, columns);
             if (even < columns)
-                narrow(p->tokens, p->x + row, p->height, weights + even, p->stride, count,
-                       columns - even, sums + even, columns);
+                narrow(p->tokens, p->x + row, p->height, p->matrix + row * p->stride + first + even,
+                       p->stride, count, columns - even, sums + even, columns);
         }
         for (int64_t t = 0; t < p->tokens; t++) {
             float *out = p->out + t * p->width + first;
@@ -129,17 +171,33 @@ static void many(product *p, int64_t piece) {
             }
         }
     }
-    free(panel);
+    free(sums);
+}
+
+/* The activations of a token as integers. */
+static void round_token(product *p, int64_t token) {
+    int64_t rows = p->height / p->groups;
+    for (int64_t block = 0; block < p->groups * p->blocks; block++) {
+        int64_t done = block % p->blocks * p->block, at = block * p->tokens + token;
+        const float *x = p->x + token * p->height + block / p->blocks * rows + done;
+        p->factors[at] = rounded(x, least(p->block, rows - done), p->rounded + at * p->block);
+    }
+    atomic_fetch_add(&p->ready, 1);
 }
 
 static void piece_of(job *j, int64_t piece) {
     product *p = (product *)j;
     if (p->partial) few(p, piece);
-    else many(p, piece);
+    else if (!p->rounded) many(p, piece);
+    else if (piece < p->tokens) round_token(p, piece);
+    else { /* Others may still be at tokens that they took before this piece. */
+        for (int64_t times = 0; atomic_load(&p->ready) < p->tokens; times++) rest(times);
+        many(p, piece - p->tokens);
+    }
 }
 
 /* Computes with the caller's thread and those of XLA's pool. */
-static int compute(product *p, XLA_FFI_CallFrame *frame) {
+static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
     int64_t bytes = p->height * p->width;
     if (p->tokens <= FEW) {
         p->strips = (p->tokens * p->width + SUMS - 1) / SUMS;
@@ -156,6 +214,16 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
         p->strip = least(least(SUMS / p->tokens, WIDEST), p->width / STRIPS) / TILE * TILE;
         if (p->strip < TILE) p->strip = TILE;
         p->job.pieces = (p->width + p->strip - 1) / p->strip;
+        if (in_integers) {
+            int64_t rows = p->height / p->groups;
+            p->block = least(BLOCK, (rows + 1) / 2 * 2);
+            p->blocks = (rows + p->block - 1) / p->block;
+            int64_t count = p->groups * p->blocks * p->tokens;
+            p->factors = malloc(count * (sizeof(float) + p->block * sizeof(int16_t)));
+            if (!p->factors) return 0;
+            p->rounded = (int16_t *)(p->factors + count);
+            p->job.pieces += p->tokens;
+        }
     }
     /* Work of some microseconds is not worth waking anyone. */
     int sound = completed(&p->job, frame, bytes * p->tokens < PIECE / 16);
@@ -166,13 +234,14 @@ static int compute(product *p, XLA_FFI_CallFrame *frame) {
             for (int64_t i = 0; i < count; i++) p->out[i] += p->partial[part * count + i];
         free(p->partial);
     }
+    free(p->factors);
     return sound;
 }
 
 /* Arguments: x float32 [tokens, height], the bytes int8 [n], place int32 [3]: where in them the
    first row begins, the first column, columns of a whole row; scales float32 [groups, width].
    Result: float32 [tokens, width]. */
-XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
+static XLA_FFI_Error *computed(XLA_FFI_CallFrame *frame, int in_integers) {
     if (introduced(frame)) return NULL;
     if (frame->args.size != 4 || frame->rets.size != 1)
         return complaint(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, "not our arguments");
@@ -195,9 +264,14 @@ XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) {
     if (first < 0 || first + (p->height - 1) * p->stride + p->width > bytes->dims[0])
         error = complaint(frame->api, XLA_FFI_Error_Code_OUT_OF_RANGE,
                           "a matrix reaches beyond its file");
-    else if (p->tokens && !compute(p, frame))
+    else if (p->tokens && !compute(p, frame, in_integers))
         error = complaint(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
                           "no memory for the sums of a product");
     release(&p->job);
     return error;
 }
+
+XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) { return computed(frame, 0); }
+
+/* The same in integers where there are many tokens. */
+XLA_FFI_Error *grokfetch_integer_product(XLA_FFI_CallFrame *frame) { return computed(frame, 1); }

@@ -1,5 +1,6 @@
 """The C program's products are those of plain JAX, and do without it where there is no compiler."""
 
+import functools
 import platform
 import shutil
 
@@ -27,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 def multiply(tmp_path_factory):
     """The product, built as a user's first run builds it."""
     assert native.built(tmp_path_factory.mktemp("native"), pytest.fail)
-    return jax.jit(native.product)
+    return jax.jit(native.product, static_argnames="integers")
 
 
 @pytest.fixture
@@ -38,32 +39,38 @@ def unbuilt(monkeypatch):
 
 
 @needs_compiler
-@settings(max_examples=25)
+@pytest.mark.parametrize("integers", [False, True])
+@settings(max_examples=15)
 @given(
     st.integers(1, 40),
-    st.sampled_from([(1, 1), (7, 1), (96, 4), (130, 2), (256, 8)]),
+    st.sampled_from([(1, 1), (7, 1), (96, 4), (130, 2), (256, 8), (1034, 2)]),
     st.integers(1, 300),
     st.tuples(st.integers(0, 70), st.integers(0, 70)),
     st.integers(0, 2**32 - 1),
 )
 def test_product_of_any_part_is_that_of_the_scaled_matrix(  # noqa: PLR0917 - what is drawn
-    multiply, tokens, height, width, beside, seed
+    multiply, integers, tokens, height, width, beside, seed
 ):
     (rows, groups), (left, right) = height, beside
-    check(multiply, (tokens, rows, width, groups), left, left + width + right, seed)
+    part = left, left + width + right
+    check(multiply, (tokens, rows, width, groups), part, seed, integers=integers)
 
 
-def check(multiply, sizes, left, stride, seed):
+def check(multiply, sizes, part, seed, *, integers):
     """Compare the product of some columns of a random matrix with NumPy's."""
+    left, stride = part
     tokens, rows, width, groups = sizes
     random = np.random.default_rng(seed)
     matrix = random.integers(-127, 128, (rows, stride), np.int8)
     flat = np.concatenate([np.full(5, 99, np.int8), matrix.reshape(-1)])
     scales = random.uniform(0.5, 2, (groups, width)).astype(np.float32)
-    x = random.standard_normal((tokens, rows), np.float32)
-    found = multiply(x, flat, np.array([5, left, stride], np.int32), scales)
+    x = random.standard_normal((tokens, rows), np.float32) * 10.0 ** random.integers(-20, 20)
+    place = np.array([5, left, stride], np.int32)
+    found = multiply(x, flat, place, scales, integers=integers)
     wide = matrix[:, left : left + width] * np.repeat(scales, rows // groups, axis=0).astype(float)
-    bound = np.abs(x) @ np.abs(wide) * 1e-6 + 1e-6
+    bound = np.abs(x) @ np.abs(wide) * 1e-6
+    if integers:
+        bound += 1.01 * 2**-16 * np.abs(x).max(axis=1, keepdims=True) * np.abs(wide).sum(axis=0)
     assert (np.abs(found - x @ wide) <= bound).all()
 
 
@@ -131,7 +138,9 @@ def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
     assert native.built(tmp_path, pytest.fail)
     for tokens in (1, 6, 20):
-        check(native.product, (tokens, 96, 130, 4), 3, 140, tokens)
+        for integers in (False, True):
+            sizes, part = (tokens, 96, 130, 4), (3, 140)
+            check(native.product, sizes, part, tokens, integers=integers)
         for dtype in ("bfloat16", "float16"):
             check_attention(native.attention, (2, tokens, 3, 2, 70, 90), dtype, tokens)
 
@@ -161,13 +170,29 @@ def test_every_float16_is_read_as_it_is_and_the_nearest_is_written(by_rows):
 
 
 @needs_compiler
-@pytest.mark.parametrize("tokens", [1, 6, 20])
-def test_sums_do_not_depend_on_which_thread_was_faster(multiply, tokens):
+@pytest.mark.parametrize("integers", [False, True])
+def test_largest_sums_are_exact_and_what_is_no_number_stays_none(multiply, integers):
+    # Of 512 rows whose products all have the largest size and one sign.
+    matrix, x = np.full((512, 64), -128, np.int8), np.full((16, 512), -3e38, np.float32)
+    x[1] = 1e-38
+    x[2:5, 7] = np.nan, np.inf, -np.inf
+    place, scales = np.array([0, 0, 64], np.int32), np.full((1, 64), 1e-6, np.float32)
+    x[0] /= 1e6
+    found = multiply(x, matrix.reshape(-1), place, scales, integers=integers)
+    np.testing.assert_allclose(found[0], 512 * 128 * 3e26, rtol=1e-4)
+    np.testing.assert_allclose(found[1], 0, atol=1e-30)
+    assert not np.isfinite(found[2:5]).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "integers"), [(1, False), (6, False), (20, False), (20, True)])
+def test_sums_do_not_depend_on_which_thread_was_faster(multiply, tokens, integers):
     random = np.random.default_rng(0)
     flat = jnp.asarray(random.integers(-127, 128, 3000 * 4096, np.int8))
     x = jnp.asarray(random.standard_normal((tokens, 3000), np.float32))
     place, scales = np.array([0, 0, 4096], np.int32), np.ones((1, 4096), np.float32)
-    first, *others = (np.asarray(multiply(x, flat, place, scales)) for _ in range(6))
+    compute = functools.partial(multiply, x, flat, place, scales, integers=integers)
+    first, *others = (np.asarray(compute()) for _ in range(6))
     assert all((first == other).all() for other in others)
 
 
@@ -177,7 +202,7 @@ def engine_over(multiply):  # what it has built is used
 
     def made(devices, dtype):
         mesh = make_mesh(golden.CONFIG, MeshShape(1, devices))
-        params = share(golden.CHECKPOINT, mesh, Tuning(native=True))
+        params = share(golden.CHECKPOINT, mesh, Tuning(native=True, integers=True))
         return Engine(golden.CONFIG, params, mesh, dtype)
 
     return made
@@ -197,12 +222,16 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_reference_is(engine_
 @pytest.mark.parametrize("place", [(1, 0, 4), (0, 1, 4), (-1, 0, 4), (0, 0, 5)], ids=str)
 def test_matrix_that_reaches_beyond_its_file_is_refused(multiply, place):
     x, scales = np.ones((1, 3), np.float32), np.ones((1, 4), np.float32)
+    flat, place = np.ones(12, np.int8), np.array(place, np.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="beyond its file"):
-        multiply(x, np.ones(12, np.int8), np.array(place, np.int32), scales).block_until_ready()
+        multiply(x, flat, place, scales, integers=False).block_until_ready()
 
 
 @needs_compiler
 def test_what_was_built_is_used_again_and_half_a_file_is_not(tmp_path, unbuilt, monkeypatch):
+    source, tmp_path = tmp_path / "short.c", tmp_path / "folder"
+    source.write_text("\n".join(f"void {name}(void) {{}}" for name in native.FUNCTIONS))
+    monkeypatch.setattr(native, "SOURCES", (source,))
     assert native.built(tmp_path, pytest.fail)
     (file,) = tmp_path.iterdir()
     monkeypatch.setenv("CC", "/nowhere/cc")

@@ -72,6 +72,16 @@ def test_c_program_is_chosen_where_it_is_built_and_faster_for_one_token_and_many
     assert not measure(seconds=seconds).native
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_integers_are_chosen_where_they_are_faster_for_many_tokens(monkeypatch, tmp_path, faster):
+    def seconds(_flat, tokens, _rows, _columns, tried):
+        assert tokens != 1 or not tried.integers
+        return 2 - tried.native - (0.5 if faster else -0.5) * tried.integers
+
+    monkeypatch.setattr(tuning.native, "built", lambda _folder, _report: True)
+    assert measure(tmp_path, seconds=seconds).integers == faster
+
+
 def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(monkeypatch):
     for found in (Tuning(native=True), Tuning(wide_rows=8)):
         monkeypatch.setattr(tuning, "measure", lambda _folder, _report, found=found: found)
