@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
 from support import golden
 from support.fake_swarm import FakeSwarm, NoPeers
-from support.patience import wait_for
+from support.patience import PATIENCE_S, wait_for
+from support.peer import Peer
 from support.release import PIECE, publish
 from support.torrents import content, v1_torrent
 from support.web_server import WebServer
@@ -22,7 +27,7 @@ from grokfetch.events import Traffic
 from grokfetch.fetch import fetch
 from grokfetch.fetch.mirror import Together
 from grokfetch.fetch.mirror.division import Patience
-from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.fetch.wanted import Network
 from grokfetch.folder.store import Store
@@ -48,9 +53,12 @@ def seeded(published):
         yield peer
 
 
+def loopback(*ports):
+    return SwarmSettings.loopback(tuple(f"127.0.0.1:{port}" for port in ports))
+
+
 def network(*ports, web_seeds=()):
-    settings = SwarmSettings.loopback(tuple(f"127.0.0.1:{port}" for port in ports))
-    return Network(settings, mirrors=bool(web_seeds), web_seeds=web_seeds)
+    return Network(loopback(*ports), mirrors=bool(web_seeds), web_seeds=web_seeds)
 
 
 def opened(published, folder, *ports, **options):
@@ -199,6 +207,87 @@ def test_what_no_mirror_has_is_asked_of_the_swarm_again(tmp_path):
             store.require(PurePosixPath("top/b"), 0, 10)
     assert tmp_path.joinpath("top/b").read_bytes()[:10] == FILES["b"][:10]
     assert len(swarm.orders) > 1
+
+
+def test_what_is_read_on_demand_comes_from_the_peer_that_has_it_and_is_right(tmp_path):
+    stream = b"".join(FILES.values())
+
+    def honest(piece, begin, length):
+        lied.wait(PATIENCE_S)
+        return stream[piece * PIECE + begin :][:length]
+
+    def lie(_piece, _begin, length):
+        lied.set()
+        return bytes(length)
+
+    lied = threading.Event()
+    with (
+        Peer(PLAIN.v1, 16, lie, [9]) as liar,
+        Peer(PLAIN.v1, 16, honest, [2, 9]) as other,
+        demanding(tmp_path, Swarm(PLAIN, loopback(liar.port, other.port))) as store,
+    ):
+        store.require(PurePosixPath("top/b"), PIECE, 10)
+        store.require(PurePosixPath("top/a"), 2 * PIECE, 10)
+        assert liar.sent
+        assert set(other.asked) == {2, 9}
+    assert tmp_path.joinpath("top/b").read_bytes()[PIECE:][:10] == FILES["b"][PIECE:][:10]
+    assert proven(tmp_path) == {2, 9}
+
+
+CHILD = """
+import sys
+import loader
+from grokfetch.fetch.swarm import SwarmSettings
+from grokfetch.fetch.wanted import Network
+root, folder, peer, *names = sys.argv[1:]
+given = {
+    "manifest": f"{root}/tiny.json",
+    "network": Network(SwarmSettings.loopback((peer,)), mirrors=False),
+}
+with loader.open_checkpoint(f"{root}/tiny.torrent", folder, fetch=True, **given) as grok:
+    for name in names:
+        grok[name].weight.sum()
+        print("read", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_the_reading_and_what_was_proven_is_not_fetched_again(
+    published, tmp_path, number
+):
+    root, torrent, manifest = published
+    layout = parse_info(torrent.info, torrent.piece_layers)
+    stream = b"".join(
+        bytes(file.size) if file.pad else root.joinpath(file.path).read_bytes()
+        for file in layout.files
+    )
+
+    def block(piece, begin, length):
+        return stream[piece * PIECE + begin :][:length]
+
+    [there] = [layout.file("release" / it.file) for it in manifest.tensors if it.name == ROUTER]
+    pieces = set(layout.pieces_over(there))
+    with Peer(torrent.v1, layout.piece_count, block, pieces) as some:
+        given = [str(root), str(tmp_path), f"127.0.0.1:{some.port}", ROUTER, GATE]
+        with subprocess.Popen(
+            [sys.executable, "-c", CHILD, *given],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as child:
+            assert child.stdout.readline() == "read\n"
+            wait_for(lambda: pieces <= proven(tmp_path))
+            child.send_signal(number)
+            assert child.stdout.read() == ""
+    assert proven(tmp_path) == pieces
+    with Peer(torrent.v1, layout.piece_count, block) as whole:
+        with opened(published, tmp_path, whole.port) as grok:
+            assert grok.store.demand.waited == ()
+            assert np.array_equal(grok[ROUTER].weight, golden.CHECKPOINT[ROUTER].weight)
+            assert np.array_equal(grok[GATE].weight, golden.CHECKPOINT[GATE].weight)
+        assert pieces.isdisjoint(whole.asked)
 
 
 def test_a_swarm_is_waited_for_as_long_as_it_brings_what_is_waited_for():
