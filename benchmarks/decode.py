@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grokfetch.process_limits import available_memory
 from loader.devices.cache_folder import cache_folder
@@ -32,6 +33,7 @@ from loader.devices.xla_setup import processor
 from loader.inference.engine import Engine
 from loader.inference.model import KeyValues, Window
 from loader.inference.model import _attend as attend
+from loader.inference.model import _by_native as by_native
 from loader.weights.checkpoint import Checkpoint, open_folder
 from loader.weights.schema import GrokConfig
 
@@ -130,15 +132,27 @@ def attention(engine: Engine, places: int) -> object:
     """One token's attention to a full cache of so many places, projections left out."""
     if places not in _ATTENTION:
         config = engine.config
-        cache = KeyValues(
-            *(jnp.ones((1, places, config.num_kv_heads, config.key_size), engine.dtype),) * 2
-        )
+        shape = (1, places, config.num_kv_heads, config.key_size)
+        held = [KeyValues(*(jnp.ones(shape, engine.dtype) for _ in "kv"))]
         window = Window(
             jnp.full((1, 1), places - 1), jnp.ones((1, 1), bool), jnp.ones((1, places), bool), False
         )
+        step = KeyValues(*(jnp.ones((1, 1, *shape[2:]), jnp.float32),) * 2)
         queries = jnp.ones((1, 1, config.num_q_heads, config.key_size), jnp.float32)
-        run = jax.jit(lambda q, c, w: attend(q, c, w, config))
-        _ATTENTION[places] = lambda: run(queries, cache, window)
+        tuning = engine.params.layers[0].query.tuning
+
+        def attended(queries: Array, cache: KeyValues) -> tuple[Array, KeyValues]:
+            if tuning is not None and tuning.native:
+                return by_native(queries, cache, step, window, config)
+            return attend(queries, cache, window, config), cache
+
+        run = jax.jit(attended, donate_argnums=1)
+
+        def once() -> object:
+            mixed, held[0] = run(queries, held[0])
+            return mixed
+
+        _ATTENTION[places] = once
     return _ATTENTION[places]()
 
 
