@@ -30,6 +30,7 @@ from grokfetch.commands.tokenizer import bring_tokenizer
 from grokfetch.commands.value_types import Number
 from grokfetch.events import Outcome
 from grokfetch.fetch import Asked
+from grokfetch.fetch.mirror import Mirrors
 from grokfetch.fetch.source import PieceSource
 from grokfetch.fetch.wanted import Network, read_manifest, resolve
 from grokfetch.folder.store import Store
@@ -149,7 +150,7 @@ def _request(part: Request | None, of_host: Share | None) -> Asked | None:
 
 def bring(
     store: Store,
-    source: PieceSource,
+    source: PieceSource | Mirrors,
     manifest: Manifest | None,
     *,
     timeout_s: float,

@@ -9,15 +9,17 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain
 
-from grokfetch.errors import Stalled, StorageFailed
+from grokfetch.errors import SourceInvalid, Stalled, StorageFailed
 from grokfetch.events import Arrived, FetchEvent, Finding, Notice, PiecesProven, Traffic
 from grokfetch.fetch import preflight
 from grokfetch.fetch.demand import Demand
+from grokfetch.fetch.mirror import Mirrors
 from grokfetch.fetch.on_disk import check_digests, doubt_all, find_pieces
 from grokfetch.fetch.prepare import Asked, Prepared, prepare
 from grokfetch.fetch.silence import Silence, other_ways
 from grokfetch.fetch.source import Order, PieceSource
 from grokfetch.fetch.standing import Standing
+from grokfetch.fetch.whole_files import bring_whole
 from grokfetch.folder.history import recorded
 from grokfetch.folder.journal import checked
 from grokfetch.folder.ledger import Saver
@@ -51,7 +53,7 @@ class Limits:
 
 def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by name
     store: Store,
-    source: PieceSource,
+    source: PieceSource | Mirrors,
     *,
     manifest: Manifest | None = None,
     limits: Limits | None = None,
@@ -67,7 +69,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
 
     Args:
         store: where to.
-        source: where from.
+        source: where from; without a torrent mirrors bring whole files.
         manifest: what it must be; by default the manifest in force, or else whatever the torrent
             holds.
         limits: patience.
@@ -93,6 +95,24 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
         patience = limits or Limits()
 
         def events() -> Generator[FetchEvent, None, None]:
+            if isinstance(source, Mirrors):
+                if demand is not None:
+                    raise SourceInvalid(
+                        "without a torrent no part of a file can be proven, so that nothing can be "
+                        "read while it is fetched",
+                        path=store.root,
+                        hint="fetch it first: grokfetch fetch MANIFEST --to DIR",
+                    )
+                yield from bring_whole(
+                    store,
+                    source,
+                    manifest=manifest,
+                    request=request,
+                    repair=repair,
+                    stall_s=patience.stall_s,
+                    clock=clock,
+                )
+                return
             for step in prepare(
                 store,
                 source,

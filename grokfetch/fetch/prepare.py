@@ -27,7 +27,7 @@ from grokfetch.manifest.selection import Request, Selection, extended, pieces_of
 from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
 
-__all__ = ["Asked", "Prepared", "prepare"]
+__all__ = ["Asked", "Prepared", "prepare", "selected"]
 
 Asked = Request | Callable[[Manifest, Layout], Request]
 """A request, or what makes one of the manifest in force and the length of a piece in bytes."""
@@ -234,7 +234,7 @@ def _settle(
             store.save_manifest(manifest)
     if callable(request):
         request = request(store.manifest(), layout)
-    selection = _selection(store, request, everything=begun is not None)
+    selection = selected(store, request, everything=begun is not None)
     if begun is None:
         store.save_torrent(torrent)
     if selection != store.selection():
@@ -242,7 +242,7 @@ def _settle(
     _rename(store)
 
 
-def _selection(store: Store, request: Request | None, *, everything: bool) -> Selection | None:
+def selected(store: Store, request: Request | None, *, everything: bool) -> Selection | None:
     """What is asked for now: the request beside what earlier ones have asked for.
 
     Args:

@@ -13,6 +13,7 @@ from pathlib import Path
 from grokfetch.errors import GrokfetchError, SelectionInvalid, SourceInvalid, TorrentInvalid
 from grokfetch.events import Notice
 from grokfetch.fetch.mirror import (
+    Mirrors,
     MirrorSettings,
     Together,
     bring_tokenizer,
@@ -85,31 +86,35 @@ class Network:
 class Wanted:
     """Where the pieces come from, and what they must be if that is known.
 
+    Without an `origin` mirrors bring whole files, whose sha256 the manifest gives.
     `begun` is the folder of an earlier fetch if SOURCE is one. `peers` are known beside those of
     the origin, `request` is what part SOURCE itself asks for, `warnings` say what of it is left
     out.
     """
 
-    origin: Magnet | TorrentFile
+    origin: Magnet | TorrentFile | None
     manifest: Manifest | None
     begun: Path | None = None
     peers: tuple[str, ...] = ()
     request: Asked | None = None
     warnings: tuple[str, ...] = ()
 
-    def pieces(self, store: Store, network: Network) -> PieceSource:
+    def pieces(self, store: Store, network: Network) -> PieceSource | Mirrors:
         """The swarm together with every mirror that somebody names.
 
         Args:
             store: the folder to fetch into; its manifest may name mirrors if there is no other.
             network: whom to ask.
         """
+        manifest = self.manifest or store.manifest_or_none()
+        listed = () if manifest is None else manifest.mirrors
+        if self.origin is None:
+            addresses = tuple(dict.fromkeys((*network.web_seeds, *listed)))
+            return Mirrors(addresses if network.mirrors else (), network.mirror_settings())
         peers = (*network.swarm.peers, *self.peers)
         swarm = Swarm(self.origin, dataclasses.replace(network.swarm, peers=peers))
         if not network.mirrors:
             return swarm
-        manifest = self.manifest or store.manifest_or_none()
-        listed = () if manifest is None else manifest.mirrors
         linked = self.origin.web_seeds if isinstance(self.origin, Magnet) else ()
         return Together(swarm, (*network.web_seeds, *listed), linked, network.mirror_settings())
 
@@ -275,9 +280,11 @@ def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
 
 
 def _from_manifest(manifest: Manifest, name: str) -> Wanted:
+    if manifest.magnet is None and all(file.sha256 for file in manifest.files):
+        return Wanted(None, manifest)
     if manifest.magnet is None:
         raise SourceInvalid(
-            "the manifest has no magnet link",
+            "the manifest has no magnet link, and not the sha256 of every file",
             path=name,
             hint="name a SOURCE, and the manifest with --manifest",
         )

@@ -4,7 +4,8 @@
                              that lay there in another layout and were adopted
     DIR/.../NAME.part        a file that is not asked for, with the bytes that share a piece with
                              one that is; it gets its name when it is asked for. A NAME that is too
-                             long for the ending is truncated (`names.with_ending`)
+                             long for the ending is truncated (`names.with_ending`).
+                             Without a torrent: a file that is not whole yet
     DIR/.grokfetch/          our state (elsewhere with `state`); deleting it costs time, never data
         lock                 locked (flock) exclusively while payload or record are written, shared
                              by readers that ask; holds the owner's {"pid", "host"} as JSON. The

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from grokfetch.folder.proven import Proven
-from grokfetch.folder.store import Store
+from grokfetch.folder.store import Store, part_name
 from grokfetch.manifest.schema import ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
 
@@ -124,6 +124,8 @@ def _asked(store: Store, proven: Proven) -> Asked | None:
 def _state(store: Store, file: ManifestFile, proven: Proven) -> FileState:
     asked = store.asked()
     if store.stamp(file.path) is None:
+        if store.layout() is None and store.stamp(part_name(file.path)) is not None:
+            return "begun"
         return "absent" if asked is None or file.path in asked else "not asked for"
     if file.path in store.record().files and not proven.unchanged(file.path):
         return "changed"

@@ -21,7 +21,7 @@ from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, Ver
 from grokfetch.folder.payload import flush
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
-from grokfetch.folder.store import Store
+from grokfetch.folder.store import Store, part_name
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
 from grokfetch.torrent.layout import Layout
@@ -288,7 +288,9 @@ class _Verification:
 
     def _extras(self) -> Iterator[Finding]:
         named = {file.path for file in self._manifest.files}
-        if self._layout is not None:
+        if self._layout is None:
+            named.update(part_name(file.path) for file in self._manifest.files)
+        else:
             named.update(file.path for file in self._layout.payload)
         if self._manifest.tokenizer is not None:
             named.add(self._manifest.tokenizer.path)

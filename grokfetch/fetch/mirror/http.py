@@ -26,6 +26,7 @@ from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
 from grokfetch.fetch.mirror.rate_limit import rest_asked_for
 
 __all__ = [
+    "IGNORES_RANGE",
     "Changed",
     "Failed",
     "Faulty",
@@ -41,6 +42,8 @@ __all__ = [
 MOST_REDIRECTS = 10
 
 CONNECT_TIMEOUT_S = 15.0
+
+IGNORES_RANGE = "it ignores Range"
 
 LIMITING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
@@ -366,7 +369,7 @@ def _check(response: httpx.Response, span: Span | None) -> None:
     elif status == HTTPStatus.OK and span is not None:
         length = headers.get("content-length")
         if (span.start, span.stop) != (0, span.size):
-            raise Failed("it ignores Range")
+            raise Failed(IGNORES_RANGE)
         if length is not None and length != str(span.size):
             raise Changed(f"it has {length} bytes there, not {span.size}")
     else:

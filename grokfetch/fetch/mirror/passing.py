@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from grokfetch.errors import Contradiction, OutOfReach
+from grokfetch.errors import Contradiction, GrokfetchError, OutOfReach
 from grokfetch.fetch.mirror.addresses import label, places
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
 
 if TYPE_CHECKING:
     from grokfetch.fetch.mirror.http import Http
 
-__all__ = ["Length", "Receiver", "lengths", "pass_by"]
+__all__ = [
+    "Delivery",
+    "Length",
+    "Mirrors",
+    "Receiver",
+    "deliver",
+    "lengths",
+    "mirror_name",
+    "pass_by",
+]
 
 BUFFER = 1 << 20
 """Bytes that are handed on together."""
@@ -26,6 +38,19 @@ Length = tuple[int, str | None]
 Work = Callable[["Http", Mirror, PurePosixPath], Awaitable[None]]
 
 HINT = "what has been hashed is kept; run the same command again"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mirrors:
+    """Mirrors that bring whole files, without a torrent."""
+
+    addresses: tuple[str, ...]
+    settings: MirrorSettings
+
+
+def mirror_name(address: str) -> str:
+    """How a mirror is shown to people."""
+    return label(address)
 
 
 class Receiver(Protocol):
@@ -84,30 +109,107 @@ def pass_by(
         Contradiction: a file has another length or ETag there now.
         OutOfReach: the server does not have one any more, or does not answer.
     """
-    from grokfetch.fetch.mirror.http import Short
 
     async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
         length, receiver = files[path]
-        while receiver.done < length[0]:
-            before = receiver.done
-            try:
-                await _bring(http, mirror, path, length, receiver, progress)
-            except Short:
-                if receiver.done == before:
-                    raise
+        await _to_the_end(http, mirror, path, length, receiver, progress)
         receiver.end()
 
     asyncio.run(_Server(address, settings, bring).visit(files))
 
 
+class Delivery(Protocol):
+    """A file that is to be written from `done` on."""
+
+    done: int
+
+    @property
+    def size(self) -> int:
+        """Bytes that it must have."""
+
+    def take(self, data: memoryview) -> None:
+        """The next bytes; called in other threads, never twice at a time."""
+
+    def restart(self) -> None:
+        """Begin anew: the server sends files from their beginning only."""
+
+
+def deliver(
+    work: Mapping[str, Mapping[PurePosixPath, Delivery]],
+    settings: MirrorSettings,
+    tell: Callable[[str, PurePosixPath, int | GrokfetchError | None], None],
+    ready: Callable[[Callable[[], None]], None],
+) -> None:
+    """Have several mirrors bring whole files at the same time, going on where each ends.
+
+    Args:
+        work: by the address of the mirror, the files by their paths.
+        settings: how to treat them.
+        tell: is told, in this thread, of bytes that have come, of a file that is whole (None), and
+            of what a mirror does not bring.
+        ready: is given what ends all this, to be called from another thread.
+    """
+
+    async def all_mirrors() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop() -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(task.cancel)
+
+        ready(stop)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for address, files in work.items():
+                    group.create_task(_delivered(address, files, settings, partial(tell, address)))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(all_mirrors())
+
+
+async def _delivered(
+    address: str,
+    files: Mapping[PurePosixPath, Delivery],
+    settings: MirrorSettings,
+    tell: Callable[[PurePosixPath, int | GrokfetchError | None], None],
+) -> None:
+    from grokfetch.fetch.mirror.http import IGNORES_RANGE, Changed, Failed
+
+    async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
+        file = files[path]
+        length = await _length(http, mirror, path)
+        if length[0] != file.size:
+            raise Changed(f"it has {length[0]:,} bytes there, not {file.size:,}")
+        try:
+            await _to_the_end(http, mirror, path, length, file, partial(tell, path))
+        except Failed as error:
+            if error.args != (IGNORES_RANGE,):
+                raise
+            file.restart()
+            await _to_the_end(http, mirror, path, length, file, partial(tell, path))
+        tell(path, None)
+
+    await _Server(address, settings, bring, tell).visit(files)
+
+
 class _Server:
     """Does something for each of several files, on as many connections as a server is to have."""
 
-    def __init__(self, address: str, settings: MirrorSettings, work: Work) -> None:
+    def __init__(
+        self,
+        address: str,
+        settings: MirrorSettings,
+        work: Work,
+        failed: Callable[[PurePosixPath, GrokfetchError], None] | None = None,
+    ) -> None:
         here = settings.environment.at_hub(address)
         self._mirror = Mirror(here, label(here), settings.connections)
         self._settings = settings
         self._work = work
+        self._failed = failed
 
     async def visit(self, paths: Iterable[PurePosixPath]) -> None:
         from grokfetch.fetch.mirror.http import Http
@@ -127,9 +229,14 @@ class _Server:
     async def _serve(self, http: Http, left: Iterator[PurePosixPath]) -> None:
         for path in left:
             rest_s: float | None = 0.0
-            while rest_s is not None:
-                await asyncio.sleep(rest_s)
-                rest_s = await self._attempt(http, path)
+            try:
+                while rest_s is not None:
+                    await asyncio.sleep(rest_s)
+                    rest_s = await self._attempt(http, path)
+            except (Contradiction, OutOfReach) as error:
+                if self._failed is None:
+                    raise
+                self._failed(path, error)
 
     async def _attempt(self, http: Http, path: PurePosixPath) -> float | None:
         """How long to rest before the next attempt, None after a good one."""
@@ -171,15 +278,35 @@ async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
     raise refused
 
 
+async def _to_the_end(  # noqa: PLR0913, PLR0917  # as `_bring`
+    http: Http,
+    mirror: Mirror,
+    path: PurePosixPath,
+    length: Length,
+    receiver: Receiver | Delivery,
+    progress: Callable[[int], None],
+) -> None:
+    """Hand on all that is left of a file, over as many answers as that takes."""
+    from grokfetch.fetch.mirror.http import Short
+
+    while receiver.done < length[0]:
+        before = receiver.done
+        try:
+            await _bring(http, mirror, path, length, receiver, progress)
+        except Short:
+            if receiver.done == before:
+                raise
+
+
 async def _bring(  # noqa: PLR0913, PLR0917  # from where, what, to whom
     http: Http,
     mirror: Mirror,
     path: PurePosixPath,
     length: Length,
-    receiver: Receiver,
+    receiver: Receiver | Delivery,
     progress: Callable[[int], None],
 ) -> None:
-    """Hand on what is left of a file."""
+    """Hand on what one answer brings of a file."""
     from grokfetch.fetch.mirror.http import Short, Span
 
     size, etag = length
