@@ -191,6 +191,8 @@ class Export:
                 path.replace(partial)
             files.append(opened.enter_context(TargetFile(partial, file.size)))
             files[-1].write(file.head, 0)
+        # What is recorded as written must not lose its name in a power cut.
+        flush(self._store.root)
         return files
 
     def _write(self, left: list[Part], files: Sequence[TargetFile]) -> Iterator[Progress]:

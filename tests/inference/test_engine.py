@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +169,38 @@ def test_all_layers_take_no_more_compiling_than_one(caplog):
 
     one = compiled(1)
     assert 0 < compiled(golden.CONFIG.num_layers) <= one
+
+
+QUEUED = """
+import dataclasses
+from support import golden
+from loader.inference.engine import Engine
+from loader.inference.sampling import Sampling
+from loader.weights.partition import MeshShape
+
+mesh, params = golden.placed(MeshShape(model=8))
+deep = dataclasses.replace(params, layers=params.layers * 6)
+engine = Engine(golden.CONFIG, deep, mesh, "float32")
+logits, state = engine.prefill([golden.prompt("p1")])
+for step in range(20):
+    logits, state = engine.decode(state, engine.sample(logits, Sampling(), step))
+print(logits.shape, bool((abs(logits) < 1e9).all()))
+"""
+
+
+@pytest.mark.slow
+def test_steps_that_nobody_waits_for_come_to_an_end_on_eight_cpu_devices():
+    # XLA ends a process whose devices wait for each other.
+    place = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", QUEUED],
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout == "(1, 512) True\n", done.stderr
 
 
 def test_prompts_of_any_length_are_read_by_few_programs(short, caplog):

@@ -1,29 +1,47 @@
 """What must hold of every state that a power cut can leave, tried by the next commands."""
 
 import dataclasses
+import functools
+import json
+import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from powercut.recorder import Operation
-from powercut.scenarios import FILES, Recorded, Struck
+from powercut.scenarios import (
+    FILES,
+    Recorded,
+    Struck,
+    describing,
+    exporting,
+    model,
+    publishing,
+)
 from powercut.states import Cut, Disk
 from support.fake_swarm import FakeSwarm
+from support.program import invoke
 
 from grokfetch.errors import GrokfetchError
 from grokfetch.events import Outcome, Summary
 from grokfetch.fetch import fetch
+from grokfetch.folder import journal
 from grokfetch.folder import record as records
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
 from grokfetch.folder.verify import verify
+from grokfetch.manifest import schema
 from grokfetch.torrent.metainfo import parse_info, parse_torrent
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where states are tried: nothing has to reach a disk any more."""
 
 STORAGE_FAILED = 16
 DAMAGED = 20
 RECORD = "to/.grokfetch/record.json"
+EXPORTED = "to/.grokfetch/export.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +52,24 @@ class Tried:
     fetched: int
 
 
-def safe_pieces(recorded: Recorded, past: Sequence[Operation]) -> frozenset[int]:
-    """The pieces that the last record names which the program had flushed, with its folder.
+def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
+    """What has been done, flushed and recorded, and must not have to be done again.
 
-    Pieces that somebody has damaged since then do not count.
+    Of a fetch the numbers of pieces, of an export the names of tensors; of other commands one thing
+    once they have ended: that they have.
     """
-    folder = RECORD.rpartition("/")[0]
-    flushes = [at for at, it in enumerate(past) if it.kind == "fsyncdir" and it.path == folder]
-    if not flushes:
-        return frozenset()
-    text = Cut(list(past), flushes[-1] + 1).best().content(RECORD)
+    if recorded.name == "export":
+        fields = _safe_file(past, EXPORTED)
+        return frozenset(json.loads(fields)["done"]) if fields else frozenset()
+    if recorded.name in MADE:
+        return frozenset(["ended"][: len(past) == len(recorded.operations)])
+    text = _safe_file(past, RECORD)
     if text is None:
         return frozenset()
     torrent = parse_torrent(recorded.torrent)
     layout = parse_info(torrent.info, torrent.piece_layers)
     now = Cut(list(past), len(past)).best()
+    # Pieces that somebody has damaged since then do not count.
     return frozenset(
         piece
         for piece in records.decode(text).pieces
@@ -59,6 +80,13 @@ def safe_pieces(recorded: Recorded, past: Sequence[Operation]) -> frozenset[int]
     )
 
 
+def _safe_file(past: Sequence[Operation], path: str) -> bytes | None:
+    """A state file as it was when its folder was flushed last."""
+    folder = path.rpartition("/")[0]
+    flushes = [at for at, it in enumerate(past) if it.kind == "fsyncdir" and it.path == folder]
+    return Cut(list(past), flushes[-1] + 1).best().content(path) if flushes else None
+
+
 def _bytes_at(disk: Disk, path: str, offset: int, length: int) -> bool:
     """Whether a disk holds the right bytes of a file, in the torrent's layout or as adopted."""
     right = FILES[path][offset : offset + length]
@@ -66,13 +94,12 @@ def _bytes_at(disk: Disk, path: str, offset: int, length: int) -> bool:
     return any(data is not None and data[offset : offset + length] == right for data in there)
 
 
-def tried(recorded: Recorded, disk: Disk, safe: frozenset[int]) -> Tried:
+def tried(recorded: Recorded, disk: Disk, kept: frozenset[object]) -> Tried:
     """Lay a state down and run the next commands on it."""
-    with tempfile.TemporaryDirectory(prefix="powercut-") as place:
+    with tempfile.TemporaryDirectory(prefix="powercut-", dir=MEMORY) as place:
         disk.lay_down(Path(place))
-        folder = Path(place) / "to"
         try:
-            return _try(recorded, folder, safe)
+            return _try(recorded, Path(place) / "to", kept)
         except Exception:  # noqa: BLE001 - whatever it is, it is a broken promise
             return Tried((f"a traceback: {traceback.format_exc()}",), 0)
 
@@ -85,24 +112,43 @@ def outlived(struck: Struck) -> Tried:
         broken.append(f"exit code {ended.code}: {ended.said[-300:]}")
     if ended is not None and "Traceback" in ended.said:
         broken.append(f"a traceback: {ended.said[-600:]}")
-    result = _try(struck.recorded, struck.disk / "to", frozenset())
+    try:
+        result = _try(struck.recorded, struck.disk / "to", frozenset())
+    except Exception:  # noqa: BLE001 - whatever it is, it is a broken promise
+        result = Tried((f"a traceback: {traceback.format_exc()}",), 0)
     return Tried((*broken, *result.broken), result.fetched)
 
 
-def _try(recorded: Recorded, folder: Path, safe: frozenset[int]) -> Tried:
+def _try(recorded: Recorded, folder: Path, kept: frozenset[object]) -> Tried:
+    if recorded.name in MADE:
+        right = FILES if recorded.name == "publish" else _files_of(model())
+        broken = [] if recorded.name == "export" else list(_trusted_and_wrong(folder, right))
+        return Tried((*broken, *MADE[recorded.name](folder, kept)), 0)
     torrent = parse_torrent(recorded.torrent)
-    broken = list(_trusted_and_wrong(folder))
+    broken = list(_trusted_and_wrong(folder, FILES))
     swarm = FakeSwarm(torrent, dict(FILES))
     broken += _ends_well(folder, swarm)
-    again = safe & set(swarm.fetched)
+    again = kept & set(swarm.fetched)
     if again:
-        broken.append(f"pieces {sorted(again)} were flushed and proven, and are fetched again")
+        broken.append(
+            f"pieces {sorted(map(str, again))} were flushed and proven, and are fetched again"
+        )
     size = swarm.orders[0].layout.piece_size if swarm.orders else None
     return Tried(tuple(broken), sum(map(size, swarm.fetched)) if size else 0)
 
 
-def _trusted_and_wrong(folder: Path) -> Iterator[str]:
-    """Pieces that count as proven here and are not right, before anything reads them back."""
+def _files_of(root: Path) -> dict[str, bytes]:
+    """The bytes of a folder's files, without the state."""
+    paths = {path: path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for path, name in paths.items()
+        if name.parts[0] != ".grokfetch"
+    }
+
+
+def _trusted_and_wrong(folder: Path, right: Mapping[str, bytes]) -> Iterator[str]:
+    """Bytes that count as proven here and are not right, before anything reads them back."""
     store = Store(folder)
     try:
         if store.manifest_or_none() is None:
@@ -110,7 +156,7 @@ def _trusted_and_wrong(folder: Path) -> Iterator[str]:
         survey(store)
     except GrokfetchError:
         return
-    for path, data in FILES.items():
+    for path, data in right.items():
         entries = [it for it in store.manifest().files if str(it.path).endswith(path)]
         for entry in entries:
             for start in range(0, max(1, len(data)), 4096):
@@ -143,3 +189,74 @@ def _ends_well(folder: Path, swarm: FakeSwarm) -> Iterator[str]:
         entry = next(it for it in store.manifest().files if str(it.path).endswith(path))
         if store.payload(entry.path).read_bytes() != data:
             yield f"after the next fetch {entry.path} is wrong"
+
+
+# --- commands that make something of files that are there -----------------------------------------
+
+
+def _published(folder: Path, kept: frozenset[object]) -> Iterator[str]:
+    torrent, described = (folder.with_name(f"to{ending}") for ending in (".torrent", ".json"))
+    if kept and not (torrent.exists() and described.exists()):
+        yield "what was published is lost after its command has ended"
+    # What is there is whole; half of one is an error here.
+    if torrent.exists():
+        parse_torrent(torrent.read_bytes())
+    if described.exists():
+        schema.parse(described.read_bytes(), "manifest")
+    yield from _made(folder, publishing(folder), kept)
+    files = schema.parse(described.read_bytes(), "manifest").files
+    if {str(it.path) for it in files} != {f"to/{path}" for path in FILES}:
+        yield "what is published then is another folder"
+
+
+def _described(folder: Path, kept: frozenset[object]) -> Iterator[str]:
+    yield from _made(folder, describing(folder), kept)
+
+
+def _has_run(folder: Path, kept: frozenset[object]) -> Iterator[str]:
+    store = Store(folder)
+    # Of the model nothing was written.
+    store.require_all()
+    before = journal.runs(store)
+    if kept and not before:
+        yield "the run that has ended is not in the history"
+    journal.add_run(store, RUN)
+    if len(journal.runs(store)) != len(before) + 1:
+        yield "the next run is not in the history"
+    yield from _made(folder, ("status", folder), kept)
+
+
+def _exported(folder: Path, kept: frozenset[object]) -> Iterator[str]:
+    result = invoke(*exporting(folder), "--json")
+    (end,) = [it for it in map(json.loads, result.stdout.splitlines()) if "kept" in it]
+    if end["kept"] < len(kept):
+        yield f"{len(kept)} tensors were flushed and recorded, {end['kept']} are kept"
+    invoke("verify", folder)
+    # A trial of the disk may have left its empty file.
+    if not _export().items() <= _files_of(folder).items():
+        yield "what is exported then is not what it should be"
+
+
+@functools.cache
+def _export() -> dict[str, bytes]:
+    """The files of an export that nothing has met."""
+    with tempfile.TemporaryDirectory(prefix="powercut-") as place:
+        invoke(*exporting(Path(place) / "to"))
+        return _files_of(Path(place) / "to")
+
+
+def _made(folder: Path, again: tuple[object, ...], kept: frozenset[object]) -> Iterator[str]:
+    """Whether what has ended is proven as it stands; the command ends well again, and `verify`."""
+    try:
+        Store(folder).require_all()
+    except GrokfetchError as error:
+        if kept:
+            yield f"what was proven when the command ended is so no more: {error}"
+    invoke(*again)
+    invoke("verify", folder)
+
+
+MADE = {"publish": _published, "manifest": _described, "run": _has_run, "export": _exported}
+"""What is tried after each of these commands, in the folder, by what is safe."""
+
+RUN = journal.Run(1.0, "mapped", "cpu", 1, 1, 1.0, 1, 1, 1.0, None, None, None, None)

@@ -1,7 +1,8 @@
 """A file system in user space that passes everything on and records, in order, what changes.
 
 `mount` ends when the file system is unmounted; its log is then a sequence of pickled `Operation`s.
-Reads are not recorded.
+What lies there already comes first, as it would have been written and flushed. Reads are not
+recorded.
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ class Operation:
     """One change, or one flush.
 
     kind: create, mkdir, write, truncate, rename, link, unlink, rmdir, symlink, times, fsync,
-    fsyncdir, or struck, where the `Fault` is. path: relative to the mount, where a name changes or
-    a folder is flushed; `other` is the new name of a rename or link, the target of a symbolic link.
-    inode: a number of our own for the file whose bytes change or are flushed. mtime_ns: of that
-    file after the operation.
+    fsyncdir; begun, before the first that was recorded; or struck, where the `Fault` is. path:
+    relative to the mount, where a name changes or a folder is flushed; `other` is the new name of a
+    rename or link, the target of a symbolic link. inode: a number of our own for the file whose
+    bytes change or are flushed. mtime_ns: of that file after the operation.
     """
 
     kind: str
@@ -53,12 +54,15 @@ CHANGES = frozenset(
 )
 
 
+AMONG = {"changes": CHANGES, "reads": frozenset({"read"}), "writes": frozenset({"write"})}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
     """What goes wrong, once: at the operation number `at`, from 1 on.
 
-    among: "changes", every operation of `CHANGES`, or "reads". action: the name of an errno, or
-    "kill", which ends the process that asked with SIGKILL before the operation is done.
+    among: a key of `AMONG`. action: the name of an errno; "kill", which ends the process that asked
+    with SIGKILL before the operation is done; or "short", where only half of a write is done.
     """
 
     among: str
@@ -70,7 +74,7 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
     """Serve the file system until it is unmounted."""
     import mfusepy
 
-    counted = {"changes": CHANGES, "reads": {"read"}}[fault.among] if fault else frozenset()
+    counted = AMONG[fault.among] if fault else frozenset()
 
     class Recorder(mfusepy.Operations):
         use_ns = True
@@ -83,6 +87,22 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
                 setattr(self, name, functools.partial(self.struck, getattr(self, name)))
             self.made = 0
             self.numbers: dict[int, int] = {}
+            self.note_what_lies_there()
+            self.note("begun")
+
+        def note_what_lies_there(self) -> None:
+            for folder, folders, files in os.walk(backing):
+                within = os.path.relpath(folder, backing).removeprefix(".")
+                for name in folders:
+                    self.note("mkdir", os.path.join(within, name))
+                for name in files:
+                    handle = os.open(os.path.join(folder, name), os.O_RDONLY)
+                    self.file("create", handle, path=os.path.join(within, name))
+                    size = os.fstat(handle).st_size
+                    self.file("write", handle, data=os.pread(handle, size, 0))
+                    self.file("fsync", handle)
+                    os.close(handle)
+                self.note("fsyncdir", within)
 
         def struck(self, act, *args):
             self.count += 1
@@ -91,6 +111,9 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
             if self.count >= fault.at and not self.done and (asks or fault.action != "kill"):
                 self.done = True
                 self.note("struck")
+                if fault.action == "short":
+                    path, data, *rest = args
+                    return act(path, data[: max(1, len(data) // 2)], *rest)
                 self.strike(fault.action, asks)
             return act(*args)
 

@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from powercut.recorder import Fault, Operation, recordings
+from support import loadable
+from support.program import SIMPLEST
 from support.torrents import content, lay_down, torrent_of
 from support.web_server import WebServer
 
@@ -25,13 +29,21 @@ FILES = {
 }
 """Files that share pieces in a v1 torrent."""
 
+CONFIG = dataclasses.replace(
+    loadable.CONFIG, emb_size=64, num_q_heads=2, num_kv_heads=1, num_layers=1, num_experts=2
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a command has done to an empty disk: its operations, and the torrent it was about."""
+    """What a command has done to a disk: its operations, and the torrent it was about.
+
+    The first `begun` operations had been done, and flushed, before the command.
+    """
 
     name: str
     operations: list[Operation]
+    begun: int
     torrent: bytes
 
 
@@ -50,10 +62,9 @@ def available() -> str | None:
 def recorded_disk(
     work: Path, fault: Fault | None = None
 ) -> Iterator[tuple[Path, Callable[[], list[Operation]]]]:
-    """A mounted disk, and what gives its operations once the block has ended."""
+    """`work / "backing"` as a mounted disk, and what gives its operations after the block."""
     place, backing, log = (work / name for name in ("disk", "backing", "log"))
-    place.mkdir(parents=True)
-    backing.mkdir()
+    place.mkdir()
     code = "import sys; from powercut.recorder import Fault, mount; "
     code += f"mount(*sys.argv[1:], fault={fault!r})"
     tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
@@ -114,22 +125,9 @@ def planted(code: str) -> Iterator[None]:
         _planted = ""
 
 
-def record(name: str, work: Path) -> Recorded:
-    """Run a scenario of `NAMES`."""
-    work.mkdir()
-    origin = work / "origin"
-    lay_down(origin, FILES)
-    torrent = torrent_of(origin / "top", PIECE, "v1")
-    file = work / "top.torrent"
-    file.write_bytes(torrent)
-    with recorded_disk(work / "recorded") as (disk, operations):
-        _SCENARIOS[name](disk, origin, file)
-    return Recorded(name, operations(), torrent)
-
-
 @dataclasses.dataclass(frozen=True)
 class Struck:
-    """A scenario in which the disk failed: how the program ended, and the disk afterwards.
+    """A scenario on a disk that failed once, or not at all: how it ended, and the disk then.
 
     `reached` is False where the scenario had fewer operations than the fault's number.
     """
@@ -140,29 +138,56 @@ class Struck:
     reached: bool
 
 
-def strike(name: str, work: Path, fault: Fault) -> Struck:
+def record(name: str, work: Path) -> Recorded:
+    """Run a scenario of `NAMES`.
+
+    Raises:
+        Ended: the command failed.
+    """
+    done = strike(name, work, None)
+    if done.ended is not None:
+        raise done.ended
+    return done.recorded
+
+
+def strike(name: str, work: Path, fault: Fault | None) -> Struck:
     """Run a scenario on a disk that fails once."""
     work.mkdir()
-    origin = work / "origin"
+    origin, disk = work / "origin", work / "backing"
     lay_down(origin, FILES)
     torrent = torrent_of(origin / "top", PIECE, "v1")
     file = work / "top.torrent"
     file.write_bytes(torrent)
+    disk.mkdir()
+    prepare, act = _SCENARIOS[name]
+    prepare(disk, origin, file)
     ended = None
-    with recorded_disk(work / "recorded", fault) as (disk, operations):
+    with recorded_disk(work, fault) as (mounted, operations):
         try:
-            _SCENARIOS[name](disk, origin, file)
+            act(mounted, origin, file)
         except Ended as error:
             ended = error
-    made = Recorded(name, operations(), torrent)
-    reached = any(it.kind == "struck" for it in made.operations)
-    return Struck(made, ended, work / "recorded" / "backing", reached)
+    noted = operations()
+    kinds = [it.kind for it in noted]
+    begun = kinds.index("begun")
+    del noted[begun]
+    return Struck(Recorded(name, noted, begun, torrent), ended, disk, "struck" in kinds)
+
+
+# --- the commands, and what lies on the disk before them ------------------------------------------
+
+
+def _nothing(_disk: Path, _origin: Path, _torrent: Path) -> None:
+    pass
 
 
 def _swarm(disk: Path, origin: Path, torrent: Path) -> None:
+    _from_peer(origin, torrent, "fetch", torrent, "--to", disk / "to")
+
+
+def _from_peer(origin: Path, torrent: Path, *arguments: object) -> None:
     with seed(torrent.read_bytes(), origin, SwarmSettings.loopback()) as seeder:
-        peer = f"127.0.0.1:{seeder.port}"
-        program("fetch", torrent, "--to", disk / "to", "--peer", peer, *SWARM)
+        program(*arguments, "--peer", f"127.0.0.1:{seeder.port}", *SWARM)
 
 
 def _mirror(disk: Path, _origin: Path, torrent: Path) -> None:
@@ -171,50 +196,99 @@ def _mirror(disk: Path, _origin: Path, torrent: Path) -> None:
         program("fetch", torrent, "--to", disk / "to", "--web-seed", server.url, *options)
 
 
-def _repair(disk: Path, origin: Path, torrent: Path) -> None:
+def _damaged(disk: Path, origin: Path, torrent: Path) -> None:
     _swarm(disk, origin, torrent)
-    damaged = disk / "to/top/deep/c"
-    with damaged.open("r+b") as file:
+    with (disk / "to/top/deep/c").open("r+b") as file:
         file.seek(PIECE)
         file.write(bytes(100))
-    with seed(torrent.read_bytes(), origin, SwarmSettings.loopback()) as seeder:
-        peer = f"127.0.0.1:{seeder.port}"
-        program("fetch", disk / "to", "--repair", "--peer", peer, *SWARM)
 
 
-def _adoption(disk: Path, origin: Path, torrent: Path) -> None:
-    for path, data in FILES.items():
-        target = disk / "to" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path != "a":
-            target.write_bytes(data)
-            flush(target)
-    for folder in (disk / "to/deep", disk / "to", disk):
-        flush(folder)
-    _swarm(disk, origin, torrent)
+def _repair(disk: Path, origin: Path, torrent: Path) -> None:
+    _from_peer(origin, torrent, "fetch", disk / "to", "--repair")
 
 
-def _verify(disk: Path, origin: Path, torrent: Path) -> None:
-    _swarm(disk, origin, torrent)
+def _brought(disk: Path, _origin: Path, _torrent: Path) -> None:
+    for path in ("deep/b", "deep/c", "e"):
+        lay_file(disk / "to" / path, FILES[path])
+
+
+def _verify(disk: Path, _origin: Path, _torrent: Path) -> None:
     program("verify", disk / "to")
 
 
-def flush(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _folder(disk: Path, _origin: Path, _torrent: Path) -> None:
+    for path, data in FILES.items():
+        lay_file(disk / "to" / path, data)
+
+
+def _publish(disk: Path, _origin: Path, _torrent: Path) -> None:
+    program(*publishing(disk / "to"))
+
+
+def _shards(disk: Path, _origin: Path, _torrent: Path) -> None:
+    shutil.copytree(model() / "ckpt-0", disk / "to/ckpt-0")
+    shutil.copy(model() / "tokenizer.model", disk / "to")
+
+
+def _manifest(disk: Path, _origin: Path, _torrent: Path) -> None:
+    program(*describing(disk / "to"))
+
+
+def _model(disk: Path, _origin: Path, _torrent: Path) -> None:
+    shutil.copytree(model(), disk / "to")
+
+
+def _run(disk: Path, _origin: Path, _torrent: Path) -> None:
+    program("run", disk / "to", "--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
+
+
+def _export(disk: Path, _origin: Path, _torrent: Path) -> None:
+    program(*exporting(disk / "to"))
+
+
+def publishing(folder: Path) -> tuple[object, ...]:
+    """The command that publishes a folder."""
+    return ("publish", folder, "--piece-length", PIECE)
+
+
+def describing(folder: Path) -> tuple[object, ...]:
+    """The command that writes a checkpoint's manifest."""
+    return ("manifest", folder, "--config", model().with_suffix(".json"))
+
+
+def exporting(folder: Path) -> tuple[object, ...]:
+    """The command that exports `model` into a folder."""
+    return ("export", model(), folder, "--type", "bf16", "--split", "100k")
+
+
+@functools.cache
+def model() -> Path:
+    """A small checkpoint, proven by its manifest; as long as this process."""
+    place = tempfile.TemporaryDirectory(prefix="powercut-model-")
+    _kept.append(place)
+    return loadable.make(Path(place.name) / "model", CONFIG)
+
+
+_kept: list[object] = []
+
+
+def lay_file(target: Path, data: bytes) -> None:
+    """Write a file and the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
 
 
 _SCENARIOS = {
-    "swarm": _swarm,
-    "mirror": _mirror,
-    "repair": _repair,
-    "adoption": _adoption,
-    "verify": _verify,
+    "swarm": (_nothing, _swarm),
+    "mirror": (_nothing, _mirror),
+    "repair": (_damaged, _repair),
+    "adoption": (_brought, _swarm),
+    "verify": (_swarm, _verify),
+    "publish": (_folder, _publish),
+    "manifest": (_shards, _manifest),
+    "run": (_model, _run),
+    "export": (_nothing, _export),
 }
+"""What lies on the disk before, and the command: each takes disk, origin and torrent."""
+
 NAMES = tuple(_SCENARIOS)
-ALONE = ("swarm", "mirror", "verify")
-"""Those in which nobody but the program writes, so that a fault meets the program."""

@@ -9,7 +9,7 @@ import itertools
 import random
 
 import pytest
-from powercut.promises import outlived, safe_pieces, tried
+from powercut.promises import outlived, safe, tried
 from powercut.recorder import Fault
 from powercut.scenarios import FILES, NAMES, available, planted, record, strike
 from powercut.states import Cut, Disk, Operation
@@ -18,7 +18,7 @@ from grokfetch.errors import GrokfetchError
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 
-CUTS = 10
+CUTS = 6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,12 +31,12 @@ def _recorder():
 def broken(recorded, cuts, seed=0):
     """The promises that do not hold on states after so many cuts, at even distances."""
     chance = random.Random(seed)
-    count = len(recorded.operations)
+    count = len(recorded.operations) - recorded.begun
     for number in range(cuts):
-        cut = Cut(recorded.operations, count * (number + 1) // cuts)
-        safe = safe_pieces(recorded, cut.past)
+        cut = Cut(recorded.operations, recorded.begun + count * (number + 1) // cuts)
+        kept = safe(recorded, cut.past)
         for disk in (cut.worst(), cut.some(chance)):
-            yield from tried(recorded, disk, safe).broken
+            yield from tried(recorded, disk, kept).broken
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,20 +65,55 @@ it.flush_one = lambda path: None if path.is_dir() else real(path)
     assert any("are fetched again" in promise for promise in broken(recorded, CUTS))
 
 
-@pytest.mark.parametrize("action", ["EIO", "ENOSPC", "kill"])
-@pytest.mark.parametrize("at", [1, 20, 45, 70])
-def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(action, at, tmp_path):
-    struck = strike("swarm", tmp_path / "swarm", Fault("changes", at, action))
+@pytest.mark.parametrize(
+    ("name", "code", "promise"),
+    [
+        ("export", "import loader.export.writing as it", "are kept"),
+        ("publish", "import grokfetch.folder.atomic as it", "lost after its command has ended"),
+    ],
+    ids=["export", "publish"],
+)
+def test_a_folder_that_another_command_does_not_flush_is_found(name, code, promise, tmp_path):
+    with planted(f"{code}\nit.flush = lambda path: None"):
+        recorded = record(name, tmp_path / name)
+    assert any(promise in it for it in broken(recorded, CUTS))
+
+
+def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
+    fault = "import os\nos.fsync = lambda handle: None"
+    with planted(fault):
+        recorded = record("export", tmp_path / "export")
+    assert any("is not what it should be" in promise for promise in broken(recorded, 30))
+
+
+@pytest.mark.parametrize(
+    ("name", "among", "at", "action"),
+    [
+        ("swarm", "changes", 1, "ENOSPC"),
+        ("swarm", "changes", 45, "EIO"),
+        ("swarm", "changes", 70, "kill"),
+        ("mirror", "writes", 10, "short"),
+        ("repair", "changes", 40, "kill"),
+        ("adoption", "reads", 3, "EIO"),
+        ("publish", "changes", 14, "ENOSPC"),
+        ("manifest", "changes", 6, "kill"),
+        ("export", "changes", 30, "EIO"),
+        ("export", "writes", 20, "short"),
+    ],
+)
+def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(name, among, at, action, tmp_path):
+    struck = strike(name, tmp_path / name, Fault(among, at, action))
     assert struck.reached
     assert not outlived(struck).broken
 
 
 def test_a_disk_that_fails_as_the_lock_is_given_back_ends_nothing(tmp_path):
-    usual = record("swarm", tmp_path / "usual").operations
-    last = max(at for at, it in enumerate(usual, 1) if it.kind == "truncate" and it.size == 0)
-    for at in range(last - 1, last + 2):
-        struck = strike("swarm", tmp_path / str(at), Fault("changes", at, "EIO"))
-        assert not outlived(struck).broken
+    usual = record("manifest", tmp_path / "usual")
+    assert usual.operations[-1].kind == "truncate"
+    last = len(usual.operations) - usual.begun
+    struck = strike("manifest", tmp_path / "last", Fault("changes", last, "EIO"))
+    assert struck.reached
+    assert not outlived(struck).broken
 
 
 def test_what_a_lying_flush_has_lost_is_found_by_verification(tmp_path):
