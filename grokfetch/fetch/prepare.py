@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 
 from grokfetch.errors import Contradiction, SelectionInvalid, Stalled
@@ -26,6 +27,7 @@ from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Request, Selection, extended, pieces_of, spans, urgency
 from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
+from grokfetch.units import count_text
 
 __all__ = ["Asked", "Prepared", "prepare", "selected"]
 
@@ -107,11 +109,15 @@ def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose
     expected = manifest or store.manifest_or_none()
     if store.torrent() is None and expected is not None:
         check_early(store.root, _expected_files(expected, request))
-    for event in _metadata(store, source, expected, metadata_s, clock):
+    lacking = partial(_without_hashes, store, expected, request)
+    for event in _metadata(store, source, expected, metadata_s, clock, lacking=lacking):
         if isinstance(event, TorrentFile):
             torrent = event
         else:
             yield event
+    begun = store.torrent()
+    if begun is not None and begun.piece_layers != torrent.piece_layers:
+        store.save_torrent(torrent)
     yield from _settle(store, torrent, source.magnet, manifest, request)
     prepared = _prepared(store, torrent)
     layout, weights = prepared.layout, prepared.weights
@@ -159,27 +165,28 @@ def _expected_files(
         return ()
 
 
-def _metadata(
+def _metadata(  # noqa: PLR0913  # and how to tell what is enough of it
     store: Store,
     source: PieceSource,
     manifest: Manifest | None,
     within_s: float,
     clock: Callable[[], float],
+    *,
+    lacking: Callable[[TorrentFile], list[PurePosixPath]],
 ) -> Iterator[Status | Notice | TorrentFile]:
-    """The torrent that the folder was begun with or the source gives; it is the last value."""
+    """The torrent that the folder was begun with or the source gives; it is the last value.
+
+    Of a v2 torrent the hashes of files that nobody asks for may still be to come: `lacking` are
+    those that are asked for.
+    """
     known = store.torrent()
     asked = source.info_hash
     if known is not None:
-        if not known.known_as(asked):
-            raise Contradiction(
-                f"this folder was begun with torrent {known.info_hash}, this is {asked}",
-                path=store.root,
-                hint=f"go on with what was begun: grokfetch fetch {store.root}, or choose another "
-                "folder: --to DIR",
-            )
-        yield known
-        return
-    if source.magnet is not None and manifest is not None and manifest.mirrors:
+        _refuse_another(store, known, asked)
+        if not lacking(known):
+            yield known
+            return
+    elif source.magnet is not None and manifest is not None and manifest.mirrors:
         yield Notice(
             f"{manifest.name}: first its metadata, the hashes of all pieces, which only a "
             "BitTorrent peer can give; after that mirrors help"
@@ -191,19 +198,69 @@ def _metadata(
         for event in stream:
             if isinstance(event, TorrentFile):
                 check_info_hash(event, asked)
-                yield event
-                return
-            if isinstance(event, Notice):
+                known = _with_layers(known or event, event)
+                if not lacking(known):
+                    yield known
+                    return
+            elif isinstance(event, Notice):
                 yield event
             else:
                 yield from silence.after(event)
                 yield Status("metadata", peers=event.peers)
             if clock() > deadline:
                 break
+    if known is not None:
+        raise _no_hashes(store, lacking(known), within_s)
     raise Stalled(
         f"no metadata for {asked} within {within_s:.0f} s",
         hint=f"is the network open to BitTorrent? what else works: {ways}",
     )
+
+
+def _refuse_another(store: Store, known: TorrentFile, asked: str) -> None:
+    if not known.known_as(asked):
+        raise Contradiction(
+            f"this folder was begun with torrent {known.info_hash}, this is {asked}",
+            path=store.root,
+            hint=f"go on with what was begun: grokfetch fetch {store.root}, or choose another "
+            "folder: --to DIR",
+        )
+
+
+def _no_hashes(store: Store, files: Sequence[PurePosixPath], within_s: float) -> Stalled:
+    more = f" and {count_text(len(files) - 1, 'other file')}" if files[1:] else ""
+    return Stalled(
+        f"no peer has given the hashes of {files[0]}{more} within {within_s:.0f} s: in a v2 "
+        "torrent they come from peers that hold the file",
+        path=store.root,
+        hint="name a peer that has it: --peer HOST:PORT; or give the .torrent, as SOURCE; or ask "
+        "for other files: --only GLOB",
+    )
+
+
+def _with_layers(torrent: TorrentFile, other: TorrentFile) -> TorrentFile:
+    layers = {**torrent.piece_layers, **other.piece_layers}
+    return dataclasses.replace(torrent, piece_layers=layers)
+
+
+def _without_hashes(
+    store: Store, manifest: Manifest | None, request: Asked | None, torrent: TorrentFile
+) -> list[PurePosixPath]:
+    """The files that are asked for and of which hashes are still to come."""
+    layout = parse_info(torrent.info, torrent.piece_layers).moved(store.places())
+    lacking = [file.path for file in layout.unprovable]
+    if not lacking:
+        return []
+    bound = in_force(manifest, torrent, layout, None).moved(store.places())
+    if callable(request):
+        request = request(bound, layout)
+    everything = store.torrent() is not None
+    selection = extended(store.selection(), request, everything=everything)
+    # What is read on demand is not known beforehand.
+    if selection is None or selection.on_demand:
+        return lacking
+    asked = spans(bound, selection)
+    return [path for path in lacking if path in asked]
 
 
 def _settle(

@@ -47,7 +47,10 @@ class PieceSource(Protocol):
         """The magnet link it was made from, None if it was another thing."""
 
     def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
-        """Look for the metadata: traffic at least every second, then the torrent, then the end."""
+        """Look for the metadata: traffic at least every second, then the torrent, then the end.
+
+        A v2 torrent comes again whenever more of its piece hashes have, and the end once all have.
+        """
 
     def download(self, order: Order) -> Generator[Arrived | Traffic | Notice, None, None]:
         """Bring pieces: traffic at least every second; ends when all of them have arrived.

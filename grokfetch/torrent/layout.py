@@ -86,8 +86,8 @@ class PieceHasher(Protocol):
 class Layout:
     """A torrent's files in stream order and the hashes of its pieces.
 
-    `hashes` holds the hashes of all pieces one after another. `version` says how they are made;
-    a hybrid torrent has version 1 here.
+    `hashes` holds the hashes of all pieces one after another, zeros for those still to come.
+    `version` says how they are made; a hybrid torrent has version 1 here.
     """
 
     name: str
@@ -136,6 +136,18 @@ class Layout:
         """The hash that the torrent gives for a piece."""
         width = HASH_SIZES[self.version]
         return self.hashes[piece * width : (piece + 1) * width]
+
+    def provable(self, piece: int) -> bool:
+        """Whether the hash of a piece is known; of a v2 file it may still be to come."""
+        return self.version == 1 or any(self.expected(piece))
+
+    @property
+    def unprovable(self) -> tuple[LayoutFile, ...]:
+        """The files of which hashes are still to come."""
+        if self.version == 1:
+            return ()
+        pieces = ((file, self.pieces_over(file)) for file in self.payload)
+        return tuple(file for file, its in pieces if its and not self.provable(its[0]))
 
     def segments(self, piece: int) -> Iterator[Segment]:
         """The parts of a piece in stream order, pads included."""

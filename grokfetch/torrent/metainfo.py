@@ -6,6 +6,7 @@ hash is computed over the original bytes of the info dictionary, never over a re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +24,9 @@ __all__ = [
     "TorrentFile",
     "check_info_hash",
     "encode_torrent",
-    "layers_complete",
     "parse_info",
     "parse_torrent",
+    "right_layers",
     "torrent_file",
 ]
 
@@ -40,7 +41,7 @@ LARGEST_TORRENT = 1 << 60
 
 
 class PieceLayerInvalid(TorrentInvalid):
-    """Hashes of v2 pieces, which stand outside the info dictionary, are missing or wrong."""
+    """Hashes of v2 pieces, which stand outside the info dictionary, are wrong."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,11 +175,12 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
 
     Args:
         info: its bytes.
-        piece_layers: of a v2 torrent, hashes of the pieces by the root of their file.
+        piece_layers: of a v2 torrent, hashes of the pieces by the root of their file. Those of a
+            file may be missing: nothing of it can be proven until they come.
 
     Raises:
         TorrentInvalid: it is malformed, unsafe to lay down on a disk, absurdly large, or a piece
-            layer is missing or not the one whose root the info dictionary names.
+            layer is not the one whose root the info dictionary names.
     """
     value = _expect(bencode.decode(info), dict, "info")
     name = _name(value)
@@ -193,21 +195,26 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
     return layout
 
 
-def layers_complete(info: bytes, piece_layers: Mapping[bytes, bytes]) -> bool:
-    """Whether there is nothing to wait for: no v2 piece hash is missing, in a hybrid torrent too.
+def right_layers(info: bytes, piece_layers: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Those of the piece layers that are what their roots in the info dictionary promise.
 
-    Of an info dictionary that `parse_info` refuses anyhow nothing is missing.
+    Of an info dictionary that `parse_info` refuses anyhow there are none.
     """
+    right: dict[bytes, bytes] = {}
     try:
         value = _expect(bencode.decode(info), dict, "info")
-        if value.get(b"meta version") == 2:
-            length = _expect(value.get(b"piece length"), int, "piece length")
-            _v2(value, _name(value), length, piece_layers)
-    except PieceLayerInvalid:
-        return False
+        length = _expect(value.get(b"piece length"), int, "piece length")
+        files = _v2(value, _name(value), length, {}).files
     except TorrentInvalid:
-        return True
-    return True
+        return right
+    entries = _v2_files(_expect(value[b"file tree"], dict, "file tree"), [])
+    for file, (_, entry) in zip(files, entries, strict=True):
+        root = entry.get(b"pieces root")
+        if file.size > length and isinstance(root, bytes) and root in piece_layers:
+            with contextlib.suppress(PieceLayerInvalid):
+                _layer(entry, file.path, -(-file.size // length), length, piece_layers)
+                right[root] = piece_layers[root]
+    return right
 
 
 def _name(value: Mapping[bytes, Value]) -> str:
@@ -307,7 +314,7 @@ def _layer(
         return root
     layer = layers.get(root)
     if layer is None:
-        raise PieceLayerInvalid(f"the piece layer of {path} is missing")
+        return bytes(32 * count)
     if len(layer) != 32 * count:
         raise PieceLayerInvalid(
             f"the piece layer of {path} holds {len(layer):,} bytes instead of {32 * count:,}"

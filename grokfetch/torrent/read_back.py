@@ -48,7 +48,10 @@ Verdict = Literal["good", "bad", "absent", "unreadable"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PieceResult:
-    """What became of reading one piece back; `absent` if not all of it is on the disk."""
+    """What became of reading one piece back.
+
+    `absent` if not all of it is on the disk, or its hash is still to come.
+    """
 
     piece: int
     verdict: Verdict
@@ -128,6 +131,8 @@ def check_pieces(
 
 
 def _check(root: Path, layout: Layout, piece: int, buffer: memoryview) -> PieceResult:
+    if not layout.provable(piece):
+        return PieceResult(piece, "absent")
     hasher = layout.hasher(piece)
     try:
         for segment in layout.segments(piece):
@@ -202,7 +207,7 @@ def may_be_on_disk(root: Path, layout: Layout, pieces: Iterable[int]) -> Iterato
     """
     sizes: dict[Path, int] = {}
     zeros = _zero_hash(layout)
-    for piece in pieces:
+    for piece in filter(layout.provable, pieces):
         segments = [segment for segment in layout.segments(piece) if not segment.file.pad]
         if not all(_reaches(root, segment, sizes) for segment in segments):
             continue

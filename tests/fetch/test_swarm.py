@@ -1,6 +1,7 @@
 """Real libtorrent on 127.0.0.1: seeds of ours in this process, and a peer that lies."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,8 +22,9 @@ from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, seed
 from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
+from grokfetch.manifest.selection import Request
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.metainfo import encode_torrent, parse_info, parse_torrent
 
 PIECE = 32768
 FILES = {
@@ -230,6 +232,44 @@ def test_a_file_that_cannot_be_written_ends_the_fetch(tmp_path, seeded):
     with pytest.raises(StorageFailed) as caught:
         run(tmp_path, seeded)
     assert "ckpt-0/c" in str(caught.value)
+
+
+@pytest.fixture
+def partial_seed(tmp_path):
+    """A v2 torrent, and a seed that holds two of its files and knows of no other's pieces."""
+    lay_down(tmp_path / "whole", FILES)
+    torrent = parse_torrent(torrent_of(tmp_path / "whole/top", PIECE, version="v2"))
+    layout = parse_info(torrent.info, torrent.piece_layers)
+    held = {name: FILES[name] for name in ("ckpt-0/a", "ckpt-0/b")}
+    lay_down(tmp_path / "held", held)
+    files = [layout.file(PurePosixPath("top", name)) for name in held]
+    pieces = {piece for file in files for piece in layout.pieces_over(file)}
+    known = {root: it for root, it in torrent.piece_layers.items() if len(it) == 40 * 32}
+    partial = dataclasses.replace(torrent, piece_layers=known)
+    with seed(encode_torrent(partial), tmp_path / "held", HERE, pieces) as seeder:
+        yield encode_torrent(torrent), seeder.port
+
+
+def test_of_a_v2_torrent_the_files_that_a_partial_seed_holds_are_fetched_and_the_rest_later(
+    tmp_path, partial_seed
+):
+    data, port = partial_seed
+    root = tmp_path / "out"
+    only = Request(only=("*/a", "*/b"))
+    assert run(root, link(data, port), request=only)[-1].fetched == 41
+    assert check(root)[1].complete
+    assert [file.path.name for file in Store(root).layout().unprovable] == ["c.part"]
+    with seed(data, tmp_path / "whole", HERE) as seeder:
+        assert run(root, link(data, seeder.port), request=Request())[-1].fetched == 27
+    assert whole(root)
+    assert Store(root).layout().unprovable == ()
+
+
+def test_a_file_whose_hashes_no_peer_gives_is_named(tmp_path, partial_seed):
+    data, port = partial_seed
+    swarm = Swarm(parse_magnet(link(data, port)), HERE)
+    with pytest.raises(Stalled, match=r"no peer has given the hashes of top/ckpt-0/c"):
+        list(fetch(Store(tmp_path / "out"), swarm, limits=Limits(metadata_s=3)))
 
 
 def test_a_swarm_without_peers_is_silence(tmp_path, torrent):

@@ -13,12 +13,13 @@ from typing import Any
 from grokfetch.errors import GrokfetchError, Stalled, StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.events import Arrived, Notice, Traffic
 from grokfetch.fetch.source import Order
+from grokfetch.fetch.swarm.inquiry import PAD, Inquiry, complete
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
 from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.fetch.swarm.urgent import Urgent, priority
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet
-from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, layers_complete, torrent_file
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 
 __all__ = ["Swarm", "file_error", "paths_by_index"]
 
@@ -32,8 +33,6 @@ GIVE_UP_S = 20.0
 
 NOWHERE = "/dev/null/nowhere"
 """A place where nothing can be written, not even by root."""
-
-PAD = 1
 
 
 class Swarm:
@@ -67,6 +66,8 @@ class Swarm:
     def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
         """Ask peers for the metadata; a torrent that is known already is handed out at once.
 
+        Of a v2 torrent it is handed out again whenever more piece hashes have come.
+
         Raises:
             OutOfReach: libtorrent is not installed.
             Stalled: no peer is known, and there is no way to find any.
@@ -74,20 +75,26 @@ class Swarm:
         """
         if isinstance(self._origin, TorrentFile):
             yield self._origin
-            return
+            if complete(self._origin):
+                return
         lt = libtorrent()
         self._refuse_without_peers(
             "metadata", self._origin.trackers, "give the .torrent, as SOURCE"
         )
         with Session(self._settings) as session:
             handle = session.add(self._metadata_params(lt, self._origin), self._peers)
-            yield from _Inquiry(lt, session, handle).run()
-            # Their addresses spare the download another search.
-            self._peers = list(dict.fromkeys((*self._peers, *_callable_peers(lt, handle))))
+            try:
+                yield from Inquiry(lt, session, handle).run()
+            finally:
+                # Their addresses spare the download another search.
+                self._peers = list(dict.fromkeys((*self._peers, *_callable_peers(lt, handle))))
 
-    def _metadata_params(self, lt: Any, magnet: Magnet) -> Any:
+    def _metadata_params(self, lt: Any, origin: Magnet | TorrentFile) -> Any:
         try:
-            params = lt.parse_magnet_uri(magnet.text)
+            if isinstance(origin, Magnet):
+                params = lt.parse_magnet_uri(origin.text)
+            else:
+                params = lt.load_torrent_buffer(encode_torrent(origin))
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses the magnet link: {error}") from None
         params.save_path = NOWHERE
@@ -156,53 +163,6 @@ class Swarm:
         if isinstance(self._origin, Magnet):
             params.trackers = list(dict.fromkeys((*params.trackers, *self._origin.trackers)))
         return params
-
-
-class _Inquiry:
-    """The search for a torrent's metadata."""
-
-    def __init__(self, lt: Any, session: Session, handle: Any) -> None:
-        self._lt = lt
-        self._session = session
-        self._handle = handle
-        self._asked = False
-
-    def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
-        while True:
-            for alert in self._session.alerts():
-                if isinstance(alert, self._lt.save_resume_data_alert):
-                    torrent = self._torrent(alert.params)
-                    if torrent is not None:
-                        yield torrent
-                        return
-                    self._asked = False
-                elif isinstance(alert, self._lt.save_resume_data_failed_alert):
-                    self._asked = False
-                elif isinstance(alert, self._lt.metadata_failed_alert):
-                    yield Notice("a peer sent metadata that is not the torrent's")
-            status = self._handle.status()
-            if status.has_metadata and not self._asked:
-                self._handle.save_resume_data(self._lt.torrent_handle.save_info_dict)
-                self._asked = True
-            yield Traffic(0, 0.0, status.num_peers)
-
-    def _torrent(self, params: Any) -> TorrentFile | None:
-        """The metadata, with the link's trackers and web seeds; None while v2 hashes are to come.
-
-        libtorrent asks for the piece layers once it has the info dictionary, and writes those
-        that it has not yet as if they were there.
-        """
-        info = params.ti.info_section()
-        try:
-            layers = self._lt.write_torrent_file(params, 0).get(b"piece layers", {})
-        except RuntimeError:
-            layers = {}
-        if not layers_complete(info, layers):
-            # A hybrid torrent is fetched by its v1 hashes; peers of its v1 swarm send no others.
-            if not params.info_hashes.has_v1():
-                return None
-            layers = {}
-        return torrent_file(info, layers, trackers=params.trackers, web_seeds=params.url_seeds)
 
 
 class _Download:
