@@ -31,9 +31,10 @@ from grokfetch.events import FetchEvent, Finding, Notice, Origin, Outcome, Phase
 from grokfetch.fetch import preflight
 from grokfetch.fetch.mirror import Mirrors, deliver, mirror_name
 from grokfetch.fetch.prepare import Asked, selected
+from grokfetch.folder.documents import part_name
 from grokfetch.folder.payload import flush, refuse_linked_folders
 from grokfetch.folder.record import FileProof
-from grokfetch.folder.store import Store, part_name
+from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile
 from grokfetch.torrent.layout import BLOCK, Layout
 from grokfetch.torrent.read_back import CHUNK, sha256_of

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.folder import atomic
 from grokfetch.folder.atomic import replacing
-from grokfetch.folder.store import Store, part_name
+from grokfetch.folder.documents import part_name
+from grokfetch.folder.store import Store
 from grokfetch.torrent.layout import Layout, LayoutFile
 from grokfetch.torrent.names import look_alikes
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Literal
 
+from grokfetch.folder.documents import part_name
 from grokfetch.folder.proven import Proven
-from grokfetch.folder.store import Store, part_name
+from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
 

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 
 from grokfetch.errors import StateLocked, StorageFailed
 from grokfetch.events import Finding, Kind, PiecesProven, Progress, Summary, VerifyEvent
+from grokfetch.folder.documents import part_name
 from grokfetch.folder.payload import flush
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.record import FileProof, Record, Stamp
-from grokfetch.folder.store import Store, part_name
+from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import pieces_of
 from grokfetch.torrent.layout import Layout
