@@ -84,7 +84,6 @@ class FolderOrTemplate(click.Path):
 @click.command(
     cls=Explained,
     examples=(
-        "grokfetch publish my-model",
         "grokfetch publish my-model --tracker udp://tracker.example.org:1337/announce",
         "grokfetch publish 'https://example.org/my-model/{path}' --files list.txt",
     ),

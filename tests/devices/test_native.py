@@ -127,7 +127,9 @@ def check_attention(attention, sizes, dtype, seed):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these processors are of another kind")
-@pytest.mark.parametrize("processor", ["-march=x86-64", "-march=x86-64-v3"])
+@pytest.mark.parametrize(
+    "processor", ["-march=x86-64", pytest.param("-march=x86-64-v3", marks=pytest.mark.slow)]
+)
 def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     tmp_path, monkeypatch, processor
 ):

@@ -154,6 +154,7 @@ def test_experts_beyond_the_budget_are_dropped_once_they_are_used(folder):
     assert cached(checkpoint, 0, 2) < 0.6
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_within_any_budget(folder):
     mesh = make_mesh(CONFIG, golden.ONE)
     made = []

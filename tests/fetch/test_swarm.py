@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from support.damage import spoil
+from support.patience import wait_for
 from support.peer import Peer
 from support.torrents import content, lay_down, manifest_of, torrent_of
 
@@ -185,6 +186,8 @@ def interrupt(root, magnet, number, pieces):
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
         assert any(int(line) >= pieces for line in child.stdout)
+        # What is proven is told before the record of it has reached a slow disk.
+        wait_for(lambda: Store(root).record().pieces)
         child.send_signal(number)
         child.stdout.read()
     assert child.returncode == -number or number == signal.SIGINT

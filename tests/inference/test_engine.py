@@ -140,6 +140,7 @@ def test_what_float16_cannot_hold_is_the_largest_that_it_can():
     assert held.tolist() == [65504, -65504, 65504, np.float16(0.1)]
 
 
+@pytest.mark.slow
 def test_cache_grows_without_changing_the_tokens(monkeypatch):
     mesh, params = golden.placed(golden.ONE)
     # Two layers are enough here: each size of the cache is compiled by itself.
@@ -220,6 +221,7 @@ def test_same_seed_same_text_and_another_seed_another(short):
     assert text(1) != text(2)
 
 
+@pytest.mark.slow
 def test_seed_means_the_same_on_every_mesh():
     sampling = Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=3)
     one, eight = (
