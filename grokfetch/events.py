@@ -87,8 +87,9 @@ Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
 class Status:
     """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
 
-    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; `proven` are
-    the proven bytes in every phase. `mirrors` are the HTTP servers that are asked beside the peers.
+    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; of files
+    that only their sha256 proves `done` counts what has come, too. `proven` are the proven bytes in
+    every phase. `mirrors` are the HTTP servers that are asked beside the peers.
     `sent` is who has sent how many payload bytes in this fetch. `demanded` are
     pieces that somebody waits for, the first ones, and `waiting` the tensors, or else files, that
     they hold bytes of.

@@ -180,10 +180,10 @@ class _Bringing:
         self.fetched = self.rehashed = 0
 
     def status(self, phase: Phase, rate: float = 0.0) -> Status:
-        """How far it is; whole files count."""
+        """How far it is: proven files, and what there is of others."""
         return Status(
             phase,
-            self._proven,
+            self._proven + sum(file.done for file in self._open.values()),
             self.total,
             rate,
             proven=self._proven,

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import PurePosixPath
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_mirror_alone_brings_and_proves_every_file(tmp_path, web):
     web.asked.clear()
     assert bring(tmp_path, web)[-1] == Outcome(SIZE, 0, 0)
     assert not web.asked
+
+
+def test_a_limit_holds_for_all_mirrors_together(tmp_path, web, other):
+    mirrors = Mirrors((address(web), address(other)), dataclasses.replace(SETTINGS, down=2 * SIZE))
+    began = time.monotonic()
+    events = list(fetch(Store(tmp_path), mirrors, manifest=MANIFEST, limits=LIMITS))
+    assert time.monotonic() - began > 0.3
+    done = [event.done for event in events if isinstance(event, Status)]
+    assert max(done) == SIZE
+    assert whole(tmp_path)
 
 
 def test_several_mirrors_share_the_files(tmp_path, web, other):

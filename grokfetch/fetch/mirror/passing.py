@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from grokfetch.errors import Contradiction, GrokfetchError, OutOfReach
 from grokfetch.fetch.mirror.addresses import label, places
-from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
+from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
 
 if TYPE_CHECKING:
     from grokfetch.fetch.mirror.http import Http
@@ -109,10 +109,11 @@ def pass_by(
         Contradiction: a file has another length or ETag there now.
         OutOfReach: the server does not have one any more, or does not answer.
     """
+    pace = Pace(settings.down)
 
     async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
         length, receiver = files[path]
-        await _to_the_end(http, mirror, path, length, receiver, progress)
+        await _to_the_end(http, mirror, path, length, receiver, progress, pace)
         receiver.end()
 
     asyncio.run(_Server(address, settings, bring).visit(files))
@@ -159,10 +160,12 @@ def deliver(
                 loop.call_soon_threadsafe(task.cancel)
 
         ready(stop)
+        pace = Pace(settings.down)
         try:
             async with asyncio.TaskGroup() as group:
                 for address, files in work.items():
-                    group.create_task(_delivered(address, files, settings, partial(tell, address)))
+                    told = partial(tell, address)
+                    group.create_task(_delivered(address, files, settings, told, pace))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
@@ -175,6 +178,7 @@ async def _delivered(
     files: Mapping[PurePosixPath, Delivery],
     settings: MirrorSettings,
     tell: Callable[[PurePosixPath, int | GrokfetchError | None], None],
+    pace: Pace,
 ) -> None:
     from grokfetch.fetch.mirror.http import IGNORES_RANGE, Changed, Failed
 
@@ -184,12 +188,12 @@ async def _delivered(
         if length[0] != file.size:
             raise Changed(f"it has {length[0]:,} bytes there, not {file.size:,}")
         try:
-            await _to_the_end(http, mirror, path, length, file, partial(tell, path))
+            await _to_the_end(http, mirror, path, length, file, partial(tell, path), pace)
         except Failed as error:
             if error.args != (IGNORES_RANGE,):
                 raise
             file.restart()
-            await _to_the_end(http, mirror, path, length, file, partial(tell, path))
+            await _to_the_end(http, mirror, path, length, file, partial(tell, path), pace)
         tell(path, None)
 
     await _Server(address, settings, bring, tell).visit(files)
@@ -285,6 +289,7 @@ async def _to_the_end(  # noqa: PLR0913, PLR0917  # as `_bring`
     length: Length,
     receiver: Receiver | Delivery,
     progress: Callable[[int], None],
+    pace: Pace,
 ) -> None:
     """Hand on all that is left of a file, over as many answers as that takes."""
     from grokfetch.fetch.mirror.http import Short
@@ -292,7 +297,7 @@ async def _to_the_end(  # noqa: PLR0913, PLR0917  # as `_bring`
     while receiver.done < length[0]:
         before = receiver.done
         try:
-            await _bring(http, mirror, path, length, receiver, progress)
+            await _bring(http, mirror, path, length, receiver, progress, pace)
         except Short:
             if receiver.done == before:
                 raise
@@ -305,6 +310,7 @@ async def _bring(  # noqa: PLR0913, PLR0917  # from where, what, to whom
     length: Length,
     receiver: Receiver | Delivery,
     progress: Callable[[int], None],
+    pace: Pace,
 ) -> None:
     """Hand on what one answer brings of a file."""
     from grokfetch.fetch.mirror.http import Short, Span
@@ -326,6 +332,7 @@ async def _bring(  # noqa: PLR0913, PLR0917  # from where, what, to whom
         try:
             async for chunk in chunks:
                 held += chunk
+                await pace.wait(len(chunk))
                 if len(held) >= BUFFER:
                     await hand_on()
         finally:

@@ -23,7 +23,7 @@ from grokfetch.events import Arrived, Notice
 from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Limited, Short
 from grokfetch.fetch.mirror.jobs import Begun, Job, Jobs
-from grokfetch.fetch.mirror.state import Mirror, MirrorSettings
+from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer
 from grokfetch.torrent.layout import Layout, Segment
 
@@ -78,7 +78,7 @@ class Pool:
         self._least_rate: float = LEAST_RATE
         if settings.down is not None:
             self._least_rate = min(LEAST_RATE, settings.down / (4 * workers))
-        self._free_at = 0.0
+        self._pace = Pace(settings.down)
         self._demand = demand or Demand()
         self._jobs = Jobs(layout, pieces, workers, self._demand, have)
         self._running = 0
@@ -310,17 +310,10 @@ class Pool:
                 begun.brought = True
                 self.received += len(chunk)
                 begun.mirror.received += len(chunk)
-                await self._pace(len(chunk))
+                await self._pace.wait(len(chunk))
         if begun.hasher.digest() != self._layout.expected(begun.piece):
             files = [it.file.path for it in self._layout.segments(begun.piece) if not it.file.pad]
             raise Faulty(f"it sent wrong bytes for piece {begun.piece} ({files[-1]})")
-
-    async def _pace(self, count: int) -> None:
-        """Wait until so many bytes more are allowed."""
-        if self._settings.down is not None:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + count / self._settings.down
-            await asyncio.sleep(self._free_at - now)
 
 
 def _rest(parts: Iterable[Segment], done: int) -> Iterator[Segment]:

@@ -1,7 +1,8 @@
-"""How mirrors are to be treated, and what is known of one. Pure: no I/O here but the clock."""
+"""How mirrors are to be treated, and what is known of one. No I/O here but the clock."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from pathlib import PurePosixPath
 
 from grokfetch.fetch.mirror.environment import Environment
 
-__all__ = ["Mirror", "MirrorSettings"]
+__all__ = ["Mirror", "MirrorSettings", "Pace"]
 
 LONGEST_PAUSE_S = 60.0
 """The longest rest that a mirror gets which does not say itself how long it should be."""
@@ -34,6 +35,21 @@ class MirrorSettings:
     proxy: tuple[str, str, int, str, str] | None = dataclasses.field(default=None, repr=False)
     down: int | None = None
     environment: Environment = dataclasses.field(default_factory=Environment)
+
+
+class Pace:
+    """Lets so many bytes a second come to all who share it; any number with None."""
+
+    def __init__(self, down: int | None) -> None:
+        self._down = down
+        self._free_at = 0.0
+
+    async def wait(self, count: int) -> None:
+        """Wait until so many bytes more are allowed."""
+        if self._down is not None:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + count / self._down
+            await asyncio.sleep(self._free_at - now)
 
 
 @dataclasses.dataclass(slots=True)
