@@ -86,6 +86,11 @@ def test_a_fetched_folder_is_shared_until_the_ratio_is_reached(tmp_path, whole):
     assert child.returncode == 0
 
 
+@pytest.mark.parametrize(
+    "published",
+    ["hybrid", *(pytest.param(version, marks=pytest.mark.slow) for version in ("v1", "v2"))],
+    indirect=True,
+)
 def test_only_what_is_proven_is_shared(tmp_path, whole):
     folder, torrent = whole
     spoil(folder / "top/a", 5)

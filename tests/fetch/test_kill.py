@@ -76,7 +76,9 @@ class Watch:
     done: bool
 
 
-@pytest.fixture(params=["v1", "v2", "hybrid"])
+@pytest.fixture(
+    params=["hybrid", *(pytest.param(it, marks=pytest.mark.slow) for it in ("v1", "v2"))]
+)
 def published(request, tmp_path):
     return tmp_path, publish_files(tmp_path / "ours", FILES, PIECE, request.param)
 

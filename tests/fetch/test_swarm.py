@@ -38,6 +38,12 @@ FILES = {
 SIZE = sum(map(len, FILES.values()))
 LIMITS = Limits(metadata_s=20, stall_s=20)
 HERE = SwarmSettings.loopback()
+ONE_VERSION = pytest.mark.parametrize(
+    "torrent",
+    ["hybrid", *(pytest.param(version, marks=pytest.mark.slow) for version in ("v1", "v2"))],
+    indirect=True,
+)
+"""For tests that wait: those of the other versions are for the gate."""
 
 
 @pytest.fixture(scope="session", params=["v1", "v2", "hybrid"])
@@ -347,6 +353,7 @@ def test_a_peer_that_sends_wrong_data_is_banned_and_a_good_one_completes(tmp_pat
     assert whole(tmp_path)
 
 
+@ONE_VERSION
 def test_peers_that_were_all_banned_are_tried_once_more(tmp_path, torrent, monkeypatch):
     monkeypatch.setattr(download, "GIVE_UP_S", 0.5)
     _, data = torrent
@@ -371,6 +378,7 @@ def test_peers_that_were_all_banned_are_tried_once_more(tmp_path, torrent, monke
     assert whole(tmp_path)
 
 
+@ONE_VERSION
 def test_a_peer_that_falls_silent_ends_the_fetch_and_another_one_goes_on(tmp_path, torrent):
     folder, data = torrent
     known = parse_torrent(data)
