@@ -38,7 +38,8 @@ from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import ON_DEMAND, Extract, Request
-from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_torrent
 from loader.devices.arrangement import Arrangement, Loading
 from loader.devices.placement import make_mesh
 from loader.inference.loading import load_as_it_comes, load_onto
@@ -137,16 +138,17 @@ def source(made: Release, rate: int) -> Iterator[Swarm]:
 
 
 class Watch:
-    """The events of a fetch, of which it keeps how many bytes have come."""
+    """The events of a fetch: how many bytes have come, and how many peers there are."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = self.peers = 0
 
     def follow(self, events: Iterator[FetchEvent]) -> Iterator[FetchEvent]:
         """The same events."""
         for event in events:
             if isinstance(event, Status):
                 self.received = max(self.received, event.received)
+                self.peers = event.peers
             yield event
 
 
@@ -246,11 +248,13 @@ def demands(made: Release, rate: int, folder: Path) -> float:
 
 def idle(made: Release, rate: int, folder: Path) -> None:
     """Print how long demands take where nothing else is fetched."""
+    watch = Watch()
     with (
         source(made, rate) as swarm,
-        fetching(made, swarm, folder, Watch(), on_demand=True) as store,
+        fetching(made, swarm, folder, watch, on_demand=True) as store,
     ):
-        time.sleep(1)  # The peer has been found by then.
+        while not watch.peers:
+            time.sleep(0.1)
         ask(made, store, rate, "idle")
 
 

@@ -137,7 +137,7 @@ def decoded(checkpoint: Any, tokens: np.ndarray[Any, Any], cache: CacheType) -> 
     half = tokens.shape[1] // 2
     _, state = engine.prefill(tokens[:, :half])
     chosen, logits = Chosen(), []
-    engine._steps.choices = chosen  # type: ignore[assignment] # noqa: SLF001
+    engine._steps.choices = chosen  # type: ignore[assignment] # noqa: SLF001 - each, not counts
     for column in tokens[:, half:].T:
         scores, state = engine.decode(state, column)
         logits.append(np.asarray(scores, np.float64))

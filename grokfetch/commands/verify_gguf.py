@@ -18,8 +18,9 @@ from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest, ManifestFile, parse
 from grokfetch.manifest.shipped import shipped
 from grokfetch.output.reporting import ended, reporter
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import TorrentFile, parse_info, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, parse_torrent
 from grokfetch.units import seconds_text
 from loader.weights.schema import GrokConfig, parameters
 

@@ -25,8 +25,9 @@ from grokfetch.folder.verify import TensorIndex
 from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Request, Selection, extended, pieces_of, spans, urgency
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout, LayoutFile
-from grokfetch.torrent.metainfo import TorrentFile, check_info_hash, parse_info
+from grokfetch.torrent.metainfo import TorrentFile, check_info_hash
 from grokfetch.units import count_text
 
 __all__ = ["Asked", "Prepared", "prepare", "selected"]

@@ -28,9 +28,10 @@ from grokfetch.manifest.match import in_force
 from grokfetch.manifest.schema import Manifest, parse
 from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import grok_1, shipped
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
 from grokfetch.torrent.magnet import Magnet, link_of_hash, parse_magnet, unquoted
-from grokfetch.torrent.metainfo import TorrentFile, parse_info, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, parse_torrent
 
 __all__ = ["Network", "Wanted", "begun_in", "describe", "read_manifest", "resolve"]
 

@@ -17,8 +17,9 @@ from grokfetch.manifest import selection as selections
 from grokfetch.manifest.relocation import Places
 from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import Selection, Spans
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_torrent
 from grokfetch.torrent.names import STATE_FOLDER, with_ending
 
 __all__ = ["Documents", "part_name"]

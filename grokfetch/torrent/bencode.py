@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TypeVar
 
 from grokfetch.errors import TorrentInvalid
 
-__all__ = ["Value", "decode", "encode", "member_spans"]
+__all__ = ["Value", "decode", "encode", "expect", "member_spans", "text"]
 
 Value = int | bytes | list["Value"] | dict[bytes, "Value"]
+
+T = TypeVar("T")
 
 DEEPEST = 64
 """Nested lists and dictionaries; a path of a v2 torrent costs one a folder."""
@@ -137,3 +140,26 @@ def _members(data: bytes, position: int, depth: int) -> Iterator[tuple[bytes, Va
         value, end = _value(data, start, depth + 1)
         yield key, value, start, end
         position = end
+
+
+def expect(value: Value | None, kind: type[T], name: str) -> T:
+    """The value, which must be of a kind.
+
+    Raises:
+        TorrentInvalid: it is not, or there is none; says so of `name`.
+    """
+    if not isinstance(value, kind):
+        raise TorrentInvalid(f"{name} is missing or malformed")
+    return value
+
+
+def text(value: Value | None, name: str) -> str:
+    """The value, which must be a string.
+
+    Raises:
+        TorrentInvalid: it is not UTF-8, or there is none; says so of `name`.
+    """
+    try:
+        return expect(value, bytes, name).decode()
+    except UnicodeDecodeError:
+        raise TorrentInvalid(f"{name} is not UTF-8: {value!r:.80}") from None

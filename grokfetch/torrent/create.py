@@ -21,6 +21,7 @@ from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.events import Hashed
 from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import (
     BLOCK,
     HASH_SIZES,
@@ -31,7 +32,7 @@ from grokfetch.torrent.layout import (
     piece_hasher,
     power_of_two_above,
 )
-from grokfetch.torrent.metainfo import TorrentFile, parse_info, torrent_file
+from grokfetch.torrent.metainfo import TorrentFile, torrent_file
 from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
 
 __all__ = ["Made", "MadeFile", "Pieces", "hybrid_info", "make", "suitable_piece_length"]

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from grokfetch.torrent.create import Made, MadeFile, Pieces, hybrid_info
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import BLOCK, PieceHasher, piece_hasher, power_of_two_above
-from grokfetch.torrent.metainfo import parse_info, torrent_file
+from grokfetch.torrent.metainfo import torrent_file
 
 __all__ = ["FileHasher", "FileHashes", "made_of"]
 

@@ -65,8 +65,6 @@ class Steps:
             {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
         )
         self._mesh = mesh
-        # See `Steps.layers`.
-        self._one_at_a_time = mesh.devices.size > 1 and mesh.devices.flat[0].platform == "cpu"
         self._params = params
         embedding, final, self._layer_spec = (
             jax.tree.map(lambda array: array.sharding.spec, part)
@@ -122,17 +120,10 @@ class Steps:
     def layers(
         self, cache: Sequence[KeyValues], x: Array, window: Window
     ) -> tuple[Array, tuple[KeyValues, ...]]:
-        """All layers over the residual stream; the cache's buffers are used up.
-
-        CPU devices share threads. With some dozen programs queued, those that wait for the others'
-        part of a sum leave none for the others, and XLA ends the process after 40 s: there a layer
-        is queued when the one before has ended.
-        """
+        """All layers over the residual stream; the cache's buffers are used up."""
         filled = []
         for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
-            if self._one_at_a_time:
-                x.block_until_ready()
-            x, kept, chosen = self._layer(weights, entry, x, window)
+            x, kept, chosen = self._layer(weights, entry, self._alone(x), window)
             filled.append(kept)
             if self.choices is not None:
                 self.choices.add(number, *self._tell(chosen, window.real))
@@ -154,7 +145,8 @@ class Steps:
     def _alone(self, x: Array) -> Array:
         """Let the next program begin after this one, where two of them might wait for ever.
 
-        CPU devices that wait for one another, each in a thread, share the threads.
+        CPU devices share threads. With some dozen programs queued, those that wait for the others'
+        part of a sum leave none for the others, and XLA ends the process after 40 s.
         """
         if self._mesh.size > 1 and self._mesh.devices.flat[0].platform == "cpu":
             x.block_until_ready()

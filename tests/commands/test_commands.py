@@ -42,14 +42,6 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def peer(published):
-    """HOST:PORT of a seed of the published checkpoint."""
-    torrent = published.joinpath("tiny.torrent").read_bytes()
-    with seed(torrent, published, SwarmSettings.loopback()) as seeder:
-        yield f"127.0.0.1:{seeder.port}"
-
-
-@pytest.fixture(scope="module")
 def fetched_once(published, peer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fetched") / "grok"
     text = grokfetch("fetch", published / "tiny.json", "--to", folder, "--peer", peer, *LOOPBACK)

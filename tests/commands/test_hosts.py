@@ -36,7 +36,8 @@ from grokfetch.manifest.selection import (
     spans,
 )
 from grokfetch.manifest.shipped import grok_1
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 from loader.devices import placement
 from loader.weights.checkpoint import open_checkpoint
 from loader.weights.host_share import Share, file_spans, share_of_host, tensor_spans
@@ -301,6 +302,7 @@ def spoil_all_but(folder, wanted):
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_references_tokens_and_each_reads_only_its_share(fetched, tmp_path):
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in fetched]
     for number, folder in enumerate(folders):

@@ -23,7 +23,8 @@ from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, encode
 from grokfetch.manifest.shipped import grok_1
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import parse_torrent
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery")
 
@@ -33,14 +34,6 @@ def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     publish(root, notes="an extra file")
     return root
-
-
-@pytest.fixture(scope="module")
-def peer(published):
-    """HOST:PORT of a seed of the published checkpoint."""
-    torrent = published.joinpath("tiny.torrent").read_bytes()
-    with seed(torrent, published, SwarmSettings.loopback()) as seeder:
-        yield f"127.0.0.1:{seeder.port}"
 
 
 @pytest.fixture(scope="module")

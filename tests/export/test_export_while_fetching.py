@@ -16,7 +16,8 @@ from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import parse
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 from loader.export import gguf
 from loader.export.jobs import Work
 from loader.export.layout import Origin, gguf_name, gguf_plan

@@ -26,7 +26,8 @@ from grokfetch.fetch.mirror import MirrorSettings, Together
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 
 PIECE = 32768
 PIECES = 40

@@ -15,7 +15,8 @@ from grokfetch.events import Summary
 from grokfetch.fetch.swarm import SwarmSettings, seed, session
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import parse_torrent
 from grokfetch.torrent.read_back import CHUNK, check_pieces
 
 PIECE = 1 << 17

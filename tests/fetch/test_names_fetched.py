@@ -16,8 +16,9 @@ from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder import payload
 from grokfetch.folder.store import Store
 from grokfetch.manifest.selection import Request
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.metainfo import parse_torrent
 from grokfetch.torrent.names import unsafe_name
 
 HERE = SwarmSettings.loopback()

@@ -33,7 +33,8 @@ from grokfetch.fetch.wanted import Network
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 from grokfetch.manifest.selection import ON_DEMAND, Extract, Request
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 from loader.weights.checkpoint import model_of
 
 GATE = "transformer/decoder_layer_3/moe/linear/w"

@@ -24,8 +24,9 @@ from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 from grokfetch.manifest.selection import Request
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 
 PIECE = 32768
 FILES = {

@@ -14,8 +14,9 @@ from grokfetch.fetch.swarm import SwarmSettings
 from grokfetch.fetch.wanted import Network, resolve
 from grokfetch.manifest.schema import encode
 from grokfetch.manifest.shipped import grok_1
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 
 FILES = {name: content(40_000, number) for number, name in enumerate("abc")}
 TORRENT = v1_torrent(FILES, 16384)

@@ -34,7 +34,8 @@ from grokfetch.folder.journal import checks
 from grokfetch.folder.store import Store
 from grokfetch.manifest.selection import Request
 from grokfetch.manifest.shipped import demo_folder
-from grokfetch.torrent.metainfo import encode_torrent, parse_info
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent
 from loader.devices.arrangement import Arrangement, Loading
 from loader.devices.placement import make_mesh
 from loader.inference.engine import Engine

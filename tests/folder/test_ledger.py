@@ -14,7 +14,7 @@ from grokfetch.errors import StorageFailed
 from grokfetch.fetch import Limits
 from grokfetch.folder.ledger import Proofs, Saver
 from grokfetch.folder.store import Store
-from grokfetch.torrent.metainfo import parse_info
+from grokfetch.torrent.info_dictionary import parse_info
 
 LARGE = {"a": content(4 * PIECE), "b": content(8 * PIECE)}
 

@@ -19,7 +19,8 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
 from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import ManifestFile
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import parse_torrent
 
 PIECE = 16384
 CHANGES = ("none", "touched", "spoilt", "cut", "longer", "gone")

@@ -25,8 +25,9 @@ from grokfetch.folder import record
 from grokfetch.manifest import schema, selection
 from grokfetch.serving.fields import Refused
 from grokfetch.serving.requests import read_completion
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 from loader.export import gguf
 from loader.weights.inventory import expected
 from loader.weights.shard_reader import read_frame

@@ -115,6 +115,7 @@ def test_logits_are_the_same_on_eight_devices(mesh, placement, tuning):
     assert caching.prefix_cache.hits == 5
 
 
+@pytest.mark.slow
 def test_texts_of_a_batch_are_the_same_with_the_log_probabilities_of_their_prompts():
     jobs = [
         Job(TOKENS, 5, logprobs=3, echo=True),

@@ -31,7 +31,8 @@ from grokfetch.manifest.selection import (
     spans,
     urgency,
 )
-from grokfetch.torrent.metainfo import encode_torrent, parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 
 PIECE = 16384
 EXPERTS, ROWS, COLUMNS = 4, 96, 256

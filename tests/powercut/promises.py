@@ -33,7 +33,8 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.survey import survey
 from grokfetch.folder.verify import verify
 from grokfetch.manifest import schema
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.info_dictionary import parse_info
+from grokfetch.torrent.metainfo import parse_torrent
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where states are tried: nothing has to reach a disk any more."""

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.torrents import content, v1_info, v2_torrent
 
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import BLOCK, Layout
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.metainfo import parse_torrent
 
 PIECE = 32768
 EDGES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 1]

@@ -8,14 +8,9 @@ from support.torrents import content, v1_info, v1_torrent, v2_torrent
 
 from grokfetch.errors import TorrentInvalid
 from grokfetch.torrent import bencode
+from grokfetch.torrent.info_dictionary import parse_info, right_layers
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import (
-    check_info_hash,
-    encode_torrent,
-    parse_info,
-    parse_torrent,
-    right_layers,
-)
+from grokfetch.torrent.metainfo import check_info_hash, encode_torrent, parse_torrent
 
 PIECE = 32768
 FILES = {"a": content(100_000), "b/c": content(10), "b/empty": b""}

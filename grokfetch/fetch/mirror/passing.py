@@ -113,7 +113,7 @@ def pass_by(
 
     async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
         length, receiver = files[path]
-        await _to_the_end(http, mirror, path, length, receiver, progress, pace)
+        await _Passage(http, mirror, path, length, progress, pace).to_the_end(receiver)
         receiver.end()
 
     asyncio.run(_Server(address, settings, bring).visit(files))
@@ -187,13 +187,14 @@ async def _delivered(
         length = await _length(http, mirror, path)
         if length[0] != file.size:
             raise Changed(f"it has {length[0]:,} bytes there, not {file.size:,}")
+        passage = _Passage(http, mirror, path, length, partial(tell, path), pace)
         try:
-            await _to_the_end(http, mirror, path, length, file, partial(tell, path), pace)
+            await passage.to_the_end(file)
         except Failed as error:
             if error.args != (IGNORES_RANGE,):
                 raise
             file.restart()
-            await _to_the_end(http, mirror, path, length, file, partial(tell, path), pace)
+            await passage.to_the_end(file)
         tell(path, None)
 
     await _Server(address, settings, bring, tell).visit(files)
@@ -282,61 +283,54 @@ async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
     raise refused
 
 
-async def _to_the_end(  # noqa: PLR0913, PLR0917  # as `_bring`
-    http: Http,
-    mirror: Mirror,
-    path: PurePosixPath,
-    length: Length,
-    receiver: Receiver | Delivery,
-    progress: Callable[[int], None],
-    pace: Pace,
-) -> None:
-    """Hand on all that is left of a file, over as many answers as that takes."""
-    from grokfetch.fetch.mirror.http import Short
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Passage:
+    """A file on its way from a mirror: where from, its length, and who is told of bytes."""
 
-    while receiver.done < length[0]:
-        before = receiver.done
-        try:
-            await _bring(http, mirror, path, length, receiver, progress, pace)
-        except Short:
-            if receiver.done == before:
-                raise
+    http: Http
+    mirror: Mirror
+    path: PurePosixPath
+    length: Length
+    progress: Callable[[int], None]
+    pace: Pace
 
+    async def to_the_end(self, receiver: Receiver | Delivery) -> None:
+        """Hand on all that is left of the file, over as many answers as that takes."""
+        from grokfetch.fetch.mirror.http import Short
 
-async def _bring(  # noqa: PLR0913, PLR0917  # from where, what, to whom
-    http: Http,
-    mirror: Mirror,
-    path: PurePosixPath,
-    length: Length,
-    receiver: Receiver | Delivery,
-    progress: Callable[[int], None],
-    pace: Pace,
-) -> None:
-    """Hand on what one answer brings of a file."""
-    from grokfetch.fetch.mirror.http import Short, Span
+        while receiver.done < self.length[0]:
+            before = receiver.done
+            try:
+                await self._one_answer(receiver)
+            except Short:
+                if receiver.done == before:
+                    raise
 
-    size, etag = length
-    candidates = places(mirror.address, path)
-    url = candidates[min(mirror.form, len(candidates) - 1)]
-    async with http.opened(url, Span(receiver.done, size, size, etag)) as chunks:
-        held = bytearray()
+    async def _one_answer(self, receiver: Receiver | Delivery) -> None:
+        from grokfetch.fetch.mirror.http import Short, Span
 
-        async def hand_on() -> None:
-            data = memoryview(held)[: size - receiver.done]
-            await asyncio.to_thread(receiver.take, data)
-            data.release()
-            progress(len(held))
-            held.clear()
-            mirror.deliver()
+        size, etag = self.length
+        candidates = places(self.mirror.address, self.path)
+        url = candidates[min(self.mirror.form, len(candidates) - 1)]
+        async with self.http.opened(url, Span(receiver.done, size, size, etag)) as chunks:
+            held = bytearray()
 
-        try:
-            async for chunk in chunks:
-                held += chunk
-                await pace.wait(len(chunk))
-                if len(held) >= BUFFER:
+            async def hand_on() -> None:
+                data = memoryview(held)[: size - receiver.done]
+                await asyncio.to_thread(receiver.take, data)
+                data.release()
+                self.progress(len(held))
+                held.clear()
+                self.mirror.deliver()
+
+            try:
+                async for chunk in chunks:
+                    held += chunk
+                    await self.pace.wait(len(chunk))
+                    if len(held) >= BUFFER:
+                        await hand_on()
+            finally:
+                if held:
                     await hand_on()
-        finally:
-            if held:
-                await hand_on()
-    if receiver.done < size:
-        raise Short("it sent fewer bytes than were asked for")
+        if receiver.done < size:
+            raise Short("it sent fewer bytes than were asked for")

@@ -8,8 +8,9 @@ from typing import Any
 from grokfetch.errors import TorrentInvalid
 from grokfetch.events import Notice, Traffic
 from grokfetch.fetch.swarm.session import Session
+from grokfetch.torrent.info_dictionary import parse_info, right_layers
 from grokfetch.torrent.layout import BLOCK, power_of_two_above
-from grokfetch.torrent.metainfo import TorrentFile, parse_info, right_layers, torrent_file
+from grokfetch.torrent.metainfo import TorrentFile, torrent_file
 
 __all__ = ["PAD", "Inquiry", "complete"]
 

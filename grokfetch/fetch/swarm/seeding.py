@@ -11,8 +11,9 @@ from typing import Any
 from grokfetch.errors import TorrentInvalid
 from grokfetch.fetch.swarm.download import file_error, paths_by_index
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
+from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import parse_info, parse_torrent
+from grokfetch.torrent.metainfo import parse_torrent
 
 __all__ = ["Seeder", "Shared", "seed"]
 
