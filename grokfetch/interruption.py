@@ -59,6 +59,8 @@ class Interrupted(KeyboardInterrupt):
         super().__init__()
         self.number = number
         self.exit_code = SHELL_BASE + number
+        # What has dropped it may keep it as its own failure's context, until the program ends.
+        _pending.number = number
         _Count.raised += 1
         self._place = _Count.raised
 
@@ -112,11 +114,12 @@ def honour(error: KeyboardInterrupt) -> int:
     Returns:
         The exit code.
     """
-    if not isinstance(error, Interrupted):
-        return SHELL_BASE + signal.SIGINT
     _Count.honoured = _Count.raised
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return error.exit_code
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    # Somebody's own `KeyboardInterrupt`, raised on account of ours or of none.
+    return SHELL_BASE + _pending.number
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from typing import Any, Final
 
 from grokfetch.errors import (
     Contradiction,
-    GrokfetchError,
     Inexact,
     NotProven,
     StorageFailed,
@@ -226,8 +225,8 @@ class Export:
             except BaseException:
                 self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                with contextlib.suppress(GrokfetchError):
-                    self._keep(written, files)
+                # By the thread that may still be recording others: whoever wrote last would win.
+                saver.submit(self._keep, written, files)
                 raise
 
     def _keep(self, parts: list[Part], files: Sequence[TargetFile]) -> None:

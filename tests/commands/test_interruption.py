@@ -202,6 +202,18 @@ def test_one_that_was_dropped_last_of_all_ends_the_program_all_the_same(monkeypa
     interruption.settle()
 
 
+def test_one_that_something_else_failed_of_has_its_own_signals_code():
+    try:
+        try:
+            raise interruption.Interrupted(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("what was interrupted fails in its own way") from error
+    except ImportError:
+        with pytest.raises(interruption.Interrupted) as caught:
+            interruption.settle()
+    assert interruption.honour(caught.value) == 128 + signal.SIGTERM
+
+
 TOLD_AT_LENGTH = """
 import contextlib, signal, time
 import click
