@@ -114,12 +114,13 @@ def honour(error: KeyboardInterrupt) -> int:
     Returns:
         The exit code.
     """
+    number = _pending.number if _Count.raised > _Count.honoured else signal.SIGINT
     _Count.honoured = _Count.raised
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(error, Interrupted):
         return error.exit_code
     # Somebody's own `KeyboardInterrupt`, raised on account of ours or of none.
-    return SHELL_BASE + _pending.number
+    return SHELL_BASE + number
 
 
 @contextlib.contextmanager

@@ -214,6 +214,22 @@ def test_one_that_something_else_failed_of_has_its_own_signals_code():
     assert interruption.honour(caught.value) == 128 + signal.SIGTERM
 
 
+def test_a_signal_that_has_had_its_effect_gives_no_later_interruption_its_code():
+    with pytest.raises(interruption.Interrupted) as caught:
+        raise interruption.Interrupted(signal.SIGTERM)
+    assert interruption.honour(caught.value) == 128 + signal.SIGTERM
+    assert interruption.honour(KeyboardInterrupt()) == 128 + signal.SIGINT
+
+
+def test_another_interruption_on_account_of_a_signal_has_the_signals_code():
+    try:
+        raise interruption.Interrupted(signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        of_somebody_else = KeyboardInterrupt()
+        of_somebody_else.__context__ = error
+    assert interruption.honour(of_somebody_else) == 128 + signal.SIGTERM
+
+
 TOLD_AT_LENGTH = """
 import contextlib, signal, time
 import click
