@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 import pytest
-from support.fake_swarm import FakeSwarm, NoPeers
+from support.fake_swarm import Elsewhere, FakeSwarm, NoPeers
 from support.patience import PATIENCE_S, wait_for
 from support.peer import Peer
 from support.torrents import content, lay_down, manifest_of, v1_torrent
@@ -268,6 +268,28 @@ def test_what_a_silent_swarm_was_to_bring_comes_from_a_mirror_when_somebody_wait
             released.set()
             reading.result(PATIENCE_S)
             assert content_at(tmp_path, 3) == block(3, 0, PIECE)
+
+
+def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror_and_the_rest_stays_divided(tmp_path):
+    done = threading.Event()
+
+    def before(path):
+        # The mirrors' own half keeps them from being idle.
+        if "top/b" in path:
+            done.wait(PATIENCE_S)
+
+    with WebServer({f"top/{name}": data for name, data in FILES.items()}) as server:
+        server.before = before
+        busy = Elsewhere(TORRENT)
+        settings = dataclasses.replace(ONE_BY_ONE, connections=2)
+        with filled(tmp_path, Together(busy, [server.url], settings=settings)) as store:
+            store.require(*span(3))
+            done.set()
+            assert content_at(tmp_path, 3) == block(3, 0, PIECE)
+    first, then = (order.want for order in busy.orders[:2])
+    assert 3 in first
+    assert 3 not in then
+    assert {0, 1, 2, 4} <= then
 
 
 # --- what ends it ---------------------------------------------------------------------------------

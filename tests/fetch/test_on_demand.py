@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 from support import golden
-from support.fake_swarm import FakeSwarm, NoPeers
+from support.fake_swarm import Elsewhere, FakeSwarm, NoPeers
 from support.patience import PATIENCE_S, wait_for
 from support.peer import Peer
 from support.release import PIECE, publish
@@ -23,7 +22,6 @@ from support.web_server import WebServer
 
 import loader
 from grokfetch.errors import NoModel, StateLocked
-from grokfetch.events import Traffic
 from grokfetch.fetch import fetch
 from grokfetch.fetch.mirror import Together
 from grokfetch.fetch.mirror.division import Patience
@@ -155,16 +153,6 @@ def test_a_torrent_without_a_manifest_is_read_too_but_its_hyperparameters_are_no
     assert proven(tmp_path) == few
     with pytest.raises(NoModel):
         model_of(Store(tmp_path))
-
-
-class Elsewhere(NoPeers):
-    """A swarm that is at work, and has nothing of what is asked for."""
-
-    def download(self, order):
-        self.orders.append(order)
-        for turn in itertools.count():
-            self.never.wait(0.01)
-            yield Traffic(turn * 10_000, 1e6, 1)
 
 
 FILES = {"a": content(8 * PIECE), "b": content(8 * PIECE, 1)}

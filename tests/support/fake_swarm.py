@@ -1,6 +1,7 @@
 """A `PieceSource` in memory: a swarm that can drop, stall, corrupt and fail on command."""
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,3 +132,13 @@ class NoPeers:
             # As a real one waits for something to happen.
             self.never.wait(0.01)
             yield Traffic(0, 0.0, 0)
+
+
+class Elsewhere(NoPeers):
+    """A swarm that is at work, and has nothing of what is asked for."""
+
+    def download(self, order):
+        self.orders.append(order)
+        for turn in itertools.count():
+            self.never.wait(0.01)
+            yield Traffic(turn * 10_000, 1e6, 1)

@@ -161,6 +161,7 @@ class Round:
         arrived: pieces that are there.
         received: payload bytes since the order, of both sides.
         swarm_moved: whether the swarm has brought a byte, or had nothing to bring.
+        late: pieces of the swarm's that somebody waited for in vain; mirrors may have them.
     """
 
     def __init__(
@@ -182,9 +183,11 @@ class Round:
         self._swarm_bytes = 0
         self._mirror_bytes = 0
         self._rate = _Rate()
+        self._patience = Patience(order.layout.piece_length)
         self.arrived: set[int] = set()
         self.received = received
         self.swarm_moved = not theirs
+        self.late: set[int] = set()
 
     def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
         """Run until both are done, or until it is better to divide the rest anew."""
@@ -245,12 +248,13 @@ class Round:
         return True
 
     def _swarm_keeps_waiting(self) -> bool:
-        """Whether somebody waits for a piece of a silent swarm that a mirror may have."""
-        waited = self._swarm_left.intersection(self._order.demand.waited)
-        quiet = time.monotonic() - self._moved_at > DEMAND_QUIET_S
-        if not waited or not quiet or not self._can_help(self._order.layout, waited):
+        """Whether somebody waits in vain for a piece of the swarm's that a mirror may have."""
+        now, waited = time.monotonic(), self._swarm_left.intersection(self._order.demand.waited)
+        ends = self._patience.ends(now, waited, self._swarm.received, self._swarm.rate)
+        if not ends or not self._can_help(self._order.layout, waited):
             return False
-        self.swarm_moved = False
+        self.late = waited
+        self.swarm_moved &= now - self._moved_at <= DEMAND_QUIET_S
         return True
 
     def _mirrors_are_slow(self) -> bool:

@@ -6,8 +6,9 @@ peer sends after all cannot spoil what a mirror brought, because libtorrent neve
 take a piece away from libtorrent while it runs would not be as safe: of a request that timed out
 the block may still come, and is written before its hash is known.) Nobody knows beforehand how to
 divide, so it is done in rounds. The first gives half to each side; when one has finished and the
-other would need long for the rest, that rest is divided anew, by the rates seen. A swarm that
-brought nothing gets nothing in the next round, and mirrors that are dropped leave all to the swarm.
+other would need long for the rest, that rest is divided anew, by the rates seen. What somebody
+waits for in vain goes from the swarm to mirrors so, too. A swarm that brought nothing gets nothing
+in the next round, and mirrors that are dropped leave all to the swarm.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ class Together:
             return
         left = set(order.want)
         received = 0
-        share, quiet = 0.5, False
+        share, quiet, late = 0.5, False, set[int]()
         while left:
-            ours = self._share(order.layout, left, 1.0 if quiet else share)
+            ours = self._share(order.layout, left, 1.0 if quiet else share, late)
             theirs = left.difference(ours)
             if not ours and not self._can_help(order.layout, left):
                 yield from self._swarm_alone(_want(order, theirs), received)
@@ -106,6 +107,7 @@ class Together:
             left -= a_round.arrived
             received = a_round.received
             share, quiet = a_round.next_share, not a_round.swarm_moved or not self._swarm_works
+            late = a_round.late
 
     def _in_turn(self, order: Order) -> Iterator[Event]:
         """What is asked for while it runs: by the swarm, or what that does not bring by mirrors."""
@@ -175,17 +177,18 @@ class Together:
         """The mirrors that are of use, as far as is known."""
         return [it for it in self._mirrors.values() if it is not None and not it.dropped]
 
-    def _share(self, layout: Layout, left: set[int], share: float) -> list[int]:
-        """The pieces for the mirrors: the last ones of those that a mirror may have."""
+    def _share(self, layout: Layout, left: set[int], share: float, late: set[int]) -> list[int]:
+        """The pieces for the mirrors, of those that one may have: the late ones and the last."""
         mirrors = self.alive
         able = [
             piece
-            for piece in sorted(left)
+            for piece in sorted(left, key=lambda piece: (piece in late, piece))
             if any(mirror.serves(_files(layout, piece)) for mirror in mirrors)
         ]
         if not self._swarm_works:
             return able
-        return able[len(able) - math.floor(share * len(able) + 0.5) :]
+        count = max(math.floor(share * len(able) + 0.5), len(late.intersection(able)))
+        return sorted(able[len(able) - count :])
 
     def _can_help(self, layout: Layout, pieces: set[int]) -> bool:
         mirrors = self.alive
