@@ -32,6 +32,10 @@ FLUSH_BYTES = 256 << 20
 AFTER_FILE_S = 0.5
 """How soon after another record one is written because a file has become whole."""
 
+REST = 10
+"""How much longer than the last record took to write that is put off, for its cost grows with the
+number of files."""
+
 
 class Proofs:
     """What is proven of a torrent's payload, with the store's exclusive lock held.
@@ -212,22 +216,15 @@ class Proofs:
         for path, proof in list(self._files.items()):
             file = self._layout.file(path)
             if proof.writing and file is not None:
-                now = self._store.stamp(path)
-                inode = self._inode(path)
+                now, inode = self._store.stamp_and_inode(path)
                 end = self._proven_end(file)
                 same = self._inodes.setdefault(path, inode) == inode if end else True
                 if end > (0 if now is None else now.size) or not same:
                     self._doubt(file)
                     self._inodes.pop(path, None)
-                self._files[path] = FileProof(now or Stamp(0, 0), writing=True)
-
-    def _inode(self, path: PurePosixPath) -> tuple[int, int] | None:
-        """What tells a file from another one that has taken its name."""
-        try:
-            status = self._store.payload(path).stat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+                stamp = now or Stamp(0, 0)
+                if stamp != proof.stamp:
+                    self._files[path] = FileProof(stamp, writing=True)
 
     def _proven_end(self, file: LayoutFile) -> int:
         """The byte of a file after its last proven one: no honest file is shorter."""
@@ -332,6 +329,7 @@ class Saver:
         self._save_s = save_s
         self._clock = clock
         self._written_at = clock()
+        self._after_file_s = AFTER_FILE_S
         self._pool = pool or ThreadPoolExecutor(1, "flush")
         self._flush: Future[None] | None = None
 
@@ -348,14 +346,16 @@ class Saver:
             StorageFailed: data cannot be flushed, or the record not be written.
         """
         age = self._clock() - self._written_at
-        due = age >= self._save_s or (self._proofs.whole_file and age >= AFTER_FILE_S)
+        due = age >= self._save_s or (self._proofs.whole_file and age >= self._after_file_s)
         if self._flush is None and (due or self._proofs.unflushed_bytes >= FLUSH_BYTES):
             self._flush = self._pool.submit(flush, self._proofs.begin_flush(), self._proofs.root)
         if self._flush is not None and (self._flush.done() or age >= 2 * self._save_s):
             self.settle()
             if due:
+                began = self._clock()
                 self._proofs.write()
                 self._written_at = self._clock()
+                self._after_file_s = max(AFTER_FILE_S, REST * (self._written_at - began))
 
     def settle(self) -> None:
         """Wait for the flush under way.

@@ -59,17 +59,18 @@ def encode(record: Record) -> bytes:
         "info_hash": record.info_hash,
         "pieces": _bits(record.pieces),
         "files": {
-            str(path): [
+            text: [
                 proof.stamp.size,
                 proof.stamp.mtime_ns,
                 proof.sha256,
                 "writing" if proof.writing else "",
             ]
-            for path, proof in sorted(record.files.items())
+            for text, proof in sorted((str(path), proof) for path, proof in record.files.items())
         },
     }
-    top = {"schema": SCHEMA, "digest": _digest(body), **body}
-    return (json.dumps(top, separators=(",", ":")) + "\n").encode()
+    text = json.dumps(body, separators=(",", ":"))
+    top = json.dumps({"schema": SCHEMA, "digest": _sha256(text)}, separators=(",", ":"))
+    return f"{top[:-1]},{text[1:]}\n".encode()
 
 
 def decode(text: bytes) -> Record:
@@ -101,7 +102,11 @@ def _proof(fields: list[Any]) -> FileProof:
 
 
 def _digest(body: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+    return _sha256(json.dumps(body, separators=(",", ":")))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bits(numbers: Iterable[int]) -> str:

@@ -33,11 +33,18 @@ class Store(Documents):
 
     def stamp(self, path: PurePosixPath) -> Stamp | None:
         """How a payload file looks now, links followed; None if it is not there."""
+        return self.stamp_and_inode(path)[0]
+
+    def stamp_and_inode(
+        self, path: PurePosixPath
+    ) -> tuple[Stamp, tuple[int, int]] | tuple[None, None]:
+        """The same, and what tells the file from another one that has taken its name."""
         try:
-            status = os.stat(self.payload(path))  # noqa: PTH116 - half the time of Path.stat
+            # Thousands are looked at before every record: Path.stat and joining take twice as long.
+            status = os.stat(f"{self.root}/{path}")  # noqa: PTH116
         except OSError:
-            return None
-        return Stamp(status.st_size, status.st_mtime_ns)
+            return None, None
+        return Stamp(status.st_size, status.st_mtime_ns), (status.st_dev, status.st_ino)
 
     # --- the lock ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from support.torrents import content, lay_down, v1_torrent
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch import Limits
 from grokfetch.folder.ledger import Proofs, Saver
+from grokfetch.folder.payload import flush
 from grokfetch.folder.store import Store
 from grokfetch.torrent.info_dictionary import parse_info
 
@@ -76,6 +77,55 @@ def test_a_record_is_written_when_it_is_old_or_a_file_has_become_whole(at_work):
         assert turn(3.7) == {0, 1, 2, 3, 4}
         proofs.add(5)
         assert turn(5.0) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "early", "due"), [(0.01, 0.4, 0.6), (0.2, 1.9, 2.1), (9, 2.9, 3)]
+)
+def test_a_record_that_took_long_is_put_off_for_longer_but_never_beyond_its_time(
+    at_work, monkeypatch, cost_s, early, due
+):
+    store, proofs = at_work
+    now = [0.0]
+    real = proofs.write
+
+    def slow():
+        now[0] += cost_s
+        real()
+
+    monkeypatch.setattr(proofs, "write", slow)
+    with Saver(proofs, 3.0, lambda: now[0], AtOnce()) as saver:
+        now[0] = 3.0
+        saver.turn()
+        written_at = now[0]
+        for piece in range(4):
+            proofs.add(piece)
+        now[0] = written_at + early
+        saver.turn()
+        assert saved(store) == set()
+        now[0] = written_at + due
+        saver.turn()
+        assert saved(store) == {0, 1, 2, 3}
+
+
+def test_of_many_files_each_is_flushed_and_then_their_folders(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    files = {f"{number // 50}/{number}": b"x" for number in range(200)}
+    lay_down(root, files)
+    paths = [root / "top" / name for name in files]
+    flushed = []
+    real = os.fsync
+
+    def noted(handle):
+        real(handle)
+        flushed.append(Path(f"/proc/self/fd/{handle}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    flush(paths, root)
+    folders = {root, root / "top", *(path.parent for path in paths)}
+    assert set(flushed[: len(paths)]) == set(paths)
+    assert len(flushed) == len(paths) + len(folders)
+    assert set(flushed[len(paths) :]) == folders
 
 
 def test_data_that_the_disk_has_lost_is_never_claimed_although_a_second_flush_is_silent(
