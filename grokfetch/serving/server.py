@@ -23,7 +23,7 @@ KEEP_ALIVE_S = 75
 (60 s), lest one sends a request into a connection that is just being closed."""
 
 HEADERS_S = 60.0
-"""Seconds in which a request's headers have to come."""
+"""Seconds in which a request's headers have to come, and the rest of a body that is not read."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -69,7 +69,11 @@ def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name
 
 
 class _Patient(H11Protocol):
-    """A connection that is ended where a request's headers do not come; its body is the gate's."""
+    """A connection that is ended where what a client has to send does not come.
+
+    That are a request's headers, and the rest of a body that nobody has read; the others' bodies
+    are the gate's.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -85,8 +89,20 @@ class _Patient(H11Protocol):
         self._forget()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.our_state is h11.DONE:
+            self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            super().send_400_response(msg)
+        else:
+            # The request has been answered, and what followed of its body is malformed.
+            self.transport.close()
+
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._forget()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(HEADERS_S, self.transport.close)

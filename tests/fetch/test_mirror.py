@@ -19,7 +19,8 @@ from grokfetch.events import Arrived, Finding, Notice, Origin, Outcome, Status, 
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, division
 from grokfetch.fetch.mirror.addresses import label, places, unusable
-from grokfetch.fetch.mirror.http import Faulty, redirected
+from grokfetch.fetch.mirror.answers import Faulty
+from grokfetch.fetch.mirror.http import redirected
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify

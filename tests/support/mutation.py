@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 EXTREMES = (0, 1, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 TOKENS = (
@@ -23,15 +24,17 @@ TOKENS = (
 MOST_BYTES = 1 << 16
 
 
-def mutated(seeds: list[bytes], dice: random.Random) -> bytes:
-    """One of the seeds with one to six things done to it."""
+def mutated(seeds: list[bytes], dice: random.Random, tokens: Sequence[bytes] = ()) -> bytes:
+    """One of the seeds with one to six things done to it; `tokens` are put in as `TOKENS` are."""
     data = bytearray(dice.choice(seeds))
     for _ in range(dice.randint(1, 6)):
-        _once(data, seeds, dice)
+        _once(data, seeds, dice, (*TOKENS, *tokens))
     return bytes(data[:MOST_BYTES])
 
 
-def _once(data: bytearray, seeds: list[bytes], dice: random.Random) -> None:
+def _once(
+    data: bytearray, seeds: list[bytes], dice: random.Random, tokens: Sequence[bytes]
+) -> None:
     start = dice.randint(0, len(data))
     stop = min(len(data), start + dice.choice([1, 2, 4, 8, dice.randint(1, 200)]))
     match dice.randrange(8):
@@ -42,7 +45,7 @@ def _once(data: bytearray, seeds: list[bytes], dice: random.Random) -> None:
         case 2:
             data[start:start] = data[start:stop] * dice.choice([1, 1, 2, 50])
         case 3:
-            data[start:stop] = dice.choice(TOKENS)
+            data[start:stop] = dice.choice(tokens)
         case 4:
             width = dice.choice([1, 2, 4, 8])
             value = dice.choice(EXTREMES) % 256**width

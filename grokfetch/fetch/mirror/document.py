@@ -6,12 +6,15 @@ import asyncio
 
 from grokfetch.errors import OutOfReach, SourceInvalid
 from grokfetch.fetch.mirror.addresses import label, unusable
+from grokfetch.fetch.mirror.answers import Failed, Faulty, Refused
 from grokfetch.fetch.mirror.state import MirrorSettings
 
 __all__ = ["read_document"]
 
 LARGEST = 64 << 20
 """Bytes; no torrent and no manifest is larger, whatever a server sends."""
+
+LONGEST_S = 300.0
 
 
 def read_document(url: str, settings: MirrorSettings, *, stranger: bool = False) -> bytes:
@@ -26,8 +29,6 @@ def read_document(url: str, settings: MirrorSettings, *, stranger: bool = False)
         SourceInvalid: it is not an address that can be used.
         OutOfReach: nothing that could be a torrent or a manifest came from it.
     """
-    from grokfetch.fetch.mirror.http import Failed, Faulty, Refused
-
     why = unusable(url, stranger=stranger)
     if why is not None:
         raise SourceInvalid(why, path=f"{url:.200}")
@@ -44,5 +45,11 @@ def read_document(url: str, settings: MirrorSettings, *, stranger: bool = False)
 async def _read(url: str, settings: MirrorSettings) -> bytes:
     from grokfetch.fetch.mirror.http import Http
 
-    async with Http(1, settings.patience_s, settings.proxy, settings.environment) as http:
-        return await http.document(settings.environment.at_hub(url), LARGEST)
+    try:
+        async with (
+            asyncio.timeout(LONGEST_S),
+            Http(1, settings.patience_s, settings.proxy, settings.environment) as http,
+        ):
+            return await http.document(settings.environment.at_hub(url), LARGEST)
+    except TimeoutError:
+        raise Failed(f"it did not come within {LONGEST_S:.0f} s") from None

@@ -7,14 +7,13 @@ cannot serve us at all (`Faulty`), or it may do better next time (`Failed`, `Lim
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import dataclasses
-import re
 import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from http import HTTPStatus
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Self
 
@@ -22,71 +21,29 @@ import httpx
 
 from grokfetch import __version__
 from grokfetch.fetch.mirror.addresses import Zone, zone
+from grokfetch.fetch.mirror.answers import (
+    Failed,
+    Faulty,
+    Limited,
+    Refused,
+    Short,
+    Span,
+    check,
+    quoted,
+)
 from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
-from grokfetch.fetch.mirror.rate_limit import rest_asked_for
 
-__all__ = [
-    "IGNORES_RANGE",
-    "Changed",
-    "Failed",
-    "Faulty",
-    "Http",
-    "Limited",
-    "ProxyServer",
-    "Refused",
-    "Short",
-    "Span",
-    "redirected",
-]
+__all__ = ["Http", "ProxyServer", "redirected"]
 
 MOST_REDIRECTS = 10
 
 CONNECT_TIMEOUT_S = 15.0
 
-IGNORES_RANGE = "it ignores Range"
-
-LIMITING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+LEAST_RATE = 1 << 10
+"""Bytes a second below which a server counts as silent, however often it sends one."""
 
 ProxyServer = tuple[str, str, int, str, str]
 """Scheme ("socks5" or "http"), host, port, user and password of a proxy."""
-
-
-class Refused(Exception):
-    """The mirror does not have this file, or another one in its place."""
-
-
-class Changed(Refused):
-    """What the mirror has there is not what it was, or not as long as it should be."""
-
-
-class Faulty(Exception):
-    """The mirror is of no use at all: what it does cannot be right."""
-
-
-class Failed(Exception):
-    """It did not work this time."""
-
-
-class Limited(Failed):
-    """The server wants fewer requests, and none for `rest_s`, or does not say for how long."""
-
-    def __init__(self, what: str, rest_s: float | None) -> None:
-        super().__init__(what)
-        self.rest_s = rest_s
-
-
-class Short(Failed):
-    """The answer ended before its time; what has come of it is good."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
-    """The bytes from `start` up to `stop` of a file of `size` bytes, and of that ETag if given."""
-
-    start: int
-    stop: int
-    size: int
-    etag: str | None = None
 
 
 class Http:
@@ -110,6 +67,7 @@ class Http:
         self._client = httpx.AsyncClient(
             transport=_Routes(connections, self._environment, proxy),
             trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(netscape=False, rfc2965=False)),
             headers={"User-Agent": f"grokfetch/{__version__}", "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(
                 patience_s, connect=min(patience_s, CONNECT_TIMEOUT_S), pool=None
@@ -175,17 +133,17 @@ class Http:
         return int(size), etag
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        left = int(response.headers.get("content-length", "0"))
+        stream = _Stream(response, self._patience_s)
         try:
             with self._translated():
-                left = int(response.headers.get("content-length", "0"))
-                stream = response.aiter_raw()
-                async for chunk in stream:
+                chunk = await stream.next()
+                while chunk:
                     left -= len(chunk)
-                    if not left:
-                        # Only an answer that was read to its end leaves its connection open.
-                        async for _ in stream:
-                            pass
+                    # Only an answer that was read to its end leaves its connection open.
+                    ahead = b"" if left else await stream.next()
                     yield chunk
+                    chunk = ahead or await stream.next()
         except _Broken:
             raise Short("its connection ended in the middle of an answer") from None
 
@@ -213,7 +171,7 @@ class Http:
                 response = await self._send(request)
             try:
                 if not response.has_redirect_location:
-                    _check(response, span)
+                    check(response.status_code, response.headers, span)
                     return response
                 url = redirected(response)
             except BaseException:
@@ -223,11 +181,13 @@ class Http:
         raise Failed(f"it redirects more than {MOST_REDIRECTS} times")
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        try:
-            return await self._client.send(request, stream=True)
-        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-            # A server may close an open connection just when it is used again (RFC 9112, 9.3.1).
-            return await self._client.send(request, stream=True)
+        # What httpx bounds is the time between two bytes.
+        async with asyncio.timeout(2 * (self._patience_s + CONNECT_TIMEOUT_S)):
+            try:
+                return await self._client.send(request, stream=True)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # A server may close an open connection just when it is used again (RFC 9112, 9.3.1).
+                return await self._client.send(request, stream=True)
 
     def _headers(self, url: httpx.URL, span: Span | None) -> dict[str, str]:
         headers = {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
@@ -238,16 +198,42 @@ class Http:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             raise Failed(f"it was silent for {self._patience_s:g} s") from None
         except httpx.InvalidURL as error:
-            raise Faulty(f"its address cannot be used: {error}") from None
+            raise Faulty(f"its address cannot be used: {quoted(str(error))}") from None
         except ProxyUnusable as error:
             raise Faulty(str(error)) from None
         except httpx.ProxyError as error:
-            raise Failed(f"the proxy refuses: {error}") from None
+            raise Failed(f"the proxy refuses: {quoted(str(error))}") from None
         except httpx.HTTPError as error:
             raise _meaning(error) from None
+
+
+class _Stream:
+    """The bytes of an answer as they come, waited for as long as patience lasts."""
+
+    def __init__(self, response: httpx.Response, patience_s: float) -> None:
+        self._chunks = response.aiter_raw()
+        self._patience_s = patience_s
+        self._received = 0
+        self._waited_s = 0.0
+
+    async def next(self) -> bytes:
+        """The next of them; none at the end.
+
+        Raises:
+            TimeoutError: none came.
+            Failed: so few come that it would never end.
+        """
+        began = time.monotonic()
+        async with asyncio.timeout(self._patience_s):
+            chunk = await anext(self._chunks, b"")
+        self._waited_s += time.monotonic() - began
+        self._received += len(chunk)
+        if chunk and self._received < LEAST_RATE * (self._waited_s - self._patience_s):
+            raise Failed(f"it sends less than {LEAST_RATE:,} bytes a second")
+        return chunk
 
 
 class _Broken(Failed):
@@ -273,7 +259,7 @@ def _meaning(error: httpx.HTTPError) -> Exception:
             cause = cause.exceptions[0]
         else:
             cause = cause.__cause__ or cause.__context__
-    return _Broken(text)
+    return _Broken(quoted(text))
 
 
 class _Routes(httpx.AsyncBaseTransport):
@@ -332,10 +318,11 @@ def redirected(response: httpx.Response) -> str:
     here = response.url
     try:
         target = here.join(response.headers["location"])
-    except httpx.InvalidURL as error:
-        raise Faulty(f"it redirects to an address that cannot be used: {error}") from None
+    except (httpx.InvalidURL, ValueError) as error:
+        why = quoted(str(error))
+        raise Faulty(f"it redirects to an address that cannot be used: {why}") from None
     if target.scheme not in ("http", "https"):
-        raise Faulty(f"it redirects to {target.scheme}, which is not HTTP")
+        raise Faulty(f"it redirects to {quoted(target.scheme)}, which is not HTTP")
     if here.scheme == "https" and target.scheme != "https":
         raise Faulty("it redirects from https to http")
     ends = zone(target.host)
@@ -352,49 +339,3 @@ def _zone(response: httpx.Response) -> Zone:
         return by_name
     address = stream.get_extra_info("server_addr")
     return zone(str(address[0])) if address else by_name
-
-
-def _check(response: httpx.Response, span: Span | None) -> None:
-    """Make sure that an answer holds the beginning of the span that was asked for, or all."""
-    status, headers = response.status_code, response.headers
-    coding = headers.get("content-encoding", "identity")
-    if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT) and coding != "identity":
-        raise Faulty(f"it sends {coding} where plain bytes were asked for")
-    if status == HTTPStatus.OK and span is None:
-        return
-    if span and span.etag and status < 300 and headers.get("etag") != span.etag:
-        raise Changed(f"its ETag is {headers.get('etag')} there, and was {span.etag}")
-    if status == HTTPStatus.PARTIAL_CONTENT and span is not None:
-        _check_range(headers.get("content-range", ""), span)
-    elif status == HTTPStatus.OK and span is not None:
-        length = headers.get("content-length")
-        if (span.start, span.stop) != (0, span.size):
-            raise Failed(IGNORES_RANGE)
-        if length is not None and length != str(span.size):
-            raise Changed(f"it has {length} bytes there, not {span.size}")
-    else:
-        raise _denial(status, headers)
-
-
-def _denial(status: int, headers: httpx.Headers) -> Exception:
-    """What an answer without the bytes means."""
-    if status in LIMITING or status == HTTPStatus.REQUEST_TIMEOUT or status >= 500:
-        rest_s = rest_asked_for(headers, time.time())
-        if rest_s is not None or status in LIMITING:
-            return Limited(f"it answers {status}", rest_s)
-        return Failed(f"it answers {status}")
-    if status == HTTPStatus.UNAUTHORIZED:
-        return Faulty("it asks for a password or a token (it answers 401)")
-    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-        return Faulty("the proxy asks for a password (it answers 407)")
-    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return Changed("it has fewer bytes there")
-    return Refused(f"it answers {status}")
-
-
-def _check_range(text: str, span: Span) -> None:
-    match = re.fullmatch(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", text.strip())
-    if match is None or int(match[1]) != span.start:
-        raise Faulty("it answers with another range than the one asked for")
-    if match[3] not in ("*", str(span.size)):
-        raise Changed(f"it has {match[3]} bytes there, not {span.size}")

@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from grokfetch.errors import Contradiction, GrokfetchError, OutOfReach
 from grokfetch.fetch.mirror.addresses import label, places
+from grokfetch.fetch.mirror.answers import (
+    IGNORES_RANGE,
+    Changed,
+    Failed,
+    Faulty,
+    Limited,
+    Refused,
+    Short,
+    Span,
+)
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
 
 if TYPE_CHECKING:
@@ -180,8 +190,6 @@ async def _delivered(
     tell: Callable[[PurePosixPath, int | GrokfetchError | None], None],
     pace: Pace,
 ) -> None:
-    from grokfetch.fetch.mirror.http import IGNORES_RANGE, Changed, Failed
-
     async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
         file = files[path]
         length = await _length(http, mirror, path)
@@ -245,8 +253,6 @@ class _Server:
 
     async def _attempt(self, http: Http, path: PurePosixPath) -> float | None:
         """How long to rest before the next attempt, None after a good one."""
-        from grokfetch.fetch.mirror.http import Changed, Failed, Faulty, Limited, Refused
-
         mirror = self._mirror
         began = time.monotonic()
         try:
@@ -269,8 +275,6 @@ class _Server:
 
 async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
     """How long a file is, at whichever of its addresses there is one."""
-    from grokfetch.fetch.mirror.http import Refused
-
     candidates = places(mirror.address, path)
     for form in sorted(range(len(candidates)), key=lambda form: form != mirror.form):
         try:
@@ -296,8 +300,6 @@ class _Passage:
 
     async def to_the_end(self, receiver: Receiver | Delivery) -> None:
         """Hand on all that is left of the file, over as many answers as that takes."""
-        from grokfetch.fetch.mirror.http import Short
-
         while receiver.done < self.length[0]:
             before = receiver.done
             try:
@@ -307,8 +309,6 @@ class _Passage:
                     raise
 
     async def _one_answer(self, receiver: Receiver | Delivery) -> None:
-        from grokfetch.fetch.mirror.http import Short, Span
-
         size, etag = self.length
         candidates = places(self.mirror.address, self.path)
         url = candidates[min(self.mirror.form, len(candidates) - 1)]
@@ -316,19 +316,20 @@ class _Passage:
             held = bytearray()
 
             async def hand_on() -> None:
-                data = memoryview(held)[: size - receiver.done]
-                await asyncio.to_thread(receiver.take, data)
-                data.release()
+                with memoryview(held) as data:
+                    await asyncio.to_thread(receiver.take, data)
                 self.progress(len(held))
                 held.clear()
-                self.mirror.deliver()
 
             try:
                 async for chunk in chunks:
-                    held += chunk
+                    held += chunk[: size - receiver.done - len(held)]
                     await self.pace.wait(len(chunk))
                     if len(held) >= BUFFER:
                         await hand_on()
+                        self.mirror.deliver()
+                    if receiver.done + len(held) >= size:
+                        break
             finally:
                 if held:
                     await hand_on()

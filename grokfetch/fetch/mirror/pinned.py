@@ -9,6 +9,7 @@ from pathlib import Path
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, unusable
+from grokfetch.fetch.mirror.answers import Failed, Faulty, Refused, Span
 from grokfetch.fetch.mirror.state import MirrorSettings
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.payload import refuse_linked_folders
@@ -47,8 +48,6 @@ def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Not
     path = store.payload(source.path)
     if sha256_of(path, memoryview(bytearray(1 << 20))).sha256 == source.sha256:
         return None
-    from grokfetch.fetch.mirror.http import Failed, Faulty, Refused
-
     try:
         _bring(store, path, source, source.url, settings or MirrorSettings())
     except (StorageFailed, Refused, Faulty, Failed) as error:
@@ -59,8 +58,6 @@ def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Not
 def _bring(
     store: Store, path: Path, source: TokenizerSource, url: str, settings: MirrorSettings
 ) -> None:
-    from grokfetch.fetch.mirror.http import Refused
-
     why = unusable(url, stranger=False)
     if why is not None or source.size > LARGEST:
         raise Refused(why or f"{source.size:,} bytes are too many")
@@ -77,7 +74,7 @@ def _bring(
 
 
 async def _read(url: str, size: int, settings: MirrorSettings) -> bytes:
-    from grokfetch.fetch.mirror.http import Failed, Http, Refused, Span
+    from grokfetch.fetch.mirror.http import Http
 
     data = bytearray()
     try:

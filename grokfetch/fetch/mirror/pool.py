@@ -21,7 +21,8 @@ from typing import Self
 
 from grokfetch.events import Arrived, Notice
 from grokfetch.fetch.demand import Demand
-from grokfetch.fetch.mirror.http import Failed, Faulty, Http, Limited, Short
+from grokfetch.fetch.mirror.answers import Failed, Faulty, Limited, Short
+from grokfetch.fetch.mirror.http import Http
 from grokfetch.fetch.mirror.jobs import Begun, Job, Jobs
 from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer

@@ -10,7 +10,8 @@ from typing import Self
 
 from grokfetch.errors import storage_failed
 from grokfetch.fetch.mirror.addresses import places
-from grokfetch.fetch.mirror.http import Http, Refused, Short, Span
+from grokfetch.fetch.mirror.answers import Refused, Short, Span
+from grokfetch.fetch.mirror.http import Http
 from grokfetch.fetch.mirror.state import Mirror
 from grokfetch.torrent.layout import LayoutFile, Segment
 

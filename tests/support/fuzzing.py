@@ -1,0 +1,46 @@
+"""What every fuzzer does: the cases of tests/data/fuzz, a few variants, or variants for a while."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+from support.mutation import mutated
+
+CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
+FEW = 300
+
+
+def try_a_few(attempt, name, seeds, few=FEW, tokens=()):
+    """The treacherous cases kept under a name, and variants that are the same each time."""
+    for file in sorted(CORPUS.joinpath(name).glob("*")):
+        attempt(file.read_bytes())
+    dice = random.Random(name)
+    for _ in range(few):
+        data = mutated(seeds, dice, tokens)
+        try:
+            attempt(data)
+        except BaseException:
+            print(f"keep in {CORPUS / name}: {data!r}")  # noqa: T201
+            raise
+
+
+def try_for_a_while(attempt, name, seeds, folder, tokens=()):
+    """New variants for `SECONDS`; one that is a find is left in the folder."""
+    seed = time.time_ns()
+    dice = random.Random(seed)
+    deadline, tried = time.monotonic() + SECONDS, 0
+    while time.monotonic() < deadline:
+        data = mutated(seeds, dice, tokens)
+        try:
+            attempt(data)
+        except BaseException:
+            found = folder / f"found-{seed}"
+            found.write_bytes(data)
+            print(f"after {tried:,} variants, keep in {CORPUS / name}: {found}")  # noqa: T201
+            raise
+        tried += 1
+    print(f"{tried:,} variants of {name} tried, seed {seed}")  # noqa: T201

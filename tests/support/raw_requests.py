@@ -1,0 +1,250 @@
+"""Raw bytes of a client given to the server's protocol without a socket, in time that is virtual.
+
+What a client sends is bytes and marks: `<<next>>` ends a packet, `<<length>>` stands for the bytes
+of the body that follows, up to the next mark; `<<silence>>` lasts longer than any patience,
+`<<slowly>>` has all that follows come byte by byte, `<<endless>>` has what stands before it, up to
+the last mark, come again and again; `<<end>>` ends what is sent, `<<reset>>` breaks the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+from types import SimpleNamespace
+
+from uvicorn.server import ServerState
+
+from loader.inference.batching import Emission, Scored
+
+SILENCE_S, SLOW_S = 400.0, 25.0
+PACKET = 64 << 10
+MOST_HELD = 4 * PACKET
+"""Bytes of a client that may be held before anybody has asked for them."""
+
+MOST_SILENCE_S = 200.0
+"""A connection on which nothing comes any more may stay for so long, and no longer."""
+
+MARKS = [
+    f"<<{word}>>".encode()
+    for word in ("next", "length", "silence", "slowly", "endless", "end", "reset")
+]
+
+
+def parts(text):
+    """What a client does: bytes, pauses in seconds, or "end" and "reset"."""
+    texts = re.split(rb"<<(next|silence|slowly|endless|end|reset)>>", text)
+    before, slow = b"", False
+    for literal, mark in itertools.zip_longest(*[iter(texts)] * 2):
+        part = _with_length(literal)
+        if part:
+            before = part
+            yield from _slow(part) if slow else (part,)
+        if mark == b"slowly":
+            slow = True
+        elif mark == b"silence":
+            yield SILENCE_S
+        elif mark == b"endless" and before:
+            yield from _slow(itertools.cycle(before)) if slow else _again(before)
+        elif mark in {b"end", b"reset"}:
+            yield mark.decode()
+            return
+
+
+def _with_length(text):
+    _, _, body = text.partition(b"\r\n\r\n")
+    return text.replace(b"<<length>>", b"%d" % len(body))
+
+
+def _slow(part):
+    for byte in part:
+        yield bytes([byte])
+        yield SLOW_S
+
+
+def _again(part):
+    # Without an end it would only take longer: no buffer is as large as this.
+    return itertools.repeat(part * (1 + PACKET // len(part)), 10)
+
+
+class Transport(asyncio.Transport):
+    """What the server writes, and whether it wants to read."""
+
+    def __init__(self, protocol, loop):
+        super().__init__()
+        self._protocol = protocol
+        self._loop = loop
+        self.told = bytearray()
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.closed = False
+
+    def get_extra_info(self, name, default=None):
+        addresses = {"peername": ("127.0.0.1", 5), "sockname": ("127.0.0.1", 80)}
+        return addresses.get(name, default)
+
+    def write(self, data):
+        if not self.closed:
+            self.told += data
+
+    def close(self):
+        self.lose(None)
+
+    def lose(self, error):
+        if not self.closed:
+            self.closed = True
+            self.reads.set()
+            self._loop.call_soon(self._protocol.connection_lost, error)
+
+    def is_closing(self):
+        return self.closed
+
+    def pause_reading(self):
+        self.reads.clear()
+
+    def resume_reading(self):
+        self.reads.set()
+
+
+class Endpoint:
+    """A server's protocol over an application; whatever it logs as an error is a find."""
+
+    def __init__(self, config, protocol):
+        self._config = config
+        self._protocol = protocol
+        self.state = ServerState()
+
+    async def converse(self, text):
+        """What is answered, up to the end of the connection, which must come."""
+        loop = asyncio.get_running_loop()
+        protocol = self._protocol(self._config, self.state, {}, loop)
+        transport = Transport(protocol, loop)
+        protocol.connection_made(transport)
+        for part in parts(text):
+            if transport.closed:
+                break
+            if isinstance(part, float):
+                await asyncio.sleep(part)
+            elif part == "reset":
+                transport.lose(ConnectionResetError(104, "reset by peer"))
+            elif part == "end":
+                if not protocol.eof_received():
+                    transport.lose(None)
+            else:
+                while not transport.reads.is_set():
+                    await transport.reads.wait()
+                if not transport.closed:
+                    protocol.data_received(part)
+                    assert len(protocol.conn.trailing_data[0]) <= MOST_HELD
+                await asyncio.sleep(0)
+        silent_at = loop.time()
+        while not transport.closed or self.state.tasks:
+            await asyncio.sleep(1.0)
+            assert loop.time() - silent_at <= MOST_SILENCE_S
+        await asyncio.sleep(0)
+        return bytes(transport.told)
+
+
+class Echo:
+    """In place of a batch: repeats the prompt's last token, one step a token, up to `most`."""
+
+    def __init__(self, most):
+        self.jobs = {}
+        self.prefix_cache = SimpleNamespace(hits=0, tokens=0, nbytes=0)
+        self._most = most
+
+    @property
+    def busy(self):
+        return bool(self.jobs)
+
+    @property
+    def working(self):
+        return len(self.jobs)
+
+    def add(self, number, job):
+        assert number not in self.jobs
+        assert all(0 <= token < self._most for token in (*job.prompt, *job.penalties.bias))
+        self.jobs[number] = [job, 0]
+
+    def drop(self, number):
+        self.jobs.pop(number, None)
+
+    def reset(self):
+        self.jobs.clear()
+
+    def step(self):
+        return [self._next(number) for number in tuple(self.jobs)]
+
+    def _next(self, number):
+        job, count = self.jobs[number]
+        self.jobs[number][1] = count = count + 1
+        best = tuple((token, -1.0) for token in range(job.logprobs or 0))
+        scored = Scored(job.prompt[-1], None if job.logprobs is None else -0.5, best)
+        prompt = tuple(map(Scored, job.prompt)) if job.echo and count == 1 else ()
+        ended = count >= job.max_tokens
+        if ended:
+            del self.jobs[number]
+        token = scored if job.max_tokens else None
+        return Emission(number, prompt, token, "length" if ended else None)
+
+
+def answers(told, methods):
+    """The responses that some bytes are, as (status, headers, body); the last may be cut short.
+
+    Args:
+        told: what a server wrote.
+        methods: of the requests that its application saw, in order.
+    """
+    methods = iter(methods)
+    while told:
+        head, found, told = told.partition(b"\r\n\r\n")
+        assert found, f"no headers: {head[:80]}"
+        lines = head.split(b"\r\n")
+        status = int(re.fullmatch(rb"HTTP/1\.1 (\d{3}) .*", lines[0])[1])
+        if status < 200:
+            continue
+        headers = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(b": ")
+            assert colon, line
+            headers[name.lower()] = value
+        body = b""
+        if next(methods, b"GET") != "HEAD":
+            body, told = _body(headers, told)
+        yield status, headers, body
+
+
+def _body(headers, told):
+    if b"content-length" in headers:
+        length = int(headers[b"content-length"])
+        return told[:length], told[length:]
+    if headers.get(b"transfer-encoding") != b"chunked":
+        assert headers[b"connection"] == b"close"
+        return told, b""
+    body = b""
+    while told:
+        size, _, told = told.partition(b"\r\n")
+        length = int(size or b"0", 16)
+        body += told[:length]
+        told = told[length + 2 :]
+        if not length:
+            break
+    return body, told
+
+
+def check_body(headers, body, *, head):
+    """A body is as long as was said; JSON is JSON; a stream of events ends as it should."""
+    kind = headers.get(b"content-type", b"")
+    if head:
+        assert not body
+        return
+    assert headers.get(b"content-length", b"%d" % len(body)) == b"%d" % len(body)
+    if kind == b"application/json":
+        json.loads(body)
+    elif kind.startswith(b"text/event-stream"):
+        events = body.decode().removesuffix("\n\n").split("\n\n")
+        assert all(event.startswith("data: ") for event in events)
+        assert events[-1] == "data: [DONE]"
+        for event in events[:-1]:
+            json.loads(event.removeprefix("data: "))
