@@ -37,6 +37,9 @@ MOST_TEXTS = 128
 MOST_BIASES = 1024
 """Tokens in `logit_bias`; OpenAI takes 300."""
 
+MOST_DIGITS = 20
+"""Of a token id in `logit_bias`; Python refuses to read thousands."""
+
 Prompt = str | tuple[int, ...]
 
 
@@ -228,7 +231,8 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     biases = Fields(value)
     by_token = {}
     for name in value:
-        if not (name.isascii() and name.isdigit() and int(name[:20]) < served.vocabulary):
+        digits = name.isascii() and name.isdigit() and len(name) <= MOST_DIGITS
+        if not digits or int(name) >= served.vocabulary:
             refuse("logit_bias", f"names {name!r:.40}, which is not a token id of this model")
         by_token[int(name)] = biases.number(name, 0.0, -100.0, 100.0)
     return by_token

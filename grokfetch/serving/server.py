@@ -100,6 +100,9 @@ class _Patient(H11Protocol):
         else:
             # The request has been answered, and what followed of its body is malformed.
             self.transport.close()
+        if self.cycle is not None:
+            # The application may be about to answer, too.
+            self.cycle.disconnected = True
 
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:

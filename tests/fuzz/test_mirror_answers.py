@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 from functools import cache
 from pathlib import PurePosixPath
 from types import SimpleNamespace
 
-import httpcore._backends.auto
+import httpcore
+import httpx
 import pytest
-from support.fuzzing import try_a_few, try_for_a_while
-from support.scripted_mirror import MARKS, URL, Backend, Mirror
+from support.fuzzing import CORPUS, try_a_few, try_for_a_while
+from support.scripted_mirror import MARKS, URL, Mirror, PlayedMirror, connected
 from support.torrents import content, v1_torrent
 from support.virtual_time import Clock
 
@@ -68,7 +70,7 @@ MULTIPART = (
     b"Transfer-Encoding: chunked\r\n\r\n40\r\n--x\r\nContent-Range: bytes <<range>>\r\n\r\n"
     b"<<half>>\r\n--x--\r\n0\r\n\r\n"
 )
-LIMITED = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: 0\r\n\r\n"
+LIMITED = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n"
 MOVED = b"HTTP/1.1 302 Found\r\nLocation: <<url>>?signed=1\r\nContent-Length: 5\r\n\r\nmoved"
 EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n"
 SEEDS = [
@@ -96,18 +98,17 @@ def layout():
 def network(monkeypatch, tmp_path):
     """Where everything is that is tried: its clock, its mirror, and a folder."""
     known = SimpleNamespace(clock=Clock(), mirror=None, folder=tmp_path)
-    backend = httpcore._backends.auto.AutoBackend
-    monkeypatch.setattr(
-        backend,
-        "connect_tcp",
-        lambda _, *args, **kw: Backend(known.mirror).connect_tcp(*args, **kw),
-    )
+
+    async def connect(_, host, port, **__):
+        return await connected(known.mirror, host, port)
+
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
     monkeypatch.setattr(asyncio, "run", known.clock.run)
     for module in (answers, http, passing, pool, state):
         clock = SimpleNamespace(monotonic=known.clock.monotonic, time=lambda: 1.7e9)
         monkeypatch.setattr(module, "time", clock)
-    context = http._context(SETTINGS.environment)
-    monkeypatch.setattr(http, "_context", lambda _: context)
+    context = httpx.create_ssl_context(trust_env=False)
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: context)
     monkeypatch.setattr(document, "LARGEST", LARGEST)
     store = Store(tmp_path / "tokenizer")
     wanted = TokenizerSource(
@@ -127,13 +128,13 @@ def check_text(text):
     assert text.isprintable()
 
 
-def pieces(network):
+def pieces(network, settings=SETTINGS):
     """Whatever is said to have arrived is right; in the end all has, or the mirror is given up."""
     known = layout()
-    mirror = state.Mirror(URL, URL, SETTINGS.connections)
+    mirror = state.Mirror(network.mirror.url, "mirror", SETTINGS.connections)
     root = network.folder / "pieces"
     arrived = []
-    with pool.Pool([mirror], known, root, list(range(known.piece_count)), SETTINGS) as brings:
+    with pool.Pool([mirror], known, root, list(range(known.piece_count)), settings) as brings:
         while True:
             last = not brings.busy
             for event in brings.take(5.0):
@@ -252,3 +253,12 @@ def test_treacherous_answers_and_a_few_variants_do_no_harm(target, network):
 @each_target
 def test_half_a_minute_of_new_answers_does_no_harm(target, network, tmp_path):
     try_for_a_while(played(target, network), "mirror", SEEDS, tmp_path, tokens=MARKS)
+
+
+def test_the_treacherous_answers_do_no_harm_on_real_sockets(tmp_path):
+    network = SimpleNamespace(folder=tmp_path)
+    impatient = dataclasses.replace(SETTINGS, patience_s=0.2)
+    with PlayedMirror(TOP) as server:
+        for script in SEEDS + [file.read_bytes() for file in sorted((CORPUS / "mirror").glob("*"))]:
+            network.mirror = server.play(script)
+            pieces(network, impatient)

@@ -126,11 +126,16 @@ def attempt(monkeypatch):
     with contextlib.closing(clock.loop()) as loop:
         loop.set_exception_handler(lambda _, context: notebook.errors.append(str(context)))
         loop.run_until_complete(start())
-        logging.getLogger().addHandler(notebook)
+        # Uvicorn's are not handed on to the others.
+        loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
+        for logger in loggers:
+            logger.addHandler(notebook)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         try:
             yield attempt
         finally:
-            logging.getLogger().removeHandler(notebook)
+            for logger in loggers:
+                logger.removeHandler(notebook)
             loop.run_until_complete(worker.stop())
 
 

@@ -11,9 +11,13 @@ connection, `<<reset>>` breaks it, `<<slowly>>` has all that follows come byte b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import socket
+import socketserver
+import struct
+import threading
 from collections import deque
 
 import httpcore
@@ -38,19 +42,20 @@ class Mirror:
     `sent` counts the bytes that were taken, `due` those that were asked for.
     """
 
-    def __init__(self, files, script):
+    def __init__(self, files, script, url=URL):
         self.files = files
+        self.url = url
         self.script = deque(script.split(b"<<next>>"))
         self.sent = self.due = 0
 
     def answer(self, request):
-        """What is sent for a request, in parts: bytes, iterators of them without end, or marks."""
+        """What is sent for a request: bytes, "pause", and what marks say; it may have no end."""
         target, asked = _understood(request)
         data = self.files.get(target)
         start, stop = asked or (0, len(data or b""))
         self.due += min(stop, len(data or b"")) - start
         if self.script:
-            yield from _told(self.script.popleft(), data or b"", asked, target)
+            yield from _told(self.script.popleft(), data or b"", asked, f"{self.url}/{target}")
         elif data is None:
             yield b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
         else:
@@ -60,7 +65,7 @@ class Mirror:
                     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes <<range>>\r\n"
                     b"Content-Length: <<length>>\r\n\r\n<<body>>"
                 )
-            yield from _told(good, data, asked, target)
+            yield from _told(good, data, asked, f"{self.url}/{target}")
 
 
 def _understood(request):
@@ -69,7 +74,7 @@ def _understood(request):
     return target, found and (int(found[1]), int(found[2]) + 1)
 
 
-def _told(text, data, asked, target):
+def _told(text, data, asked, url):
     start, stop = asked or (0, len(data))
     body = data[start:stop]
     words = {
@@ -84,7 +89,7 @@ def _told(text, data, asked, target):
         b"range": b"%d-%d/%d" % (start, stop - 1, len(data)),
         b"length": b"%d" % len(body),
         b"size": b"%d" % len(data),
-        b"url": f"{URL}/{target}".encode("latin-1"),
+        b"url": url.encode("latin-1"),
     }
     before, slow = b"", False
     for literal, mark in itertools.zip_longest(*[iter(re.split(rb"<<([a-z]+)>>", text))] * 2):
@@ -95,7 +100,7 @@ def _told(text, data, asked, target):
         if mark == b"slowly":
             slow = True
         elif mark == b"endless" and before:
-            yield _slow(itertools.cycle(before)) if slow else _again(before)
+            yield from _slow(itertools.cycle(before)) if slow else _again(before)
         elif mark in {b"silence", b"end", b"reset"}:
             yield mark.decode()
 
@@ -112,17 +117,12 @@ def _again(part):
         yield many
 
 
-class Backend:
-    """In place of httpcore's connections to the network."""
-
-    def __init__(self, mirror):
-        self.mirror = mirror
-
-    async def connect_tcp(self, host, port, timeout=None, **_):
-        if (host, port) != (HOST, PORT):
-            raise httpcore.ConnectError("no such host") from socket.gaierror(-2, "unknown")
-        await asyncio.sleep(0.001)
-        return _Connection(self.mirror)
+async def connected(mirror, host, port):
+    """A connection to a mirror, in place of one to the network."""
+    if (host, port) != (HOST, PORT):
+        raise httpcore.ConnectError("no such host") from socket.gaierror(-2, "unknown")
+    await asyncio.sleep(0.001)
+    return _Connection(mirror)
 
 
 class _Connection(httpcore.AsyncNetworkStream):
@@ -135,7 +135,7 @@ class _Connection(httpcore.AsyncNetworkStream):
         self._held = b""
         self._over = False
 
-    async def write(self, buffer, timeout=None):
+    async def write(self, buffer, **_):
         if self._over:
             raise httpcore.WriteError("broken")
         self._request += buffer
@@ -143,7 +143,8 @@ class _Connection(httpcore.AsyncNetworkStream):
             request, _, self._request = self._request.partition(b"\r\n\r\n")
             self._parts.append(self._mirror.answer(request))
 
-    async def read(self, max_bytes, timeout=None):
+    async def read(self, max_bytes, **bounds):
+        timeout = bounds["timeout"]
         part = self._held or self._next()
         while part == "pause":
             await asyncio.sleep(timeout * 0.9)
@@ -165,15 +166,11 @@ class _Connection(httpcore.AsyncNetworkStream):
         return data
 
     def _next(self):
-        """The next part; iterators are looked into."""
         while self._parts:
             part = next(self._parts[0], None)
-            if part is None:
-                self._parts.popleft()
-            elif isinstance(part, bytes | str):
+            if part is not None:
                 return part
-            else:
-                self._parts.appendleft(part)
+            self._parts.popleft()
         return "end" if self._over else "silence"
 
     async def aclose(self):
@@ -186,3 +183,59 @@ class _Connection(httpcore.AsyncNetworkStream):
         if info == "server_addr":
             return (HOST, PORT)
         return self._over if info == "is_readable" else None
+
+
+class PlayedMirror(socketserver.ThreadingTCPServer):
+    """The same on 127.0.0.1; `play` begins another script. What is slow is less slow."""
+
+    daemon_threads = True
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), _Player)
+        self._files = files
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def play(self, script):
+        url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.mirror = Mirror(self._files, script, url)
+        return self.mirror
+
+
+class _Player(socketserver.StreamRequestHandler):
+    def handle(self):
+        with contextlib.suppress(OSError):
+            while request := self._request():
+                for part in self.server.mirror.answer(request):
+                    if isinstance(part, bytes):
+                        self.request.sendall(part)
+                    elif not self._obeyed(part):
+                        return
+
+    def _request(self):
+        lines = list(itertools.takewhile(lambda line: line.strip(), self.rfile))
+        return b"".join(lines).rstrip()
+
+    def _obeyed(self, mark):
+        """Whether to go on after a mark."""
+        if mark == "pause":
+            # Whether the client has gone is the one thing that may end it.
+            self.request.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                return bool(self.request.recv(1, socket.MSG_PEEK))
+            self.request.settimeout(None)
+            return True
+        if mark == "silence":
+            self.rfile.read()
+        elif mark == "reset":
+            linger = struct.pack("ii", 1, 0)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return False

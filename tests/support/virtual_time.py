@@ -74,11 +74,11 @@ class _Loop(asyncio.SelectorEventLoop):
     def time(self):
         return self._virtual.now
 
-    def run_in_executor(self, executor, function, *args):
+    def run_in_executor(self, _, function, *args):
         # A thread would work in real time.
         done = self.create_future()
         try:
             done.set_result(function(*args))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # it is handed on
             done.set_exception(error)
         return done

@@ -186,7 +186,7 @@ class Http:
             try:
                 return await self._client.send(request, stream=True)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                # A server may close an open connection just when it is used again (RFC 9112, 9.3.1).
+                # A server may close a connection just when it is used again (RFC 9112, 9.3.1).
                 return await self._client.send(request, stream=True)
 
     def _headers(self, url: httpx.URL, span: Span | None) -> dict[str, str]:
