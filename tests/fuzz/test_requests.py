@@ -9,18 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
+import socket
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import httpx
 import pytest
-from support.fuzzing import try_a_few, try_for_a_while
-from support.raw_requests import MARKS, Echo, Endpoint, answers, check_body
-from support.serving import SERVED, Letters
+from support import golden
+from support.fuzzing import CORPUS, SECONDS, try_a_few, try_for_a_while
+from support.raw_requests import MARKS, Echo, Endpoint, answers, check_body, parts
+from support.serving import DEADLINE_S, SERVED, Letters, serving
 from support.virtual_time import Clock
 
 from grokfetch.commands.serve import Jobs
 from grokfetch.serving import gate
+from grokfetch.serving import server as listening
 from grokfetch.serving.app import Access, application
 from grokfetch.serving.server import Server
 from grokfetch.serving.worker import Worker
+from loader.inference.batching import Batch
 
 KEY = "sesame"
 LARGEST_BODY = 20_000
@@ -164,3 +174,94 @@ def test_treacherous_requests_and_a_few_variants_do_no_harm(attempt):
 @pytest.mark.slow
 def test_half_a_minute_of_new_requests_does_no_harm(attempt, tmp_path):
     try_for_a_while(attempt, "request", SEEDS, tmp_path, tokens=MARKS)
+
+
+def test_the_treacherous_requests_do_no_harm_on_real_sockets(monkeypatch):
+    for module, name in ((listening, "HEADERS_S"), (listening, "KEEP_ALIVE_S"), (gate, "BODY_S")):
+        monkeypatch.setattr(module, name, 0.5)
+    monkeypatch.setattr(gate, "LARGEST_BODY", LARGEST_BODY)
+    texts = SEEDS + [file.read_bytes() for file in sorted((CORPUS / "request").glob("*"))]
+    with serving(Jobs(Echo(SERVED.vocabulary)), queue=100, key=KEY) as (url, worker):
+        with ThreadPoolExecutor(len(texts)) as clients:
+            for told in clients.map(partial(spoken, url), texts):
+                assert b"HTTP/1.1 5" not in told
+        assert spoken(url, GOOD).startswith(b"HTTP/1.1 200")
+        assert not worker.texts
+
+
+def spoken(url, text):
+    """What a server answers over a socket, up to the end of the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    told = b""
+    with (
+        socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection,
+        # The server may have ended the connection already.
+        contextlib.suppress(ConnectionError),
+    ):
+        for part in parts(text):
+            if isinstance(part, bytes):
+                connection.sendall(part)
+            elif part == "reset":
+                return told
+            elif part == "end":
+                connection.shutdown(socket.SHUT_WR)
+        while part := connection.recv(65536):
+            told += part
+    return told
+
+
+FIELDS = [
+    *sorted(OTHERS.keys() - {"model"}),
+    "logprobs",
+    "n",
+    "echo",
+    "seed",
+    "top_k",
+    "top_p",
+    "stream",
+    "ignore_eos",
+]
+FIELDS += ["presence_penalty", "frequency_penalty", "repetition_penalty", "truncate_prompt_tokens"]
+VALUES = [0, 1, 2, -1, 5, 0.01, -2.0, 100.0, 5e-324, 1e-7, 1e308, 16.0, 2**31, 2**32, 2**63 - 1]
+VALUES += [
+    -(2**63) + 1,
+    None,
+    True,
+    [],
+    [0],
+    [511] * 120,
+    [[1], [2, 3]],
+    "",
+    "\u4e05",
+    ["", "\u4e06"],
+]
+VALUES += [["", "\u4e06"], {}, {"0": 100, "511": -100}, {"5": 1e-300}]
+
+
+def bodies(dice):
+    """A body that is likely to reach the model, with values at the bounds of what is allowed."""
+    chosen = dice.choices(FIELDS, k=dice.randint(1, 6))
+    return BODY | {name: dice.choice(VALUES) for name in chosen}
+
+
+@pytest.mark.slow
+def test_half_a_minute_of_new_bodies_fails_no_step_of_the_model():
+    seed = time.time_ns()
+    dice = random.Random(seed)
+    deadline, statuses = time.monotonic() + SECONDS, Counter()
+    batch = Batch(golden.engine(), SERVED.slots, chunk=16)
+    with (
+        serving(Jobs(batch), queue=100) as (url, worker),
+        httpx.Client(base_url=url, timeout=DEADLINE_S) as client,
+    ):
+        while time.monotonic() < deadline:
+            body = bodies(dice)
+            answer = client.post("/v1/completions", json=body)
+            statuses[answer.status_code] += 1
+            assert answer.status_code in {200, 400, 429}, body
+            assert "server_error" not in answer.text, body
+            if answer.status_code == 200 and not body.get("stream"):
+                answer.json()
+        assert not worker.failures
+    assert statuses[200]
+    print(f"{statuses} of bodies, seed {seed}")  # noqa: T201
