@@ -95,10 +95,10 @@ class _Patient(H11Protocol):
             self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+        try:
             super().send_400_response(msg)
-        else:
-            # The request has been answered, and what followed of its body is malformed.
+        except h11.LocalProtocolError:
+            # The request has been answered before its malformed body came, or must get no body.
             self.transport.close()
         if self.cycle is not None:
             # The application may be about to answer, too.

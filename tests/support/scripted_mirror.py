@@ -24,7 +24,7 @@ import httpcore
 
 HOST, PORT = "127.0.0.1", 8000
 URL = f"http://{HOST}:{PORT}"
-BYTES_A_SECOND = 256 << 10
+BYTES_A_SECOND = 64 << 10
 READ = 64 << 10
 
 MARKS = [

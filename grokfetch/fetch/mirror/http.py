@@ -182,7 +182,7 @@ class Http:
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         # What httpx bounds is the time between two bytes.
-        async with asyncio.timeout(2 * (self._patience_s + CONNECT_TIMEOUT_S)):
+        async with asyncio.timeout(CONNECT_TIMEOUT_S + self._patience_s):
             try:
                 return await self._client.send(request, stream=True)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
