@@ -52,9 +52,6 @@ LONGEST_TEXT = 500
 MOST_S = 3600.0
 """Longer than anything takes with so small files, all rests apart that a mirror asks for."""
 
-SLACK = 1_300_000
-"""Bytes that may come before what was asked for; such hints are bounded by time alone."""
-
 GOOD = (
     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes <<range>>\r\n"
     b'Content-Length: <<length>>\r\nETag: "x"\r\n\r\n<<body>>'
@@ -84,7 +81,7 @@ SEEDS = [
     b"<<next>>".join([WHOLE, GOOD.replace(b"<<body>>", b"<<half>><<reset>>"), GOOD]),
     b"<<next>>".join([GOOD.replace(b"<<body>>", b"<<wrong>>"), WHOLE]),
     b"<<next>>".join([GOOD.replace(b"<<body>>", b"<<half>><<silence>>"), WHOLE, LIMITED]),
-    b"<<next>>".join([CHUNKED.replace(b"<<chunks>>", b"5\r\nabcde\r\n<<endless>>"), WHOLE]),
+    b"<<next>>".join([CHUNKED.replace(b"<<chunks>>", b"<<here>>5\r\nabcde\r\n<<endless>>"), WHOLE]),
 ]
 
 
@@ -232,7 +229,6 @@ def played(target, network):
                 target(network)
             except GrokfetchError as error:
                 check_text(error.what)
-        assert mirror.sent <= mirror.due + SLACK * (1 + script.count(b"<<next>>"))
 
     return attempt
 
@@ -246,7 +242,7 @@ def test_a_mirror_that_answers_well_is_believed(target, network):
 
 @each_target
 def test_treacherous_answers_and_a_few_variants_do_no_harm(target, network):
-    try_a_few(played(target, network), "mirror", SEEDS, few=60, tokens=MARKS)
+    try_a_few(played(target, network), "mirror", SEEDS, few=40, tokens=MARKS)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ stand for something: `<<body>>` the bytes that were asked for, `<<half>>` half o
 as many others, `<<chunks>>` they in chunks; `<<range>>`, `<<length>>`, `<<size>>` what headers say
 of them, `<<url>>` the address that was asked for. `<<silence>>` lasts, `<<end>>` ends the
 connection, `<<reset>>` breaks it, `<<slowly>>` has all that follows come byte by byte, and
-`<<endless>>` has what stands before it, up to the last mark, come again and again.
+`<<endless>>` has what stands before it, up to the last mark, come again and again; `<<here>>` is a
+mark for nothing else.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from collections import deque
 
 import httpcore
 
+from support.virtual_time import Hung
+
 HOST, PORT = "127.0.0.1", 8000
 URL = f"http://{HOST}:{PORT}"
 BYTES_A_SECOND = 64 << 10
 READ = 64 << 10
 
+SLACK = 1_300_000
+"""Bytes that may come before what was asked for; such hints are bounded by time alone."""
+
 MARKS = [
     f"<<{word}>>".encode()
     for word in (
         *("next", "body", "half", "wrong", "chunks", "range", "length", "size", "url"),
-        *("silence", "end", "reset", "slowly", "endless"),
+        *("silence", "end", "reset", "slowly", "endless", "here"),
     )
 ]
 
@@ -39,13 +45,15 @@ MARKS = [
 class Mirror:
     """What all connections have in common: files by path, and how much of the script is left.
 
-    `sent` counts the bytes that were taken, `due` those that were asked for.
+    `sent` counts the bytes that were taken, `due` those that were asked for; of an answer that has
+    no end it must not be much more.
     """
 
     def __init__(self, files, script, url=URL):
         self.files = files
         self.url = url
         self.script = deque(script.split(b"<<next>>"))
+        self.answers = len(self.script) + 1
         self.sent = self.due = 0
 
     def answer(self, request):
@@ -162,6 +170,8 @@ class _Connection(httpcore.AsyncNetworkStream):
             return b""
         data, self._held = part[:max_bytes], part[max_bytes:]
         self._mirror.sent += len(data)
+        if self._mirror.sent > self._mirror.due + SLACK * self._mirror.answers:
+            raise Hung("it reads on and on")
         await asyncio.sleep(len(data) / BYTES_A_SECOND)
         return data
 
