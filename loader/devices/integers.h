@@ -17,7 +17,7 @@
 #endif
 
 enum {
-    BLOCK = 256,     /* rows that share a factor; even. Up to 512 no sum of 2^15 * 2^7 overflows */
+    BLOCK = 256,     /* rows that share a factor; of 64. Up to 512 no sum of 2^15 * 2^7 overflows */
     LARGEST = 32767
 };
 
@@ -36,6 +36,16 @@ INLINE integers paired(const int8_t *upper, const int8_t *lower) {
     for (int lane = 0; lane < LANES; lane++) one[lane] = upper[lane], two[lane] = lower[lane];
 #endif
     return (one & 0xffff) | two << 16;
+}
+
+/* Four rows of TILE columns, columns from TILE * t on, into a panel of blocks of so many rows. */
+INLINE void pair_lines(const int8_t *const rows[4], int8_t *panel, int64_t block, int64_t t,
+                       int64_t four) {
+    int32_t *to = (int32_t *)panel + (t * block / 2 + 2 * four) * TILE;
+    for (int pair = 0; pair < 2; pair++)
+        for (int v = 0; v < VECTORS; v++)
+            *(integers *)(to + pair * TILE + v * LANES) =
+                paired(rows[2 * pair] + v * LANES, rows[2 * pair + 1] + v * LANES);
 }
 
 /* Adds to each sum the products of a pair of weights with a pair of activations. */

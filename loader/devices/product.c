@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "integers.h"
+#include "matrix_unit.h"
 #include "pool.h"
 #include "tiles.h"
 
@@ -37,9 +38,12 @@ typedef struct {
     int64_t tokens, height, width, stride, groups;
     int64_t parts;         /* runs of rows that a group is cut into */
     int64_t strip, strips; /* columns of a piece, and pieces side by side */
-    int16_t *rounded;      /* [groups * blocks, tokens, block], for many in integers; else null */
+    int16_t *rounded;      /* [groups * blocks, tokens, block], for many in integers; else null. For
+                              a matrix unit the tokens of its tiles, in two planes of bytes */
     float *factors;        /* [groups * blocks, tokens], of what is rounded */
     int64_t block, blocks; /* rows that share a factor, and how many such blocks a group has */
+    int in_unit;           /* whether a matrix unit multiplies */
+    int64_t bytes;         /* of a weight in a panel for integers */
     atomic_long ready;     /* tokens that are rounded: the first pieces of the work */
 } product;
 
@@ -111,76 +115,136 @@ static void add(product *p, int64_t row, int64_t rows, int64_t first, int64_t ti
         }
 }
 
-/* The same in integers, for the rows of a block. */
-static void add_block(product *p, int64_t block, int64_t row, int64_t rows, int64_t first,
-                      int64_t tiles_wide, int32_t *panel, float *sums, int64_t columns) {
-    int64_t runs = (p->tokens + AT_ONCE - 1) / AT_ONCE, pairs = (rows + 1) / 2;
-    static const int8_t none[TILE];
-    for (int64_t pair = 0; pair < pairs; pair++)
-        for (int64_t t = 0; t < tiles_wide; t++) {
-            const int8_t *upper = p->matrix + (row + 2 * pair) * p->stride + first + t * TILE;
-            const int8_t *lower = 2 * pair + 1 < rows ? upper + p->stride : none;
-            int32_t *to = panel + (t * p->block / 2 + pair) * TILE;
-            __builtin_prefetch(upper + AHEAD * p->stride, 0, 2);
-            __builtin_prefetch(upper + (AHEAD + 1) * p->stride, 0, 2);
-            for (int v = 0; v < VECTORS; v++)
-                *(integers *)(to + v * LANES) = paired(upper + v * LANES, lower + v * LANES);
+/* The scaled sums of a group of rows into the result, or added to what it holds of earlier groups. */
+static void scale(const product *p, int64_t group, int64_t first, int64_t columns, const float *sums) {
+    for (int64_t t = 0; t < p->tokens; t++) {
+        float *out = p->out + t * p->width + first;
+        const float *scales = p->scales + group * p->width + first;
+        for (int64_t column = 0; column < columns; column++) {
+            float scaled = sums[t * columns + column] * scales[column];
+            out[column] = group ? out[column] + scaled : scaled;
         }
-    for (int64_t t = 0; t < tiles_wide; t++)
-        for (int64_t run = 0; run < runs; run++) {
-            int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
-            int64_t at = block * p->tokens + token;
-            integer_tiles(end - token, p->rounded + at * p->block, p->block, p->factors + at,
-                          panel + t * p->block / 2 * TILE, pairs, sums + token * columns + t * TILE,
-                          columns);
-        }
+    }
 }
 
-/* A strip of columns for any number of tokens, into the result. */
+/* Memory for a piece's sums and, behind them, its panels; null, and the work has failed, if there is
+   none. */
+static float *sums_and(product *p, int64_t columns, int64_t panel_bytes, void **panels) {
+    size_t of_sums = (p->tokens * columns * sizeof(float) + LINE - 1) / LINE * LINE;
+    float *sums = aligned_alloc(LINE, (of_sums + panel_bytes + LINE - 1) / LINE * LINE);
+    if (!sums) atomic_store(&p->job.failed, 1);
+    *panels = (char *)sums + of_sums;
+    return sums;
+}
+
+/* A strip of columns for any number of tokens, into the result, in float32. */
 static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
-    int64_t rows = p->height / p->groups, most = p->rounded ? p->block : PANEL_ROWS;
-    int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
-    size_t bytes = p->tokens * columns * sizeof(float) +
-                   most * even * (p->rounded ? sizeof(int16_t) : sizeof(float));
-    float *sums = aligned_alloc(LINE, (bytes + 2 * LINE - 1) / LINE * LINE);
-    if (!sums) {
-        atomic_store(&p->job.failed, 1);
-        return;
-    }
-    float *panel = sums + (p->tokens * columns + LINE / 4 - 1) / (LINE / 4) * (LINE / 4);
-    for (int64_t group = 0; group < p->groups; group++) {
+    int64_t rows = p->height / p->groups, tiles_wide = columns / TILE, even = tiles_wide * TILE;
+    void *panel;
+    float *sums = sums_and(p, columns, PANEL_ROWS * even * sizeof(float), &panel);
+    for (int64_t group = 0; sums && group < p->groups; group++) {
         memset(sums, 0, p->tokens * columns * sizeof(float));
-        for (int64_t done = 0; done < rows; done += most) {
-            int64_t row = group * rows + done, count = least(most, rows - done);
-            if (p->rounded)
-                add_block(p, group * p->blocks + done / most, row, count, first, tiles_wide,
-                          (int32_t *)panel, sums, columns);
-            else
-                add(p, row, count, first, tiles_wide, panel, sums, columns);
+        for (int64_t done = 0; done < rows; done += PANEL_ROWS) {
+            int64_t row = group * rows + done, count = least(PANEL_ROWS, rows - done);
+            add(p, row, count, first, tiles_wide, panel, sums, columns);
             if (even < columns)
                 narrow(p->tokens, p->x + row, p->height, p->matrix + row * p->stride + first + even,
                        p->stride, count, columns - even, sums + even, columns);
         }
-        for (int64_t t = 0; t < p->tokens; t++) {
-            float *out = p->out + t * p->width + first;
-            const float *scales = p->scales + group * p->width + first;
-            for (int64_t column = 0; column < columns; column++) {
-                float scaled = sums[t * columns + column] * scales[column];
-                out[column] = group ? out[column] + scaled : scaled;
-            }
-        }
+        scale(p, group, first, columns, sums);
     }
+    free(sums);
+}
+
+/* Rows that share factors: block `number` of all groups'. */
+typedef struct {
+    int64_t group, row, rows;
+} block;
+
+static block block_of(const product *p, int64_t number) {
+    int64_t rows = p->height / p->groups, done = number % p->blocks * p->block;
+    int64_t group = number / p->blocks;
+    return (block){group, group * rows + done, least(p->block, rows - done)};
+}
+
+/* Fills some fours of a block's rows into the panel of a strip. */
+static void fill(const product *p, block of, int64_t from, int64_t to, int64_t first,
+                 int64_t tiles_wide, int8_t *panel) {
+    static const int8_t none[TILE];
+    for (int64_t four = from; four < to; four++)
+        for (int64_t t = 0; t < tiles_wide; t++) {
+            const int8_t *start = p->matrix + (of.row + 4 * four) * p->stride + first + t * TILE;
+            const int8_t *rows[4];
+            for (int r = 0; r < 4; r++) {
+                rows[r] = 4 * four + r < of.rows ? start + r * p->stride : none;
+                __builtin_prefetch(start + (AHEAD + r) * p->stride, 0, 2);
+            }
+            if (p->in_unit) unit_lines(rows, panel, p->block, t, four);
+            else pair_lines(rows, panel, p->block, t, four);
+        }
+}
+
+/* The same in integers. While a block is multiplied, the next one's rows are read and filled into
+   another panel, a few after each of its tiles, so that neither memory nor arithmetic waits. */
+static void many_in_integers(product *p, int64_t piece) {
+    int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
+    int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE, fours = p->block / 4;
+    int64_t side = p->in_unit ? SIDE : AT_ONCE, runs = (p->tokens + side - 1) / side;
+    int64_t blocks = p->groups * p->blocks, bytes = p->block * even * p->bytes;
+    void *panels;
+    float *sums = sums_and(p, columns, 2 * bytes, &panels);
+    if (!sums) return;
+    if (p->in_unit) begin_unit();
+    fill(p, block_of(p, 0), 0, fours, first, tiles_wide, panels);
+    for (int64_t number = 0; number < blocks; number++) {
+        block now = block_of(p, number), next = block_of(p, number + 1);
+        int8_t *panel = (int8_t *)panels + number % 2 * bytes;
+        int8_t *other = (int8_t *)panels + (number + 1) % 2 * bytes;
+        int64_t step = 0, steps = number + 1 < blocks ? tiles_wide * runs : 0;
+        if (number % p->blocks == 0) memset(sums, 0, p->tokens * columns * sizeof(float));
+        for (int64_t t = 0; t < tiles_wide; t++)
+            for (int64_t run = 0; run < runs; run++) {
+                /* Runs of nearly equal length where they may have any: short ones wait. */
+                int64_t token = p->in_unit ? run * side : run * p->tokens / runs;
+                int64_t end = p->in_unit ? least(token + side, p->tokens) : (run + 1) * p->tokens / runs;
+                const float *factors = p->factors + number * p->tokens + token;
+                const int8_t *of_tile = panel + t * p->block * TILE * p->bytes;
+                float *to = sums + token * columns + t * TILE;
+                if (p->in_unit)
+                    unit_tiles(end - token, p->rounded + (number * runs + run) * side * p->block,
+                               factors, of_tile, p->block, to, columns);
+                else
+                    integer_tiles(end - token, p->rounded + (number * p->tokens + token) * p->block,
+                                  p->block, factors, (const int32_t *)of_tile, (now.rows + 1) / 2, to,
+                                  columns);
+                if (step < steps) {
+                    fill(p, next, step * fours / steps, (step + 1) * fours / steps, first, tiles_wide,
+                         other);
+                    step++;
+                }
+            }
+        if (even < columns)
+            narrow(p->tokens, p->x + now.row, p->height,
+                   p->matrix + now.row * p->stride + first + even, p->stride, now.rows, columns - even,
+                   sums + even, columns);
+        if ((number + 1) % p->blocks == 0) scale(p, now.group, first, columns, sums);
+    }
+    if (p->in_unit) end_unit();
     free(sums);
 }
 
 /* The activations of a token as integers. */
 static void round_token(product *p, int64_t token) {
-    int64_t rows = p->height / p->groups;
-    for (int64_t block = 0; block < p->groups * p->blocks; block++) {
-        int64_t done = block % p->blocks * p->block, at = block * p->tokens + token;
-        const float *x = p->x + token * p->height + block / p->blocks * rows + done;
-        p->factors[at] = rounded(x, least(p->block, rows - done), p->rounded + at * p->block);
+    int64_t runs = (p->tokens + SIDE - 1) / SIDE;
+    for (int64_t number = 0; number < p->groups * p->blocks; number++) {
+        block of = block_of(p, number);
+        int16_t *to = p->rounded + (number * p->tokens + token) * p->block, line[BLOCK];
+        float factor = rounded(p->x + token * p->height + of.row, of.rows, p->in_unit ? line : to);
+        p->factors[number * p->tokens + token] = factor;
+        if (p->in_unit)
+            split(line, of.rows, token % SIDE,
+                  p->rounded + (number * runs + token / SIDE) * SIDE * p->block);
     }
     atomic_fetch_add(&p->ready, 1);
 }
@@ -192,7 +256,7 @@ static void piece_of(job *j, int64_t piece) {
     else if (piece < p->tokens) round_token(p, piece);
     else { /* Others may still be at tokens that they took before this piece. */
         for (int64_t times = 0; atomic_load(&p->ready) < p->tokens; times++) rest(times);
-        many(p, piece - p->tokens);
+        many_in_integers(p, piece - p->tokens);
     }
 }
 
@@ -216,12 +280,15 @@ static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
         p->job.pieces = (p->width + p->strip - 1) / p->strip;
         if (in_integers) {
             int64_t rows = p->height / p->groups;
-            p->block = least(BLOCK, (rows + 1) / 2 * 2);
+            p->in_unit = has_matrix_unit();
+            p->bytes = p->in_unit ? 1 : 2;
+            int64_t multiple = p->in_unit ? DEEP : 4, tokens = (p->tokens + SIDE - 1) / SIDE * SIDE;
+            p->block = least(BLOCK, (rows + multiple - 1) / multiple * multiple);
             p->blocks = (rows + p->block - 1) / p->block;
-            int64_t count = p->groups * p->blocks * p->tokens;
-            p->factors = malloc(count * (sizeof(float) + p->block * sizeof(int16_t)));
-            if (!p->factors) return 0;
-            p->rounded = (int16_t *)(p->factors + count);
+            int64_t count = p->groups * p->blocks * tokens, bytes = count * p->block * sizeof(int16_t);
+            p->rounded = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+            p->factors = malloc(count * sizeof(float));
+            if (!p->rounded || !p->factors) return 0;
             p->job.pieces += p->tokens;
         }
     }
@@ -234,8 +301,16 @@ static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
             for (int64_t i = 0; i < count; i++) p->out[i] += p->partial[part * count + i];
         free(p->partial);
     }
-    free(p->factors);
     return sound;
+}
+
+/* Tokens up to the last one that is not zero from end to end. Those behind it only fill a step up to
+   a length for which there is a program, and would cost as much as others. */
+static int64_t without_padding(const float *x, int64_t tokens, int64_t height) {
+    for (; tokens; tokens--)
+        for (int64_t row = 0; row < height; row++)
+            if (x[(tokens - 1) * height + row] != 0) return tokens;
+    return 0;
 }
 
 /* Arguments: x float32 [tokens, height], the bytes int8 [n], place int32 [3]: where in them the
@@ -253,13 +328,14 @@ static XLA_FFI_Error *computed(XLA_FFI_CallFrame *frame, int in_integers) {
     p->x = x->data;
     p->scales = scales->data;
     p->out = ((XLA_FFI_Buffer *)frame->rets.rets[0])->data;
-    p->tokens = x->dims[0], p->height = x->dims[1];
+    p->height = x->dims[1], p->tokens = without_padding(p->x, x->dims[0], p->height);
     p->groups = scales->dims[0], p->width = scales->dims[1];
     p->stride = at[2];
     int64_t first = (int64_t)at[0] + at[1];
     p->matrix = (const int8_t *)bytes->data + first;
     p->job.run = piece_of;
     atomic_store(&p->job.holders, 1);
+    memset(p->out + p->tokens * p->width, 0, (x->dims[0] - p->tokens) * p->width * sizeof(float));
     XLA_FFI_Error *error = NULL;
     if (first < 0 || first + (p->height - 1) * p->stride + p->width > bytes->dims[0])
         error = complaint(frame->api, XLA_FFI_Error_Code_OUT_OF_RANGE,
@@ -267,6 +343,8 @@ static XLA_FFI_Error *computed(XLA_FFI_CallFrame *frame, int in_integers) {
     else if (p->tokens && !compute(p, frame, in_integers))
         error = complaint(frame->api, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
                           "no memory for the sums of a product");
+    free(p->rounded);
+    free(p->factors);
     release(&p->job);
     return error;
 }

@@ -113,7 +113,8 @@ def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: j
     """
     rows = pairs // routed.choices.shape[1]
     output = feed_forward(
-        routed.x.at[rows].get(mode="clip"),
+        # Zeros beyond the pairs' end: the C program leaves tokens of zeros out.
+        routed.x.at[rows].get(mode="fill", fill_value=0),
         _selected(weights, number),
         dtype,
     )
@@ -237,7 +238,8 @@ def _by_blocks(
             expert, pairs, live = _block(blocks, index, size)
             # Places beyond the group's end point outside: they read some row and add to none.
             rows = jnp.where(live, pairs // routed.choices.shape[1], routed.x.shape[0])
-            x, matrices = routed.x.at[rows].get(mode="clip"), _selected(weights, expert)
+            x = routed.x.at[rows].get(mode="fill", fill_value=0)
+            matrices = _selected(weights, expert)
             # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
             output = feed_forward(x, matrices, dtype, halves=False)
             gates = routed.gates.reshape(-1)[pairs]

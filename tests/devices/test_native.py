@@ -1,8 +1,10 @@
 """The C program's products are those of plain JAX, and do without it where there is no compiler."""
 
+import contextlib
 import functools
 import platform
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +127,16 @@ def check_attention(attention, sizes, dtype, seed):
                 np.testing.assert_allclose(mixed[row, token, head], expected, atol=2e-4)
 
 
+def built_for(processor, folder, monkeypatch):
+    """Build the program for an older processor of this kind, without a warning, and use it."""
+    monkeypatch.setattr(native, "LOADED", [])
+    monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
+    monkeypatch.setattr(native, "VERSION", f"{native.VERSION}{processor}{folder.name}")
+    monkeypatch.setattr(native, "PROCESSOR", (processor,))
+    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
+    assert native.built(folder, pytest.fail)
+
+
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these processors are of another kind")
 @pytest.mark.parametrize(
@@ -133,18 +145,71 @@ def check_attention(attention, sizes, dtype, seed):
 def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     tmp_path, monkeypatch, processor
 ):
-    monkeypatch.setattr(native, "LOADED", [])
-    monkeypatch.setattr(native, "NAME", f"{native.NAME}{processor}")
-    monkeypatch.setattr(native, "VERSION", f"{native.VERSION}{processor}")
-    monkeypatch.setattr(native, "PROCESSOR", (processor,))
-    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
-    assert native.built(tmp_path, pytest.fail)
+    built_for(processor, tmp_path, monkeypatch)
     for tokens in (1, 6, 20):
         for integers in (False, True):
             sizes, part = (tokens, 96, 130, 4), (3, 140)
             check(native.product, sizes, part, tokens, integers=integers)
         for dtype in ("bfloat16", "float16"):
             check_attention(native.attention, (2, tokens, 3, 2, 70, 90), dtype, tokens)
+
+
+def flags():
+    """The instructions of this processor, where Linux tells them."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split())
+    return set()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processor", "needed"),
+    [
+        ("-march=x86-64-v3", {"avx2", "fma"}),
+        ("-march=x86-64-v4", {"avx512f", "avx512bw"}),
+        ("-march=cascadelake", {"avx512f", "avx512_vnni"}),
+    ],
+)
+def test_products_in_integers_are_the_same_to_the_bit_on_every_processor(
+    multiply, tmp_path, monkeypatch, processor, needed
+):
+    if not needed <= flags():
+        pytest.skip("this processor has fewer instructions")
+    random = np.random.default_rng(3)
+    cases = []
+    for tokens, rows, width, groups in ((13, 514, 70, 2), (40, 1300, 300, 1), (100, 96, 64, 8)):
+        x = random.standard_normal((tokens, rows), np.float32)
+        flat = random.integers(-128, 128, rows * width, np.int8)
+        place = np.array([0, 0, width], np.int32)
+        scales = random.uniform(0.5, 2, (groups, width)).astype(np.float32)
+        cases.append((x, flat, place, scales))
+    here = [np.asarray(multiply(*case, integers=True)) for case in cases]
+    built_for(processor, tmp_path, monkeypatch)
+    for case, found in zip(cases, here, strict=True):
+        # The columns that fill no tile are summed in float32.
+        whole = found.shape[1] // 64 * 64
+        other = np.asarray(native.product(*case, integers=True))
+        np.testing.assert_array_equal(other[:, :whole], found[:, :whole])
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [0, 1, 12, 30])
+def test_tokens_of_zeros_behind_the_others_are_left_out(multiply, count):
+    random = np.random.default_rng(0)
+    x = np.zeros((40, 300), np.float32)
+    x[:count] = random.standard_normal((count, 300))
+    flat, place = random.integers(-127, 128, 300 * 130, np.int8), np.array([0, 0, 130], np.int32)
+    # Had they been multiplied, some would be no number.
+    scales = np.full((1, 130), np.inf, np.float32)
+    scales[0, :100] = 1
+    alone, padded = (
+        np.asarray(multiply(part, flat, place, scales, integers=True)) for part in (x[:count], x)
+    )
+    np.testing.assert_array_equal(padded[:count], alone)
+    assert not padded[count:].any()
 
 
 @needs_compiler
