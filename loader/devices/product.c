@@ -2,12 +2,14 @@
 
    `loader/devices/native.py` compiles this file where it is used, for the processor that is there, and calls
    it from JAX. It computes what `loader/devices/kernels.py` computes in plain JAX, and sums in an order that
-   depends on shapes alone: never on how many threads there are, nor on which of them was faster.
+   depends on shapes and on how many tokens are not all zeros: never on how many threads there are, nor
+   on which of them was faster.
 
    A few tokens are bound by memory: each piece of work is a run of whole rows, read once from end to
    end, some rows side by side. Many tokens are bound by arithmetic: each piece is a strip of columns,
    of which one small panel after another is converted and used by all tokens: as floats, or as the
-   integers of `integers.h`, which are faster where `loader/devices/tuning.py` finds them to be. */
+   integers of `integers.h`, which are faster where `loader/devices/tuning.py` finds them to be, and
+   which `matrix_unit.h` multiplies where the processor has one. */
 
 #include <string.h>
 
@@ -20,8 +22,12 @@ enum {
     FEW = 12,                  /* tokens up to which a panel does not pay */
     PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
     WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
-    AHEAD = 16,                /* rows that are asked for before they are converted */
+    AHEAD = 16,                /* rows that are asked for before they are converted, at most */
+    AHEAD_BYTES = 1 << 13,     /* and of a strip in integers, about so many bytes */
     SUMS = 1 << 15,            /* sums of a piece of work: 128 KiB of a second-level cache */
+    CACHE = 1 << 19,           /* bytes of it for sums and panel of a strip in integers; a processor */
+    UNIT_CACHE = 1 << 20,      /* with a matrix unit has one of 2 MiB */
+    UNIT_WIDEST = 1024,        /* columns of a strip for such: runs of memory, and enough pieces */
     STRIPS = 8,                /* pieces side by side for many tokens, at least */
     PIECE = 1 << 22,           /* bytes of the matrix in a piece for few tokens, at least */
     MOST_PARTS = 16            /* pieces that a group of rows is cut into, at most */
@@ -115,26 +121,41 @@ static void add(product *p, int64_t row, int64_t rows, int64_t first, int64_t ti
         }
 }
 
-/* The scaled sums of a group of rows into the result, or added to what it holds of earlier groups. */
-static void scale(const product *p, int64_t group, int64_t first, int64_t columns, const float *sums) {
-    for (int64_t t = 0; t < p->tokens; t++) {
-        float *out = p->out + t * p->width + first;
-        const float *scales = p->scales + group * p->width + first;
-        for (int64_t column = 0; column < columns; column++) {
-            float scaled = sums[t * columns + column] * scales[column];
-            out[column] = group ? out[column] + scaled : scaled;
+/* Some tokens' scaled sums of a group of rows, `count` columns from `at` on, to those of the groups
+   before; sums begin anew. With the last group the result is written, whose rows are too far apart to
+   be added to each time. */
+static void scale(const product *p, int64_t group, int64_t token, int64_t tokens, int64_t first,
+                  int64_t at, int64_t count, int64_t columns, float *sums, float *totals) {
+    const float *scales = p->scales + group * p->width + first + at;
+    for (int64_t t = token; t < token + tokens; t++) {
+        float *sum = sums + t * columns + at, *total = totals + t * columns + at;
+        float *to = group + 1 < p->groups ? total : p->out + t * p->width + first + at;
+        int64_t column = 0;
+        for (; column + LANES <= count; column += LANES) {
+            *(vector *)(to + column) = *(vector *)(total + column) +
+                                       *(vector *)(sum + column) * *(const vector *)(scales + column);
+            *(vector *)(sum + column) = (vector){0};
+        }
+        for (; column < count; column++) {
+            to[column] = total[column] + sum[column] * scales[column];
+            sum[column] = 0;
         }
     }
 }
 
-/* Memory for a piece's sums and, behind them, its panels; null, and the work has failed, if there is
-   none. */
-static float *sums_and(product *p, int64_t columns, int64_t panel_bytes, void **panels) {
-    size_t of_sums = (p->tokens * columns * sizeof(float) + LINE - 1) / LINE * LINE;
-    float *sums = aligned_alloc(LINE, (of_sums + panel_bytes + LINE - 1) / LINE * LINE);
-    if (!sums) atomic_store(&p->job.failed, 1);
-    *panels = (char *)sums + of_sums;
-    return sums;
+/* Memory for a piece's sums and for what comes of scaled ones, all zeros, and behind them a panel. Null,
+   and the work has failed, if there is none. */
+static float *sums_and(product *p, int64_t columns, int64_t of_panel, float **totals, void **panel) {
+    size_t bytes = (p->tokens * columns * sizeof(float) + LINE - 1) / LINE * LINE;
+    char *sums = aligned_alloc(LINE, 2 * bytes + (of_panel + LINE - 1) / LINE * LINE);
+    if (!sums) {
+        atomic_store(&p->job.failed, 1);
+        return NULL;
+    }
+    memset(sums, 0, 2 * bytes);
+    *totals = (float *)(sums + bytes);
+    *panel = sums + 2 * bytes;
+    return (float *)sums;
 }
 
 /* A strip of columns for any number of tokens, into the result, in float32. */
@@ -142,9 +163,8 @@ static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
     int64_t rows = p->height / p->groups, tiles_wide = columns / TILE, even = tiles_wide * TILE;
     void *panel;
-    float *sums = sums_and(p, columns, PANEL_ROWS * even * sizeof(float), &panel);
+    float *totals, *sums = sums_and(p, columns, PANEL_ROWS * even * sizeof(float), &totals, &panel);
     for (int64_t group = 0; sums && group < p->groups; group++) {
-        memset(sums, 0, p->tokens * columns * sizeof(float));
         for (int64_t done = 0; done < rows; done += PANEL_ROWS) {
             int64_t row = group * rows + done, count = least(PANEL_ROWS, rows - done);
             add(p, row, count, first, tiles_wide, panel, sums, columns);
@@ -152,7 +172,7 @@ static void many(product *p, int64_t piece) {
                 narrow(p->tokens, p->x + row, p->height, p->matrix + row * p->stride + first + even,
                        p->stride, count, columns - even, sums + even, columns);
         }
-        scale(p, group, first, columns, sums);
+        scale(p, group, 0, p->tokens, first, 0, columns, columns, sums, totals);
     }
     free(sums);
 }
@@ -168,67 +188,58 @@ static block block_of(const product *p, int64_t number) {
     return (block){group, group * rows + done, least(p->block, rows - done)};
 }
 
-/* Fills some fours of a block's rows into the panel of a strip. */
-static void fill(const product *p, block of, int64_t from, int64_t to, int64_t first,
-                 int64_t tiles_wide, int8_t *panel) {
+/* The rows of a block as the panel of a strip. */
+static void fill(const product *p, block of, int64_t first, int64_t tiles_wide, int8_t *panel) {
     static const int8_t none[TILE];
-    for (int64_t four = from; four < to; four++)
+    int64_t ahead = least(AHEAD, AHEAD_BYTES / (tiles_wide * TILE + 1) + 1);
+    for (int64_t four = 0; 4 * four < p->block; four++)
         for (int64_t t = 0; t < tiles_wide; t++) {
             const int8_t *start = p->matrix + (of.row + 4 * four) * p->stride + first + t * TILE;
             const int8_t *rows[4];
             for (int r = 0; r < 4; r++) {
                 rows[r] = 4 * four + r < of.rows ? start + r * p->stride : none;
-                __builtin_prefetch(start + (AHEAD + r) * p->stride, 0, 2);
+                __builtin_prefetch(start + (ahead + r) * p->stride, 0, 2);
             }
             if (p->in_unit) unit_lines(rows, panel, p->block, t, four);
             else pair_lines(rows, panel, p->block, t, four);
         }
 }
 
-/* The same in integers. While a block is multiplied, the next one's rows are read and filled into
-   another panel, a few after each of its tiles, so that neither memory nor arithmetic waits. */
+/* The same in integers. */
 static void many_in_integers(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
-    int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE, fours = p->block / 4;
+    int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
     int64_t side = p->in_unit ? SIDE : AT_ONCE, runs = (p->tokens + side - 1) / side;
-    int64_t blocks = p->groups * p->blocks, bytes = p->block * even * p->bytes;
-    void *panels;
-    float *sums = sums_and(p, columns, 2 * bytes, &panels);
+    void *panel;
+    float *totals, *sums = sums_and(p, columns, p->block * even * p->bytes, &totals, &panel);
     if (!sums) return;
     if (p->in_unit) begin_unit();
-    fill(p, block_of(p, 0), 0, fours, first, tiles_wide, panels);
-    for (int64_t number = 0; number < blocks; number++) {
-        block now = block_of(p, number), next = block_of(p, number + 1);
-        int8_t *panel = (int8_t *)panels + number % 2 * bytes;
-        int8_t *other = (int8_t *)panels + (number + 1) % 2 * bytes;
-        int64_t step = 0, steps = number + 1 < blocks ? tiles_wide * runs : 0;
-        if (number % p->blocks == 0) memset(sums, 0, p->tokens * columns * sizeof(float));
+    for (int64_t number = 0; number < p->groups * p->blocks; number++) {
+        block of = block_of(p, number);
+        int last = (number + 1) % p->blocks == 0;
+        fill(p, of, first, tiles_wide, panel);
         for (int64_t t = 0; t < tiles_wide; t++)
             for (int64_t run = 0; run < runs; run++) {
-                /* Runs of nearly equal length where they may have any: short ones wait. */
+                /* Runs of nearly equal length, but for the unit: short ones leave arithmetic waiting. */
                 int64_t token = p->in_unit ? run * side : run * p->tokens / runs;
                 int64_t end = p->in_unit ? least(token + side, p->tokens) : (run + 1) * p->tokens / runs;
                 const float *factors = p->factors + number * p->tokens + token;
-                const int8_t *of_tile = panel + t * p->block * TILE * p->bytes;
+                const int8_t *of_tile = (int8_t *)panel + t * p->block * TILE * p->bytes;
                 float *to = sums + token * columns + t * TILE;
                 if (p->in_unit)
                     unit_tiles(end - token, p->rounded + (number * runs + run) * side * p->block,
                                factors, of_tile, p->block, to, columns);
                 else
                     integer_tiles(end - token, p->rounded + (number * p->tokens + token) * p->block,
-                                  p->block, factors, (const int32_t *)of_tile, (now.rows + 1) / 2, to,
+                                  p->block, factors, (const int32_t *)of_tile, (of.rows + 1) / 2, to,
                                   columns);
-                if (step < steps) {
-                    fill(p, next, step * fours / steps, (step + 1) * fours / steps, first, tiles_wide,
-                         other);
-                    step++;
-                }
+                if (last)
+                    scale(p, of.group, token, end - token, first, t * TILE, TILE, columns, sums, totals);
             }
-        if (even < columns)
-            narrow(p->tokens, p->x + now.row, p->height,
-                   p->matrix + now.row * p->stride + first + even, p->stride, now.rows, columns - even,
-                   sums + even, columns);
-        if ((number + 1) % p->blocks == 0) scale(p, now.group, first, columns, sums);
+        if (even == columns) continue;
+        narrow(p->tokens, p->x + of.row, p->height, p->matrix + of.row * p->stride + first + even,
+               p->stride, of.rows, columns - even, sums + even, columns);
+        if (last) scale(p, of.group, 0, p->tokens, first, even, columns - even, columns, sums, totals);
     }
     if (p->in_unit) end_unit();
     free(sums);
@@ -275,22 +286,26 @@ static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
                          : malloc(p->groups * p->parts * p->tokens * p->width * sizeof(float));
         if (!p->partial) return 0;
     } else {
-        p->strip = least(least(SUMS / p->tokens, WIDEST), p->width / STRIPS) / TILE * TILE;
-        if (p->strip < TILE) p->strip = TILE;
-        p->job.pieces = (p->width + p->strip - 1) / p->strip;
+        int64_t widest = least(SUMS / p->tokens, WIDEST);
         if (in_integers) {
-            int64_t rows = p->height / p->groups;
+            int64_t rows = p->height / p->groups, tokens = (p->tokens + SIDE - 1) / SIDE * SIDE;
             p->in_unit = has_matrix_unit();
             p->bytes = p->in_unit ? 1 : 2;
-            int64_t multiple = p->in_unit ? DEEP : 4, tokens = (p->tokens + SIDE - 1) / SIDE * SIDE;
+            int64_t multiple = p->in_unit ? DEEP : 4;
             p->block = least(BLOCK, (rows + multiple - 1) / multiple * multiple);
             p->blocks = (rows + p->block - 1) / p->block;
-            int64_t count = p->groups * p->blocks * tokens, bytes = count * p->block * sizeof(int16_t);
-            p->rounded = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+            int64_t a_column = 2 * p->tokens * sizeof(float) + p->block * p->bytes;
+            widest = p->in_unit ? least(UNIT_CACHE / a_column, UNIT_WIDEST)
+                                : least(CACHE / a_column, WIDEST);
+            int64_t count = p->groups * p->blocks * tokens;
+            p->rounded = aligned_alloc(LINE, (count * p->block * sizeof(int16_t) + LINE - 1) / LINE * LINE);
             p->factors = malloc(count * sizeof(float));
             if (!p->rounded || !p->factors) return 0;
-            p->job.pieces += p->tokens;
+            p->job.pieces = p->tokens;
         }
+        p->strip = least(widest, p->width / STRIPS) / TILE * TILE;
+        if (p->strip < TILE) p->strip = TILE;
+        p->job.pieces += (p->width + p->strip - 1) / p->strip;
     }
     /* Work of some microseconds is not worth waking anyone. */
     int sound = completed(&p->job, frame, bytes * p->tokens < PIECE / 16);
