@@ -29,8 +29,7 @@ __all__ = ["attention", "built", "product"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.c", "attention.c"))
 HEADERS = tuple(
-    Path(__file__).with_name(name)
-    for name in ("pool.h", "tiles.h", "integers.h", "matrix_unit.h")
+    Path(__file__).with_name(name) for name in ("pool.h", "tiles.h", "integers.h", "matrix_unit.h")
 )
 OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 PROCESSOR = ("-march=native", "-mcpu=native")
