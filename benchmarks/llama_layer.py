@@ -73,6 +73,8 @@ def loaded(file: Path) -> llama_cpp.llama_model_p:
     """The model in the mapped file."""
     of_model = llama_cpp.llama_model_default_params()
     of_model.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    # Weights repacked for AMX end the process with a signal in a layer of experts (0.3.36).
+    of_model.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(os.fsencode(file), of_model)
     if not model:
         sys.exit(f"{file}: llama.cpp cannot load it")
