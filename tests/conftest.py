@@ -1,10 +1,13 @@
 """What must be settled before any test imports jax."""
 
+import gc
 import os
 import signal
+import sys
 import tempfile
 from importlib.metadata import version
 
+import pytest
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -35,3 +38,31 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Time limits for single examples measure the machine, which may be busy, and not the code.
 settings.register_profile("grokfetch", deadline=None)
 settings.load_profile("grokfetch")
+
+# jax, hypothesis and what they trace are objects by the hundred thousand that live as long as the
+# process: to look through them again and again took a twentieth of the suite's CPU time. A test's
+# own cycles are still collected, if later, and a test that waits for one calls `gc.collect`.
+gc.set_threshold(100_000, 50, 1000)
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of every later collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _compiled_as_it_is_patched(request):
+    """Let no test that patches run what was compiled before, nor another what it has compiled."""
+    patches = "monkeypatch" in request.fixturenames
+    if patches:
+        forget_programs()
+    yield
+    if patches:
+        forget_programs()
+
+
+def forget_programs():
+    steps = sys.modules.get("loader.inference.steps")
+    if steps is not None:
+        steps.program.cache_clear()

@@ -8,6 +8,7 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,10 @@ from loader.inference.routing_counts import Choices
 from loader.weights.partition import RULES
 from loader.weights.schema import GrokConfig
 
-__all__ = ["Steps", "steps_for"]
+__all__ = ["Steps", "program", "steps_for"]
+
+KEPT = 64
+"""Parts that stay compiled for models to come: of a dozen models of different shapes."""
 
 
 def steps_for(
@@ -79,15 +83,13 @@ class Steps:
             NamedSharding(mesh, spec) for spec in (self._nothing, self._rows, self._heads)
         )
         rows = self._rows
-        self._embed = self._spread(
-            lambda table, tokens: model.embed(table, tokens, config, dtype),
-            (embedding, rows),
-            rows,
-        )
+        self._embed = self._spread(model.embed, (embedding, rows), rows, config=config, dtype=dtype)
         self._logits = self._spread(
-            lambda table, scale, x: model.logits(table, scale, x, config, dtype),
+            model.logits,
             (embedding, final, rows),
             _spec(split, None, RULES["vocab"]),
+            config=config,
+            dtype=dtype,
         )
         self._tell = jax.jit(lambda *arrays: arrays, out_shardings=self.everywhere)
         self._compile_layer(config, dtype)
@@ -95,12 +97,12 @@ class Steps:
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         # The cache is donated: each layer's keys and values are written where they lie.
         self._layer = self._spread(
-            lambda weights, cache, x, window: model.layer(
-                weights, cache, x, window, config, dtype=dtype
-            ),
+            model.layer,
             (self._layer_spec, self._heads, self._rows, self._rows),
             (self._rows, self._heads, self._rows),
             donate=(1,),
+            config=config,
+            dtype=dtype,
         )
 
     @property
@@ -134,13 +136,18 @@ class Steps:
         return self._alone(self._logits(self._params.embedding, self._params.norm, x))
 
     def _spread(
-        self, function: Callable[..., Any], given: Any, result: Any, donate: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        given: Any,
+        result: Any,
+        donate: tuple[int, ...] = (),
+        **settings: Any,
     ) -> Callable[..., Any]:
-        # The check of what is equal on all devices cannot follow a loop of unknown length.
-        spread = jax.shard_map(
-            function, mesh=self._mesh, in_specs=given, out_specs=result, check_vma=False
+        leaves, tree = jax.tree.flatten((given, result))
+        options = tuple(self._compiler_options.items())
+        return program(
+            function, tuple(settings.items()), self._mesh, (tuple(leaves), tree), donate, options
         )
-        return jax.jit(spread, donate_argnums=donate, compiler_options=self._compiler_options)
 
     def _alone(self, x: Array) -> Array:
         """Let the next program begin after this one, where two of them might wait for ever.
@@ -175,20 +182,15 @@ class _OnDemand(Steps):
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         weights, nothing, heads = self._layer_spec, self._nothing, self._heads
         self._attend = self._spread(
-            lambda weights, cache, x, window: model.attend(
-                weights, cache, x, window, config, dtype=dtype
-            ),
+            model.attend,
             (weights, heads, nothing, nothing),
             (nothing, heads, nothing),
             donate=(1,),
+            config=config,
+            dtype=dtype,
         )
         self._expert = self._spread(
-            lambda weights, number, routed, pairs, total: (
-                total + experts.expert(weights, number, routed, pairs, dtype)
-            ),
-            (weights, *(nothing,) * 4),
-            nothing,
-            donate=(4,),
+            _with_expert, (weights, *(nothing,) * 4), nothing, donate=(4,), dtype=dtype
         )
         self._close = self._spread(model.close, (weights, nothing, nothing), nothing)
 
@@ -225,6 +227,47 @@ class _OnDemand(Steps):
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
         self._paging.table()
         return super().logits(x)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def program(  # noqa: PLR0913, PLR0917 - all that a compiled part depends on
+    function: Callable[..., Any],
+    settings: tuple[tuple[str, Any], ...],
+    mesh: Mesh,
+    specs: tuple[tuple[PartitionSpec, ...], Any],
+    donate: tuple[int, ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Callable[..., Any]:
+    """A part of the model jitted for a mesh, the same for the same arguments.
+
+    A model that is loaded again in a process, or another of its shapes, is not compiled again.
+
+    Args:
+        function: the part, of this module or of those that it calls.
+        settings: its other arguments by name, which are no arrays.
+        mesh: the devices.
+        specs: leaves and tree of how its arguments and results lie.
+        donate: the arguments whose buffers are used up.
+        options: of XLA.
+    """
+    leaves, tree = specs
+    given, result = jax.tree.unflatten(tree, leaves)
+    named = dict(settings)
+    # The check of what is equal on all devices cannot follow a loop of unknown length.
+    spread = jax.shard_map(
+        lambda *arrays: function(*arrays, **named),
+        mesh=mesh,
+        in_specs=given,
+        out_specs=result,
+        check_vma=False,
+    )
+    return jax.jit(spread, donate_argnums=donate, compiler_options=dict(options))
+
+
+def _with_expert(  # noqa: PLR0913, PLR0917 - as it is called on devices
+    weights: Any, number: Array, routed: Any, pairs: Array, total: Array, dtype: jnp.dtype
+) -> Array:
+    return total + experts.expert(weights, number, routed, pairs, dtype)
 
 
 def expert_groups(

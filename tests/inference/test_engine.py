@@ -21,6 +21,7 @@ from loader.inference import engine as engines
 from loader.inference.engine import Engine
 from loader.inference.model import within
 from loader.inference.sampling import Choice, Sampling, draw
+from loader.inference.steps import program
 from loader.weights import limits
 from loader.weights.partition import MeshShape
 
@@ -164,12 +165,28 @@ def test_all_layers_take_no_more_compiling_than_one(caplog):
         config = dataclasses.replace(golden.CONFIG, num_layers=layers)
         params = dataclasses.replace(params, layers=params.layers[:layers])
         caplog.clear()
+        program.cache_clear()
         with jax.log_compiles():
             list(Engine(config, params, mesh, "float32").generate(golden.prompt("p1"), 3))
         return sum(it.getMessage().startswith("Compiling ") for it in caplog.records)
 
     one = compiled(1)
     assert 0 < compiled(golden.CONFIG.num_layers) <= one
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_model_that_is_loaded_again_is_compiled_again_only_if_it_is_another(caplog, scale):
+    mesh, params = golden.placed(golden.ONE)
+    other = dataclasses.replace(
+        golden.CONFIG, embedding_multiplier_scale=scale * golden.CONFIG.embedding_multiplier_scale
+    )
+    prompts = [golden.prompt("p1")]
+    Engine(golden.CONFIG, params, mesh, "float32").full_logits(prompts)
+    caplog.clear()
+    with jax.log_compiles():
+        Engine(other, params, mesh, "float32").full_logits(prompts)
+    compiled = [it for it in caplog.records if it.getMessage().startswith("Compiling ")]
+    assert bool(compiled) == (scale != 1)
 
 
 QUEUED = """
