@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.program import SIMPLEST, grokfetch
+from support.program import SIMPLEST, grokfetch, with_devices
 
 from grokfetch import errors
 from grokfetch.manifest.shipped import demo_folder
@@ -241,11 +243,17 @@ def scores_without_cap(patch):
     ("fault", "most"),
     [
         (positions_forgotten, 0.2),
-        (queries_one_position_ahead, 0.2),
-        (second_and_third_expert, 0.2),
-        (second_expert_does_nothing, 0.35),
-        (equal_gates, 0.2),
-        (scores_without_cap, 0.5),
+        *(
+            # The golden model is broken in these ways, too: tests/inference/test_model.py.
+            pytest.param(fault, most, marks=pytest.mark.slow)
+            for fault, most in [
+                (queries_one_position_ahead, 0.2),
+                (second_and_third_expert, 0.2),
+                (second_expert_does_nothing, 0.35),
+                (equal_gates, 0.2),
+                (scores_without_cap, 0.5),
+            ]
+        ),
     ],
 )
 def test_model_put_together_wrongly_says_noise(monkeypatch, miswired, fault, most):
@@ -269,7 +277,11 @@ def test_it_has_two_megabytes_at_most():
 
 def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     keep = tmp_path / "kept"
-    text = grokfetch("demo", "--keep", keep)
+    # On one of the test's devices, which compiles in a fraction of the time.
+    command = [sys.executable, "-m", "grokfetch", "demo", "--keep", keep]
+    text = subprocess.run(
+        command, env=with_devices(1), capture_output=True, text=True, check=True
+    ).stdout
     assert [line.split(".")[0] for line in text.splitlines()[:6]] == list("123456")
     words = " ".join(text.split("prompt  ")[1].replace("text  ", "").split())
     assert " ".join(SENTENCES[-4:]) in words

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import golden
+from support import c_program, golden
 from support.parity import check_bfloat16, check_parity
 
 from loader.devices import native
@@ -27,9 +27,9 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def multiply(tmp_path_factory):
+def multiply():
     """The product, built as a user's first run builds it."""
-    assert native.built(tmp_path_factory.mktemp("native"), pytest.fail)
+    assert c_program.build(pytest.fail)
     return jax.jit(native.product, static_argnames="integers")
 
 
@@ -139,9 +139,8 @@ def built_for(processor, folder, monkeypatch):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these processors are of another kind")
-@pytest.mark.parametrize(
-    "processor", ["-march=x86-64", pytest.param("-march=x86-64-v3", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["-march=x86-64", "-march=x86-64-v3"])
 def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
     tmp_path, monkeypatch, processor
 ):
@@ -281,6 +280,7 @@ def test_model_over_mapped_weights_gives_the_references_logits_and_tokens(engine
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_reference_is(engine_over):
     check_bfloat16(engine_over(1, "bfloat16"), ["p2", "pz"])
 

@@ -164,7 +164,11 @@ def large(tmp_path_factory):
     return folder, torrent_of(folder / "big", 1 << 18, version="v1")
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGKILL]])
+@pytest.mark.parametrize(
+    # SIGKILL at any moment: `test_kill`.
+    "signals",
+    [[signal.SIGINT], pytest.param([signal.SIGKILL], marks=pytest.mark.slow)],
+)
 def test_after_a_signal_no_proven_piece_is_fetched_again(tmp_path, large, signals):
     folder, data = large
     with seed(data, folder, HERE) as seeder:

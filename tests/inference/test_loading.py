@@ -22,7 +22,12 @@ WANTED = golden.arrays()["f32/p1_tokens"].tolist()
 
 
 @pytest.mark.parametrize(
-    ("placement", "kind"), [(None, Mapped), ("mapped", Mapped), ("sharded", Quantized)]
+    ("placement", "kind"),
+    [
+        (None, Mapped),
+        pytest.param("mapped", Mapped, marks=pytest.mark.slow),
+        ("sharded", Quantized),
+    ],
 )
 def test_model_generates_what_the_reference_does(placement, kind):
     events = []

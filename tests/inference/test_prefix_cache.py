@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import golden
+from support import c_program, golden
 
-from loader.devices import native
 from loader.devices.kernels import Tuning
 from loader.devices.placement import share
 from loader.inference import engine as engines
@@ -27,17 +26,19 @@ TOKENS[5] = golden.CONFIG.pad_token
 OTHER = [*TOKENS[:40], *TOKENS[:15]]
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def _small_chunks():
     """All read so few tokens in a step, whether they keep them or not."""
-    monkeypatch.setattr(engines, "SHARED_STEP", CHUNK)
-    monkeypatch.setattr(engines, "LONGEST_STEP", CHUNK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "SHARED_STEP", CHUNK)
+        patch.setattr(engines, "LONGEST_STEP", CHUNK)
+        yield
 
 
 @pytest.fixture(scope="module")
-def tuning(tmp_path_factory):
+def tuning():
     """The C program, which writes into the cache where it lies, if there is a compiler."""
-    return Tuning(native=native.built(tmp_path_factory.mktemp("native"), lambda _: None))
+    return Tuning(native=c_program.build(lambda _: None))
 
 
 def made(room=ROOM, shape=golden.ONE, dtype="float32", tuning=None):

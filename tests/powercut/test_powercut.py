@@ -39,7 +39,11 @@ def broken(recorded, cuts, seed=0):
             yield from tried(recorded, disk, kept).broken
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    # `run` compiles a model.
+    [pytest.param(it, marks=pytest.mark.slow) if it == "run" else it for it in NAMES],
+)
 def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, tmp_path):
     recorded = record(name, tmp_path / name)
     assert not list(broken(recorded, CUTS))
