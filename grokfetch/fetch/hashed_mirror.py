@@ -18,6 +18,7 @@ from typing import Any
 from grokfetch.errors import Damaged, storage_failed
 from grokfetch.fetch.mirror import Length, MirrorSettings, pass_by
 from grokfetch.folder import advisory
+from grokfetch.folder.payload import flush
 from grokfetch.torrent.streamed import FileHasher, FileHashes
 
 __all__ = ["Mirrored", "Spans", "hash_mirror"]
@@ -89,6 +90,7 @@ def hash_mirror(
             length,
             _Hashing(
                 FileHasher(length[0], mirrored.piece_length, padded=padded),
+                folder,
                 folder / FRAMES / path,
                 mirrored.frames.get(path, ()),
                 length[0],
@@ -107,6 +109,7 @@ class _Hashing:
     """Hashes one file, and keeps its frame."""
 
     hasher: FileHasher
+    folder: Path
     path: Path
     frame: Spans
     size: int
@@ -142,6 +145,9 @@ class _Hashing:
             raise storage_failed(error, self.path) from error
 
     def end(self) -> None:
+        if self.frame:
+            # The state is about to say that it is there.
+            flush([self.path], self.folder)
         self.ended(self.hasher.result())
 
 

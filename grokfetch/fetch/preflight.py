@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.folder.atomic import flush
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Spans
 from grokfetch.open_files import OPEN_FILES, allow_open_files, most_open_files
@@ -42,6 +43,9 @@ FILE_LIMITS = {"vfat": 2**32 - 1, "msdos": 2**32 - 1, "hfs": 2**31 - 1}
 """The longest file in bytes of file systems on which a file cannot be long without being full."""
 
 UNLIMITED = 2**63 - 1
+
+TRIAL = ".grokfetch-trial-"
+"""What the name of a file begins with that is made only to see whether one can be."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,7 +234,9 @@ def nearest(path: Path) -> Path:
 
 
 def probe(folder: Path, longest: int) -> Place:
-    """Look at the place of a folder that need not exist yet. Leaves no trace.
+    """Look at the place of a folder that need not exist yet.
+
+    Leaves no trace, and removes that of a look that a power cut or SIGKILL has met.
 
     Args:
         folder: the checkpoint folder.
@@ -281,14 +287,44 @@ def _try_file(folder: Path, longest: int) -> tuple[bool, bool]:
         OSError: no file can be made.
     """
     hole = min(longest, 2**20)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(hole)
-        sparse = os.fstat(file.fileno()).st_blocks * 512 <= hole // 2
+    handle = _nameless(folder)
+    try:
+        os.truncate(handle, hole)
+        sparse = os.fstat(handle).st_blocks * 512 <= hole // 2
         try:
-            file.truncate(longest if sparse else hole)
+            os.truncate(handle, longest if sparse else hole)
         except OSError:
             return sparse, False
         return sparse, True
+    finally:
+        os.close(handle)
+
+
+def _nameless(folder: Path) -> int:
+    """An open file that has no name, so that nobody has to remove it.
+
+    Where a file system has none without a name, it loses its name at once; a power cut or SIGKILL
+    between the two leaves one, which the next look removes.
+
+    Raises:
+        OSError: no file can be made.
+    """
+    for left in folder.glob(f"{TRIAL}*"):
+        # In a folder of many people it may be somebody else's.
+        with contextlib.suppress(OSError):
+            left.unlink()
+    if hasattr(os, "O_TMPFILE"):
+        with contextlib.suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    handle, name = tempfile.mkstemp(prefix=TRIAL, dir=folder)
+    try:
+        Path(name).unlink(missing_ok=True)
+        # Before anything else is made here: the next look may be at another folder.
+        flush(folder)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _file_system(place: Path) -> str:

@@ -21,8 +21,9 @@
                              each file: size, mtime_ns, sha256 or null, "writing" or ""
         progress.json        how the fetches have gone, and who has sent how much
                              (`history.SCHEMA`), for `status` and `report` only
-        published.json       the info hash of the torrent that was made here (`known.SCHEMA`), if
-                             the folder was published and not fetched
+        published.json       the info hashes of the torrents that were made here, the last one and
+                             the one before it (`known.SCHEMA`), if the folder was published and
+                             not fetched
         findings.json        what the latest fetch and the latest verification have found, and
         runs.json            what the last runs took (`journal`), for the same two only; and
         seeder.json          for them too: {"pid", "host"} of who shares the folder, while he does

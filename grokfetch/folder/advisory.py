@@ -1,6 +1,7 @@
 """Small state files that prove nothing and whose loss harms nobody.
 
-Whatever is wrong with one, it counts as absent, and a disk that does not take one ends nothing.
+Whatever is wrong with one, it counts as absent, and a disk that does not take one ends nothing;
+`write_first` is for what the next run must find because it refuses to go on without it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.folder.atomic import replacing
 
-__all__ = ["count", "number", "read", "write"]
+__all__ = ["count", "number", "read", "write", "write_first"]
 
 T = TypeVar("T")
 
@@ -31,8 +33,21 @@ def read(path: Path, schema: int, decode: Callable[[dict[str, Any]], T]) -> T | 
 def write(path: Path, schema: int, fields: dict[str, Any]) -> None:
     """Put a file in the place of an earlier one, if the disk takes it."""
     # There may be no state folder yet, it may be read-only, and a full disk has other worries.
-    with contextlib.suppress(OSError), replacing(path) as file:
-        file.write((json.dumps({"schema": schema, **fields}) + "\n").encode())
+    with contextlib.suppress(StorageFailed):
+        write_first(path, schema, fields)
+
+
+def write_first(path: Path, schema: int, fields: dict[str, Any]) -> None:
+    """Put a file in the place of an earlier one, before what is to be done is begun.
+
+    Raises:
+        StorageFailed: it cannot be written.
+    """
+    try:
+        with replacing(path) as file:
+            file.write((json.dumps({"schema": schema, **fields}) + "\n").encode())
+    except OSError as error:
+        raise storage_failed(error, path) from error
 
 
 def number(value: Any) -> float:

@@ -2,7 +2,9 @@
 
 The torrent's top folder is the folder itself, so that each file lies under its path without the
 first part; the proofs are the hashes that made the torrent. What a fetch left in the folder is
-never replaced: a mark in the state, `published.json`, tells which torrent was made here.
+never replaced: a mark in the state, `published.json`, tells which torrents were made here. Without
+it a published folder would pass for a fetched one, and could not be published again once its files
+have changed.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ EXPORT = "export.json"
 def made_here(store: Store) -> bool:
     """Whether the torrent in the state is one that an earlier `keep_published` put there."""
     torrent = store.torrent()
-    info_hash = advisory.read(_mark(store), SCHEMA, _info_hash)
-    return torrent is not None and torrent.known_as(info_hash)
+    made = advisory.read(_mark(store), SCHEMA, _info_hashes) or ()
+    return torrent is not None and any(map(torrent.known_as, made))
 
 
 def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
@@ -44,18 +46,23 @@ def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
         Contradiction: the state is that of a fetch, or of files that came another way.
         StorageFailed: the state folder cannot be written.
     """
+    earlier = store.torrent() if made_here(store) else None
     begun = store.torrent() is not None or store.manifest_or_none() is not None
     exported = (store.state / EXPORT).is_file()
-    if begun and not exported and not made_here(store):
+    if begun and not exported and earlier is None:
         raise Contradiction(
             "this folder is known as what was fetched into it, and stays so",
             path=store.root,
             hint="keep what is published apart, for seed and the others too: --state DIR",
         )
     places = {file.path: PurePosixPath(*file.path.parts[1:]) for file in made.files}
-    # Ended half-way, an earlier state must not pass for this one.
+    # Ended half-way, an earlier state must not pass for this one, and both torrents are from here.
     store.save_record(Record())
-    advisory.write(_mark(store), SCHEMA, {"info_hash": made.torrent.info_hash})
+    mark = {
+        "info_hash": made.torrent.info_hash,
+        "before": None if earlier is None else earlier.info_hash,
+    }
+    advisory.write_first(_mark(store), SCHEMA, mark)
     store.save_selection(None)
     store.save_places(places)
     store.save_torrent(made.torrent)
@@ -74,5 +81,6 @@ def _mark(store: Store) -> Path:
     return store.state / "published.json"
 
 
-def _info_hash(fields: dict[str, Any]) -> str:
-    return str(fields["info_hash"])
+def _info_hashes(fields: dict[str, Any]) -> tuple[str, ...]:
+    made = fields["info_hash"], fields.get("before")
+    return tuple(str(info_hash) for info_hash in made if info_hash is not None)

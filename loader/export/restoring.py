@@ -289,7 +289,8 @@ def _begin(exported: Exported, store: Store) -> None:
         raise StorageFailed(
             "a folder lies where the shards must go", path=folder, hint="choose another OUT"
         )
-    advisory.write(state, SCHEMA, {"plan": plan, "done": {}})
+    # Without it the next export would take our own folder for somebody else's.
+    advisory.write_first(state, SCHEMA, {"plan": plan, "done": {}})
     try:
         make_folder(folder)
     except OSError as error:

@@ -148,9 +148,9 @@ class Export:
             raise storage_failed(error) from error
         return Stamp(status.st_size, status.st_mtime_ns)
 
-    def _save(self) -> None:
+    def _fields(self) -> dict[str, Any]:
         done = {name: [stamp.size, stamp.mtime_ns] for name, stamp in self._done.items()}
-        advisory.write(self._state, SCHEMA, {"plan": self._plan.digest, "done": done})
+        return {"plan": self._plan.digest, "done": done}
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -167,7 +167,8 @@ class Export:
         """
         left = [part for part in self._plan.parts if part.name not in self._done]
         if left:
-            self._save()
+            # Without it the next export would take our own files for somebody else's.
+            advisory.write_first(self._state, SCHEMA, self._fields())
             with contextlib.ExitStack() as opened:
                 try:
                     files = self._opened(opened)
@@ -240,7 +241,7 @@ class Export:
             except OSError as error:
                 raise storage_failed(error, self._partial[index]) from error
         self._done |= stamps
-        self._save()
+        advisory.write(self._state, SCHEMA, self._fields())
 
     def _run(self, job: Job, files: Sequence[TargetFile]) -> None:
         # A mapping of its own, which goes with the job: those of all shards together would have

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import golden
-from support.program import SIMPLEST, grokfetch, invoke, started
+from support.program import SIMPLEST, grokfetch, invoke, killed, started
 from support.torrents import content, lay_down
 
 from grokfetch import errors
@@ -350,6 +350,25 @@ def test_a_folder_that_takes_no_state_is_published_with_a_note(top, monkeypatch)
     assert "note: " in told.stderr
     assert told.stdout.startswith("magnet:")
     publish(top, "--seed", code=errors.StorageFailed.exit_code)
+
+
+def test_a_folder_that_does_not_take_the_mark_of_its_publisher_is_an_error_that_is_told(top):
+    in_the_way = top / ".grokfetch/published.json"
+    in_the_way.mkdir(parents=True)
+    assert f"note: {in_the_way}" in invoke("publish", top).stderr
+    publish(top, "--seed", code=errors.StorageFailed.exit_code)
+    in_the_way.rmdir()
+    publish(top)
+    grokfetch("verify", top)
+
+
+def test_a_folder_is_published_again_after_that_was_killed_before_its_torrent_was_kept(top):
+    publish(top)
+    top.joinpath("a").write_bytes(b"other")
+    killed("grokfetch.folder.advisory", "write_first", 1, "publish", top)
+    top.joinpath("b").write_bytes(b"other")
+    assert "note: " not in invoke("publish", top).stderr
+    grokfetch("verify", top)
 
 
 def test_what_was_fetched_into_a_folder_stays_in_force_when_it_is_published(top, tmp_path):

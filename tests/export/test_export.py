@@ -241,8 +241,15 @@ def test_a_file_name_for_out_is_a_usage_error(model, tmp_path):
 
 def killed_once_saved(model, out):
     """Export in a process that is killed when the first tensors are recorded; their names."""
-    killed("grokfetch.folder.advisory", "write", 2, "export", model, out)
+    killed("grokfetch.folder.advisory", "write", 1, "export", model, out)
     return json.loads((out / ".grokfetch/export.json").read_text())["done"]
+
+
+def test_an_export_that_cannot_say_that_it_has_begun_lays_nothing_down(model, tmp_path):
+    (tmp_path / ".grokfetch/export.json").mkdir(parents=True)
+    said = grokfetch("export", model, tmp_path, code=16)
+    assert "export.json" in said
+    assert [path.name for path in tmp_path.iterdir()] == [".grokfetch"]
 
 
 def test_after_a_kill_only_what_is_missing_is_written(model, tmp_path, whole, writes):

@@ -179,6 +179,13 @@ def test_shards_come_back_from_a_split_export(model, tmp_path, monkeypatch):
     grokfetch("verify", first, "--against", model, code=16)
 
 
+def test_an_export_that_cannot_say_that_it_has_begun_makes_no_folder(exported, tmp_path):
+    (tmp_path / ".grokfetch/export.json").mkdir(parents=True)
+    said = grokfetch("export", exported, tmp_path, "--format", "shards", code=16)
+    assert "export.json" in said
+    assert [path.name for path in tmp_path.iterdir()] == [".grokfetch"]
+
+
 def test_after_a_kill_only_shards_that_are_missing_are_written(model, exported, tmp_path):
     back = tmp_path / "back"
     command = ("export", exported, back, "--format", "shards")

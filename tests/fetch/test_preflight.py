@@ -10,7 +10,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
-from support.fake_swarm import FakeSwarm
+from support.fake_swarm import FakeSwarm, Killed
 from support.program import HEAVY, grokfetch, imported_by, invoke
 from support.small_disk import small_disk
 from support.torrents import content, manifest_of, v1_torrent
@@ -99,6 +99,27 @@ def test_the_look_leaves_no_trace_and_makes_no_folder(tmp_path):
     assert place.free > 0
     assert place.longest > 10**9
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("supported", [True, False], ids=["nameless", "named"])
+def test_the_file_of_a_look_that_was_killed_is_gone_after_the_next_one(
+    tmp_path, monkeypatch, supported
+):
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "O_TMPFILE")
+        patch.setattr(preflight, "flush", killing)
+        patch.setattr(Path, "unlink", killing)
+        with pytest.raises(Killed):
+            probe(tmp_path / "new", 10**6)
+    assert len(list(tmp_path.iterdir())) == 1
+    if not supported:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    assert not probe(tmp_path / "new", 10**6).refused
+    assert list(tmp_path.iterdir()) == []
+
+
+def killing(*_args, **_options):
+    raise Killed
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
