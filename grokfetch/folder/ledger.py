@@ -214,15 +214,14 @@ class Proofs:
         if self.pieces and not self._store.root.is_dir():
             raise gone(self._store.root)
         for path, proof in list(self._files.items()):
-            file = self._layout.file(path)
-            if proof.writing and file is not None:
+            file = self._layout.file(path) if proof.writing else None
+            # Of what has no proof it does not matter how it looks.
+            if file is not None and (end := self._proven_end(file)):
                 now, inode = self._store.stamp_and_inode(path)
-                end = self._proven_end(file)
-                same = self._inodes.setdefault(path, inode) == inode if end else True
-                if end > (0 if now is None else now.size) or not same:
+                stamp = now or Stamp(0, 0)
+                if end > stamp.size or self._inodes.setdefault(path, inode) != inode:
                     self._doubt(file)
                     self._inodes.pop(path, None)
-                stamp = now or Stamp(0, 0)
                 if stamp != proof.stamp:
                     self._files[path] = FileProof(stamp, writing=True)
 

@@ -13,7 +13,6 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Self
 
@@ -32,8 +31,9 @@ from grokfetch.fetch.mirror.answers import (
     quoted,
 )
 from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
+from grokfetch.fetch.mirror.routes import ProxyServer, Routes
 
-__all__ = ["Http", "ProxyServer", "redirected"]
+__all__ = ["Http", "redirected"]
 
 MOST_REDIRECTS = 10
 
@@ -42,8 +42,12 @@ CONNECT_TIMEOUT_S = 15.0
 LEAST_RATE = 1 << 10
 """Bytes a second below which a server counts as silent, however often it sends one."""
 
-ProxyServer = tuple[str, str, int, str, str]
-"""Scheme ("socks5" or "http"), host, port, user and password of a proxy."""
+HEADERS = {
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+    "Connection": "keep-alive",
+    "User-Agent": f"grokfetch/{__version__}",
+}
 
 
 class Http:
@@ -64,15 +68,12 @@ class Http:
         environment: Environment | None = None,
     ) -> None:
         self._environment = environment or Environment()
-        self._client = httpx.AsyncClient(
-            transport=_Routes(connections, self._environment, proxy),
-            trust_env=False,
-            cookies=CookieJar(DefaultCookiePolicy(netscape=False, rfc2965=False)),
-            headers={"User-Agent": f"grokfetch/{__version__}", "Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(
-                patience_s, connect=min(patience_s, CONNECT_TIMEOUT_S), pool=None
-            ),
-        )
+        # Not through httpx's client, which costs more than the answer where files are small, and
+        # keeps cookies.
+        self._routes = Routes(connections, self._environment, proxy)
+        connect_s = min(patience_s, CONNECT_TIMEOUT_S)
+        timeout = httpx.Timeout(patience_s, connect=connect_s, pool=None)
+        self._extensions = {"timeout": timeout.as_dict()}
         self._patience_s = patience_s
         # Where redirects led, so that not every range goes the long way.
         self._direct: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Http:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._client.aclose()
+        await self._routes.aclose()
 
     @contextlib.asynccontextmanager
     async def opened(self, url: str, span: Span) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -166,9 +167,7 @@ class Http:
     async def _ask(self, url: str, span: Span | None) -> httpx.Response:
         for _ in range(MOST_REDIRECTS + 1):
             with self._translated():
-                headers = self._headers(httpx.URL(url), span)
-                request = self._client.build_request("GET", url, headers=headers)
-                response = await self._send(request)
+                response = await self._send(self._request(httpx.URL(url), span))
             try:
                 if not response.has_redirect_location:
                     check(response.status_code, response.headers, span)
@@ -184,15 +183,24 @@ class Http:
         # What httpx bounds is the time between two bytes.
         async with asyncio.timeout(CONNECT_TIMEOUT_S + self._patience_s):
             try:
-                return await self._client.send(request, stream=True)
+                response = await self._routes.handle_async_request(request)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 # A server may close a connection just when it is used again (RFC 9112, 9.3.1).
-                return await self._client.send(request, stream=True)
+                response = await self._routes.handle_async_request(request)
+        response.request = request
+        return response
 
-    def _headers(self, url: httpx.URL, span: Span | None) -> dict[str, str]:
-        headers = {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
+    def _request(self, url: httpx.URL, span: Span | None) -> httpx.Request:
+        headers = dict(HEADERS)
+        if span is not None:
+            headers["Range"] = f"bytes={span.start}-{span.stop - 1}"
         token = self._environment.token_for(url.scheme, url.host, url.port)
-        return headers if token is None else {**headers, "Authorization": f"Bearer {token}"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        request = httpx.Request("GET", url, headers=headers, extensions=self._extensions)
+        if url.userinfo:
+            next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
+        return request
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -214,7 +222,8 @@ class _Stream:
     """The bytes of an answer as they come, waited for as long as patience lasts."""
 
     def __init__(self, response: httpx.Response, patience_s: float) -> None:
-        self._chunks = response.aiter_raw()
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        self._chunks = aiter(response.stream)
         self._patience_s = patience_s
         self._received = 0
         self._waited_s = 0.0
@@ -260,53 +269,6 @@ def _meaning(error: httpx.HTTPError) -> Exception:
         else:
             cause = cause.__cause__ or cause.__context__
     return _Broken(quoted(text))
-
-
-class _Routes(httpx.AsyncBaseTransport):
-    """Sends each request by the proxy that is meant for its host, or by none."""
-
-    def __init__(
-        self, connections: int, environment: Environment, proxy: ProxyServer | None
-    ) -> None:
-        self._limits = httpx.Limits(max_connections=None, max_keepalive_connections=connections)
-        self._environment = environment
-        self._proxy = None if proxy is None else _proxy(*proxy)
-        self._context = _context(environment)
-        self._transports: dict[str | None, httpx.AsyncHTTPTransport] = {}
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        address = None
-        if self._proxy is None:
-            port = url.port or (443 if url.scheme == "https" else 80)
-            address = self._environment.proxy(url.scheme, url.host, port)
-        if address not in self._transports:
-            self._transports[address] = httpx.AsyncHTTPTransport(
-                verify=self._context,
-                trust_env=False,
-                limits=self._limits,
-                proxy=self._proxy if address is None else httpx.Proxy(address),
-            )
-        return await self._transports[address].handle_async_request(request)
-
-    async def aclose(self) -> None:
-        for transport in self._transports.values():
-            await transport.aclose()
-
-
-def _context(environment: Environment) -> ssl.SSLContext:
-    path = environment.certificates
-    if path is None:
-        return httpx.create_ssl_context(trust_env=False)
-    if path.is_dir():
-        return ssl.create_default_context(capath=path)
-    return ssl.create_default_context(cafile=path)
-
-
-def _proxy(scheme: str, host: str, port: int, user: str, password: str) -> httpx.Proxy:
-    # The proxy looks names up, so that nobody else learns even those.
-    address = f"[{host}]" if ":" in host else host
-    return httpx.Proxy(f"{scheme}://{address}:{port}", auth=(user, password) if user else None)
 
 
 def redirected(response: httpx.Response) -> str:

@@ -91,18 +91,23 @@ class Reader:
 
 
 class Writer:
-    """Writes into files at offsets, making them, and the folders above them, where need be."""
+    """Writes into files at offsets, making them, and the folders above them, where need be.
+
+    One file is open at a time: a job may hold thousands of small ones.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._handles: dict[PurePosixPath, int] = {}
+        self._file: LayoutFile | None = None
+        self._handle = -1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
+        if self._file is not None:
+            os.close(self._handle)
+            self._file = None
 
     def write(self, file: LayoutFile, offset: int, data: memoryview) -> None:
         """Write at an offset in bytes; a link in the file's place is refused.
@@ -110,15 +115,22 @@ class Writer:
         Raises:
             StorageFailed: the disk does not take it.
         """
-        path = self._root / file.path
         try:
-            handle = self._handles.get(file.path)
-            if handle is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                handle = self._handles[file.path] = os.open(path, flags, 0o666)
+            if file is not self._file:
+                self.__exit__()
+                self._handle = _opened(self._root / file.path)
+                self._file = file
             while data:
-                written = os.pwrite(handle, data, offset)
+                written = os.pwrite(self._handle, data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
-            raise storage_failed(error, path) from error
+            raise storage_failed(error, self._root / file.path) from error
+
+
+def _opened(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
