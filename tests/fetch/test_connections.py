@@ -1,0 +1,145 @@
+"""Connections to mirrors: kept, renewed, and never believed further than one answer goes."""
+
+import asyncio
+import contextlib
+from pathlib import PurePosixPath
+
+import psutil
+import pytest
+
+from grokfetch.errors import StorageFailed
+from grokfetch.fetch.mirror.http import Failed, Http, Short, Span
+from grokfetch.fetch.mirror.transfer import Writer
+from grokfetch.torrent.layout import LayoutFile
+
+BODY = b"0123456789"
+WHOLE = Span(0, len(BODY), len(BODY))
+ANSWER = b"HTTP/1.1 206 x\r\nContent-Length: 10\r\nContent-Range: bytes 0-9/10\r\n\r\n" + BODY
+END = b"<end>"
+"""At the end of an answer: so does the connection."""
+
+
+class Server:
+    """Gives each connection the answers of a script, one for each request."""
+
+    def __init__(self, *scripts):
+        self._scripts = iter(scripts)
+        self.heads = []
+        self.connections = 0
+
+    async def talk(self, reader, writer):
+        self.connections += 1
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            for answer in next(self._scripts):
+                self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                writer.write(answer.removesuffix(END))
+                await writer.drain()
+                if answer.endswith(END):
+                    return
+            await reader.read()
+
+
+def ask(server, *paths, user=""):
+    """What comes for each path, one after another: bytes, or the error."""
+
+    async def main():
+        found = []
+        async with await asyncio.start_server(server.talk, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            async with Http(2, 5.0) as http:
+                for path in paths:
+                    try:
+                        url = f"http://{user}127.0.0.1:{port}/{path}"
+                        async with http.opened(url, WHOLE) as chunks:
+                            found.append(b"".join([bytes(chunk) async for chunk in chunks]))
+                    except Failed as error:
+                        found.append(error)
+        return found
+
+    return asyncio.run(main())
+
+
+def test_one_connection_serves_one_request_after_another():
+    server = Server([ANSWER] * 3)
+    assert ask(server, "a", "b", "c") == [BODY] * 3
+    assert server.connections == 1
+    assert [head.split()[1] for head in server.heads] == ["/a", "/b", "/c"]
+
+
+def test_a_connection_that_ends_when_it_is_used_again_is_made_anew():
+    server = Server([ANSWER, END], [ANSWER])
+    assert ask(server, "a", "b") == [BODY, BODY]
+    assert server.connections == 2
+
+
+def test_what_follows_an_answer_is_no_answer_to_the_next_request():
+    false = ANSWER.replace(BODY, b"9876543210")
+    server = Server([ANSWER + false], [ANSWER])
+    assert ask(server, "a", "b") == [BODY, BODY]
+    assert server.connections == 2
+
+
+def test_an_answer_that_ends_too_early_is_short_and_its_connection_is_not_used_again():
+    server = Server([ANSWER[:-4] + END], [ANSWER])
+    first, second = ask(server, "a", "b")
+    assert isinstance(first, Short)
+    assert second == BODY
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 206 x\r\nX: " + b"y" * 200_000 + b"\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 101 x\r\n\r\n",
+    ],
+)
+def test_an_answer_that_is_none_is_a_failure_of_this_request_only(answer):
+    server = Server([answer], [answer], [ANSWER])
+    first, second = ask(server, "a", "b")
+    assert isinstance(first, Failed)
+    assert second == BODY
+
+
+def test_messages_before_an_answer_are_passed_over():
+    early = b"HTTP/1.1 103 x\r\nLink: y\r\n\r\n"
+    assert ask(Server([early + early + ANSWER, ANSWER]), "a", "b") == [BODY, BODY]
+
+
+def test_user_and_password_of_an_address_are_sent_and_no_others():
+    server = Server([ANSWER, ANSWER])
+    ask(server, "a", user="me:my%20word@")
+    assert "authorization: basic bwu6bxkgd29yza==" in server.heads[0].lower()
+    ask(server := Server([ANSWER]), "a")
+    assert "authorization" not in server.heads[0].lower()
+
+
+def test_a_cookie_of_a_redirect_is_sent_where_it_leads():
+    away = b"HTTP/1.1 302 x\r\nLocation: /b\r\nSet-Cookie: k=v\r\nContent-Length: 0\r\n\r\n"
+    server = Server([away, ANSWER], [ANSWER])
+    assert ask(server, "a") == [BODY]
+    assert "cookie" not in server.heads[0].lower()
+    assert "cookie: k=v" in server.heads[1].lower()
+
+
+def test_of_many_files_written_one_is_open_at_a_time(tmp_path):
+    before = psutil.Process().num_fds()
+    files = [LayoutFile(PurePosixPath(f"top/{n % 3}/{n}"), 4, 4 * n) for n in range(50)]
+    with Writer(tmp_path) as writer:
+        for file in files:
+            writer.write(file, 2, memoryview(b"cd"))
+            writer.write(file, 0, memoryview(b"ab"))
+        assert psutil.Process().num_fds() <= before + 1
+    assert psutil.Process().num_fds() == before
+    assert all((tmp_path / file.path).read_bytes() == b"abcd" for file in files)
+
+
+def test_a_file_that_cannot_be_opened_is_named_and_the_one_before_is_closed(tmp_path):
+    (tmp_path / "b").mkdir()
+    before = psutil.Process().num_fds()
+    with Writer(tmp_path) as writer:
+        writer.write(LayoutFile(PurePosixPath("a"), 1, 0), 0, memoryview(b"x"))
+        with pytest.raises(StorageFailed) as failure:
+            writer.write(LayoutFile(PurePosixPath("b"), 1, 1), 0, memoryview(b"x"))
+    assert failure.value.path == str(tmp_path / "b")
+    assert psutil.Process().num_fds() == before
