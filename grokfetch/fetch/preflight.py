@@ -12,6 +12,7 @@ import resource
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -201,30 +202,35 @@ def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
     wanted = list(files)
     missing = 0
     new: set[Path] = set()
+    # Thousands of files may lie in one folder.
+    absent, denied_at = cache(_absent), cache(_denied)
     denied: Path | None = None
     for path, size in wanted:
         target = root / path
+        place = target.parent
         try:
             status = target.lstat()
-            # What a link leads to is not written; a copy takes its place.
-            allocated = 0 if stat.S_ISLNK(status.st_mode) else status.st_blocks * 512
-            missing += max(0, size - allocated)
         except OSError:
             missing += size
-            new.update(_absent(target))
-        denied = denied or _denied(target)
+            new.add(target)
+            new.update(absent(place))
+        else:
+            # What a link leads to is not written; a copy takes its place.
+            link = stat.S_ISLNK(status.st_mode)
+            missing += max(0, size - (0 if link else status.st_blocks * 512))
+            place = place if link else target
+        denied = denied or denied_at(place)
     longest = max(wanted, key=lambda file: file[1], default=(None, 0))
     return Need(missing, len(new) + STATE_INODES, longest[1], longest[0], denied)
 
 
-def _absent(path: Path) -> list[Path]:
-    """The path, and the folders above it that are not there either."""
-    above = path.parents
-    return [path, *(folder for folder in above if not folder.exists())]
+def _absent(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they are not there."""
+    return [it for it in (folder, *folder.parents) if not it.exists()]
 
 
-def _denied(target: Path) -> Path | None:
-    place = nearest(target.parent if target.is_symlink() else target)
+def _denied(path: Path) -> Path | None:
+    place = nearest(path)
     return None if os.access(place, os.W_OK) else place
 
 

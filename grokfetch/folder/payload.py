@@ -116,9 +116,12 @@ def own(store: Store, files: Iterable[LayoutFile]) -> Iterator[LayoutFile]:
     Raises:
         StorageFailed: a folder on the way to a file is a link, or there is no copying.
     """
+    looked_at: set[Path] = set()
     for file in files:
         path = store.payload(file.path)
-        refuse_linked_folders(store, path)
+        if path.parent not in looked_at:
+            refuse_linked_folders(store, path)
+            looked_at.add(path.parent)
         if path.is_symlink():
             try:
                 _copy_in_place(path, file.size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from grokfetch.errors import TorrentInvalid
@@ -41,6 +42,12 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
         TorrentInvalid: it is malformed, unsafe to lay down on a disk, absurdly large, or a piece
             layer is not the one whose root the info dictionary names.
     """
+    return _parsed(info, tuple(sorted((piece_layers or {}).items())))
+
+
+# A fetch asks several times, and thousands of files take a tenth of a second each time.
+@lru_cache(maxsize=1)
+def _parsed(info: bytes, piece_layers: tuple[tuple[bytes, bytes], ...]) -> Layout:
     value = expect(bencode.decode(info), dict, "info")
     name = _name(value)
     length = expect(value.get(b"piece length"), int, "piece length")
@@ -49,7 +56,7 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
     if b"pieces" in value or value.get(b"meta version") != 2:
         layout = _v1(value, name, length)
     else:
-        layout = _v2(value, name, length, piece_layers or {})
+        layout = _v2(value, name, length, dict(piece_layers))
     _check_names(layout)
     return layout
 

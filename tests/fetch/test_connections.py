@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from grokfetch.errors import StorageFailed
-from grokfetch.fetch.mirror.http import Failed, Http, Short, Span
+from grokfetch.fetch.mirror.answers import Failed, Short, Span
+from grokfetch.fetch.mirror.http import Http
 from grokfetch.fetch.mirror.transfer import Writer
 from grokfetch.torrent.layout import LayoutFile
 
@@ -112,14 +113,6 @@ def test_user_and_password_of_an_address_are_sent_and_no_others():
     assert "authorization: basic bwu6bxkgd29yza==" in server.heads[0].lower()
     ask(server := Server([ANSWER]), "a")
     assert "authorization" not in server.heads[0].lower()
-
-
-def test_a_cookie_of_a_redirect_is_sent_where_it_leads():
-    away = b"HTTP/1.1 302 x\r\nLocation: /b\r\nSet-Cookie: k=v\r\nContent-Length: 0\r\n\r\n"
-    server = Server([away, ANSWER], [ANSWER])
-    assert ask(server, "a") == [BODY]
-    assert "cookie" not in server.heads[0].lower()
-    assert "cookie: k=v" in server.heads[1].lower()
 
 
 def test_of_many_files_written_one_is_open_at_a_time(tmp_path):

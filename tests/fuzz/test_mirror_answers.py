@@ -29,6 +29,7 @@ from grokfetch.fetch.mirror import (
     answers,
     bring_tokenizer,
     deliver,
+    direct,
     document,
     http,
     lengths,
@@ -101,7 +102,7 @@ def network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
     monkeypatch.setattr(asyncio, "run", known.clock.run)
-    for module in (answers, http, passing, pool, state):
+    for module in (answers, direct, http, passing, pool, state):
         clock = SimpleNamespace(monotonic=known.clock.monotonic, time=lambda: 1.7e9)
         monkeypatch.setattr(module, "time", clock)
     context = httpx.create_ssl_context(trust_env=False)

@@ -90,10 +90,10 @@ class Direct(httpx.AsyncBaseTransport):
     async def _connected(self, origin: Origin, timeout_s: float) -> _Connection:
         scheme, host, port = origin
         with _as_of_httpx():
-            stream = await self._backend.connect_tcp(host, port, timeout_s)
+            stream = await self._backend.connect_tcp(host, port, timeout=timeout_s)
             if scheme == "https":
                 self._context.set_alpn_protocols(["http/1.1"])
-                stream = await stream.start_tls(self._context, host, timeout_s)
+                stream = await stream.start_tls(self._context, host, timeout=timeout_s)
         return _Connection(stream)
 
     def _keep(self, origin: Origin, connection: _Connection) -> bool:
@@ -132,7 +132,7 @@ class _Connection:
             )
             # A server may answer and close before it has read all.
             with contextlib.suppress(httpcore.WriteError):
-                await self.stream.write(data, timeouts["write"])
+                await self.stream.write(data, timeout=timeouts["write"])
             while isinstance(event := await self._event(), h11.InformationalResponse):
                 pass
         if not isinstance(event, h11.Response):
@@ -147,7 +147,7 @@ class _Connection:
 
     async def _event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
         while (event := self._protocol.next_event()) is h11.NEED_DATA:
-            data = await self.stream.read(READ, self._read_s)
+            data = await self.stream.read(READ, timeout=self._read_s)
             if not data and self._protocol.their_state is h11.SEND_RESPONSE:
                 raise httpcore.RemoteProtocolError("the server closed without an answer")
             self._protocol.receive_data(data)
