@@ -45,7 +45,7 @@ def run(demo, options=OPTIONS, command="run", **variables):
     ("command", "variable", "value", "reason"),
     [
         ("run", "JAX_PLATFORMS", "cuda", "here: "),
-        ("run", "JAX_PLATFORMS", "tpu", "here: "),
+        pytest.param("run", "JAX_PLATFORMS", "tpu", "here: ", marks=pytest.mark.slow),
         ("serve", "JAX_PLATFORMS", "abacus", "'abacus'"),
         ("run", "XLA_FLAGS", "--xla_of_another_program=1", "--xla_of_another_program=1"),
         ("serve", "XLA_FLAGS", "/no/such/file", "/no/such/file"),

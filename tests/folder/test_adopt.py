@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_swarm import FakeSwarm, Killed, write_at
-from support.program import grokfetch
+from support.program import SIMPLEST, grokfetch
 from support.torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent
 
 from grokfetch.errors import ManifestInvalid, StorageFailed
@@ -307,9 +307,7 @@ def test_an_adopted_checkpoint_is_verified_and_run_with_the_tokenizer_that_lies_
     assert known.file(known.tokenizer.path).sha256 == known.tokenizer.sha256
     kept = json.loads((root / ".grokfetch/manifest.json").read_text())
     assert kept["tokenizer"]["path"] == "grok-demo/tokenizer.model"
-    said = grokfetch(
-        "run", root, "Every piece is read back", "--max-tokens", 6, "--mesh", "model=1"
-    )
+    said = grokfetch("run", root, "Every piece is read back", "--max-tokens", 6, *SIMPLEST)
     assert "from the disk and" in said
 
 

@@ -14,7 +14,7 @@ import pytest
 from support.demo import LOOPBACK, fetch_demo
 from support.fake_swarm import FakeSwarm
 from support.fetched import FILES, V1, C, content_of, run, whole
-from support.program import grokfetch, invoke
+from support.program import SIMPLEST, grokfetch, invoke
 from support.torrents import lay_down, torrent_of
 
 from grokfetch.errors import StorageFailed
@@ -119,8 +119,7 @@ def test_where_files_cannot_be_mapped_they_are_read(demo, unmappable):
     rows = [json.loads(line) for line in grokfetch("inspect", demo, "--json").splitlines()]
     assert len(rows) == 146
     assert "wrong" not in grokfetch("verify", demo)
-    beginning = ("Every piece is read back", "--max-tokens", 4, "--mesh", "model=1")
-    said = grokfetch("run", demo, *beginning, "--placement", "sharded")
+    said = grokfetch("run", demo, "Every piece is read back", "--max-tokens", 4, *SIMPLEST)
     assert said.startswith(" from the disk")
 
 

@@ -148,7 +148,7 @@ def test_prompts_on_accelerators_are_no_further_from_float32_than_the_reference_
         assert 1e-4 < np.abs(row[: len(prompt)] - exact).mean() <= reference, name
 
 
-@pytest.mark.parametrize("name", ["p2", "pz"])
+@pytest.mark.parametrize("name", [pytest.param("p2", marks=pytest.mark.slow), "pz"])
 def test_hidden_states_and_router_equal_the_reference_layer_by_layer(name):
     config, wanted = golden.CONFIG, golden.arrays()
     mesh, params = golden.placed(golden.ONE)
@@ -431,7 +431,7 @@ def test_numpy_reference_agrees_with_the_official_one():
     assert furthest(found.logits, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
     shape = MeshShape(*mesh)
     tokens = [*golden.prompt("p0"), int(golden.arrays()["f32/p0_tokens"][0])]

@@ -9,7 +9,6 @@ import threading
 import time
 
 import httpx
-import openai
 import pytest
 from support.serving import DEADLINE_S, P1, Held, error, post, serving
 
@@ -49,6 +48,8 @@ def test_a_slash_at_the_end_of_a_path_is_none(url, path):
 
 
 def test_openais_client_with_a_slash_too_many_is_answered(url):
+    import openai
+
     body = {"prompt": P1, "temperature": 0}
     assert httpx.post(f"{url}/v1/completions/", json=body).status_code == 200
     with openai.OpenAI(base_url=f"{url}/v1/", api_key="none", max_retries=0) as client:

@@ -11,7 +11,6 @@ import time
 from types import SimpleNamespace
 
 import httpx
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +35,9 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
+    # It takes half a second to import, which only the worker pays that runs these tests.
+    import openai
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -406,6 +408,8 @@ def test_the_end_of_a_long_prompt_is_kept_where_that_is_asked_for(server):
 
 
 def test_chat_is_refused_because_it_is_a_base_model(client):
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="base model"):
         client.chat.completions.create(model="golden", messages=[{"role": "user", "content": "x"}])
 

@@ -36,7 +36,7 @@ configs = st.builds(
     vocab_size=st.integers(3, 1 << 18),
     emb_size=st.integers(1, 100).map(lambda tens: 8 * tens),
     widening_factor=st.floats(0.5, 16),
-    num_layers=st.integers(1, 25),
+    num_layers=st.integers(1, 12),
     num_experts=st.integers(2, 9),
 )
 
