@@ -10,14 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from grokfetch.serving.fields import Refused, as_integer, is_text
 from grokfetch.serving.following import Following, Stream, unless_gone
-from grokfetch.serving.gate import OPEN, Gate, read_json, read_object
+from grokfetch.serving.gate import OPEN, CrossOrigin, Gate, read_json, read_object
 from grokfetch.serving.metrics import Metrics
 from grokfetch.serving.model import Served, Tokenizer
 from grokfetch.serving.reply import Reply
@@ -97,7 +96,7 @@ def application(
     if access.origins:
         # Around the gate: a browser asks for permission without the key.
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=access.origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],

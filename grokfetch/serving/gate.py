@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,7 +18,7 @@ from grokfetch.serving.metrics import Metrics
 from grokfetch.serving.responses import refusal
 from grokfetch.units import seconds_text
 
-__all__ = ["BODY_S", "LARGEST_BODY", "OPEN", "Gate", "read_json", "read_object"]
+__all__ = ["BODY_S", "LARGEST_BODY", "OPEN", "CrossOrigin", "Gate", "read_json", "read_object"]
 
 LARGEST_BODY = 4 * 1024 * 1024
 """Bytes of a request; a full context of token ids takes some 60 kB."""
@@ -89,6 +90,20 @@ class Gate:
         except Refused as error:
             return refusal(error)
         return self._app
+
+
+class CrossOrigin(CORSMiddleware):
+    """Answers browsers that ask whether a page's script may ask, around the gate."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand on: the gate refuses what it would refuse of any request."""
+        if scope["type"] == "http":
+            try:
+                _check_framing(dict(scope["headers"]))
+            except Refused:
+                await self.app(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def _check_framing(headers: Mapping[bytes, bytes]) -> None:
