@@ -7,11 +7,15 @@ import random
 import time
 from pathlib import Path
 
+import psutil
+
 from support.mutation import mutated
 
 CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 FEW = 300
+MOST_GROWTH = 128 << 20
+"""Bytes of memory that variants may take on top of what the first hundred took."""
 
 
 def try_a_few(attempt, name, seeds, few=FEW, tokens=()):
@@ -33,10 +37,14 @@ def try_for_a_while(attempt, name, seeds, folder, tokens=()):
     seed = time.time_ns()
     dice = random.Random(seed)
     deadline, tried = time.monotonic() + SECONDS, 0
+    process, most = psutil.Process(), None
     while time.monotonic() < deadline:
         data = mutated(seeds, dice, tokens)
+        if tried == 100:
+            most = process.memory_info().rss + MOST_GROWTH
         try:
             attempt(data)
+            assert most is None or tried % 50 or process.memory_info().rss <= most
         except BaseException:
             found = folder / f"found-{seed}"
             found.write_bytes(data)
