@@ -22,7 +22,7 @@ from support.scripted_mirror import MARKS, URL, Mirror, PlayedMirror, connected
 from support.torrents import content, v1_torrent
 from support.virtual_time import Clock
 
-from grokfetch.errors import GrokfetchError
+from grokfetch.errors import GrokfetchError, OutOfReach
 from grokfetch.events import Arrived
 from grokfetch.fetch.mirror import (
     MirrorSettings,
@@ -244,6 +244,19 @@ def test_a_mirror_that_answers_well_is_believed(target, network):
 @each_target
 def test_treacherous_answers_and_a_few_variants_do_no_harm(target, network):
     try_a_few(played(target, network), "mirror", SEEDS, few=40, tokens=MARKS)
+
+
+def test_a_document_that_never_ends_has_its_time(network, monkeypatch):
+    monkeypatch.setattr(document, "LARGEST", 10**9)
+    chunk = b"ea60\r\n" + bytes(60_000) + b"\r\n"
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    network.mirror = Mirror(TOP, head + b"<<here>>" + chunk + b"<<endless>>")
+    # So much may come in that time that it is not held to be too much.
+    network.mirror.answers = 100
+    began = network.clock.now
+    with network.clock.most(MOST_S), pytest.raises(OutOfReach, match="within 300 s"):
+        read_document(f"{URL}/top/a", SETTINGS)
+    assert network.clock.now - began < 302
 
 
 @pytest.mark.slow
