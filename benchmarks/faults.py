@@ -2,30 +2,36 @@
 
 Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [SCENARIO ...]. Needs the test
 extra, libfuse and /dev/fuse. Each scenario is a real command on a file system that notes every
-write, rename and flush (`tests/powercut`).
+write, rename and flush (`tests/powercut`). Each row is tried in a process of its own, as many at a
+time as there are cores.
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
 strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
 moment of a SIGKILL; reads fail as well, and writes are done by half. After each, the next commands
-run to the end. A row says how many were tried, how many promises were broken (there
-should be none), and how many bytes the next fetch brought at most.
+run to the end. A row says how many operations were recorded and how many states or runs were tried,
+how many promises were broken (there should be none), and how many bytes the next fetch brought at
+most.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from powercut.promises import Tried, outlived, safe, tried
 from powercut.recorder import Fault
-from powercut.scenarios import NAMES, available, record, strike
+from powercut.scenarios import NAMES, Recorded, available, record, strike
 from powercut.states import Cut
 
 FAULTS = (
@@ -37,20 +43,44 @@ FAULTS = (
 )
 
 
-def cuts(name: str, states: int, seed: int) -> Iterator[Tried]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was tried of a scenario, and what came of it.
+
+    operations: those that were recorded, or struck. most: bytes fetched again at most.
+    """
+
+    title: str
+    operations: int
+    tried: int
+    broken: tuple[str, ...]
+    most: int
+    seconds: float
+
+
+def cut_row(name: str, states: int, seed: int) -> Row:
     """So many states that a power cut may leave in the middle of a scenario."""
     with tempfile.TemporaryDirectory(prefix="grokfetch-faults-") as work:
         recorded = record(name, Path(work) / name)
-    chance = random.Random(seed)
+    count = len(recorded.operations) - recorded.begun
+    return _row(f"{name}, power cut", count, _cuts(recorded, states, random.Random(seed)))
+
+
+def _cuts(recorded: Recorded, states: int, chance: random.Random) -> Iterator[Tried]:
     count = len(recorded.operations) - recorded.begun
     for number in range(states):
         cut = Cut(recorded.operations, recorded.begun + number % count + 1)
-        disk = (cut.worst, cut.best)[number % 2]() if number < 2 * count else cut.some(chance)
+        disk = (cut.worst, cut.best)[number // count]() if number < 2 * count else cut.some(chance)
         yield tried(recorded, disk, safe(recorded, cut.past))
 
 
-def strikes(name: str, among: str, action: str) -> Iterator[Tried]:
+def strike_row(name: str, among: str, action: str) -> Row:
     """A scenario as often as it has operations, each time with another one that fails."""
+    row = _row(f"{name}, {action} in {among}", 0, _strikes(name, among, action))
+    return dataclasses.replace(row, operations=row.tried)
+
+
+def _strikes(name: str, among: str, action: str) -> Iterator[Tried]:
     at = 0
     struck = True
     while struck:
@@ -62,8 +92,7 @@ def strikes(name: str, among: str, action: str) -> Iterator[Tried]:
                 yield outlived(result)
 
 
-def row(title: str, results: Iterator[Tried]) -> int:
-    """Try all and print a row; the number of broken promises."""
+def _row(title: str, operations: int, results: Iterable[Tried]) -> Row:
     start = time.perf_counter()
     broken: list[str] = []
     most = count = 0
@@ -71,14 +100,18 @@ def row(title: str, results: Iterator[Tried]) -> int:
         count += 1
         broken += result.broken
         most = max(most, result.fetched)
+    return Row(title, operations, count, tuple(broken), most, time.perf_counter() - start)
+
+
+def show(row: Row) -> None:
+    """Print a row, and the first of the promises that were broken."""
     print(
-        f"{title:26} {count:7,} tried {len(broken):4} broken promises {most:9,} bytes fetched "
-        f"again at most, {time.perf_counter() - start:.0f} s",
+        f"{row.title:32} {row.operations:4} operations {row.tried:6,} tried {len(row.broken):4} "
+        f"broken promises {row.most:9,} bytes fetched again at most, {row.seconds:.0f} s",
         flush=True,
     )
-    for promise in list(dict.fromkeys(broken))[:5]:
-        print(f"  {promise}")
-    return len(broken)
+    for promise in list(dict.fromkeys(row.broken))[:5]:
+        print(f"  {promise}", flush=True)
 
 
 def main() -> None:
@@ -92,13 +125,24 @@ def main() -> None:
     reason = available()
     if reason is not None:
         sys.exit(f"nothing can be recorded here: {reason}")
-    broken = 0
-    for name in chosen.scenarios:
-        if chosen.only != "strikes":
-            broken += row(f"{name}, power cut", cuts(name, chosen.states, chosen.seed))
-        if chosen.only != "cuts":
-            for among, action in FAULTS:
-                broken += row(f"{name}, {action} in {among}", strikes(name, among, action))
+    cores = len(os.sched_getaffinity(0))
+    start = time.perf_counter()
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        running = []
+        for name in chosen.scenarios:
+            if chosen.only != "strikes":
+                running.append(pool.submit(cut_row, name, chosen.states, chosen.seed))
+            if chosen.only != "cuts":
+                running += [pool.submit(strike_row, name, *fault) for fault in FAULTS]
+        rows = []
+        for future in running:
+            rows.append(future.result())
+            show(rows[-1])
+    broken = sum(len(row.broken) for row in rows)
+    print(
+        f"{sum(row.tried for row in rows):,} tried, {broken} broken promises, "
+        f"{time.perf_counter() - start:.0f} s on {cores} cores"
+    )
     sys.exit(broken > 0)
 
 

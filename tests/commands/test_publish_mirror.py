@@ -1,10 +1,12 @@
 """Publishing from a mirror: hashed as it streams by, to the same torrent as from a disk."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -242,6 +244,33 @@ def test_a_checkpoint_has_its_tensors_and_its_model_in_the_manifest(tmp_path):
             known[1].model,
             known[1].tokenizer,
         )
+
+
+def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatch):
+    release = golden.TINY
+    names = [str(path.relative_to(release)) for path in release.glob("ckpt-0/*")]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(names))
+    frames = tmp_path / "out/.tiny.publishing/frames/tiny"
+    flushed, recorded, early = set(), set(), set()
+    real = os.fsync
+
+    def watching(handle):
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.name.startswith(".hashed.json"):
+            rows = json.loads(path.read_text())["files"]
+            recorded.update(frames / Path(name).relative_to("tiny") for name in rows)
+            early.update(recorded - flushed)
+        flushed.add(path)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", watching)
+    with WebServer({f"tiny/{name}": (release / name).read_bytes() for name in names}) as web:
+        address = (f"{web.url}/tiny/{{path}}", "--files", listed, "--output", tmp_path / "out")
+        grokfetch("publish", *address, "--config", release / "config.json")
+    assert len(recorded) == len(names)
+    assert not early
+    assert frames / "ckpt-0" in flushed
 
 
 def test_what_does_not_go_together_is_a_wrong_call(web, listed, tmp_path):

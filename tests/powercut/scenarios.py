@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from powercut.recorder import Fault, Operation, recordings
 from support import loadable
@@ -19,6 +19,9 @@ from support.torrents import content, lay_down, torrent_of
 from support.web_server import WebServer
 
 from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.folder.store import Store
+from grokfetch.manifest.schema import encode
+from grokfetch.torrent.metainfo import parse_torrent
 
 PIECE = 32768
 FILES = {
@@ -36,15 +39,17 @@ CONFIG = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a command has done to a disk: its operations, and the torrent it was about.
+    """What a command has done to a disk: its operations, and what it was about.
 
-    The first `begun` operations had been done, and flushed, before the command.
+    `files` are those of the torrent, by their paths below its top folder. The first `begun`
+    operations had been done, and flushed, before the command.
     """
 
     name: str
     operations: list[Operation]
     begun: int
     torrent: bytes
+    files: dict[str, bytes]
 
 
 def available() -> str | None:
@@ -108,7 +113,7 @@ def program(*arguments: object) -> None:
         raise Ended(done.returncode, done.stderr)
 
 
-SWARM = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "30")
+SWARM = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
 
 
 _planted = ""
@@ -154,7 +159,8 @@ def strike(name: str, work: Path, fault: Fault | None) -> Struck:
     """Run a scenario on a disk that fails once."""
     work.mkdir()
     origin, disk = work / "origin", work / "backing"
-    lay_down(origin, FILES)
+    files = payload(model()) if name == "while fetching" else FILES
+    lay_down(origin, files)
     torrent = torrent_of(origin / "top", PIECE, "v1")
     file = work / "top.torrent"
     file.write_bytes(torrent)
@@ -171,7 +177,7 @@ def strike(name: str, work: Path, fault: Fault | None) -> Struck:
     kinds = [it.kind for it in noted]
     begun = kinds.index("begun")
     del noted[begun]
-    return Struck(Recorded(name, noted, begun, torrent), ended, disk, "struck" in kinds)
+    return Struck(Recorded(name, noted, begun, torrent, files), ended, disk, "struck" in kinds)
 
 
 # --- the commands, and what lies on the disk before them ------------------------------------------
@@ -182,7 +188,8 @@ def _nothing(_disk: Path, _origin: Path, _torrent: Path) -> None:
 
 
 def _swarm(disk: Path, origin: Path, torrent: Path) -> None:
-    _from_peer(origin, torrent, "fetch", torrent, "--to", disk / "to")
+    fetch = ("fetch", torrent, "--to", disk / "to", "--timeout", "30")
+    _from_peer(origin, torrent, *fetch)
 
 
 def _from_peer(origin: Path, torrent: Path, *arguments: object) -> None:
@@ -204,7 +211,7 @@ def _damaged(disk: Path, origin: Path, torrent: Path) -> None:
 
 
 def _repair(disk: Path, origin: Path, torrent: Path) -> None:
-    _from_peer(origin, torrent, "fetch", disk / "to", "--repair")
+    _from_peer(origin, torrent, "fetch", disk / "to", "--repair", "--timeout", "30")
 
 
 def _brought(disk: Path, _origin: Path, _torrent: Path) -> None:
@@ -242,6 +249,25 @@ def _run(disk: Path, _origin: Path, _torrent: Path) -> None:
     program("run", disk / "to", "--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
 
 
+def _while_fetching(disk: Path, origin: Path, torrent: Path) -> None:
+    described = torrent.with_suffix(".json")
+    known = Store(model()).manifest()
+    moved = known.moved({file.path: PurePosixPath("top", file.path) for file in known.files})
+    link = parse_torrent(torrent.read_bytes()).info_hash
+    whole = dataclasses.replace(moved, info_hash=link, magnet=f"magnet:?xt=urn:btih:{link}")
+    described.write_bytes(encode(whole))
+    text = ("--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
+    meanwhile = ("--while-fetching", "--source", described)
+    _from_peer(origin, torrent, "run", disk / "to", *text, *meanwhile)
+
+
+def _published(disk: Path, origin: Path, torrent: Path) -> None:
+    _folder(disk, origin, torrent)
+    lay_file(disk / "to/a", content(100, 3))
+    _publish(disk, origin, torrent)
+    _folder(disk, origin, torrent)
+
+
 def _export(disk: Path, _origin: Path, _torrent: Path) -> None:
     program(*exporting(disk / "to"))
 
@@ -259,6 +285,16 @@ def describing(folder: Path) -> tuple[object, ...]:
 def exporting(folder: Path) -> tuple[object, ...]:
     """The command that exports `model` into a folder."""
     return ("export", model(), folder, "--type", "bf16", "--split", "100k")
+
+
+def payload(root: Path) -> dict[str, bytes]:
+    """The bytes of a folder's files, without the state."""
+    paths = {path: path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for path, name in sorted(paths.items())
+        if name.parts[0] != ".grokfetch"
+    }
 
 
 @functools.cache
@@ -288,6 +324,8 @@ _SCENARIOS = {
     "manifest": (_shards, _manifest),
     "run": (_model, _run),
     "export": (_nothing, _export),
+    "while fetching": (_nothing, _while_fetching),
+    "publish again": (_published, _publish),
 }
 """What lies on the disk before, and the command: each takes disk, origin and torrent."""
 
