@@ -38,10 +38,10 @@ class Direct(httpx.AsyncBaseTransport):
 
     Args:
         connections: how many at most are kept open while nothing is asked of them.
-        context: what certificates are checked by.
+        context: gives what certificates are checked by; making it takes a while.
     """
 
-    def __init__(self, connections: int, context: ssl.SSLContext) -> None:
+    def __init__(self, connections: int, context: Callable[[], ssl.SSLContext]) -> None:
         self._most = connections
         self._context = context
         self._backend = httpcore.AnyIOBackend()
@@ -92,8 +92,9 @@ class Direct(httpx.AsyncBaseTransport):
         with _as_of_httpx():
             stream = await self._backend.connect_tcp(host, port, timeout=timeout_s)
             if scheme == "https":
-                self._context.set_alpn_protocols(["http/1.1"])
-                stream = await stream.start_tls(self._context, host, timeout=timeout_s)
+                context = self._context()
+                context.set_alpn_protocols(["http/1.1"])
+                stream = await stream.start_tls(context, host, timeout=timeout_s)
         return _Connection(stream)
 
     def _keep(self, origin: Origin, connection: _Connection) -> bool:

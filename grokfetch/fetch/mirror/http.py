@@ -12,7 +12,7 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -99,7 +99,9 @@ class Http:
         """
         response = await self._open(url, span)
         try:
-            yield self._chunks(response)
+            # One that is left to the garbage collector costs a task of its own.
+            async with contextlib.aclosing(self._chunks(response)) as chunks:
+                yield chunks
         finally:
             await response.aclose()
 
@@ -133,7 +135,7 @@ class Http:
             raise Faulty("it does not say how long the file is")
         return int(size), etag
 
-    async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         left = int(response.headers.get("content-length", "0"))
         stream = _Stream(response, self._patience_s)
         try:

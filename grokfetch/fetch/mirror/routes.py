@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from functools import cached_property
 
 import httpx
 
@@ -30,8 +31,11 @@ class Routes(httpx.AsyncBaseTransport):
         self._connections = connections
         self._environment = environment
         self._proxy = None if proxy is None else _proxy(*proxy)
-        self._context = _context(environment)
         self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        return _context(self._environment)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """The answer, its body still to be read.
@@ -52,7 +56,7 @@ class Routes(httpx.AsyncBaseTransport):
     def _transport(self, address: str | None) -> httpx.AsyncBaseTransport:
         proxy = self._proxy if address is None else httpx.Proxy(address)
         if proxy is None:
-            return Direct(self._connections, self._context)
+            return Direct(self._connections, lambda: self._context)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._connections)
         return httpx.AsyncHTTPTransport(
             verify=self._context, trust_env=False, limits=limits, proxy=proxy
