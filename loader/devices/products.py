@@ -26,6 +26,7 @@ __all__ = [
     "Weights",
     "by_platform",
     "dots",
+    "in_parts",
     "lookup",
     "on_tpus",
     "product",
@@ -45,6 +46,9 @@ PART, PARTIAL_SUMS = 128, 196_608
 
 FEW = 32
 """Tokens whose products take no longer on an accelerator than the weights take to read."""
+
+BUSY, SHORTEST = 6144, 256
+"""Columns of a product of few tokens that keep a GPU busy, and least rows of a part of its sum."""
 
 
 @jax.tree_util.register_dataclass
@@ -191,19 +195,57 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         float32 `[E, T, N]`.
     """
     assert isinstance(weights, Quantized)
-    (tokens, rows), (stack, groups) = x.shape[-2:], weights.scales.shape[:2]
-    parts = jnp.moveaxis(_halves(x), 0, -3) if dtype == jnp.bfloat16 else x[..., None, :, :]
-    grouped = parts.reshape(*x.shape[:-2], -1, groups, rows // groups)
+
+    def on_gpus(x: Array, weights: Quantized) -> Array:
+        stack, rows, columns = weights.weight.shape
+        groups = weights.scales.shape[1]
+        parts = in_parts(rows // groups, stack * groups * columns)
+        # The halves within the product: a GPU's compiler would write the results of both out.
+        exact = dtype == jnp.float32
+        precision = lax.Precision.HIGHEST if exact else lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+        return _stacked(x[..., None, :, :], weights, precision, parts)
+
+    def elsewhere(x: Array, weights: Quantized) -> Array:
+        halves = x[..., None, :, :] if dtype == jnp.float32 else jnp.moveaxis(_halves(x), 0, -3)
+        return _stacked(halves, weights, lax.Precision.HIGHEST)
+
+    return by_platform(on_gpus, elsewhere, x, weights)
+
+
+def in_parts(length: int, columns: int) -> int:
+    """Into how many parts a GPU divides a sum so that a product of so many columns keeps it busy.
+
+    XLA's own division, which takes no account of what the sums of all parts take to write and read
+    again, is turned off where tokens are few: `loader.devices.xla_setup.sums_undivided`.
+    """
+    parts = 1
+    while (
+        parts * columns < BUSY and length % (2 * parts) == 0 and length // (2 * parts) >= SHORTEST
+    ):
+        parts *= 2
+    return parts
+
+
+def _stacked(
+    x: Array,
+    weights: Quantized,
+    precision: lax.Precision | lax.DotAlgorithmPreset,
+    parts: int = 1,
+) -> Array:
+    """Rows `[H, T, K]`, of a stack `[E, H, T, K]`, whose products are summed over H."""
+    (halves, tokens, rows), (stack, groups) = x.shape[-3:], weights.scales.shape[:2]
+    shape = (groups * parts, rows // groups // parts)
+    grouped = x.reshape(*x.shape[:-3], halves * tokens, *shape)
     sums = jnp.einsum(
         "etgk,egkn->egtn",
         # Repeated last: a GPU's compiler repeats in the product what it has divided once.
         jnp.broadcast_to(grouped, (stack, *grouped.shape[-3:])),
-        weights.weight.reshape(stack, groups, rows // groups, -1).astype(parts.dtype),
-        precision=lax.Precision.HIGHEST,
+        weights.weight.reshape(stack, *shape, -1).astype(x.dtype),
+        precision=precision,
         preferred_element_type=jnp.float32,
     )
-    total = jnp.sum(sums * weights.scales[:, :, None].astype(jnp.float32), axis=1)
-    return jnp.sum(total.reshape(stack, -1, tokens, total.shape[-1]), axis=1)
+    each = sums.reshape(stack, groups, parts * halves, tokens, -1)
+    return jnp.sum(each * weights.scales[:, :, None, None].astype(jnp.float32), axis=(1, 2))
 
 
 def _halves(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -16,13 +17,16 @@ from grokfetch.process_limits import cores
 from loader.weights.limits import GPU_SHARE
 from loader.weights.schema import GrokConfig
 
-__all__ = ["keep_programs", "processor", "use_cores", "use_memory"]
+__all__ = ["keep_programs", "processor", "sums_undivided", "use_cores", "use_memory"]
 
 CORES_A_DEVICE = 4
 """Two cores are faster as one device than as two; no machine with more has been measured."""
 
 WORTH_KEEPING_S = 0.2
 """Seconds of compilation from which a program is kept."""
+
+UNDIVIDED = "xla_gpu_experimental_force_split_k"
+"""XLA's option for the parts into which a GPU divides the sum of a product."""
 
 
 def processor() -> str:
@@ -66,6 +70,21 @@ def keep_programs(folder: Path) -> None:
     jax.config.update(  # type: ignore[no-untyped-call]
         "jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S
     )
+
+
+@functools.cache
+def sums_undivided() -> dict[str, str | bool]:
+    """Options that keep XLA from dividing the sum of a product on a GPU; none if it has no such.
+
+    It would write and read again what each part sums to, for few tokens more than all else but the
+    weights. XLA calls the option an experiment.
+    """
+    options: dict[str, str | bool] = {UNDIVIDED: "1"}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
 
 
 def use_cores(config: GrokConfig) -> None:

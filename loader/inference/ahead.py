@@ -106,7 +106,9 @@ def compiled(
         "logits": (params.embedding, params.norm, last),
     }
     for name, arguments in given.items():
-        made = steps.programs[name].lower(*arguments).compile()
+        # Logits are of one token a row.
+        programs = steps.programs(rows if name == "logits" else rows * tokens)
+        made = programs[name].lower(*arguments).compile()
         memory = made.memory_analysis()
         yield Program(
             name,

@@ -17,6 +17,7 @@ from loader.devices.placement import Layer
 from loader.devices.products import (
     Weights,
     by_platform,
+    in_parts,
     product,
     reads_decide,
     select,
@@ -80,7 +81,17 @@ def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     Returns:
         int32 `[N, chosen]` and float32 `[N, chosen]`, most probable first.
     """
-    scores = jnp.einsum("nd,de->ne", x, router, precision=lax.Precision.HIGHEST)
+
+    def divided(x: Array, router: Array) -> Array:
+        parts = in_parts(*router.shape)
+        grouped = x.reshape(x.shape[0], parts, -1), router.reshape(parts, -1, router.shape[1])
+        sums = jnp.einsum("npd,pde->pne", *grouped, precision=lax.Precision.HIGHEST)
+        return jnp.sum(sums, axis=0)
+
+    def at_once(x: Array, router: Array) -> Array:
+        return jnp.einsum("nd,de->ne", x, router, precision=lax.Precision.HIGHEST)
+
+    scores = by_platform(divided, at_once, x, router)
     weights, choices = lax.top_k(jax.nn.softmax(scores, axis=-1), chosen)
     return choices, weights
 
@@ -207,8 +218,6 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
 
     def together(x: Array, weights: Layer, gates: Array) -> Array:
         hidden = jax.nn.gelu(stack_product(x, weights.gate, dtype), approximate=True)
-        # One after the other, so that the partial sums of both do not lie in memory together.
-        x, hidden = lax.optimization_barrier((x, hidden))  # type: ignore[no-untyped-call]
         hidden = hidden * stack_product(x, weights.up, dtype)
         output = stack_product(hidden, weights.down, dtype)
         return jnp.sum(gates.T[..., None] * output, axis=0)

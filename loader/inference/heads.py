@@ -9,13 +9,18 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.devices.products import by_platform
+from loader.devices.products import by_platform, in_parts
 
 __all__ = ["mixed", "scores"]
 
 
 def scores(queries: Array, keys: Array) -> Array:
-    """Products of `[B, t, K, g, d]` and `[B, S, K, d]`: float32 `[B, K, g, t, S]`."""
+    """Products of `[B, t, K, g, d]` and `[B, S, K, d]`: float32 `[B, K, g, t, S]`.
+
+    A GPU multiplies all heads of a row at once, if it has one token and several heads: for products
+    of single heads its compiler copies the cache to another order, and back. As one matrix a row it
+    is read where it lies; products with the heads of others are zero, or dropped.
+    """
 
     def apart(queries: Array, keys: Array) -> Array:
         return _product("btkgd,bskd->bkgts", queries, keys)
@@ -27,35 +32,32 @@ def scores(queries: Array, keys: Array) -> Array:
         flat = spread.reshape(batch, heads * group, -1), keys.reshape(*keys.shape[:2], -1)
         return _product("bqc,bsc->bqs", *flat).reshape(batch, heads, group, 1, -1)
 
-    if _wants_one_matrix(queries.shape[1], keys):
+    if queries.shape[1] == 1 and keys.shape[2] > 1:
         return by_platform(at_once, apart, queries, keys)
     return apart(queries, keys)
 
 
 def mixed(weights: Array, values: Array) -> Array:
-    """Products of `[B, K, g, t, S]` and `[B, S, K, d]`: float32 `[B, t, K, g, d]`."""
+    """Products of `[B, K, g, t, S]` and `[B, S, K, d]`: float32 `[B, t, K, g, d]`; see `scores`."""
 
     def apart(weights: Array, values: Array) -> Array:
         return _product("bkgts,bskd->btkgd", weights, values)
 
     def at_once(weights: Array, values: Array) -> Array:
         batch, heads, group, _, places = weights.shape
-        flat = weights.reshape(batch, heads * group, places), values.reshape(batch, places, -1)
-        every = _product("bqs,bsc->bqc", *flat).reshape(batch, heads, group, heads, -1)
+        parts = in_parts(places, batch * heads * values.shape[-1])
+        flat = (
+            weights.reshape(batch, heads * group, parts, -1),
+            values.reshape(batch, parts, places // parts, -1),
+        )
+        sums = jnp.sum(_product("bqps,bpsc->bpqc", *flat), axis=1)
+        every = sums.reshape(batch, heads, group, heads, -1)
         return jnp.einsum("bkgkd->bkgd", every)[:, None]
 
-    if _wants_one_matrix(weights.shape[3], values):
+    # Of one head, too: the division of its sum over places is ours.
+    if weights.shape[3] == 1:
         return by_platform(at_once, apart, weights, values)
     return apart(weights, values)
-
-
-def _wants_one_matrix(tokens: int, held: Array) -> bool:
-    """Whether a GPU is to multiply all heads of a row at once: one token, and several heads.
-
-    For products of single heads its compiler copies the cache to another order, and back. As one
-    matrix a row it is read where it lies; products with the heads of others are zero, or dropped.
-    """
-    return tokens == 1 and held.shape[2] > 1
 
 
 def _product(formula: str, given: Array, held: Array) -> Array:

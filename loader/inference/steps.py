@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loader.devices.mapped import Mapped
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
+from loader.devices.products import FEW
+from loader.devices.xla_setup import sums_undivided
 from loader.inference import experts, model
 from loader.inference.model import KeyValues, Window
 from loader.inference.routing_counts import Choices
@@ -84,7 +87,7 @@ class Steps:
         )
         rows = self._rows
         self._embed = self._spread(model.embed, (embedding, rows), rows, config=config, dtype=dtype)
-        self._logits = self._spread(
+        self._logits = self._spread_by_tokens(
             model.logits,
             (embedding, final, rows),
             _spec(split, None, RULES["vocab"]),
@@ -96,7 +99,7 @@ class Steps:
 
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
         # The cache is donated: each layer's keys and values are written where they lie.
-        self._layer = self._spread(
+        self._layer = self._spread_by_tokens(
             model.layer,
             (self._layer_spec, self._heads, self._rows, self._rows),
             (self._rows, self._heads, self._rows),
@@ -105,10 +108,13 @@ class Steps:
             dtype=dtype,
         )
 
-    @property
-    def programs(self) -> Mapping[str, Any]:
-        """The jitted parts by name, as `loader.inference.ahead` compiles them."""
-        return {"embed": self._embed, "layer": self._layer, "logits": self._logits}
+    def programs(self, tokens: int) -> Mapping[str, Any]:
+        """The jitted parts of a step of so many tokens, as `loader.inference.ahead` has them."""
+        return {
+            "embed": self._embed,
+            "layer": self._layer[self._few(tokens)],
+            "logits": self._logits[self._few(tokens)],
+        }
 
     def hold(self, params: Params, _paging: Paging | None) -> None:
         """Use other weights of the same shapes from now on."""
@@ -123,9 +129,9 @@ class Steps:
         self, cache: Sequence[KeyValues], x: Array, window: Window
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """All layers over the residual stream; the cache's buffers are used up."""
-        filled = []
+        filled, layer = [], self._layer[self._few(x.shape[0] * x.shape[1])]
         for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
-            x, kept, chosen = self._layer(weights, entry, self._alone(x), window)
+            x, kept, chosen = layer(weights, entry, self._alone(x), window)
             filled.append(kept)
             if self.choices is not None:
                 self.choices.add(number, *self._tell(chosen, window.real))
@@ -133,18 +139,33 @@ class Steps:
 
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
-        return self._alone(self._logits(self._params.embedding, self._params.norm, x))
+        logits = self._logits[self._few(x.shape[0] * x.shape[1])]
+        return self._alone(logits(self._params.embedding, self._params.norm, x))
 
-    def _spread(
+    def _few(self, tokens: int) -> bool:
+        """Whether each device has so few of so many tokens that reading the weights decides."""
+        return tokens <= FEW * int(self._mesh.shape["data"])
+
+    def _spread_by_tokens(
+        self, function: Callable[..., Any], given: Any, result: Any, **settings: Any
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Compiled for many tokens and for few, which is the same but on GPUs."""
+        many = self._spread(function, given, result, **settings)
+        if self._mesh.devices.flat[0].platform != "gpu":
+            return many, many
+        return many, self._spread(function, given, result, more=sums_undivided(), **settings)
+
+    def _spread(  # noqa: PLR0913 - a step is all of these
         self,
         function: Callable[..., Any],
         given: Any,
         result: Any,
         donate: tuple[int, ...] = (),
+        more: Mapping[str, str | bool] = MappingProxyType({}),
         **settings: Any,
     ) -> Callable[..., Any]:
         leaves, tree = jax.tree.flatten((given, result))
-        options = tuple(self._compiler_options.items())
+        options = tuple({**self._compiler_options, **more}.items())
         return program(
             function, tuple(settings.items()), self._mesh, (tuple(leaves), tree), donate, options
         )

@@ -52,14 +52,30 @@ def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, part, gro
     np.testing.assert_allclose(found, x @ matrix, rtol=1e-5, atol=3e-4)
 
 
+@pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(groups):
+def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
+    monkeypatch, groups, dtype, gpus
+):
+    """In bfloat16 two halves hold nearly all of a number; a GPU's sums are of parts."""
+    monkeypatch.setattr(quantized, "GPUS", gpus)
+    monkeypatch.setattr(quantized, "SHORTEST", 4)
     stack = [made(48, 7, groups, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
     x = np.random.default_rng(1).standard_normal((3, 5, 48), np.float32)
-    found = stack_product(x, stacked, jnp.dtype("float32"))
+    found = jax.jit(stack_product, static_argnums=2)(x, stacked, jnp.dtype(dtype))
     wanted = np.stack([rows @ matrix for rows, (_, matrix) in zip(x, stack, strict=True)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=3e-4)
+    assert quantized.in_parts(48 // groups, 3 * groups * 7) == (8 if groups == 1 else 4)
+
+
+def test_a_gpus_sum_has_parts_until_it_is_busy_or_they_are_short():
+    assert quantized.in_parts(6144, 8 * 4096) == 1
+    assert quantized.in_parts(6144, 4096) == 2
+    assert quantized.in_parts(6144, 128) == 16
+    assert quantized.in_parts(768, 128) == 2
+    assert quantized.in_parts(1001, 8) == 1
 
 
 def test_group_boundaries_are_contiguous_rows():

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from loader.devices.xla_setup import use_memory
+from loader.devices import xla_setup
+from loader.devices.xla_setup import sums_undivided, use_memory
 from loader.weights.accelerators import ACCELERATORS
 
 VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -32,3 +33,10 @@ def test_a_part_that_the_environment_names_holds(monkeypatch, variable):
     monkeypatch.setenv(variable, "0.5")
     use_memory()
     assert {os.environ.get(name) for name in VARIABLES} == {"0.5", None}
+
+
+def test_xla_is_asked_not_to_divide_sums_only_if_it_knows_how_to_be(monkeypatch):
+    """A version that has renamed its option compiles as it would without."""
+    assert sums_undivided.__wrapped__() == {"xla_gpu_experimental_force_split_k": "1"}
+    monkeypatch.setattr(xla_setup, "UNDIVIDED", "xla_gpu_no_such_option")
+    assert sums_undivided.__wrapped__() == {}
