@@ -37,6 +37,7 @@ def test_a_part_that_the_environment_names_holds(monkeypatch, variable):
 
 def test_xla_is_asked_not_to_divide_sums_only_if_it_knows_how_to_be(monkeypatch):
     """A version that has renamed its option compiles as it would without."""
-    assert sums_undivided.__wrapped__() == {"xla_gpu_experimental_force_split_k": "1"}
+    monkeypatch.setattr(xla_setup, "UNDIVIDED", "xla_cpu_prefer_vector_width")
+    assert sums_undivided.__wrapped__() == {"xla_cpu_prefer_vector_width": "1"}
     monkeypatch.setattr(xla_setup, "UNDIVIDED", "xla_gpu_no_such_option")
     assert sums_undivided.__wrapped__() == {}
