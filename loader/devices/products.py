@@ -47,6 +47,9 @@ PART, PARTIAL_SUMS = 128, 196_608
 FEW = 32
 """Tokens whose products take no longer on an accelerator than the weights take to read."""
 
+LARGE = 8 << 20
+"""Bytes of a product from which a GPU sums the groups of its matrix one after the other."""
+
 BUSY, SHORTEST = 6144, 256
 """Columns of a product of few tokens that keep a GPU busy, and least rows of a part of its sum."""
 
@@ -127,10 +130,12 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
     if weights.tuning is not None:
         return _in_place(x, weights, weights.tuning)
 
-    def multiplied(x: Array, weights: Quantized) -> Array:
-        if dtype == jnp.float32 or not halves:
-            return _grouped(x.astype(dtype), weights)
-        return jnp.sum(_grouped(_halves(x), weights), axis=0)
+    def multiplied(x: Array, weights: Quantized, *, in_turn: bool = False) -> Array:
+        split = dtype != jnp.float32 and halves
+        return _grouped(_halves(x) if split else x.astype(dtype)[None], weights, in_turn=in_turn)
+
+    def in_turn(x: Array, weights: Quantized) -> Array:
+        return multiplied(x, weights, in_turn=True)
 
     if x.size == x.shape[-1]:
         return by_platform(_summed, multiplied, x, weights)
@@ -142,7 +147,10 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
 
         # Of a matrix that is cut into groups a GPU's compiler first writes all in another type.
         return by_platform(at_once, multiplied, x, weights)
-    return multiplied(x, weights)
+    if 4 * x.size // x.shape[-1] * weights.weight.shape[-1] < LARGE:
+        return multiplied(x, weights)
+    # A GPU's compiler would have the products of all groups in memory before it sums them.
+    return by_platform(in_turn, multiplied, x, weights)
 
 
 def by_platform(
@@ -271,12 +279,15 @@ def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
     return flat.reshape(*x.shape[:-1], width)
 
 
-def _grouped(x: Array, weights: Quantized) -> Array:
+def _grouped(x: Array, weights: Quantized, *, in_turn: bool) -> Array:
+    """The product of `[H, ..., K]`, summed over H; `in_turn`: one group after the other."""
     groups, rows = weights.scales.shape[-2], weights.weight.shape[-2] // weights.scales.shape[-2]
     total = jnp.zeros((), jnp.float32)
     # One product a group, not one batched over groups: XLA's CPU backend has no batched product of
     # bfloat16 with a float32 result.
     for group in range(groups):
+        if in_turn and group:
+            x, total = lax.optimization_barrier((x, total))  # type: ignore[no-untyped-call]
         sums = jnp.einsum(
             "...k,kn->...n",
             x[..., group * rows : (group + 1) * rows],
@@ -286,7 +297,7 @@ def _grouped(x: Array, weights: Quantized) -> Array:
             preferred_element_type=jnp.float32,
         )
         scales = _rows(weights.scales, weights.index, group, 1)[0]
-        total = total + sums * scales.astype(jnp.float32)
+        total = total + jnp.sum(sums, axis=0) * scales.astype(jnp.float32)
     return total
 
 
