@@ -155,7 +155,7 @@ class Steps:
             return many, many
         return many, self._spread(function, given, result, more=sums_undivided(), **settings)
 
-    def _spread(  # noqa: PLR0913 - a step is all of these
+    def _spread(
         self,
         function: Callable[..., Any],
         given: Any,
