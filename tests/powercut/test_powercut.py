@@ -5,6 +5,7 @@ campaign over many thousands is benchmarks/faults.py.
 """
 
 import contextlib
+import functools
 import itertools
 import random
 
@@ -19,6 +20,8 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 
 CUTS = 6
+COMPILED = ("run", "while fetching")
+"""Scenarios that take seconds for jax; the campaign and the gate try them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,16 +42,23 @@ def broken(recorded, cuts, seed=0):
             yield from tried(recorded, disk, kept).broken
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A scenario of a name, recorded once."""
+
+    @functools.cache
+    def undisturbed(name):
+        return record(name, tmp_path_factory.mktemp("recorded") / name)
+
+    return undisturbed
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "while fetching" else name
-        for name in NAMES
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else name for name in NAMES],
 )
-def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, tmp_path):
-    recorded = record(name, tmp_path / name)
-    assert not list(broken(recorded, CUTS))
+def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, recorded):
+    assert not list(broken(recorded(name), CUTS))
 
 
 def test_a_record_written_before_its_data_is_found(tmp_path):
@@ -113,8 +123,8 @@ def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(name, among, at, 
     assert not outlived(struck).broken
 
 
-def test_a_disk_that_fails_as_the_lock_is_given_back_ends_nothing(tmp_path):
-    usual = record("manifest", tmp_path / "usual")
+def test_a_disk_that_fails_as_the_lock_is_given_back_ends_nothing(recorded, tmp_path):
+    usual = recorded("manifest")
     assert usual.operations[-1].kind == "truncate"
     last = len(usual.operations) - usual.begun
     struck = strike("manifest", tmp_path / "last", Fault("changes", last, "EIO"))
@@ -122,8 +132,8 @@ def test_a_disk_that_fails_as_the_lock_is_given_back_ends_nothing(tmp_path):
     assert not outlived(struck).broken
 
 
-def test_what_a_lying_flush_has_lost_is_found_by_verification(tmp_path):
-    told = record("swarm", tmp_path / "swarm")
+def test_what_a_lying_flush_has_lost_is_found_by_verification(recorded, tmp_path):
+    told = recorded("swarm")
     kept = [it for it in told.operations if it.kind != "fsync"]
     chance, found = random.Random(0), 0
     for number in range(12):
