@@ -8,6 +8,7 @@ only these.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -130,12 +131,9 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
     if weights.tuning is not None:
         return _in_place(x, weights, weights.tuning)
 
-    def multiplied(x: Array, weights: Quantized, *, in_turn: bool = False) -> Array:
-        split = dtype != jnp.float32 and halves
-        return _grouped(_halves(x) if split else x.astype(dtype)[None], weights, in_turn=in_turn)
-
-    def in_turn(x: Array, weights: Quantized) -> Array:
-        return multiplied(x, weights, in_turn=True)
+    split = halves and dtype != jnp.float32
+    multiplied = functools.partial(_grouped, dtype=dtype, split=split, in_turn=False)
+    in_turn = functools.partial(_grouped, dtype=dtype, split=split, in_turn=True)
 
     if x.size == x.shape[-1]:
         return by_platform(_summed, multiplied, x, weights)
@@ -279,8 +277,15 @@ def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
     return flat.reshape(*x.shape[:-1], width)
 
 
-def _grouped(x: Array, weights: Quantized, *, in_turn: bool) -> Array:
-    """The product of `[H, ..., K]`, summed over H; `in_turn`: one group after the other."""
+def _grouped(
+    x: Array, weights: Quantized, *, dtype: jnp.dtype, split: bool, in_turn: bool
+) -> Array:
+    """The product, group by group; `split`: of both halves of `x`.
+
+    in_turn: one group after the other, and the halves are summed at once, so that fewer sums lie in
+    memory together. A TPU's compiler sees to that by itself, and needs more when told.
+    """
+    x = _halves(x) if split else x.astype(dtype)
     groups, rows = weights.scales.shape[-2], weights.weight.shape[-2] // weights.scales.shape[-2]
     total = jnp.zeros((), jnp.float32)
     # One product a group, not one batched over groups: XLA's CPU backend has no batched product of
@@ -297,8 +302,9 @@ def _grouped(x: Array, weights: Quantized, *, in_turn: bool) -> Array:
             preferred_element_type=jnp.float32,
         )
         scales = _rows(weights.scales, weights.index, group, 1)[0]
-        total = total + jnp.sum(sums, axis=0) * scales.astype(jnp.float32)
-    return total
+        summed = jnp.sum(sums, axis=0) if split and in_turn else sums
+        total = total + summed * scales.astype(jnp.float32)
+    return jnp.sum(total, axis=0) if split and not in_turn else total
 
 
 def _rows(array: Array, index: Array | None, start: int, count: int) -> Array:

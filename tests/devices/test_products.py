@@ -70,6 +70,24 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
     assert quantized.in_parts(48 // groups, 3 * groups * 7) == (8 if groups == 1 else 4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("halves", [True, False])
+def test_a_gpu_sums_the_groups_of_a_large_product_one_after_the_other(monkeypatch, dtype, halves):
+    weights, _ = made(48, 7, 3)
+    x = np.random.default_rng(1).standard_normal((2, 40, 48), np.float32)
+
+    def found():
+        run = jax.jit(lambda x, weights: product(x, weights, jnp.dtype(dtype), halves=halves))
+        return np.asarray(run(x, weights)), run.lower(x, weights).as_text()
+
+    wanted, at_once = found()
+    monkeypatch.setattr(quantized, "GPUS", ("cpu",))
+    monkeypatch.setattr(quantized, "LARGE", 4 * 2 * 40 * 7)
+    in_turn, text = found()
+    assert (at_once.count("optimization_barrier"), text.count("optimization_barrier")) == (0, 2)
+    np.testing.assert_allclose(in_turn, wanted, rtol=1e-5, atol=1e-3)
+
+
 def test_a_gpus_sum_has_parts_until_it_is_busy_or_they_are_short():
     assert quantized.in_parts(6144, 8 * 4096) == 1
     assert quantized.in_parts(6144, 4096) == 2
