@@ -283,7 +283,7 @@ def _grouped(
     """The product, group by group; `split`: of both halves of `x`.
 
     in_turn: one group after the other, and the halves are summed at once, so that fewer sums lie in
-    memory together. A TPU's compiler sees to that by itself, and needs more when told.
+    memory together. On TPUs the halves are summed last: summed at once, one v5p needs more memory.
     """
     x = _halves(x) if split else x.astype(dtype)
     groups, rows = weights.scales.shape[-2], weights.weight.shape[-2] // weights.scales.shape[-2]
