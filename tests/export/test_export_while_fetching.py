@@ -14,6 +14,8 @@ from grokfetch.errors import StorageFailed
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.folder import advisory
+from grokfetch.folder.known import EXPORT
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import parse
 from grokfetch.torrent.info_dictionary import parse_info
@@ -114,6 +116,30 @@ def test_tensors_are_written_as_they_arrive_and_the_next_run_goes_on(
     exporting(published, tmp_path, swarm_of(published))
     (file,) = (tmp_path / "out").glob("*.gguf")
     assert never_written(file, done, writes)
+
+
+def test_what_is_written_when_it_is_interrupted_is_recorded_after_what_was_written_before(
+    published, tmp_path, interrupting, monkeypatch
+):
+    _, torrent, manifest = published
+    real, began, another = advisory.write, threading.Event(), threading.Event()
+
+    def write(path, schema, fields):
+        mine = path.name == EXPORT
+        first = mine and not began.is_set()
+        if first:
+            began.set()
+            # For as long as another could overtake it.
+            another.wait(1)
+        real(path, schema, fields)
+        if mine and not first:
+            another.set()
+
+    monkeypatch.setattr(advisory, "write", write)
+    swarm = swarm_of(published, stall_after=len(pieces_of(torrent, manifest, EARLY)))
+    with pytest.raises(KeyboardInterrupt):
+        exporting(published, tmp_path, swarm)
+    assert recorded(tmp_path / "out") == NAMES
 
 
 def test_a_fetch_that_fails_ends_the_export_with_its_error(published, tmp_path):

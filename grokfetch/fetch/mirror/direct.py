@@ -1,4 +1,4 @@
-"""HTTP/1.1 to servers without a proxy, at a sixth of what a whole client costs for each request.
+"""HTTP/1.1 to servers without a proxy, for less than a whole client costs for each request.
 
 For a file of a few kilobytes the client's own work is what takes the time. Connecting, TLS and
 timeouts are httpcore's, the protocol is h11's; what stands here keeps connections open and takes
