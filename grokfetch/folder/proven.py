@@ -62,6 +62,7 @@ class Proven:
         self._stamps = stamps
         self._layout = layout
         self._named = named
+        self._doubts: dict[int, LayoutFile | None] = {}
 
     # --- files as a whole -------------------------------------------------------------------
 
@@ -105,12 +106,16 @@ class Proven:
         assert self._layout is not None
         if piece not in self._record.pieces:
             return f"piece {piece} is not verified"
-        for part in self._layout.segments(piece):
-            if not part.file.pad and piece in self._doubtful(part.file):
-                if part.file == asked:
-                    return f"piece {piece} is not all there"
-                return f"piece {piece} is shared with {part.file.path}, which has changed since"
-        return None
+        # Each of many small files in one piece asks about all the others.
+        if piece not in self._doubts:
+            files = (part.file for part in self._layout.segments(piece) if not part.file.pad)
+            self._doubts[piece] = next((it for it in files if piece in self._doubtful(it)), None)
+        changed = self._doubts[piece]
+        if changed is None:
+            return None
+        if changed == asked:
+            return f"piece {piece} is not all there"
+        return f"piece {piece} is shared with {changed.path}, which has changed since"
 
     # --- spans ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from grokfetch.folder.documents import part_name
 from grokfetch.folder.proven import Proven
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import ManifestFile, ManifestTensor
-from grokfetch.manifest.selection import pieces_of
+from grokfetch.manifest.selection import Spans, pieces_of
 
 __all__ = ["FileState", "Group", "Survey", "piece_map", "survey"]
 
@@ -86,6 +86,7 @@ def survey(store: Store) -> Survey:
         StateMissing: there is no manifest.
     """
     manifest, layout, proven = store.manifest(), store.layout(), store.proven()
+    asked = store.asked()
     counts = [proven.count(file, 0, file.size) for file in manifest.files]
     pieces = range(0 if layout is None else layout.piece_count)
     return Survey(
@@ -96,7 +97,7 @@ def survey(store: Store) -> Survey:
         store.record().info_hash,
         manifest.measured,
         tuple(piece in proven.pieces for piece in pieces),
-        {file.path: _state(store, file, proven) for file in manifest.files},
+        {file.path: _state(store, file, proven, asked) for file in manifest.files},
         _groups(manifest.tensors, {file.path: file for file in manifest.files}, proven),
         _asked(store, proven),
     )
@@ -122,8 +123,7 @@ def _asked(store: Store, proven: Proven) -> Asked | None:
     return Asked(str(selection), total, done)
 
 
-def _state(store: Store, file: ManifestFile, proven: Proven) -> FileState:
-    asked = store.asked()
+def _state(store: Store, file: ManifestFile, proven: Proven, asked: Spans | None) -> FileState:
     if store.stamp(file.path) is None:
         if store.layout() is None and store.stamp(part_name(file.path)) is not None:
             return "begun"

@@ -224,6 +224,33 @@ def test_a_shared_piece_is_proven_only_while_none_of_its_files_is_changed():
     assert changed.doubt(B, PIECE - 1, PIECE) == "it has changed since it was verified"
 
 
+def test_asking_about_each_of_many_files_in_one_piece_looks_at_each_a_few_times():
+    count = 200
+    files = {f"f{number:03}": content(PIECE // count, number) for number in range(count)}
+    torrent = v1_torrent(files, PIECE)
+    entries = [ManifestFile(PurePosixPath("top", name), len(data)) for name, data in files.items()]
+    looked = []
+
+    class Watched(dict):
+        def __getitem__(self, path):
+            looked.append(path)
+            return super().__getitem__(path)
+
+    stamps = {entry.path: Stamp(entry.size, 7) for entry in entries}
+    record = Record(
+        torrent.info_hash,
+        frozenset({0}),
+        {path: FileProof(stamp) for path, stamp in stamps.items()},
+    )
+    proven = Proven(record, Watched(stamps), parse_info(torrent.info))
+    assert all(proven.whole(entry) for entry in entries)
+    assert len(looked) < 10 * count
+    changed = entries[7].path
+    proven = Proven(record, {**stamps, changed: Stamp(1, 8)}, parse_info(torrent.info))
+    told = {proven.doubt(entry, 0, entry.size) for entry in entries if entry.path != changed}
+    assert told == {f"piece 0 is shared with {changed}, which has changed since"}
+
+
 def test_a_marked_file_keeps_its_pieces_unless_it_shrank_and_its_sha256_counts_for_nothing():
     digest = "ab" * 32
     files = {**WHOLE.files, B.path: FileProof(STAMPS[B.path], digest, writing=True)}
