@@ -33,7 +33,7 @@ from grokfetch.torrent.layout import (
     power_of_two_above,
 )
 from grokfetch.torrent.metainfo import TorrentFile, torrent_file
-from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, sha256_of
+from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, chunks, sha256_of
 
 __all__ = ["Made", "MadeFile", "Pieces", "hybrid_info", "make", "suitable_piece_length"]
 
@@ -273,13 +273,12 @@ def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) ->
 def _feed(
     handle: int, start: int, stop: int, hashers: Sequence[PieceHasher], buffer: memoryview
 ) -> None:
-    while start < stop:
-        count = os.preadv(handle, [buffer[: stop - start]], start)
-        if not count:
-            raise OSError(errno.EIO, "it changed while it was read")
+    for data in chunks(handle, start, stop, buffer):
         for hasher in hashers:
-            hasher.update(buffer[:count])
-        start += count
+            hasher.update(data)
+        start += len(data)
+    if start < stop:
+        raise OSError(errno.EIO, "it changed while it was read")
 
 
 def hybrid_info(

@@ -215,6 +215,10 @@ class _MerkleHasher:
     def update(self, data: Data, /) -> None:
         view = memoryview(data)
         while view.nbytes:
+            if not self._filled and view.nbytes >= BLOCK:
+                self._leaves.append(hashlib.sha256(view[:BLOCK]).digest())
+                view = view[BLOCK:]
+                continue
             taken = view[: BLOCK - self._filled]
             self._open.update(taken)
             self._filled += taken.nbytes

@@ -3,6 +3,9 @@
 One thread hashes one piece, or one whole file; hashlib and preadv release the interpreter lock.
 Each thread reads into its own buffer of `CHUNK` bytes, so that memory does not grow with pieces or
 files. What is wrong is a value, never an exception: one bad piece does not end a scan.
+
+Pages are copied, not mapped: a mapped file that is truncated meanwhile ends the process, and on one
+of two processors hashing through a map was slower besides (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ __all__ = [
     "PieceResult",
     "advise",
     "check_pieces",
+    "chunks",
     "in_batches",
     "may_be_on_disk",
     "sha256_of",
@@ -151,15 +155,29 @@ def _feed(root: Path, segment: Segment, hasher: PieceHasher, buffer: memoryview)
         for start in range(0, segment.length, CHUNK):
             hasher.update(_ZEROS[: segment.length - start])
         return True
-    offset, stop = segment.offset, segment.offset + segment.length
+    left = segment.length
     with _reading(root / segment.file.path) as handle:
-        while offset < stop:
-            count = os.preadv(handle, [buffer[: stop - offset]], offset)
-            if not count:
-                return False
-            hasher.update(buffer[:count])
-            offset += count
-    return True
+        for data in chunks(handle, segment.offset, segment.offset + segment.length, buffer):
+            hasher.update(data)
+            left -= len(data)
+    return not left
+
+
+def chunks(handle: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a span of an open file, each chunk in the same buffer.
+
+    Yields:
+        Fewer bytes than the span has if the file ends before it does.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    while start < stop:
+        count = os.preadv(handle, [buffer[: stop - start]], start)
+        if not count:
+            return
+        yield buffer[:count]
+        start += count
 
 
 def sha256_of(path: Path, buffer: memoryview, *, keep: bool = True) -> FileResult:

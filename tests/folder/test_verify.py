@@ -222,6 +222,31 @@ def test_a_file_that_changes_while_it_is_read_is_not_proven(store, monkeypatch):
     assert not proven(store, C)
 
 
+@pytest.mark.parametrize("left", [PIECE + 7, PIECE, 0, None])
+def test_a_file_that_is_truncated_or_vanishes_while_it_is_read_is_a_finding(
+    store, monkeypatch, left
+):
+    real, whole = hashing.os.preadv, (store.root / C).stat()
+
+    def cutting(handle, *args):
+        now = os.fstat(handle)
+        if (now.st_ino, now.st_size) == (whole.st_ino, whole.st_size):
+            if left is None:
+                (store.root / C).unlink(missing_ok=True)
+            else:
+                os.truncate(store.root / C, left)
+        return real(handle, *args)
+
+    monkeypatch.setattr(hashing.os, "preadv", cutting)
+    findings, summary = check(store)
+    assert ("unproven", C) in {(finding.kind, finding.path) for finding in findings}
+    assert not summary.complete
+    assert summary.proven <= SIZE - len(FILES["c"])
+    monkeypatch.undo()
+    assert not proven(store, C)
+    assert proven(store, A)
+
+
 def test_a_repaired_file_is_proven_by_the_next_look(store):
     spoil(store.root / C, 5)
     check(store)
