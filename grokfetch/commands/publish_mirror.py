@@ -73,6 +73,7 @@ def publish_mirror(
         Contradiction: a file changes in the middle, or has another size than the manifest says.
         Damaged: a file has another sha256 than the manifest says.
         OutOfReach: the server does not have a file, or does not answer.
+        Stalled: it has limited us for too long.
         CheckpointInvalid: the shards are not those of the hyperparameters.
         StateLocked: another process does the same.
         StorageFailed: something cannot be written.
@@ -84,7 +85,8 @@ def publish_mirror(
     warn_of_look_alikes(paths)
     state = target / with_ending(f".{name}", ".publishing")
     with folder_lock(state, exclusive=True):
-        found = lengths(source.address, paths, settings)
+        bar = Bar("hash", plain=plain())
+        found = lengths(source.address, paths, settings, bar.take)
         _check_sizes(found, described)
         sizes = {path: size for path, (size, _) in found.items()}
         if not any(sizes.values()) or paths == [PurePosixPath(name, name)]:
@@ -105,7 +107,7 @@ def publish_mirror(
             },
             {} if model else _frames(sizes, source.config),
         )
-        with Bar("hash", plain=plain()) as bar:
+        with bar:
             done = 0
 
             def progress(count: int) -> None:
@@ -113,7 +115,7 @@ def publish_mirror(
                 done += count
                 bar.show(done, sum(sizes.values()))
 
-            hashes = hash_mirror(mirrored, state, settings, progress)
+            hashes = hash_mirror(mirrored, state, settings, progress, bar.take)
         if described is None or not model:
             shown = _shown(state, name, mirrored.frames, source.config)
             described = _together(described, shown)

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from grokfetch.errors import Damaged, storage_failed
+from grokfetch.events import Notice
 from grokfetch.fetch.mirror import Length, MirrorSettings, pass_by
 from grokfetch.folder import advisory
 from grokfetch.folder.payload import flush
@@ -55,6 +56,7 @@ def hash_mirror(
     folder: Path,
     settings: MirrorSettings,
     progress: Callable[[int], None],
+    say: Callable[[Notice], None],
 ) -> dict[PurePosixPath, FileHashes]:
     """Hash all files; what an earlier call in the same folder has hashed is not read again.
 
@@ -64,11 +66,13 @@ def hash_mirror(
             frames alone.
         settings: how to treat the mirror.
         progress: is told of bytes that are hashed, those of earlier calls first.
+        say: is told what is waited for.
 
     Raises:
         Contradiction: a file has changed in the middle.
         Damaged: a file has not the sha256 that it must have.
         OutOfReach: the mirror does not have a file, or does not answer.
+        Stalled: it has limited us for too long.
         StorageFailed: what is kept cannot be written.
     """
     hashes = _earlier(mirrored, folder)
@@ -100,7 +104,7 @@ def hash_mirror(
         for path, length in mirrored.lengths.items()
         if path not in hashes
     }
-    pass_by(mirrored.address, receivers, settings, progress)
+    pass_by(mirrored.address, receivers, settings, progress, say)
     return hashes
 
 

@@ -29,7 +29,7 @@ from grokfetch.errors import (
 )
 from grokfetch.events import FetchEvent, Finding, Notice, Origin, Outcome, Phase, Status
 from grokfetch.fetch import preflight
-from grokfetch.fetch.mirror import Mirrors, deliver, mirror_name
+from grokfetch.fetch.mirror import Mirrors, Told, deliver, mirror_name
 from grokfetch.fetch.prepare import Asked, selected
 from grokfetch.folder.documents import part_name
 from grokfetch.folder.payload import flush, refuse_linked_folders
@@ -246,9 +246,7 @@ class _Bringing:
     def _round(
         self, work: dict[str, dict[PurePosixPath, _File]], stall_s: float
     ) -> Generator[FetchEvent, None, None]:
-        happened: queue.SimpleQueue[tuple[str, _File, int | GrokfetchError | None]] = (
-            queue.SimpleQueue()
-        )
+        happened: queue.SimpleQueue[tuple[str, _File, Told]] = queue.SimpleQueue()
         stop: Callable[[], None]
         begun = threading.Event()
 
@@ -257,13 +255,16 @@ class _Bringing:
             stop = cancel
             begun.set()
 
-        def tell(address: str, path: PurePosixPath, what: int | GrokfetchError | None) -> None:
+        def tell(address: str, path: PurePosixPath, what: Told) -> None:
             happened.put((address, work[address][path], what))
 
+        # Of a mirror that only has us wait another is asked for its files, before all is given up.
+        settings = self._mirrors.settings
+        settings = dataclasses.replace(settings, limited_s=min(settings.limited_s, stall_s))
         alive = started = self._clock()
         received = 0
         with ThreadPoolExecutor(1, "mirrors") as thread:
-            running = thread.submit(deliver, work, self._mirrors.settings, tell, ready)
+            running = thread.submit(deliver, work, settings, tell, ready)
             begun.wait()
             try:
                 while not running.done() or not happened.empty():
@@ -276,6 +277,8 @@ class _Bringing:
                             file.senders[address] = None
                         elif what is None:
                             yield from self._whole(file)
+                        elif isinstance(what, Notice):
+                            yield what
                         else:
                             file.refused[address] = what
                             yield Notice(f"mirror {mirror_name(address)}: {what.what}")
@@ -334,7 +337,8 @@ class _Bringing:
             f"{mirror_name(address)}: {error.what}" for address, error in file.refused.items()
         ]
         faults += [f"{mirror_name(address)} sends another file" for address in file.wrong]
-        kind = Contradiction if file.wrong else OutOfReach
+        stalled = any(isinstance(error, Stalled) for error in file.refused.values())
+        kind = Contradiction if file.wrong else Stalled if stalled else OutOfReach
         raise kind(
             f"no mirror has it as the manifest says ({len(self._open)} such files): "
             + "; ".join(faults),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from support.torrents import content, lay_down
 from support.web_server import WebServer
 
 from grokfetch import errors
+from grokfetch.fetch import wanted
+from grokfetch.fetch.mirror import MirrorSettings, passing
 from grokfetch.fetch.swarm import SwarmSettings, seed
 from grokfetch.manifest.schema import parse
 from grokfetch.torrent.create import make
@@ -193,6 +196,56 @@ def test_a_file_that_changes_in_the_middle_is_an_error_that_says_so(web, listed,
     web.before = before
     told = publish(web, listed, tmp_path / "out", code=errors.Contradiction.exit_code)
     assert "has changed" in told.stderr
+
+
+def allow(monkeypatch, limited_s):
+    """How long servers may have us wait."""
+    settings = partial(MirrorSettings, rest_s=0.01, limited_s=limited_s)
+    monkeypatch.setattr(wanted, "MirrorSettings", settings)
+
+
+@pytest.mark.parametrize("case", [(429, 0), (429, len(FILES) + 2), (503, len(FILES) + 2)])
+def test_a_server_that_only_has_us_wait_is_given_up_with_what_it_answers(
+    web, listed, tmp_path, monkeypatch, case
+):
+    status, answered = case
+    allow(monkeypatch, 0.5)
+    web.headers["Retry-After"] = "0.1"
+
+    def before(_path):
+        if len(web.asked) > answered:
+            web.status = status
+
+    web.before = before
+    told = publish(web, listed, tmp_path / "out", code=errors.Stalled.exit_code)
+    assert f"{web.url}/top/{{path}}: top/" in told.stderr
+    assert f"it answers {status}, and has us wait for 0.50 s or more" in told.stderr
+    assert "run the same command again later" in told.stderr
+    # It is asked in between, but not after each answer.
+    assert answered + 2 <= len(web.asked) <= answered + 50
+    web.before = lambda _path: None
+    web.status = None
+    publish(web, listed, tmp_path / "out")
+
+
+def test_a_server_that_has_us_wait_for_too_long_is_not_waited_for(
+    web, listed, tmp_path, monkeypatch
+):
+    allow(monkeypatch, 300)
+    web.status, web.headers = 429, {"Retry-After": "400"}
+    publish(web, listed, tmp_path / "out", code=errors.Stalled.exit_code)
+
+
+def test_a_long_rest_is_said_and_what_was_limited_in_between_is_no_failure(
+    web, listed, from_disk, tmp_path, monkeypatch
+):
+    allow(monkeypatch, 20)
+    monkeypatch.setattr(passing, "LONG_REST_S", 0.2)
+    web.status, web.failures, web.headers = 429, 9, {"Retry-After": "0.2"}
+    told = publish(web, listed, tmp_path / "out")
+    assert f"mirror {web.url}/top/{{path}}: it answers 429 and asks us to wait 0 s" in told.stderr
+    assert told.stderr.count("asks us to wait") == 1
+    assert read(tmp_path / "out")[0].info == from_disk[0].info
 
 
 def test_a_file_that_is_another_one_in_the_next_run_is_hashed_again(web, listed, tmp_path):

@@ -189,6 +189,27 @@ def test_a_file_that_a_mirror_lacks_comes_from_another(tmp_path, web, other):
     assert "404" in str(error)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_mirror_that_only_has_us_wait_is_given_up_for_another(tmp_path, web, other, status):
+    web.status, web.headers = status, {"Retry-After": "0"}
+    mirrors = Mirrors((address(web), address(other)), SETTINGS)
+    events = fetch(Store(tmp_path), mirrors, manifest=MANIFEST, limits=Limits(stall_s=1))
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert all(f"{address(web)}: model/" in text for text in said)
+    assert all(f"it answers {status}, and has us wait for 1.00 s or more" in text for text in said)
+    assert said
+    assert whole(tmp_path)
+
+
+def test_of_a_mirror_alone_that_only_has_us_wait_the_error_says_what_it_answers(tmp_path, web):
+    web.status, web.headers = 429, {"Retry-After": "0"}
+    mirrors = Mirrors((address(web),), SETTINGS)
+    with pytest.raises(
+        errors.Stalled, match=r"it answers 429, and has us wait for 1\.00 s or more"
+    ):
+        list(fetch(Store(tmp_path), mirrors, manifest=MANIFEST, limits=Limits(stall_s=1)))
+
+
 def test_files_that_are_there_already_are_proven_and_a_wrong_one_is_replaced(tmp_path, web):
     bring(tmp_path, web)
     tmp_path.joinpath(".grokfetch/record.json").unlink()

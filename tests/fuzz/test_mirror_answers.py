@@ -23,7 +23,7 @@ from support.torrents import content, v1_torrent
 from support.virtual_time import Clock
 
 from grokfetch.errors import GrokfetchError, OutOfReach
-from grokfetch.events import Arrived
+from grokfetch.events import Arrived, Notice
 from grokfetch.fetch.mirror import (
     MirrorSettings,
     answers,
@@ -126,6 +126,10 @@ def check_text(text):
     assert text.isprintable()
 
 
+def check_notice(notice):
+    check_text(notice.text)
+
+
 def pieces(network, settings=SETTINGS):
     """Whatever is said to have arrived is right; in the end all has, or the mirror is given up."""
     known = layout()
@@ -180,7 +184,9 @@ def whole_files(network):
 
     def tell(address, path, what):
         assert address == URL
-        if not isinstance(what, int):
+        if isinstance(what, Notice):
+            check_text(what.text)
+        elif not isinstance(what, int):
             assert path not in told
             told[path] = what
 
@@ -195,10 +201,11 @@ def whole_files(network):
 
 def passing_files(network):
     """Of files that pass by exactly as many bytes are hashed and counted as the server promised."""
-    promised = lengths(URL, PATHS, SETTINGS)
+    promised = lengths(URL, PATHS, SETTINGS, check_notice)
     takers = {path: Taker(length[0]) for path, length in promised.items()}
     counts = []
-    pass_by(URL, {path: (promised[path], takers[path]) for path in PATHS}, SETTINGS, counts.append)
+    files = {path: (promised[path], takers[path]) for path in PATHS}
+    pass_by(URL, files, SETTINGS, counts.append, check_notice)
     assert all(taker.ended and taker.done == taker.size for taker in takers.values())
     assert sum(counts) == sum(taker.size for taker in takers.values())
 

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from grokfetch.errors import Contradiction, GrokfetchError, OutOfReach
+from grokfetch.errors import Contradiction, GrokfetchError, OutOfReach, Stalled
+from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, places
 from grokfetch.fetch.mirror.answers import (
     IGNORES_RANGE,
@@ -23,7 +24,8 @@ from grokfetch.fetch.mirror.answers import (
     Short,
     Span,
 )
-from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
+from grokfetch.fetch.mirror.state import LONG_REST_S, Mirror, MirrorSettings, Pace
+from grokfetch.units import seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.fetch.mirror.http import Http
@@ -33,6 +35,7 @@ __all__ = [
     "Length",
     "Mirrors",
     "Receiver",
+    "Told",
     "deliver",
     "lengths",
     "mirror_name",
@@ -44,6 +47,10 @@ BUFFER = 1 << 20
 
 Length = tuple[int, str | None]
 """Bytes of a file on the server, and the ETag that goes with them."""
+
+Told = int | Notice | GrokfetchError | None
+"""Bytes of a file that have come, what is waited for, why the file does not come; None if it is
+whole."""
 
 Work = Callable[["Http", Mirror, PurePosixPath], Awaitable[None]]
 
@@ -78,7 +85,10 @@ class Receiver(Protocol):
 
 
 def lengths(
-    address: str, paths: Iterable[PurePosixPath], settings: MirrorSettings
+    address: str,
+    paths: Iterable[PurePosixPath],
+    settings: MirrorSettings,
+    say: Callable[[Notice], None],
 ) -> dict[PurePosixPath, Length]:
     """How long files are on a server.
 
@@ -86,16 +96,18 @@ def lengths(
         address: as of a mirror.
         paths: with the torrent's top folder.
         settings: how many connections, and how patient.
+        say: is told what is waited for.
 
     Raises:
         OutOfReach: the server does not have one, or does not answer.
+        Stalled: it has limited us for too long.
     """
     found: dict[PurePosixPath, Length] = {}
 
     async def look(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
         found[path] = await _length(http, mirror, path)
 
-    asyncio.run(_Server(address, settings, look).visit(paths))
+    asyncio.run(_Server(address, settings, look, say).visit(paths))
     return found
 
 
@@ -104,6 +116,7 @@ def pass_by(
     files: Mapping[PurePosixPath, tuple[Length, Receiver]],
     settings: MirrorSettings,
     progress: Callable[[int], None],
+    say: Callable[[Notice], None],
 ) -> None:
     """Let files pass by from beginning to end, each on one connection.
 
@@ -114,10 +127,12 @@ def pass_by(
         files: path with the torrent's top folder, length as of `lengths`, and who takes it.
         settings: how many connections, and how patient.
         progress: is told of bytes that have come.
+        say: is told what is waited for.
 
     Raises:
         Contradiction: a file has another length or ETag there now.
         OutOfReach: the server does not have one any more, or does not answer.
+        Stalled: it has limited us for too long.
     """
     pace = Pace(settings.down)
 
@@ -126,7 +141,7 @@ def pass_by(
         await _Passage(http, mirror, path, length, progress, pace).to_the_end(receiver)
         receiver.end()
 
-    asyncio.run(_Server(address, settings, bring).visit(files))
+    asyncio.run(_Server(address, settings, bring, say).visit(files))
 
 
 class Delivery(Protocol):
@@ -148,7 +163,7 @@ class Delivery(Protocol):
 def deliver(
     work: Mapping[str, Mapping[PurePosixPath, Delivery]],
     settings: MirrorSettings,
-    tell: Callable[[str, PurePosixPath, int | GrokfetchError | None], None],
+    tell: Callable[[str, PurePosixPath, Told], None],
     ready: Callable[[Callable[[], None]], None],
 ) -> None:
     """Have several mirrors bring whole files at the same time, going on where each ends.
@@ -156,8 +171,8 @@ def deliver(
     Args:
         work: by the address of the mirror, the files by their paths.
         settings: how to treat them.
-        tell: is told, in this thread, of bytes that have come, of a file that is whole (None), and
-            of what a mirror does not bring.
+        tell: is told, in this thread, of bytes that have come, of a file that is whole (None), of
+            what a mirror does not bring, and of what is waited for.
         ready: is given what ends all this, to be called from another thread.
     """
 
@@ -187,7 +202,7 @@ async def _delivered(
     address: str,
     files: Mapping[PurePosixPath, Delivery],
     settings: MirrorSettings,
-    tell: Callable[[PurePosixPath, int | GrokfetchError | None], None],
+    tell: Callable[[PurePosixPath, Told], None],
     pace: Pace,
 ) -> None:
     async def bring(http: Http, mirror: Mirror, path: PurePosixPath) -> None:
@@ -205,7 +220,8 @@ async def _delivered(
             await passage.to_the_end(file)
         tell(path, None)
 
-    await _Server(address, settings, bring, tell).visit(files)
+    say = partial(tell, next(iter(files)))
+    await _Server(address, settings, bring, say, tell).visit(files)
 
 
 class _Server:
@@ -216,12 +232,14 @@ class _Server:
         address: str,
         settings: MirrorSettings,
         work: Work,
+        say: Callable[[Notice], None],
         failed: Callable[[PurePosixPath, GrokfetchError], None] | None = None,
     ) -> None:
         here = settings.environment.at_hub(address)
         self._mirror = Mirror(here, label(here), settings.connections)
         self._settings = settings
         self._work = work
+        self._say = say
         self._failed = failed
 
     async def visit(self, paths: Iterable[PurePosixPath]) -> None:
@@ -246,7 +264,7 @@ class _Server:
                 while rest_s is not None:
                     await asyncio.sleep(rest_s)
                     rest_s = await self._attempt(http, path)
-            except (Contradiction, OutOfReach) as error:
+            except (Contradiction, OutOfReach, Stalled) as error:
                 if self._failed is None:
                     raise
                 self._failed(path, error)
@@ -254,6 +272,8 @@ class _Server:
     async def _attempt(self, http: Http, path: PurePosixPath) -> float | None:
         """How long to rest before the next attempt, None after a good one."""
         mirror = self._mirror
+        if mirror.dropped:
+            raise self._stalled(path)
         began = time.monotonic()
         try:
             await self._work(http, mirror, path)
@@ -265,12 +285,32 @@ class _Server:
             raise OutOfReach(f"{path}: {error}", path=mirror.name, hint=HINT) from None
         except Failed as error:
             if isinstance(error, Limited) and error.rest_s is not None:
-                mirror.limit(began, error.rest_s, self._settings)
+                self._limit(began, error, error.rest_s)
+                if mirror.dropped:
+                    raise self._stalled(path) from None
             elif mirror.strike(began, self._settings, fewer=isinstance(error, Limited)):
                 raise OutOfReach(f"{path}: {error}", path=mirror.name, hint=HINT) from None
             return max(0.0, mirror.rests_until - time.monotonic())
         mirror.deliver()
         return None
+
+    def _limit(self, began: float, error: Limited, rest_s: float) -> None:
+        """Wait as long as the server says, unless that is too long altogether."""
+        mirror = self._mirror
+        news = mirror.note(str(error))
+        mirror.dropped = mirror.limit(began, rest_s, self._settings) or mirror.dropped
+        if news and rest_s >= LONG_REST_S and not mirror.dropped:
+            self._say(Notice(f"mirror {mirror.name}: {error} and asks us to wait {rest_s:.0f} s"))
+
+    def _stalled(self, path: PurePosixPath) -> Stalled:
+        """The error for a file that a server withholds which does nothing but limit us."""
+        fault, patience = next(reversed(self._mirror.faults)), self._settings.limited_s
+        return Stalled(
+            f"{path}: {fault}, and has us wait for {seconds_text(patience)} or more",
+            path=self._mirror.name,
+            hint="what has been hashed is kept; run the same command again later, or name another"
+            " mirror",
+        )
 
 
 async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:

@@ -24,7 +24,7 @@ from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.mirror.answers import Failed, Faulty, Limited, Short
 from grokfetch.fetch.mirror.http import Http
 from grokfetch.fetch.mirror.jobs import Begun, Job, Jobs
-from grokfetch.fetch.mirror.state import Mirror, MirrorSettings, Pace
+from grokfetch.fetch.mirror.state import LONG_REST_S, Mirror, MirrorSettings, Pace
 from grokfetch.fetch.mirror.transfer import Lacking, Reader, Writer
 from grokfetch.torrent.layout import Layout, Segment
 
@@ -35,10 +35,6 @@ LEAST_RATE = 16 << 10
 
 MOST_REFUSALS = 8
 """Files that a mirror may lack before it has delivered anything."""
-
-
-LONG_REST_S = 10.0
-"""A rest that a server asks for is said if it is longer than this."""
 
 ZEROS = bytes(1 << 20)
 

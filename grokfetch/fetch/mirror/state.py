@@ -10,10 +10,13 @@ from pathlib import PurePosixPath
 
 from grokfetch.fetch.mirror.environment import Environment
 
-__all__ = ["Mirror", "MirrorSettings", "Pace"]
+__all__ = ["LONG_REST_S", "Mirror", "MirrorSettings", "Pace"]
 
 LONGEST_PAUSE_S = 60.0
 """The longest rest that a mirror gets which does not say itself how long it should be."""
+
+LONG_REST_S = 10.0
+"""A rest that a server asks for is said if it is longer than this."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,15 +26,17 @@ class MirrorSettings:
     `connections` go to each of them. After `patience_s` of silence a request has failed; after a
     failure a mirror rests for `rest_s`, twice as long after each further one, and after `attempts`
     failures without a piece between them it is dropped. One that limits us and says for how long is
-    waited for instead. `proxy` is scheme, host, port, user and password of a proxy, `down` the most
-    bytes a second from all mirrors together, None for no bound. `environment` is what holds for
-    HTTP without that proxy.
+    waited for instead; one that is to bring whole files is given up if that would make `limited_s`
+    without anything else. `proxy` is scheme, host, port, user and password of a proxy, `down` the
+    most bytes a second from all mirrors together, None for no bound. `environment` is what holds
+    for HTTP without that proxy.
     """
 
     connections: int = 6
     patience_s: float = 30.0
     rest_s: float = 1.0
     attempts: int = 6
+    limited_s: float = 1800.0
     proxy: tuple[str, str, int, str, str] | None = dataclasses.field(default=None, repr=False)
     down: int | None = None
     environment: Environment = dataclasses.field(default_factory=Environment)
@@ -59,7 +64,7 @@ class Mirror:
     `address` is where it is asked, `name` how it is shown to people. `lacks` are files that it
     does not have, `form` the form of its addresses that answered last, `received` the payload bytes
     that came from it, `faults` what was wrong with it, the latest last. `active` requests are under
-    way, and at most `allowed` may be.
+    way, and at most `allowed` may be. Since `limited_since` it has limited us, no more.
     """
 
     address: str
@@ -74,6 +79,7 @@ class Mirror:
     delivered: bool = False
     strikes: int = 0
     limits: int = 0
+    limited_since: float | None = None
     struck_at: float = 0.0
     rests_until: float = 0.0
 
@@ -91,6 +97,7 @@ class Mirror:
     def deliver(self) -> None:
         """Count a piece that was right."""
         self.delivered, self.strikes, self.limits = True, 0, 0
+        self.limited_since = None
 
     def grow(self, connections: int) -> None:
         """Allow more again after a request that went well: one more after two of them."""
@@ -112,12 +119,19 @@ class Mirror:
             self._fail(self.strikes, settings, fewer=fewer)
         return self.strikes >= settings.attempts
 
-    def limit(self, began: float, rest_s: float, settings: MirrorSettings) -> None:
-        """Take in that it wants fewer requests, and none for so many seconds; no strike."""
+    def limit(self, began: float, rest_s: float, settings: MirrorSettings) -> bool:
+        """Take in that it wants fewer requests, and none for so many seconds; no strike.
+
+        Returns:
+            Whether that would make more than `limited_s` without anything delivered.
+        """
+        if self.limited_since is None:
+            self.limited_since = time.monotonic()
         if began >= self.struck_at:
             self.limits += 1
             self._fail(self.limits, settings, fewer=True)
         self.rests_until = max(self.rests_until, time.monotonic() + rest_s)
+        return self.rests_until - self.limited_since >= settings.limited_s
 
     def _fail(self, times: int, settings: MirrorSettings, *, fewer: bool) -> None:
         self.struck_at = time.monotonic()
