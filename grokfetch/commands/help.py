@@ -40,8 +40,9 @@ class Explained(click.Command):
         other = REST if self.groups else "Options"
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, other)}
         for parameter in self.get_params(ctx):
+            # Arguments are explained in the text above; newer versions of click give a row to each.
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections[title_of.get(parameter.name or "", other)].append(record)
         for title, records in sections.items():
             if records:

@@ -12,7 +12,6 @@ import os
 import threading
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from grokfetch.torrent.read_back import advise
@@ -46,12 +45,7 @@ class TargetFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._handle)
 
     def write(self, data: Data, start: int) -> int:
