@@ -16,18 +16,16 @@ from grokfetch.commands.host_options import share_options
 from grokfetch.commands.hosts import share_request
 from grokfetch.commands.options import (
     NETWORK_NAMES,
-    Goal,
-    goal_options,
     json_option,
     manifest_option,
     network_options,
     part_options,
     plain_option,
     state_option,
+    timeout_option,
 )
-from grokfetch.commands.seed import share
+from grokfetch.commands.seed import Goal, share, sharing_options
 from grokfetch.commands.tokenizer import bring_tokenizer
-from grokfetch.commands.value_types import Number
 from grokfetch.events import Outcome
 from grokfetch.fetch import Asked
 from grokfetch.fetch.mirror import Mirrors
@@ -61,22 +59,20 @@ MOST_EXTRAS = 10
     extra="SOURCE is one argument: put a magnet link in quotes",
 )
 @click.argument("source", required=False)
-@click.option("--to", "folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where it is to go; the DIR that SOURCE is, if not given.",
+)
 @manifest_option
 @network_options
-@click.option(
-    "--timeout",
-    metavar="SECONDS",
-    type=Number(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Give up after so long without a byte.",
-)
+@timeout_option
 @part_options
 @share_options
 @click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
-@click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
-@goal_options
+@sharing_options
 @plain_option
 @state_option
 @json_option
@@ -90,8 +86,7 @@ def fetch(
     part: Request | None,
     of_host: Share | None,
     repair: bool,
-    go_on: bool,
-    goal: Goal,
+    sharing: Goal | None,
     state: Path | None,
 ) -> None:
     """Bring a checkpoint to DIR and prove every byte of it.
@@ -108,8 +103,6 @@ def fetch(
     target = folder or wanted.begun
     if target is None:
         raise click.UsageError("say where to: --to DIR")
-    if goal != Goal() and not go_on:
-        raise click.UsageError("--ratio and --for go with --seed")
     request = _request(part, of_host) or wanted.request
     store = Store(target, state)
     start = time.perf_counter()
@@ -133,8 +126,8 @@ def fetch(
         folder=str(target),
         **dataclasses.asdict(outcome),
     )
-    if go_on:
-        share(store, network.swarm, goal)
+    if sharing is not None:
+        share(store, network.swarm, sharing)
 
 
 def _request(part: Request | None, of_host: Share | None) -> Asked | None:

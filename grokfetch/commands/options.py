@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from grokfetch.commands.value_types import Duration, Mesh, Number, Rate, Size, proxy_of
+from grokfetch.commands.value_types import Mesh, Number, Rate, Size, proxy_of
 from grokfetch.fetch.mirror.addresses import unusable
 from grokfetch.fetch.swarm import SwarmSettings
 from grokfetch.fetch.wanted import Network
@@ -26,11 +26,11 @@ from loader.devices.arrangement import CacheType, Dtype, Loading, Placement
 from loader.weights.partition import MeshShape
 
 __all__ = [
+    "LOADING_NAMES",
     "NETWORK_NAMES",
-    "Goal",
+    "SWARM_NAMES",
     "Meanwhile",
     "bundle",
-    "goal_options",
     "json_option",
     "loading_options",
     "manifest_option",
@@ -40,6 +40,7 @@ __all__ = [
     "plain_option",
     "state_option",
     "swarm_options",
+    "timeout_option",
     "tokenizer_option",
 ]
 
@@ -117,12 +118,23 @@ plain_option = click.option(
 
 # --- whom to fetch from, and share with ----------------------------------------------------------
 
-
-NETWORK_NAMES = (
+SWARM_NAMES = (
     *("peers", "listen", "discovery", "no_dht", "no_lsd", "no_trackers"),
-    *("proxy", "encryption", "web_seeds", "mirrors"),
+    *("proxy", "encryption"),
 )
-"""The options that say from whom, for the groups of a help."""
+"""The options that say with whom, for the groups of a help."""
+
+NETWORK_NAMES = (*SWARM_NAMES, "web_seeds", "mirrors")
+"""The options that say from whom."""
+
+timeout_option = click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=Number(min=0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Give up after so long without a byte.",
+)
 
 
 def _swarm(
@@ -232,37 +244,6 @@ _with_mirrors = bundle(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Goal:
-    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
-
-    ratio: float | None = None
-    seconds: float | None = None
-
-    def reached(self, ratio: float, seconds: float) -> bool:
-        """Whether one of the two is."""
-        return (self.ratio is not None and ratio >= self.ratio) or (
-            self.seconds is not None and seconds >= self.seconds
-        )
-
-
-goal_options = bundle(
-    "goal",
-    Goal,
-    click.option(
-        "--ratio",
-        type=Number(min=0, min_open=True),
-        help="Stop seeding when so many times the size has been uploaded.",
-    ),
-    click.option(
-        "--for",
-        "seconds",
-        type=Duration(),
-        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Meanwhile:
     """A fetch that is to run beside the model.
 
@@ -335,6 +316,9 @@ part_options = bundle(
 )
 
 # --- how a model is held -------------------------------------------------------------------------
+
+LOADING_NAMES = ("dtype", "cache", "placement", "mesh", "memory", "unproven")
+"""The options that say how, for the groups of a help."""
 
 
 def _loading(

@@ -15,15 +15,14 @@ import click
 
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
-    Goal,
-    goal_options,
+    SWARM_NAMES,
     plain_option,
     state_option,
     swarm_options,
 )
 from grokfetch.commands.publish_mirror import MirrorSource, publish_mirror
 from grokfetch.commands.published import describe, put_out, warn_of_look_alikes
-from grokfetch.commands.seed import share
+from grokfetch.commands.seed import Goal, share, sharing_options
 from grokfetch.commands.value_types import Integer
 from grokfetch.errors import Contradiction, StateLocked, StorageFailed
 from grokfetch.events import Hashed
@@ -87,6 +86,13 @@ class FolderOrTemplate(click.Path):
         "grokfetch publish my-model --tracker udp://tracker.example.org:1337/announce",
         "grokfetch publish 'https://example.org/my-model/{path}' --files list.txt",
     ),
+    groups={
+        "What": ("config", "with_leftovers"),
+        "What lies at a web address": ("listed", "manifest_file", "name"),
+        "The torrent": ("output", "trackers", "web_seeds", "piece_length", "v1_only"),
+        "Sharing afterwards": ("go_on", "ratio", "seconds", "up", "down", *SWARM_NAMES),
+        "For machines and screens": ("plain", "state"),
+    },
 )
 @click.argument(
     "source", metavar="DIR", type=FolderOrTemplate(file_okay=False, exists=True, path_type=Path)
@@ -157,8 +163,7 @@ class FolderOrTemplate(click.Path):
     help="Publish also what other programs leave beside the payload: .DS_Store, ._*, "
     ".cache/huggingface.",
 )
-@click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards.")
-@goal_options
+@sharing_options
 @swarm_options
 @plain_option
 @state_option
@@ -175,8 +180,7 @@ def publish(
     config: Path | None,
     v1_only: bool,
     with_leftovers: bool,
-    go_on: bool,
-    goal: Goal,
+    sharing: Goal | None,
     swarm: SwarmSettings,
     state: Path | None,
 ) -> None:
@@ -190,11 +194,9 @@ def publish(
     hashed as it streams by, and nothing is kept but hashes. The address becomes a web seed and a
     mirror. If it is interrupted the same command goes on; files that were under way begin anew.
     """
-    if goal != Goal() and not go_on:
-        raise click.UsageError("--ratio and --for go with --seed")
     start = time.perf_counter()
     if isinstance(source, str):
-        if v1_only or with_leftovers or go_on or state is not None:
+        if v1_only or with_leftovers or sharing is not None or state is not None:
             raise click.UsageError("--v1, --leftovers, --seed and --state go with a folder")
         publish_mirror(
             MirrorSource(source, listed, manifest_file, name, config, piece_length),
@@ -227,9 +229,9 @@ def publish(
             err=True,
         )
     click.echo(magnet)
-    _keep(store, published, manifest, must=go_on or state is not None)
-    if go_on:
-        share(store, swarm, goal)
+    _keep(store, published, manifest, must=sharing is not None or state is not None)
+    if sharing is not None:
+        share(store, swarm, sharing)
 
 
 def _keep(store: Store, made: Made, manifest: Manifest, *, must: bool) -> None:

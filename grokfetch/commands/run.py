@@ -18,6 +18,7 @@ from grokfetch.commands.host_options import Hosts, hosts_options
 from grokfetch.commands.hosts import asked, joined
 from grokfetch.commands.loading import loading_shown, lost_pages_told
 from grokfetch.commands.options import (
+    LOADING_NAMES,
     NETWORK_NAMES,
     Meanwhile,
     json_option,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
         "Prompt": ("tokens", "prompt_file", "tokenizer"),
         "Many prompts": ("prompts", "output", "slots"),
         "Text": ("max_tokens", "temperature", "top_p", "top_k", "seed"),
-        "How the model is held": ("dtype", "cache", "placement", "mesh", "memory", "unproven"),
+        "How the model is held": LOADING_NAMES,
         "Several hosts": ("cluster", "coordinator", "num_hosts", "host_id"),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
         "For machines and screens": ("json", "plain", "state", "stats"),

@@ -10,12 +10,13 @@ import click
 
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
-    Goal,
-    goal_options,
+    SWARM_NAMES,
+    bundle,
     json_option,
     state_option,
     swarm_options,
 )
+from grokfetch.commands.value_types import Duration, Number
 from grokfetch.errors import NotProven, StateMissing
 from grokfetch.events import Ended, Seeding
 from grokfetch.fetch.swarm import Seeder, Shared, SwarmSettings
@@ -40,12 +41,65 @@ EVENT_INTERVAL_S = 1.0
 """How often an event says so."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Goal:
+    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
+
+    ratio: float | None = None
+    seconds: float | None = None
+
+    def reached(self, ratio: float, seconds: float) -> bool:
+        """Whether one of the two is."""
+        return (self.ratio is not None and ratio >= self.ratio) or (
+            self.seconds is not None and seconds >= self.seconds
+        )
+
+
+_goal_options = (
+    click.option(
+        "--ratio",
+        type=Number(min=0, min_open=True),
+        help="Stop seeding when so many times the size has been uploaded.",
+    ),
+    click.option(
+        "--for",
+        "seconds",
+        type=Duration(),
+        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
+    ),
+)
+
+goal_options = bundle("goal", Goal, *_goal_options)
+
+
+def _sharing(ratio: float | None, seconds: float | None, *, go_on: bool) -> Goal | None:
+    goal = Goal(ratio, seconds)
+    if goal != Goal() and not go_on:
+        raise click.UsageError("--ratio and --for go with --seed")
+    return goal if go_on else None
+
+
+sharing_options = bundle(
+    "sharing",
+    _sharing,
+    click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards."),
+    *_goal_options,
+)
+"""Of a command that may share afterwards what it has made; None: it does not."""
+
+
 @click.command(
     cls=Explained,
     examples=(
         "grokfetch seed /data/grok-1",
         "grokfetch seed /data/grok-1 --up 5M --ratio 2",
     ),
+    groups={
+        "How long": ("ratio", "seconds"),
+        "With whom": SWARM_NAMES,
+        "How fast": ("up", "down"),
+        "For machines": ("json", "state"),
+    },
 )
 @click.argument(
     "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)

@@ -12,7 +12,12 @@ import click
 
 from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown, lost_pages_told
-from grokfetch.commands.options import loading_options, state_option, tokenizer_option
+from grokfetch.commands.options import (
+    LOADING_NAMES,
+    loading_options,
+    state_option,
+    tokenizer_option,
+)
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Integer, Size
 from grokfetch.errors import StorageFailed, TokenizerMissing
@@ -41,6 +46,11 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
         "grokfetch serve /data/grok-1",
         "grokfetch serve /data/grok-1 --host 0.0.0.0 --api-key-file key.txt",
     ),
+    groups={
+        "For whom": ("host", "port", "api_key_file", "name", "origins", "log_requests"),
+        "Texts at once": ("slots", "queue_length", "prefix_cache"),
+        "How the model is held": (*LOADING_NAMES, "tokenizer", "state"),
+    },
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")

@@ -10,8 +10,14 @@ import click
 
 from grokfetch.commands.fetch import bring
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import json_option, network_options, plain_option, state_option
-from grokfetch.commands.value_types import Number
+from grokfetch.commands.options import (
+    NETWORK_NAMES,
+    json_option,
+    network_options,
+    plain_option,
+    state_option,
+    timeout_option,
+)
 from grokfetch.commands.verify_gguf import verify_gguf
 from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
@@ -30,6 +36,12 @@ from grokfetch.units import seconds_text
         "grokfetch verify /data/grok-1 --repair",
         "grokfetch verify grok-1-Q8_0.gguf --against /data/grok-1",
     ),
+    groups={
+        "What": ("against", "repair"),
+        "From whom a repair fetches": NETWORK_NAMES,
+        "How fast, how long": ("up", "down", "timeout"),
+        "For machines and screens": ("json", "plain", "state"),
+    },
 )
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -40,14 +52,7 @@ from grokfetch.units import seconds_text
     "them; Grok-1's manifest by default.",
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
-@click.option(
-    "--timeout",
-    metavar="SECONDS",
-    type=Number(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Give up a repair after so long without a byte.",
-)
+@timeout_option
 @network_options
 @plain_option
 @state_option
