@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -172,6 +173,17 @@ def end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+def why_not() -> str | None:
+    """What this machine lacks for networks of our own, None if nothing."""
+    for tool in ("unshare", "nsenter", "ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"there is no `{tool}` here"
+    tried = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False, text=True)
+    if tried.returncode:
+        return f"network namespaces are not allowed here ({tried.stderr.strip()})"
+    return None
+
+
 def main() -> None:
     """Measure and print the table."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -209,8 +221,10 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--role"]:
         play(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), *map(int, sys.argv[5:]))
-    elif os.environ.get("FANOUT") is None:
+    elif os.environ.get("FANOUT") is not None:
+        main()
+    elif missing := why_not():
+        print(f"left out: {missing}")
+    else:
         os.environ["FANOUT"] = "inside"
         os.execvp("unshare", ["unshare", "-rn", sys.executable, *sys.argv])
-    else:
-        main()
