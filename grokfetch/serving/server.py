@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from grokfetch.errors import OutOfReach
+from grokfetch.serving.connection import Connection
 
-__all__ = ["HEADERS_S", "KEEP_ALIVE_S", "Server", "bound", "listen"]
+__all__ = ["KEEP_ALIVE_S", "Server", "bound", "listen"]
 
 KEEP_ALIVE_S = 75
 """Seconds that a connection is kept between two requests: more than proxies and clients keep theirs
 (60 s), lest one sends a request into a connection that is just being closed."""
-
-HEADERS_S = 60.0
-"""Seconds in which a request's headers have to come, and the rest of a body that is not read."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -68,54 +63,6 @@ def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name
         Server(app, say, name).run([at])
 
 
-class _Patient(H11Protocol):
-    """A connection that is ended where what a client has to send does not come.
-
-    That are a request's headers, and the rest of a body that nobody has read; the others' bodies
-    are the gate's.
-    """
-
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.conn.our_state is h11.DONE:
-            self._watch()
-
-    def send_400_response(self, msg: str) -> None:
-        try:
-            super().send_400_response(msg)
-        except h11.LocalProtocolError:
-            # The request has been answered before its malformed body came, or must get no body.
-            self.transport.close()
-        if self.cycle is not None:
-            # The application may be about to answer, too.
-            self.cycle.disconnected = True
-
-    def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
-            self._forget()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(HEADERS_S, self.transport.close)
-
-    def _forget(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
 class Server(uvicorn.Server):
     """Uvicorn over an application, with bounds for how long clients may take.
 
@@ -129,7 +76,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_Patient,
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 log_level="warning",

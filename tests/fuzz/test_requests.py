@@ -25,7 +25,7 @@ from support.serving import DEADLINE_S, SERVED, Letters, serving
 from support.virtual_time import Clock
 
 from grokfetch.commands.serve import Jobs
-from grokfetch.serving import gate
+from grokfetch.serving import connection, gate
 from grokfetch.serving import server as listening
 from grokfetch.serving.app import Access, application
 from grokfetch.serving.server import Server
@@ -51,6 +51,7 @@ MANY = BODY | {"prompt": ["\u4e05\u4e06", "\u4e07"], "n": 2, "logprobs": 3, "ech
 STREAM = BODY | {"stream": True, "stream_options": {"include_usage": True}, "top_k": 5}
 OTHERS = BODY | {"logit_bias": {"5": -3.0, "511": 1}, "min_tokens": 1, "best_of": 2, "min_p": 0.1}
 LONG = STREAM | {"max_tokens": 100}
+LARGE = {"prompt": [5], "max_tokens": 100, "n": 4, "logprobs": 5, "echo": True}
 CHAT = {"model": "golden", "messages": [{"role": "user", "content": "hello"}]}
 CHUNKED = (
     b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\n"
@@ -80,6 +81,11 @@ SEEDS = [
     request("POST", "/v1/completions", STREAM | {"max_tokens": 100})
     + b"<<next>>" * 9
     + b"<<reset>>",
+    b"<<deaf>>" + request("POST", "/v1/completions", LARGE | {"stream": True}),
+    b"<<deaf>>" + request("POST", "/v1/completions", LARGE) + request("GET", "/health"),
+    b"<<deaf>>" + request("GET", "/metrics", None, "X: " + "y" * 400) + b"<<endless>>",
+    b"<<sips>>" + request("POST", "/v1/completions", LARGE) + request("GET", "/health"),
+    b"<<sips>>" + request("POST", "/v1/completions", LARGE | {"stream": True}),
 ]
 
 
@@ -133,7 +139,7 @@ def attempt(monkeypatch):
 
     def attempt(text):
         told = said(text)
-        broken = any(mark in text for mark in (b"<<reset>>", b"<<end>>"))
+        broken = any(mark in text for mark in (b"<<reset>>", b"<<end>>", b"<<deaf>>"))
         check(told, scopes, broken=broken)
         assert not worker.texts
         after = said(GOOD)
@@ -193,7 +199,12 @@ def test_half_a_minute_of_new_requests_does_no_harm(attempt, tmp_path):
 
 
 def test_the_treacherous_requests_do_no_harm_on_real_sockets(monkeypatch):
-    for module, name in ((listening, "HEADERS_S"), (listening, "KEEP_ALIVE_S"), (gate, "BODY_S")):
+    for module, name in (
+        (connection, "HEADERS_S"),
+        (connection, "UNREAD_S"),
+        (listening, "KEEP_ALIVE_S"),
+        (gate, "BODY_S"),
+    ):
         monkeypatch.setattr(module, name, 0.5)
     monkeypatch.setattr(gate, "LARGEST_BODY", LARGEST_BODY)
     texts = SEEDS + [file.read_bytes() for file in sorted((CORPUS / "request").glob("*"))]

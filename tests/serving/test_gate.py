@@ -12,7 +12,7 @@ import httpx
 import pytest
 from support.serving import DEADLINE_S, P1, Held, error, post, serving
 
-from grokfetch.serving import gate
+from grokfetch.serving import connection, gate
 from grokfetch.serving import server as listening
 
 
@@ -90,7 +90,7 @@ def test_a_body_whose_length_is_told_twice_is_refused_and_the_connection_ends(ur
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 def test_headers_that_never_end_end_the_connection(url, sent, monkeypatch):
-    monkeypatch.setattr(listening, "HEADERS_S", 0.2)
+    monkeypatch.setattr(connection, "HEADERS_S", 0.2)
     assert speak(url, sent, until_closed=True) == b""
 
 
@@ -106,7 +106,7 @@ def test_a_body_that_never_ends_is_answered_and_the_connection_ends(url, monkeyp
 
 
 def test_a_slow_answer_ends_no_connection(monkeypatch):
-    monkeypatch.setattr(listening, "HEADERS_S", 0.2)
+    monkeypatch.setattr(connection, "HEADERS_S", 0.2)
     monkeypatch.setattr(gate, "BODY_S", 0.2)
     model = Held()
     with serving(model) as (url, _):

@@ -4,6 +4,7 @@ What a client sends is bytes and marks: `<<next>>` ends a packet, `<<length>>` s
 of the body that follows, up to the next mark; `<<silence>>` lasts longer than any patience,
 `<<slowly>>` has all that follows come byte by byte, `<<endless>>` has what stands before it, up to
 the last mark, come again and again; `<<end>>` ends what is sent, `<<reset>>` breaks the connection.
+After `<<deaf>>` the client reads no more, after `<<sips>>` it reads slowly.
 """
 
 from __future__ import annotations
@@ -24,18 +25,27 @@ PACKET = 64 << 10
 MOST_HELD = 4 * PACKET
 """Bytes of a client that may be held before anybody has asked for them."""
 
+MOST_UNREAD = 2 * PACKET
+"""Bytes that may lie there for a client that does not read, before an answer is put to them."""
+
+SIP = 16 << 10
+"""Bytes that a client reads each second that reads slowly."""
+
 MOST_SILENCE_S = 200.0
 """A connection on which nothing comes any more may stay for so long, and no longer."""
 
 MARKS = [
     f"<<{word}>>".encode()
-    for word in ("next", "length", "silence", "slowly", "endless", "end", "reset")
+    for word in (
+        *("next", "length", "silence", "slowly", "endless", "end", "reset"),
+        *("deaf", "sips"),
+    )
 ]
 
 
 def parts(text):
-    """What a client does: bytes, pauses in seconds, or "end" and "reset"."""
-    texts = re.split(rb"<<(next|silence|slowly|endless|end|reset)>>", text)
+    """What a client does: bytes, pauses in seconds, "deaf" and "sips", or "end" and "reset"."""
+    texts = re.split(rb"<<(next|silence|slowly|endless|end|reset|deaf|sips)>>", text)
     before, slow = b"", False
     for literal, mark in itertools.zip_longest(*[iter(texts)] * 2):
         part = _with_length(literal)
@@ -48,6 +58,8 @@ def parts(text):
             yield SILENCE_S
         elif mark == b"endless" and before:
             yield from _slow(itertools.cycle(before)) if slow else _again(before)
+        elif mark in {b"deaf", b"sips"}:
+            yield mark.decode()
         elif mark in {b"end", b"reset"}:
             yield mark.decode()
             return
@@ -70,7 +82,7 @@ def _again(part):
 
 
 class Transport(asyncio.Transport):
-    """What the server writes, and whether it wants to read."""
+    """What the server writes, whether it wants to read, and whether its client does."""
 
     def __init__(self, protocol, loop):
         super().__init__()
@@ -80,6 +92,9 @@ class Transport(asyncio.Transport):
         self.reads = asyncio.Event()
         self.reads.set()
         self.closed = False
+        self.reader = ""
+        self._unread = bytearray()
+        self._paused = self._lost = False
         self.ended = asyncio.Event()
 
     def get_extra_info(self, name, default=None):
@@ -87,18 +102,64 @@ class Transport(asyncio.Transport):
         return addresses.get(name, default)
 
     def write(self, data):
-        if not self.closed:
+        if self.closed:
+            return
+        if not self.reader:
             self.told += data
+            return
+        assert len(self._unread) <= MOST_UNREAD
+        self._unread += data
+        if len(self._unread) > PACKET and not self._paused:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def get_write_buffer_size(self):
+        return len(self._unread)
+
+    def listen(self, reader):
+        """Have the client be one who is deaf, or sips; it stays what it is."""
+        if not self.reader:
+            self.reader = reader
+            if reader == "sips":
+                self._sip()
+
+    def _sip(self):
+        self.told += self._unread[:SIP]
+        del self._unread[:SIP]
+        if len(self._unread) <= PACKET // 4 and self._paused:
+            self._paused = False
+            self._protocol.resume_writing()
+        if self.closed and not self._unread:
+            self.lose(None)
+        elif not self._lost:
+            self._loop.call_later(1.0, self._sip)
 
     def close(self):
+        self.closed = True
+        self.reads.set()
+        if not self._unread:
+            self.lose(None)
+
+    def abort(self):
         self.lose(None)
 
     def lose(self, error):
-        if not self.closed:
-            self.closed = True
+        if not self._lost:
+            self.closed = self._lost = True
             self.reads.set()
             self.ended.set()
             self._loop.call_soon(self._protocol.connection_lost, error)
+
+    async def end(self):
+        """Wait for the end of the connection, longer only for a client that still reads."""
+        while not self._lost:
+            before = len(self.told)
+            try:
+                async with asyncio.timeout(MOST_SILENCE_S):
+                    await self.ended.wait()
+            except TimeoutError:
+                if self.reader != "sips" or len(self.told) == before:
+                    raise
 
     def is_closing(self):
         return self.closed
@@ -133,7 +194,9 @@ class Endpoint:
                 transport.lose(ConnectionResetError(104, "reset by peer"))
             elif part == "end":
                 if not protocol.eof_received():
-                    transport.lose(None)
+                    transport.close()
+            elif isinstance(part, str):
+                transport.listen(part)
             else:
                 while not transport.reads.is_set():
                     await transport.reads.wait()
@@ -141,8 +204,8 @@ class Endpoint:
                     protocol.data_received(part)
                     assert len(protocol.conn.trailing_data[0]) <= MOST_HELD
                 await asyncio.sleep(0)
+        await transport.end()
         async with asyncio.timeout(MOST_SILENCE_S):
-            await transport.ended.wait()
             await asyncio.gather(*self.state.tasks)
         await asyncio.sleep(0)
         return bytes(transport.told)
