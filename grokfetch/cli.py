@@ -7,7 +7,6 @@ The road from magnet to token is `commands/fetch.py`, `commands/verify.py`, `com
 from __future__ import annotations
 
 import codecs
-import difflib
 import errno
 import io
 import os
@@ -84,6 +83,8 @@ class Program(click.Group):
         """The command that the arguments name; for a mistyped name the nearest is suggested."""
         name = args[0]
         if name not in COMMANDS and name[:1] != "-":
+            import difflib
+
             near = [MEANT[name]] if name in MEANT else []
             near += ["fetch"] if name.lower().startswith(("magnet:", "http")) else []
             near += difflib.get_close_matches(name, COMMANDS, cutoff=0.5)

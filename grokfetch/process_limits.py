@@ -14,8 +14,6 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 __all__ = ["address_space", "available_memory", "cgroup_memory", "cores", "most_memory"]
 
 ROOT = Path("/")
@@ -38,12 +36,16 @@ def cores(root: Path = ROOT) -> int:
 
 def most_memory() -> int:
     """Bytes that this process may ever hold: the machine's, or fewer by its cgroup."""
+    import psutil
+
     limits = [limit for limit, _ in _memory_limits(ROOT)]
     return min([int(psutil.virtual_memory().total), *limits])
 
 
 def available_memory() -> int:
     """Bytes that may be taken before the kernel ends a process for it."""
+    import psutil
+
     room = cgroup_memory(ROOT)
     free = int(psutil.virtual_memory().available)
     return free if room is None else min(free, room)
@@ -54,6 +56,8 @@ def address_space() -> tuple[int, int] | None:
 
     Mapped files count with their whole length, whatever of them is in memory.
     """
+    import psutil
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None

@@ -11,19 +11,20 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from grokfetch.commands.value_types import Mesh, Number, Rate, Size, proxy_of
-from grokfetch.fetch.mirror.addresses import unusable
-from grokfetch.fetch.swarm import SwarmSettings
-from grokfetch.fetch.wanted import Network
 from grokfetch.manifest.selection import Request, parse_numbers
 from grokfetch.output.reporting import begin_lines
 from grokfetch.output.terminal import be_plain
-from loader.devices.arrangement import CacheType, Dtype, Loading, Placement
-from loader.weights.partition import MeshShape
+
+if TYPE_CHECKING:
+    from grokfetch.fetch.swarm import Proxy, SwarmSettings
+    from grokfetch.fetch.wanted import Network
+    from loader.devices.arrangement import CacheType, Dtype, Loading, Placement
+    from loader.weights.partition import MeshShape
 
 __all__ = [
     "LOADING_NAMES",
@@ -49,7 +50,10 @@ Decorator = Callable[[Function], Function]
 
 
 def bundle(
-    name: str, make: Callable[..., object], *options: Decorator[Any]
+    name: str,
+    make: Callable[..., object],
+    *options: Decorator[Any],
+    only_with: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that gives a command several options, which it receives as one argument.
 
@@ -57,14 +61,16 @@ def bundle(
         name: of that argument.
         make: what to make of the values; its parameters are the names of the options.
         options: what `click.option` returns, in the order of the help.
+        only_with: a flag of the command without which the argument is None, and not made.
     """
     keys = tuple(inspect.signature(make).parameters)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def bundled(*args: Any, **kwargs: Any) -> None:
-            value = make(**{key: kwargs.pop(key) for key in keys})
-            command(*args, **{name: value}, **kwargs)
+            values = {key: kwargs.pop(key) for key in keys}
+            made = make(**values) if only_with is None or kwargs[only_with] else None
+            command(*args, **{name: made}, **kwargs)
 
         for option in reversed(options):
             bundled = option(bundled)
@@ -147,9 +153,11 @@ def _swarm(
     no_trackers: bool,
     up: int | None,
     down: int | None,
-    proxy: str | None,
+    proxy: Proxy | None,
     encryption: Any,
 ) -> SwarmSettings:
+    from grokfetch.fetch.swarm import SwarmSettings
+
     return SwarmSettings(
         listen,
         discovery=discovery,
@@ -159,14 +167,12 @@ def _swarm(
         trackers=not no_trackers,
         up=up,
         down=down,
-        proxy=None if proxy is None else proxy_of(proxy),
+        proxy=proxy,
         encryption=encryption,
     )
 
 
-swarm_options = bundle(
-    "swarm",
-    _swarm,
+_SWARM = (
     click.option(
         "--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well."
     ),
@@ -191,6 +197,7 @@ swarm_options = bundle(
     click.option(
         "--proxy",
         metavar="socks5://HOST:PORT",
+        callback=lambda _context, _parameter, value: None if value is None else proxy_of(value),
         help="Reach peers, trackers and mirrors through it; socks5://USER:PASSWORD@HOST:PORT to "
         "log in. socks5h:// is the same; http:// is one that takes CONNECT, without DHT and UDP.",
     ),
@@ -203,10 +210,15 @@ swarm_options = bundle(
     ),
 )
 
+swarm_options = bundle("swarm", _swarm, *_SWARM)
+
 
 def _usable(
     _context: click.Context, _parameter: click.Parameter, addresses: tuple[str, ...]
 ) -> tuple[str, ...]:
+    if addresses:
+        from grokfetch.fetch.mirror.addresses import unusable
+
     for address in addresses:
         why = unusable(address, stranger=False)
         if why is not None:
@@ -215,17 +227,12 @@ def _usable(
 
 
 def _network(swarm: SwarmSettings, *, mirrors: bool, web_seeds: tuple[str, ...]) -> Network:
+    from grokfetch.fetch.wanted import Network
+
     return Network(swarm, mirrors, web_seeds)
 
 
-def network_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of swarm and mirrors; it gets them as a `Network`, `network`."""
-    return swarm_options(_with_mirrors(command))
-
-
-_with_mirrors = bundle(
-    "network",
-    _network,
+_MIRRORS = (
     click.option(
         "--web-seed",
         "web_seeds",
@@ -241,6 +248,17 @@ _with_mirrors = bundle(
         help="Use HTTP too: the mirrors of manifest, link and torrent, the tokenizer's address.",
     ),
 )
+
+
+def network_options(
+    command: Callable[..., None], *, only_with: str | None = None
+) -> Callable[..., None]:
+    """Give a command the options of swarm and mirrors; it gets them as a `Network`, `network`.
+
+    With `only_with` it gets None unless that flag is given: then nothing of a fetch is imported.
+    """
+    mirrors = bundle("network", _network, *_MIRRORS, only_with=only_with)
+    return bundle("swarm", _swarm, *_SWARM, only_with=only_with)(mirrors(command))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -328,6 +346,8 @@ def _loading(
     mesh: MeshShape | None,
     memory: int | None,
 ) -> Loading:
+    from loader.devices.arrangement import Loading
+
     return Loading(dtype, placement, mesh, memory, cache=cache)
 
 

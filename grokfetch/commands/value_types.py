@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import click
 
-from grokfetch.fetch.swarm import Proxy
 from grokfetch.units import parse_bytes
-from loader.weights.accelerators import ACCELERATORS, Slice, slice_of
-from loader.weights.partition import MeshShape
+
+if TYPE_CHECKING:
+    from grokfetch.fetch.swarm import Proxy
+    from loader.weights.accelerators import Slice
+    from loader.weights.partition import MeshShape
 
 __all__ = ["Devices", "Duration", "Integer", "Mesh", "Number", "Rate", "Size", "proxy_of"]
 
@@ -125,6 +127,8 @@ class Mesh(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> MeshShape:
         """The mesh, 1 along an axis that is not named."""
+        from loader.weights.partition import MeshShape
+
         parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
         axes = [(part[1], int(part[2])) for part in parts if part is not None]
         if len(dict(axes)) != len(parts):
@@ -141,6 +145,8 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Slice:
         """The devices of that name."""
+        from loader.weights.accelerators import ACCELERATORS, slice_of
+
         named = slice_of(str(value))
         if named is None:
             kinds = ", ".join(ACCELERATORS)
@@ -162,6 +168,8 @@ def proxy_of(text: str) -> Proxy:
     Raises:
         click.BadParameter: it names none.
     """
+    from grokfetch.fetch.swarm import Proxy
+
     try:
         url = urlsplit(text)
         host, port = url.hostname, url.port

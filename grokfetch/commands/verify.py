@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from grokfetch.commands.fetch import bring
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
     NETWORK_NAMES,
@@ -18,16 +19,17 @@ from grokfetch.commands.options import (
     state_option,
     timeout_option,
 )
-from grokfetch.commands.verify_gguf import verify_gguf
 from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
 from grokfetch.events import Summary
-from grokfetch.fetch.wanted import Network, begun_in
 from grokfetch.folder import verify as verification
 from grokfetch.folder.journal import Command, Found, checked, note_more
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.output.reporting import ended, lines, reporter
 from grokfetch.units import seconds_text
+
+if TYPE_CHECKING:
+    from grokfetch.fetch.wanted import Network
 
 
 @click.command(
@@ -53,7 +55,7 @@ from grokfetch.units import seconds_text
 )
 @click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
 @timeout_option
-@network_options
+@partial(network_options, only_with="repair")
 @plain_option
 @state_option
 @json_option
@@ -63,7 +65,7 @@ def verify(
     against: Path | None,
     repair: bool,
     timeout: float,
-    network: Network,
+    network: Network | None,
     state: Path | None,
 ) -> None:
     """Read back every byte of DIR and compare it with the torrent or the manifest.
@@ -78,13 +80,15 @@ def verify(
     if not folder.is_dir():
         if repair:
             raise click.UsageError("--repair takes a folder")
+        from grokfetch.commands.verify_gguf import verify_gguf
+
         verify_gguf(folder, against)
         return
     if against is not None:
         raise click.UsageError("--against goes with a GGUF")
     store = Store(folder, state)
     start = time.perf_counter()
-    if repair:
+    if network is not None:
         _repair(store, network, start, timeout)
         return
     summary = check_bytes(store)
@@ -119,6 +123,9 @@ def verify(
 
 def _repair(store: Store, network: Network, start: float, timeout_s: float) -> None:
     """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
+    from grokfetch.commands.fetch import bring
+    from grokfetch.fetch.wanted import begun_in
+
     begun = begun_in(store)
     outcome = bring(
         store, begun.pieces(store, network), begun.manifest, timeout_s=timeout_s, repair=True

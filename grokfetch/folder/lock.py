@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from grokfetch.errors import StateLocked, StorageFailed, storage_failed
 from grokfetch.folder.atomic import make_folder
 
@@ -163,6 +161,8 @@ def _alive(owner: Owner) -> bool:
     if owner.host != socket.gethostname():
         return True
     try:
+        import psutil
+
         return psutil.pid_exists(owner.pid)
     except OverflowError:
         return False

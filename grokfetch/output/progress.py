@@ -15,14 +15,15 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Never, Protocol, Self, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, Never, Protocol, Self, TextIO
 
 from grokfetch.events import Event, Finding, Notice, Progress, Status
 from grokfetch.output.gauge import Gauge, Speed
 from grokfetch.output.json_lines import as_fields
 from grokfetch.output.terminal import Screen, screen
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["Bar", "Lines", "Sink", "finding_line"]
 
@@ -206,8 +207,10 @@ class Bar:
 
     def _draw(self, text: str) -> None:
         # A bar of tqdm's own fits no narrow terminal: tqdm keeps the line, `Gauge` says what is in
-        # it.
+        # it. Where nothing is drawn, nobody waits for its import.
         if self._line is None:
+            from tqdm import tqdm
+
             self._line = tqdm(desc=text, bar_format="{desc}", leave=False, file=self._stream)
         else:
             self._line.set_description_str(text)

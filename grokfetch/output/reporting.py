@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from grokfetch import __version__
 from grokfetch.events import Ended, Notice, Started
-from grokfetch.folder.store import Store
 from grokfetch.output.json_lines import error_fields
 from grokfetch.output.progress import Bar, Lines, Sink
 from grokfetch.output.terminal import plain
+
+if TYPE_CHECKING:
+    from grokfetch.folder.store import Store
 
 __all__ = ["begin_lines", "ended", "failed", "held", "lines", "notice", "reporter"]
 
