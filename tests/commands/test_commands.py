@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import pytest
 from support import golden
-from support.program import SIMPLEST, grokfetch, invoke
+from support.program import SIMPLEST, grokfetch, imported_by, invoke
 from support.release import publish
 
 from grokfetch import errors
@@ -187,6 +187,18 @@ def test_ctrl_c_keeps_what_is_proven_and_the_next_run_goes_on(published, tmp_pat
 def test_verify_says_how_much_is_proven_and_by_what(fetched_once):
     info_hash = parse(fetched_once.joinpath(".grokfetch/manifest.json").read_bytes(), "x").info_hash
     assert f"proven, by the piece hashes of {info_hash}" in grokfetch("verify", fetched_once)
+
+
+@pytest.mark.parametrize("command", ["verify", "status"])
+def test_a_folder_is_judged_without_importing_what_a_fetch_needs(fetched_once, command):
+    code = (
+        "import contextlib, io, sys\nfrom grokfetch.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        f"    main([{command!r}, {str(fetched_once)!r}], standalone_mode=False)\n"
+        "assert 'proven' in out.getvalue()\n"
+        "assert not [name for name in sys.modules if name.startswith('grokfetch.fetch')]"
+    )
+    assert not imported_by(code) & {"asyncio", "libtorrent", "psutil", "tqdm"}
 
 
 def test_a_flipped_bit_is_found_with_its_tensor_and_costs_one_piece(fetched, peer):
