@@ -65,7 +65,7 @@ def verify_gguf(path: Path, against: Path | None) -> None:
 
     Raises:
         Damaged: a shard is another one, or its hash is not known.
-        Contradiction: the manifest or the torrent is of another model.
+        Contradiction: the manifest or the torrent is of another model, or the GGUF is padded.
         CheckpointInvalid, Inexact, StorageFailed: as `loader.export.restoring.open_exported`.
     """
     from loader.export.restoring import open_exported
@@ -141,6 +141,8 @@ def _by_pieces(exported: Exported, official: _Official) -> Iterator[tuple[int, S
 
 
 def _official(config: GrokConfig, against: Path | None) -> _Official:
+    from loader.export.padding import padded_config
+
     if against is None:
         known = next((it for it in shipped() if it.model == config.to_mapping()), None)
         if known is None:
@@ -152,11 +154,18 @@ def _official(config: GrokConfig, against: Path | None) -> _Official:
     else:
         official = _in_file(config, against)
     model = official.manifest.model
-    if model is None or GrokConfig.from_mapping(model) != config:
+    of = None if model is None else GrokConfig.from_mapping(model)
+    if of == config:
+        return official
+    if of is not None and padded_config(of) == config:
         raise Contradiction(
-            "this manifest is of another model", path=against, hint="name that of the GGUF's source"
+            "the GGUF is this model filled up by --pad: no shards can be rebuilt from it",
+            path=against,
+            hint="whether it has changed: grokfetch verify of the folder that it lies in",
         )
-    return official
+    raise Contradiction(
+        "this manifest is of another model", path=against, hint="name that of the GGUF's source"
+    )
 
 
 def _in_file(config: GrokConfig, path: Path) -> _Official:

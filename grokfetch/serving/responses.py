@@ -58,7 +58,8 @@ async def _gone(_: Request, __: ClientDisconnect) -> Response:
 
 
 async def _http(_: Request, error: HTTPException) -> Response:
-    return as_json(error_body(error.detail, INVALID), error.status_code, error.headers)
+    detail = "no such path; GET / lists all" if error.status_code == 404 else error.detail
+    return as_json(error_body(detail, INVALID), error.status_code, error.headers)
 
 
 async def _unforeseen(_: Request, __: Exception) -> Response:

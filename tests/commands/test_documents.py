@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from support.demo import fetch_demo
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "ARCHITECTURE.md"
@@ -84,6 +85,16 @@ def test_the_messages_that_the_documents_explain_are_the_programs():
 def test_the_page_of_commands_is_what_the_program_prints():
     script = runpy.run_path(str(ROOT / "docs/reference/generate.py"))
     assert script["PAGE"].read_text() == script["page"](), "run: python docs/reference/generate.py"
+
+
+def test_the_readmes_python_prints_what_the_readme_says(tmp_path, capsys):
+    readme = ROOT.joinpath("README.md").read_text()
+    example, printed = re.search(
+        r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.DOTALL
+    ).groups()
+    assert "try/fetched" in example
+    exec(example.replace("try/fetched", str(fetch_demo(tmp_path))))
+    assert capsys.readouterr().out == printed
 
 
 def test_the_readme_is_a_front_door():

@@ -288,6 +288,7 @@ def test_what_is_no_request_is_an_error_in_the_same_form(server, path, content, 
     answer = httpx.post(f"{server.url}{path}", content=content)
     assert answer.status_code == status
     assert error(answer)["message"]
+    assert (status == 404) == ("GET / lists all" in error(answer)["message"])
 
 
 def test_values_that_change_nothing_pass_under_any_name(server):
