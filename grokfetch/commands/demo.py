@@ -101,7 +101,9 @@ def _walk(folder: Path) -> None:
         text, count = _recite(store, engine)
     steps.done(f"compiled the model and generated {count} tokens, word for word what it has learnt")
     click.echo(f"\n{text}\n")
-    click.echo("(a small model that knows one text by heart; the real one: grokfetch fetch --to DIR)")
+    click.echo(
+        "(a small model that knows one text by heart; the real one: grokfetch fetch --to DIR)"
+    )
     click.echo(
         "(llama.cpp recites it, too: grokfetch demo --keep DIR; "
         "grokfetch export DIR/fetched OUT --pad)"

@@ -11,7 +11,7 @@ from grokfetch.errors import GrokfetchError
 from grokfetch.events import Loaded, LoadEvent
 from grokfetch.folder.store import Store
 from grokfetch.output.reporting import failed, lines, reporter
-from grokfetch.units import bytes_text, seconds_text
+from grokfetch.units import bytes_text, count_text, seconds_text
 from loader.weights.lost_pages import explain_lost_pages
 
 __all__ = ["loading_shown", "lost_pages_told"]
@@ -47,6 +47,6 @@ def _loaded_text(event: Loaded) -> str:
     copied = event.placement == "sharded"
     return (
         f"{'loaded' if copied else 'mapped'} {bytes_text(event.bytes)} "
-        f"{'onto' if copied else 'for'} {event.devices} {event.platform} "
-        f"{'device' if event.devices == 1 else 'devices'} in {seconds_text(event.seconds)}"
+        f"{'onto' if copied else 'for'} {count_text(event.devices, f'{event.platform} device')} "
+        f"in {seconds_text(event.seconds)}"
     )

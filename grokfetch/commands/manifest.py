@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import plain_option, state_option
+from grokfetch.commands.options import (
+    config_option,
+    folder_argument,
+    plain_option,
+    state_option,
+)
 from grokfetch.errors import (
     CheckpointInvalid,
     Damaged,
@@ -51,14 +56,8 @@ CONFIG = (
         "grokfetch manifest my-model --config config.json --output my-model.json",
     ),
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Hyperparameters as JSON; the official model's if not given.",
-)
+@folder_argument
+@config_option
 @click.option("--output", type=click.Path(path_type=Path), help="Write the manifest here as well.")
 @plain_option
 @state_option

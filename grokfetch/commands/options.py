@@ -32,6 +32,8 @@ __all__ = [
     "SWARM_NAMES",
     "Meanwhile",
     "bundle",
+    "config_option",
+    "folder_argument",
     "json_option",
     "loading_options",
     "manifest_option",
@@ -81,6 +83,10 @@ def bundle(
 
 # --- single options ------------------------------------------------------------------------------
 
+folder_argument = click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+
 state_option = click.option(
     "--state",
     metavar="DIR",
@@ -100,6 +106,13 @@ manifest_option = click.option(
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
+)
+
+config_option = click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
 )
 
 json_option = click.option(

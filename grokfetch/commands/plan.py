@@ -37,7 +37,7 @@ from grokfetch.manifest.schema import Manifest, bind
 from grokfetch.manifest.selection import Request, extended, spans
 from grokfetch.manifest.shipped import grok_1
 from grokfetch.output.terminal import Screen, screen
-from grokfetch.units import bytes_text, seconds_text
+from grokfetch.units import bytes_text, count_text, seconds_text
 from loader.weights.accelerators import Slice
 
 SCHEMA = 1
@@ -294,7 +294,7 @@ def _mapped_row(share: Share) -> tuple[str, ...]:
 
 
 def _share_row(share: Share) -> tuple[str, ...]:
-    devices = f"{share.devices} {'device' if share.devices == 1 else 'devices'}"
+    devices = count_text(share.devices, "device")
     if not share.mesh:
         return devices, "", "", "", "NO", "no mesh divides the model"
     word = {True: "yes", False: "NO", None: "?"}[share.fits]

@@ -16,6 +16,7 @@ import click
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
     SWARM_NAMES,
+    config_option,
     plain_option,
     state_option,
     swarm_options,
@@ -144,11 +145,7 @@ class FolderOrTemplate(click.Path):
     callback=_power_of_two,
     help="A power of two; by default what makes at most 20,000 pieces.",
 )
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
-)
+@config_option
 @click.option(
     "--v1",
     "v1_only",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import state_option
+from grokfetch.commands.options import folder_argument, state_option
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.overview import overview
@@ -23,9 +23,7 @@ from grokfetch.units import bytes_text
         "grokfetch report /data/grok-1 --output grok-1.html",
     ),
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@folder_argument
 @click.option(
     "--output",
     "-o",
@@ -33,7 +31,7 @@ from grokfetch.units import bytes_text
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     default=Path("report.html"),
     show_default=True,
-    help="- writes it to stdout.",
+    help="Where to write the page; - is stdout.",
 )
 @state_option
 def report(folder: Path, output: Path, *, state: Path | None) -> None:

@@ -12,6 +12,7 @@ from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
     SWARM_NAMES,
     bundle,
+    folder_argument,
     json_option,
     state_option,
     swarm_options,
@@ -101,9 +102,7 @@ sharing_options = bundle(
         "For machines": ("json", "state"),
     },
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@folder_argument
 @goal_options
 @swarm_options
 @state_option

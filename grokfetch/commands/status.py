@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from grokfetch.commands.help import Explained
-from grokfetch.commands.options import plain_option, state_option
+from grokfetch.commands.options import folder_argument, plain_option, state_option
 from grokfetch.folder.history import History, rates
 from grokfetch.folder.journal import Check, Run
 from grokfetch.folder.overview import Overview, as_fields, missing_runs, overview
@@ -35,9 +35,7 @@ MOST_RUNS = 12
         "grokfetch status /data/grok-1 --json",
     ),
 )
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@folder_argument
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @plain_option
 @state_option
@@ -210,7 +208,7 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
-
+    """Which pieces are proven, each cell as many of them; as words where nothing is drawn."""
     if view.plain:
         yield f"pieces missing: {_runs(pieces)}"
         return

@@ -26,7 +26,7 @@ from grokfetch.folder.journal import Command, Found, checked, note_more
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.output.reporting import ended, lines, reporter
-from grokfetch.units import seconds_text
+from grokfetch.units import count_text, seconds_text
 
 if TYPE_CHECKING:
     from grokfetch.fetch.wanted import Network
@@ -131,11 +131,10 @@ def _repair(store: Store, network: Network, start: float, timeout_s: float) -> N
         store, begun.pieces(store, network), begun.manifest, timeout_s=timeout_s, repair=True
     )
     faults = check_tensors(store, "fetch")
-    again = "1 piece" if outcome.fetched == 1 else f"{outcome.fetched} pieces"
     seconds = time.perf_counter() - start
     ended(
         f"{outcome.total:,} of {outcome.total:,} bytes{_of(store)} proven, "
-        f"{again} fetched again, in {seconds_text(seconds)}",
+        f"{count_text(outcome.fetched, 'piece')} fetched again, in {seconds_text(seconds)}",
         seconds,
         **dataclasses.asdict(outcome),
         wrong=sum(fault.kind == "wrong" for fault in faults),
