@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import PurePosixPath
 from types import SimpleNamespace
 
-import httpcore
 import httpx
 import pytest
 from support.fuzzing import CORPUS, try_a_few, try_for_a_while
@@ -100,7 +99,7 @@ def network(monkeypatch, tmp_path):
     async def connect(_, host, port, **__):
         return await connected(known.mirror, host, port)
 
-    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
+    monkeypatch.setattr(direct.Sockets, "connect_tcp", connect)
     monkeypatch.setattr(asyncio, "run", known.clock.run)
     for module in (answers, direct, http, passing, pool, state):
         clock = SimpleNamespace(monotonic=known.clock.monotonic, time=lambda: 1.7e9)

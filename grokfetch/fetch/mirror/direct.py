@@ -1,7 +1,7 @@
 """HTTP/1.1 to servers without a proxy, for less than a whole client costs for each request.
 
 For a file of a few kilobytes the client's own work is what takes the time. Connecting, TLS and
-timeouts are httpcore's, the protocol is h11's; what stands here keeps connections open and takes
+timeouts are asyncio's, the protocol is h11's; what stands here keeps connections open and takes
 the one used last for the next request.
 """
 
@@ -16,12 +16,14 @@ import h11
 import httpcore
 import httpx
 
+from grokfetch.fetch.mirror.sockets import Sockets
+
 __all__ = ["Direct"]
 
 OPEN_S = 5.0
 """After so long without a request a connection is not used again: servers close such ones."""
 
-READ = 64 << 10
+READ = 256 << 10
 """Bytes that are read at once."""
 
 LONGEST_HEAD = 100 << 10
@@ -44,7 +46,7 @@ class Direct(httpx.AsyncBaseTransport):
     def __init__(self, connections: int, context: Callable[[], ssl.SSLContext]) -> None:
         self._most = connections
         self._context = context
-        self._backend = httpcore.AnyIOBackend()
+        self._backend = Sockets()
         self._idle: dict[Origin, list[_Connection]] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
