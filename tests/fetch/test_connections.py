@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from pathlib import PurePosixPath
 
 import psutil
@@ -136,3 +137,47 @@ def test_a_file_that_cannot_be_opened_is_named_and_the_one_before_is_closed(tmp_
             writer.write(LayoutFile(PurePosixPath("b"), 1, 1), 0, memoryview(b"x"))
     assert failure.value.path == str(tmp_path / "b")
     assert psutil.Process().num_fds() == before
+
+
+def test_no_more_is_taken_in_than_is_read():
+    size = 64 << 20
+    span = Span(0, size, size)
+    head = f"HTTP/1.1 206 x\r\nContent-Length: {size}\r\nContent-Range: bytes 0-{size - 1}/{size}"
+    left = []
+
+    async def talk(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head.encode() + b"\r\n\r\n" + bytes(size))
+        left.append(writer.transport)
+
+    async def main():
+        async with await asyncio.start_server(talk, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            async with Http(1, 5.0) as http, http.opened(f"http://127.0.0.1:{port}/", span) as it:
+                taken = len(await anext(it))
+                for _ in range(2_000):
+                    await asyncio.sleep(0)
+                held_back = left[0].get_write_buffer_size()
+                async for chunk in it:
+                    taken += len(chunk)
+        return taken, held_back
+
+    taken, held_back = asyncio.run(main())
+    assert taken == size
+    assert held_back > size // 2
+
+
+def test_a_host_all_of_whose_addresses_refuse_is_said_to_refuse(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{host}", port)) for host in (1, 2)
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    async def main():
+        async with Http(1, 5.0) as http, http.opened(f"http://two.example:{port}/", WHOLE):
+            pass
+
+    with pytest.raises(Failed, match="the connection is refused"):
+        asyncio.run(main())
