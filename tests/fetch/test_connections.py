@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_opened_is_named_and_the_one_before_is_closed(tmp_
 
 
 def test_no_more_is_taken_in_than_is_read():
-    size = 64 << 20
+    size = 24 << 20
     span = Span(0, size, size)
     head = f"HTTP/1.1 206 x\r\nContent-Length: {size}\r\nContent-Range: bytes 0-{size - 1}/{size}"
     left = []
@@ -149,6 +149,8 @@ def test_no_more_is_taken_in_than_is_read():
         await reader.readuntil(b"\r\n\r\n")
         writer.write(head.encode() + b"\r\n\r\n" + bytes(size))
         left.append(writer.transport)
+        with contextlib.closing(writer):
+            await reader.read()
 
     async def main():
         async with await asyncio.start_server(talk, "127.0.0.1", 0) as listening:
@@ -164,7 +166,7 @@ def test_no_more_is_taken_in_than_is_read():
 
     taken, held_back = asyncio.run(main())
     assert taken == size
-    assert held_back > size // 2
+    assert held_back > size // 4
 
 
 def test_a_host_all_of_whose_addresses_refuse_is_said_to_refuse(monkeypatch):
