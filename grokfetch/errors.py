@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
+    "TOO_MANY_OPEN",
     "CheckpointInvalid",
     "Contradiction",
     "Damaged",
@@ -34,6 +35,8 @@ __all__ = [
     "TorrentInvalid",
     "exit_code_of",
 ]
+
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class GrokfetchError(Exception):
@@ -228,6 +231,13 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFailed(
             "the disk is full", path=where, hint="make room and run the same command again"
+        )
+    if error.errno in TOO_MANY_OPEN:
+        return StorageFailed(
+            "too many files are open to open it",
+            path=where,
+            hint="allow more of them (ulimit -n; ulimit -Hn says how many can be), and run the same"
+            " command again",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StorageFailed(

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import CheckpointInvalid, StorageFailed
+from grokfetch.errors import TOO_MANY_OPEN, CheckpointInvalid, StorageFailed, storage_failed
 from grokfetch.open_files import map_file
 from loader.weights.host_share import runs
 from loader.weights.pages import CANNOT_MAP, Door, Pages
@@ -289,6 +289,8 @@ class Tensor:
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in CANNOT_MAP:
                 return None
+            if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN:
+                raise storage_failed(error, self.path) from error
             raise StorageFailed(f"cannot be mapped: {error}", path=self.path) from error
 
 

@@ -63,6 +63,15 @@ def test_a_web_address_without_a_torrent_says_what_lies_there(web):
     assert "name the file" in caught.value.hint
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_web_address_that_limits_us_is_not_waited_for(web, status):
+    web.status, web.headers = status, {"Retry-After": "600"}
+    with pytest.raises(OutOfReach, match=f"it answers {status}") as caught:
+        resolve(f"{web.url}/a/t.torrent", None)
+    assert web.url in str(caught.value)
+    assert len(web.asked) == 1
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
@@ -103,6 +104,23 @@ def test_a_body_that_never_ends_is_answered_and_the_connection_ends(url, monkeyp
     )
     assert told.startswith(b"HTTP/1.1 408")
     assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_too_slow"
+
+
+def test_hundreds_of_half_sent_bodies_are_held_no_longer_than_one(url, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_S", 1.0)
+    host, port = url.removeprefix("http://").split(":")
+    half = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{"prompt'
+    with contextlib.ExitStack() as opened:
+        clients = [
+            opened.enter_context(socket.create_connection((host, int(port)), timeout=DEADLINE_S))
+            for _ in range(200)
+        ]
+        for client in clients:
+            client.sendall(half)
+        assert post(url).status_code == 200
+        for client in clients:
+            with client.makefile("rb") as told:
+                assert told.read().startswith(b"HTTP/1.1 408")
 
 
 def test_a_slow_answer_ends_no_connection(monkeypatch):

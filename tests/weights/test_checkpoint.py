@@ -416,12 +416,28 @@ print(len(arrays), len(os.listdir("/dev/fd")))
 """
 
 
-def test_more_files_are_mapped_than_may_be_open_by_default(tmp_path):
+def map_all(root, hard_limit):
+    """Map all tensors of a deep model in a process that may open so many files at most."""
     config = dataclasses.replace(CONFIG, num_layers=8)
-    write_checkpoint(tmp_path / "top", config)
-    manifested(Store(tmp_path), manifest_of(config, "top"))
-    command = [sys.executable, "-c", MAP_ALL, tmp_path, "4096"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    write_checkpoint(root / "top", config)
+    manifested(Store(root), manifest_of(config, "top"))
+    command = [sys.executable, "-c", MAP_ALL, root, str(hard_limit)]
+    return config, subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_more_files_are_mapped_than_may_be_open_by_default(tmp_path):
+    config, done = map_all(tmp_path, 4096)
+    assert done.returncode == 0, done.stderr
     mapped, still_open = map(int, done.stdout.split())
     assert mapped == len(parameters(config)) > 80
     assert (still_open < 24) is (sys.version_info >= (3, 13))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="mapped files are not open then")
+def test_a_hard_limit_that_is_too_low_is_named_with_the_file(tmp_path):
+    _, done = map_all(tmp_path, 60)
+    assert done.returncode != 0
+    assert "StorageFailed" in done.stderr
+    assert "tensor000" in done.stderr
+    assert "too many files are open to open it" in done.stderr
+    assert "ulimit -Hn" in done.stderr
