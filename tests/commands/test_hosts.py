@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path, PurePosixPath
 
@@ -48,6 +49,8 @@ from loader.weights.synthetic import write_checkpoint
 
 MESH = MeshShape(2, 4)
 MIB_16 = 16 * 2**20
+MOST_S = 30.0
+"""Seconds in which the other hosts end when one has died."""
 PLACE = PurePosixPath("release/ckpt-0")
 
 
@@ -354,7 +357,9 @@ def test_a_host_that_ends_in_the_middle_of_the_text_ends_the_other(
     try:
         assert processes[0].stdout.read(1), processes[0].stderr.read()
         processes[number].send_signal(how)
+        struck = time.monotonic()
         outputs = [process.communicate(timeout=120) for process in processes]
+        seconds = time.monotonic() - struck
     finally:
         for process in processes:
             process.kill()
@@ -362,4 +367,5 @@ def test_a_host_that_ends_in_the_middle_of_the_text_ends_the_other(
     assert processes[number].returncode == code, outputs[number][1]
     assert processes[other].returncode == OutOfReach.exit_code, outputs[other][1]
     assert said in outputs[other][1]
+    assert seconds < MOST_S
     assert "Traceback" not in outputs[0][1] + outputs[1][1]

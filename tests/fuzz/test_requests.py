@@ -263,12 +263,37 @@ VALUES += [
     ["", "\u4e06"],
 ]
 VALUES += [["", "\u4e06"], {}, {"0": 100, "511": -100}, {"5": 1e-300}]
+FEW, TINY = [0, 1, 2, 5], [0, 0.01, 1, 1e-7, 5e-324]
+FITTING = {
+    "echo": [True, False],
+    "stream": [True, False],
+    "ignore_eos": [True, False],
+    "presence_penalty": [-2.0, 0, 0.01, 5e-324],
+    "frequency_penalty": [2.0, 0, 0.01, 5e-324],
+    "prompt": ["\u4e05", [0], [511] * 120, [[1], [2, 3]], ["\u4e07", "\u4e06"]],
+    "logit_bias": [{}, {"0": 100, "511": -100}, {"5": 1e-300}, {"5": -3.0, "511": 1}],
+    "temperature": [*TINY, 2.0],
+    "min_p": TINY,
+    "top_p": [0.01, 1, 1e-7, 5e-324],
+    "top_k": [*FEW, -1, 511, 2**31 - 1],
+    "repetition_penalty": [0.01, 1, 2, 1e-7],
+    "max_tokens": FEW,
+    "min_tokens": FEW,
+    "logprobs": FEW,
+    "truncate_prompt_tokens": [1, 2, 5, 100],
+    "seed": [0, -1, 2**31, 2**63 - 1, -(2**63) + 1],
+    "stop": ["\u4e05", ["\u4e06", "\u4e07\u4e05"]],
+    "n": [1, 2],
+    "best_of": [1, 2],
+}
+"""Values that are allowed, most of them at a bound."""
 
 
 def bodies(dice):
     """A body that is likely to reach the model, with values at the bounds of what is allowed."""
     chosen = dice.choices(FIELDS, k=dice.randint(1, 6))
-    return BODY | {name: dice.choice(VALUES) for name in chosen}
+    wild = dice.random() < 0.2
+    return BODY | {name: dice.choice(VALUES if wild else FITTING[name]) for name in chosen}
 
 
 @pytest.mark.slow
