@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from grokfetch.errors import TorrentInvalid
 
-__all__ = ["Value", "decode", "encode", "expect", "member_spans", "text"]
+__all__ = ["Value", "decode", "encode", "expect", "members", "text"]
 
 Value = int | bytes | list["Value"] | dict[bytes, "Value"]
 
@@ -40,18 +40,20 @@ def decode(data: bytes) -> Value:
     return value
 
 
-def member_spans(data: bytes) -> dict[bytes, tuple[int, int]]:
-    """Where the value of each key of a top-level dictionary begins and ends, in bytes.
+def members(data: bytes) -> dict[bytes, tuple[Value, bytes]]:
+    """The members of a dictionary by their keys: each value, and the bytes that encode it.
 
     Raises:
-        TorrentInvalid: `data` is not a dictionary.
+        TorrentInvalid: `data` is not a dictionary, or not bencoding.
     """
     if data[:1] != b"d":
         raise TorrentInvalid("not a torrent: it is not a bencoded dictionary")
-    spans = {}
-    for key, _, start, end in _members(data, 1, 0):
-        spans[key] = (start, end)
-    return spans
+    found, position = {}, 1
+    for key, value, start, position in _members(data, 1, 0):
+        found[key] = (value, data[start:position])
+    if position + 1 != len(data):
+        _refuse(position + 1, "something follows the value")
+    return found
 
 
 def encode(value: Value) -> bytes:

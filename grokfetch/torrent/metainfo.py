@@ -58,18 +58,19 @@ def parse_torrent(data: bytes) -> TorrentFile:
     Raises:
         TorrentInvalid: it is none, or its metadata is malformed.
     """
-    spans = bencode.member_spans(data)
-    top = bencode.decode(data)
-    if not isinstance(top, dict) or b"info" not in spans:
+    members = bencode.members(data)
+    if b"info" not in members:
         raise TorrentInvalid("not a torrent: it has no info dictionary")
-    start, end = spans[b"info"]
-    info = data[start:end]
+    top = {key: value for key, (value, _) in members.items()}
     layers = expect(top.get(b"piece layers", {}), dict, "piece layers")
-    return torrent_file(
-        info,
+    v1, v2 = _info_hashes(top[b"info"], members[b"info"][1])
+    return TorrentFile(
+        members[b"info"][1],
+        v1,
+        v2,
+        tuple(dict.fromkeys(_trackers(top))),
+        tuple(dict.fromkeys(_texts(top.get(b"url-list", []), "url-list"))),
         {root: expect(layer, bytes, "a piece layer") for root, layer in layers.items()},
-        trackers=_trackers(top),
-        web_seeds=_texts(top.get(b"url-list", []), "url-list"),
     )
 
 
@@ -85,7 +86,7 @@ def torrent_file(
     Raises:
         TorrentInvalid: the info dictionary is none.
     """
-    v1, v2 = _info_hashes(info)
+    v1, v2 = _info_hashes(bencode.decode(info), info)
     return TorrentFile(
         info,
         v1,
@@ -124,8 +125,8 @@ def check_info_hash(torrent: TorrentFile, info_hash: str) -> None:
         )
 
 
-def _info_hashes(info: bytes) -> tuple[str | None, str | None]:
-    value = expect(bencode.decode(info), dict, "info")
+def _info_hashes(decoded: Value, info: bytes) -> tuple[str | None, str | None]:
+    value = expect(decoded, dict, "info")
     has_v2 = value.get(b"meta version") == 2
     has_v1 = b"pieces" in value or not has_v2
     return (
