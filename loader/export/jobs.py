@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from loader.export.layout import Part
+from loader.export.layout import Part, is_turned
 from loader.export.matrices import encode, encode_quantized, row_bytes
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.tensor import Tensor
@@ -99,7 +99,7 @@ def _jobs(part: Part) -> Iterator[Job]:
     """A parameter in pieces: each expert, or as many rows of a table as make a slab."""
     *outer, rows, columns = (1, *part.spec.shape)
     step = rows
-    if part.spec.scale_groups is None and not part.turned:
+    if part.spec.scale_groups is None and not is_turned(part.spec):
         step = max(1, SLAB // columns)
     total = math.prod(outer) * rows
     first = 0
@@ -128,7 +128,7 @@ def encoded(
     part, scales = job.part, tensor.scales
     length, count = matrix.shape
     if scales is None:
-        values = np.ascontiguousarray(matrix.T) if part.turned else matrix
+        values = np.ascontiguousarray(matrix.T) if is_turned(part.spec) else matrix
         yield job.rows.start * row_bytes(part.kind, count), encode(values, part.kind)
         return
     groups = scales.shape[-2]

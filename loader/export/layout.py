@@ -12,9 +12,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from grokfetch.errors import Inexact
 from loader.export.gguf import Entry, Field, padded, written
@@ -23,7 +23,6 @@ from loader.weights.schema import LAYER, OUTER, GrokConfig, ParamSpec, parameter
 
 __all__ = [
     "CONFIG_KEY",
-    "FIELDS",
     "NORM_EPSILON",
     "ROPE_BASE",
     "SCORE_CAP",
@@ -33,8 +32,10 @@ __all__ = [
     "Plan",
     "Vocabulary",
     "by_layer",
+    "field_of",
     "gguf_name",
     "gguf_plan",
+    "in_files",
     "is_turned",
     "split_name",
     "turned_shape",
@@ -69,6 +70,8 @@ UNUSED_SCORE: Final = -10000.0
 CONFIG_KEY: Final = "grokfetch.config"
 """Under which a GGUF of ours holds the config as JSON: the way back needs every field."""
 
+T = TypeVar("T")
+
 Vocabulary = Sequence[tuple[str, float, Literal["normal", "unknown", "control", "unused", "byte"]]]
 """Piece, score and kind of every token by its id, as `loader.inference.tokenizer` reads them."""
 
@@ -87,6 +90,18 @@ class Origin:
     version: str
     licence: str | None = None
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The same as metadata of a file, by key."""
+        fields = {
+            "grokfetch.version": self.version,
+            "grokfetch.source.name": self.name,
+            "grokfetch.source.manifest_sha256": self.manifest,
+        }
+        if self.info_hash is not None:
+            fields["grokfetch.source.info_hash"] = self.info_hash
+        return fields
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputFile:
@@ -101,15 +116,13 @@ class OutputFile:
 class Part:
     """A tensor of the export: the parameter that it holds, and where.
 
-    Weights that are multiplied are turned: `[..., K, N]` becomes `[..., N, K]`. `offset` is in
-    bytes from the beginning of the file with the index `file`. `expert` is the one that it holds of
-    a stack, None for all of the parameter.
+    `offset` is in bytes from the beginning of the file with the index `file`. `expert` is the one
+    that it holds of a stack, None for all of the parameter.
     """
 
     name: str
     spec: ParamSpec
     kind: ElementType
-    turned: bool
     file: int
     offset: int
     expert: int | None = None
@@ -166,7 +179,7 @@ def gguf_plan(
     if kind == "Q8_0":
         _require_whole_blocks(config)
     entries = [(spec, _entry(spec, kind)) for spec in by_layer(config)]
-    groups = list(_in_files(entries, split))
+    groups = list(in_files(entries, lambda placed: padded(placed[1].nbytes), split))
     # A manifest may call its checkpoint anything.
     stem = re.sub(r"[^\w.-]+", "-", origin.name).lstrip(".") or "model"
     whole = PurePosixPath(f"{stem}-{kind}.gguf")
@@ -181,14 +194,7 @@ def gguf_plan(
         placed = list(_placed(group))
         head = written(fields, [entry for _, entry in placed])
         parts += [
-            Part(
-                entry.name,
-                spec,
-                entry.kind,
-                is_turned(spec),
-                number,
-                len(head) + entry.offset,
-            )
+            Part(entry.name, spec, entry.kind, number, len(head) + entry.offset)
             for spec, entry in placed
         ]
         last = placed[-1][1]
@@ -198,14 +204,17 @@ def gguf_plan(
 
 def gguf_name(spec: ParamSpec) -> str:
     """What a parameter is called in GGUF."""
-    if spec.layer is None:
-        return f"{GGUF_NAMES[FIELDS[spec.name]]}.weight"
-    _, _, within = spec.name.split("/", 2)
-    return f"blk.{spec.layer}.{GGUF_NAMES[FIELDS[within]]}.weight"
+    layer = "" if spec.layer is None else f"blk.{spec.layer}."
+    return f"{layer}{GGUF_NAMES[field_of(spec)]}.weight"
+
+
+def field_of(spec: ParamSpec) -> str:
+    """The field of the table of tensors, `loader.weights.schema`, that a parameter stands in."""
+    return FIELDS[spec.name if spec.layer is None else spec.name.split("/", 2)[2]]
 
 
 def turned_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape of a parameter in an export: weights that are multiplied are turned."""
+    """The shape of a parameter in an export: `[..., K, N]` becomes `[..., N, K]` where turned."""
     if not is_turned(spec):
         return spec.shape
     return (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
@@ -250,18 +259,18 @@ def _require_whole_blocks(config: GrokConfig) -> None:
             )
 
 
-def _in_files(
-    entries: Iterable[tuple[ParamSpec, Entry]], split: int | None
-) -> Iterator[list[tuple[ParamSpec, Entry]]]:
+def in_files(
+    tensors: Iterable[T], nbytes: Callable[[T], int], split: int | None
+) -> Iterator[list[T]]:
     """The tensors of each file: at least one, and not more bytes than `split` otherwise."""
-    group: list[tuple[ParamSpec, Entry]] = []
+    group: list[T] = []
     size = 0
-    for spec, entry in entries:
-        if group and split is not None and size + entry.nbytes > split:
+    for tensor in tensors:
+        if group and split is not None and size + nbytes(tensor) > split:
             yield group
             group, size = [], 0
-        group.append((spec, entry))
-        size += padded(entry.nbytes)
+        group.append(tensor)
+        size += nbytes(tensor)
     yield group
 
 
@@ -321,7 +330,8 @@ def _fields(
         | {f"grok.{key}": Field("u32", value) for key, value in numbers.items()}
         | {f"grok.{key}": Field("f32", value) for key, value in factors.items()}
         | _vocabulary_fields(config, vocabulary)
-        | _origin_fields(config, origin)
+        | {CONFIG_KEY: Field("str", json.dumps(config.to_mapping()))}
+        | {key: Field("str", value) for key, value in origin.fields.items()}
     )
 
 
@@ -346,15 +356,3 @@ def _vocabulary_fields(config: GrokConfig, vocabulary: Vocabulary) -> dict[str, 
     if "unknown" in kinds:
         fields["unknown_token_id"] = Field("u32", kinds.index("unknown"))
     return {f"tokenizer.ggml.{key}": field for key, field in fields.items()}
-
-
-def _origin_fields(config: GrokConfig, origin: Origin) -> dict[str, Field]:
-    fields = {
-        CONFIG_KEY: Field("str", json.dumps(config.to_mapping())),
-        "grokfetch.version": Field("str", origin.version),
-        "grokfetch.source.name": Field("str", origin.name),
-        "grokfetch.source.manifest_sha256": Field("str", origin.manifest),
-    }
-    if origin.info_hash is not None:
-        fields["grokfetch.source.info_hash"] = Field("str", origin.info_hash)
-    return fields

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple
 
 from loader.export.layout import (
-    FIELDS,
     NORM_EPSILON,
     ROPE_BASE,
     SCORE_CAP,
@@ -26,7 +25,8 @@ from loader.export.layout import (
     Part,
     Plan,
     by_layer,
-    is_turned,
+    field_of,
+    in_files,
     turned_shape,
 )
 from loader.export.matrices import ElementType, row_bytes
@@ -117,7 +117,7 @@ def safetensors_plan(
         names: whose.
         split: bytes of tensors in a file, but for one that is larger.
     """
-    groups = list(_in_files(_tensors(config, names), split))
+    groups = list(in_files(_tensors(config, names), lambda tensor: tensor.nbytes, split))
     files, parts, index = [], [], {}
     for number, group in enumerate(groups):
         name = "model.safetensors"
@@ -126,17 +126,7 @@ def safetensors_plan(
         head = _head(group, origin)
         at = len(head)
         for tensor in group:
-            parts.append(
-                Part(
-                    tensor.name,
-                    tensor.spec,
-                    tensor.kind,
-                    is_turned(tensor.spec),
-                    number,
-                    at,
-                    tensor.expert,
-                )
-            )
+            parts.append(Part(tensor.name, tensor.spec, tensor.kind, number, at, tensor.expert))
             index[tensor.name] = name
             at += tensor.nbytes
         files.append(OutputFile(name, head, at))
@@ -157,11 +147,8 @@ def safetensors_plan(
 def _tensors(config: GrokConfig, names: Names) -> Iterator[_Tensor]:
     table = {"vllm": VLLM, "sglang": SGLANG}[names]
     for spec in by_layer(config):
-        if spec.layer is None:
-            yield _Tensor(f"model.{table[FIELDS[spec.name]]}", spec, None)
-            continue
-        _, _, within = spec.name.split("/", 2)
-        name = f"model.layers.{spec.layer}.{table[FIELDS[within]]}"
+        layer = "" if spec.layer is None else f"layers.{spec.layer}."
+        name = f"model.{layer}{table[field_of(spec)]}"
         if "expert" not in spec.axes:
             yield _Tensor(name, spec, None)
             continue
@@ -173,28 +160,8 @@ def _tensors(config: GrokConfig, names: Names) -> Iterator[_Tensor]:
         yield _Tensor("lm_head.weight", embedding, None)
 
 
-def _in_files(tensors: Iterable[_Tensor], split: int) -> Iterator[list[_Tensor]]:
-    group: list[_Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if group and size + tensor.nbytes > split:
-            yield group
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.nbytes
-    yield group
-
-
 def _head(group: Iterable[_Tensor], origin: Origin) -> bytes:
-    told = {
-        "format": "pt",
-        "grokfetch.version": origin.version,
-        "grokfetch.source.name": origin.name,
-        "grokfetch.source.manifest_sha256": origin.manifest,
-    }
-    if origin.info_hash is not None:
-        told["grokfetch.source.info_hash"] = origin.info_hash
-    header: dict[str, Any] = {"__metadata__": told}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | origin.fields}
     at = 0
     for tensor in group:
         header[tensor.name] = {
