@@ -13,6 +13,7 @@ from typing import Any
 from grokfetch.errors import GrokfetchError, Stalled, StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.events import Arrived, Notice, Traffic
 from grokfetch.fetch.source import Order
+from grokfetch.fetch.swarm.fan_out import FanOut
 from grokfetch.fetch.swarm.inquiry import PAD, Inquiry, complete
 from grokfetch.fetch.swarm.session import Session, SwarmSettings, address, libtorrent
 from grokfetch.fetch.swarm.tally import Tally
@@ -195,6 +196,7 @@ class _Download:
         self._flush_at = 0.0
         self._traffic_at = 0.0
         self._urgent = Urgent(session, handle, order)
+        self._fan_out = FanOut(session, handle, order)
 
     @property
     def left(self) -> frozenset[int]:
@@ -224,6 +226,7 @@ class _Download:
                 self._known |= new
                 self._left |= new
             self._urgent.heed(self._left, self._finished | self._flushing)
+            self._fan_out.heed(self._left)
             for alert in self._session.alerts():
                 yield from self._take(alert)
             now = time.monotonic()
