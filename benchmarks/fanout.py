@@ -3,7 +3,7 @@
 Run: python benchmarks/fanout.py --hosts 8, on Linux with `ip`, `tc` and `unshare`. Every host is a
 network namespace behind one bridge, and what it sends is limited by the kernel (a token bucket), as
 a link would: libtorrent's own limit of a rate reaches only part of it on one connection. Time is
-counted from the start of the seed, when all hosts are listening, to the last host that has all;
+counted from when the seed listens, and all hosts before it, to the last host that has all;
 ours includes reading back, hashing again and flushing to the disk. A host that has all goes on
 sharing. The bound is the larger of size / rate and hosts * size / ((hosts + 1) * rate), with the
 rate of the link, of which headers of packets take three hundredths.
@@ -145,13 +145,12 @@ def measure(client: str, torrent: Path, source: Path, work: Path, holders: Seque
             command = host_command(client, torrent, folder, number, count)
             child = start([*inside(holders[number]), *command], stdout=outputs[number])
             stack.callback(end, child)
-        for holder in holders[1:]:
-            while LISTENING not in Path(f"/proc/{holder}/net/tcp").read_text():
-                time.sleep(0.05)
+        wait_until_listening(holders[1:])
         by_client = {"grokfetch": "our seed", "libtorrent": "alone", "super-seeding": "super"}
         command = role(by_client[client], torrent, source, 0, count)
-        begin = time.monotonic()
         stack.callback(end, start([*inside(holders[0]), *command], stdout=outputs[0]))
+        wait_until_listening(holders[:1])
+        begin = time.monotonic()
         finished: dict[int, float] = {}
         while len(finished) < count - 1:
             time.sleep(0.05)
@@ -165,6 +164,13 @@ def measure(client: str, torrent: Path, source: Path, work: Path, holders: Seque
                 raise TimeoutError(f"{client}: {len(finished)} of {count - 1} hosts have all")
         last = work.joinpath("0.out").read_text().rsplit("\n", 2)[-2]
         return sorted(finished.values()), json.loads(last)["uploaded"]
+
+
+def wait_until_listening(holders: Sequence[int]) -> None:
+    """Return when somebody listens in the namespace of each process."""
+    for holder in holders:
+        while LISTENING not in Path(f"/proc/{holder}/net/tcp").read_text():
+            time.sleep(0.02)
 
 
 def end(child: subprocess.Popen[bytes]) -> None:

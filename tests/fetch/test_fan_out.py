@@ -4,6 +4,7 @@ import dataclasses
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import libtorrent
 import pytest
 from support.release import publish_files
 from support.torrents import content
@@ -11,49 +12,91 @@ from support.torrents import content
 from grokfetch.events import Outcome
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
-from grokfetch.fetch.swarm.fan_out import Share, priorities, share_of
+from grokfetch.fetch.swarm.fan_out import Peer, Share, priorities, share_of
+from grokfetch.fetch.swarm.session import session_settings
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_torrent
 
 PIECE = 1 << 15
-SEED = (b"s" * 20, True)
 A, B, C = (letter * 20 for letter in (b"a", b"b", b"c"))
+SEED = Peer(b"s" * 20, seeds=True, divides=False)
 
 
 def others(*ids):
-    return {(peer, False) for peer in ids}
+    return {Peer(peer, seeds=False, divides=True) for peer in ids}
 
 
 def test_hosts_of_one_seed_have_shares_that_together_are_all_and_never_overlap():
     shares = [share_of(me, {SEED, *others(*{A, B, C} - {me})}) for me in (A, B, C)]
     for piece in range(100):
-        assert sum(piece in share for share in shares) == 1
+        assert sorted(share.turn(piece) for share in shares) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 8, 16])
+def test_help_with_a_share_is_spread_over_all_other_hosts(hosts):
+    pieces = range(0, hosts * (hosts - 1) * 5, hosts)
+    helpers = [r for p in pieces for r in range(hosts) if Share(r, hosts).turn(p) == 1]
+    assert {helpers.count(rank) for rank in range(1, hosts)} == {5}
 
 
 @pytest.mark.parametrize(
     "peers",
-    [{SEED}, others(B, C), {SEED, (b"t" * 20, True), *others(B)}, set()],
-    ids=["no other host", "no seed", "two seeds", "nobody"],
+    [
+        {SEED},
+        others(B, C),
+        {SEED, Peer(b"t" * 20, seeds=True, divides=False), *others(B)},
+        {SEED, Peer(B, seeds=False, divides=False)},
+        set(),
+    ],
+    ids=["no other host", "no seed", "two seeds", "another program", "nobody"],
 )
-def test_without_other_hosts_or_with_another_number_of_seeds_nothing_is_divided(peers):
+def test_without_hosts_that_divide_or_with_another_number_of_seeds_nothing_is_divided(peers):
     assert share_of(A, peers) is None
 
 
 def test_a_host_asks_for_its_share_first_and_for_others_once_another_host_has_them():
-    usual, copies = [3] * 6, [1, 1, 1, 2, 2, 2]
-    levels = priorities(range(6), usual, copies, Share(0, 2))
-    assert levels[1] == 0
-    assert levels[0] == levels[2] == levels[4] > levels[3] == levels[5] > 0
+    usual, copies = [3] * 8, [1, 1, 1, 1, 1, 2, 2, 2]
+    levels = priorities(range(8), usual, copies, Share(0, 2))
+    assert levels[1] == levels[3] == 0
+    assert levels[0] >= levels[2] >= levels[4] > levels[5] == levels[6] == levels[7] > 0
 
 
-def test_a_host_whose_share_has_come_asks_for_all_the_rest():
-    assert all(priorities([1, 3, 5], [3] * 6, [1] * 6, Share(0, 2)).values())
+def test_a_host_whose_share_has_come_helps_from_the_other_end_and_first_where_it_is_its_turn():
+    usual, copies = [3] * 36, [1] * 36
+    owner, helper = Share(0, 3), Share(1, 3)
+    left = [piece for piece in range(36) if helper.turn(piece)]
+    levels = priorities(left, usual, copies, helper)
+    assert {piece for piece in left if levels[piece]} == {p for p in left if helper.turn(p) == 1}
+    same = [piece for piece in left if levels[piece] and not owner.turn(piece)]
+    whole = priorities(range(36), usual, copies, owner)
+    assert same
+    assert all(levels[same[0]] < levels[same[-1]] and whole[it] for it in same)
+    assert whole[same[0]] > whole[same[-1]]
+
+
+def test_where_only_what_is_not_brought_by_its_owner_is_left_a_host_asks_for_it():
+    for rank in range(4):
+        assert all(priorities([7], [3] * 8, [1] * 8, Share(rank, 4)).values())
 
 
 def test_what_is_wanted_earlier_comes_earlier_in_the_share_and_beside_it():
-    usual = [1, 1, 6, 6]
-    levels = priorities(range(4), usual, [2] * 4, Share(0, 2))
-    assert levels[2] > levels[0] > levels[3] > levels[1] > 0
+    usual = [1, 1, 6, 6, 6, 6]
+    levels = priorities(range(6), usual, [1, 2, 1, 2, 1, 1], Share(0, 2))
+    assert levels[2] > levels[0] > levels[3] > levels[1] > levels[5] == 0
+
+
+@pytest.mark.parametrize(
+    ("peers", "near"),
+    [
+        (("10.0.0.2:1", "[fd00::1]:2"), True),
+        (("10.0.0.2:1", "1.1.1.1:2"), False),
+        (("host.example:1",), False),
+        ((), False),
+    ],
+)
+def test_utp_is_not_called_with_where_all_named_peers_are_in_private_networks(peers, near):
+    settings = session_settings(libtorrent, SwarmSettings(peers=peers))
+    assert settings.get("enable_outgoing_utp", True) is not near
 
 
 @pytest.fixture(scope="module")
