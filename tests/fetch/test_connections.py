@@ -5,11 +5,16 @@ import contextlib
 import socket
 from pathlib import PurePosixPath
 
+import httpx
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grokfetch.errors import StorageFailed
 from grokfetch.fetch.mirror.answers import Failed, Short, Span
+from grokfetch.fetch.mirror.environment import Environment
+from grokfetch.fetch.mirror.exchange import Asking
 from grokfetch.fetch.mirror.http import Http
 from grokfetch.fetch.mirror.transfer import Writer
 from grokfetch.torrent.layout import LayoutFile
@@ -114,6 +119,29 @@ def test_user_and_password_of_an_address_are_sent_and_no_others():
     assert "authorization: basic bwu6bxkgd29yza==" in server.heads[0].lower()
     ask(server := Server([ANSWER]), "a")
     assert "authorization" not in server.heads[0].lower()
+
+
+@given(
+    st.sampled_from(["http://h", "http://u:p@h:81/a b/%20", "https://H/x/../y", "http://[::1]/"]),
+    st.lists(st.text(st.sampled_from("aZ9._~-%/?#:@ \u00e9\0"), max_size=4), max_size=3),
+)
+def test_what_is_remembered_of_a_folder_makes_no_other_request(site, names):
+    asking = Asking({"Accept": "*/*"}, Environment())
+    url = "/".join((site, *names))
+    for _ in range(2):
+        try:
+            wanted = httpx.URL(url)
+        except httpx.InvalidURL:
+            with pytest.raises(httpx.InvalidURL):
+                asking.asked(url, None)
+            continue
+        asked = asking.asked(url, None)
+        host = httpx.Request("GET", wanted).headers["host"].encode()
+        assert (asked.url, asked.target, asked.headers[0]) == (
+            *(url, wanted.raw_path),
+            (b"Host", host),
+        )
+        assert (asked.scheme, asked.host) == (wanted.scheme, wanted.raw_host.decode())
 
 
 def test_of_many_files_written_one_is_open_at_a_time(tmp_path):

@@ -16,6 +16,7 @@ import h11
 import httpcore
 import httpx
 
+from grokfetch.fetch.mirror.exchange import Answer, Asked, named
 from grokfetch.fetch.mirror.sockets import Sockets
 
 __all__ = ["Direct"]
@@ -35,43 +36,45 @@ Origin = tuple[str, str, int]
 """Scheme, host and port."""
 
 
-class Direct(httpx.AsyncBaseTransport):
+class Direct:
     """Requests without bodies to servers that are reached without a proxy.
 
     Args:
         connections: how many at most are kept open while nothing is asked of them.
+        timeout: how long to wait for what.
         context: gives what certificates are checked by; making it takes a while.
     """
 
-    def __init__(self, connections: int, context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(
+        self, connections: int, timeout: httpx.Timeout, context: Callable[[], ssl.SSLContext]
+    ) -> None:
         self._most = connections
+        self._timeout = timeout
         self._context = context
         self._backend = Sockets()
         self._idle: dict[Origin, list[_Connection]] = {}
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def answer(self, asked: Asked) -> Answer:
         """The head of the answer, and its body to be read and closed.
 
         Raises:
             httpx.TransportError: there is none.
         """
-        url = request.url
-        port = url.port or (443 if url.scheme == "https" else 80)
-        origin = (url.scheme, url.raw_host.decode("ascii"), port)
+        origin = (asked.scheme, asked.host, asked.port)
         connection = await self._kept(origin)
         if connection is None:
-            connection = await self._connected(origin, request.extensions["timeout"]["connect"])
+            connection = await self._connected(origin)
         try:
-            head = await connection.ask(request)
+            head = await connection.ask(asked)
         except BaseException:
             await connection.aclose()
             raise
-        return httpx.Response(
+        return Answer(
+            asked.url,
             head.status_code,
-            headers=head.headers.raw_items(),
-            stream=_Body(connection, lambda: self._keep(origin, connection)),
-            extensions={"network_stream": connection.stream},
-            request=request,
+            named(head.headers),
+            _Body(connection, lambda: self._keep(origin, connection)),
+            connection.stream.get_extra_info("server_addr"),
         )
 
     async def aclose(self) -> None:
@@ -89,15 +92,16 @@ class Direct(httpx.AsyncBaseTransport):
             await connection.aclose()
         return None
 
-    async def _connected(self, origin: Origin, timeout_s: float) -> _Connection:
+    async def _connected(self, origin: Origin) -> _Connection:
         scheme, host, port = origin
+        timeout_s = self._timeout.connect
         with _as_of_httpx():
             stream = await self._backend.connect_tcp(host, port, timeout=timeout_s)
             if scheme == "https":
                 context = self._context()
                 context.set_alpn_protocols(["http/1.1"])
                 stream = await stream.start_tls(context, host, timeout=timeout_s)
-        return _Connection(stream)
+        return _Connection(stream, self._timeout)
 
     def _keep(self, origin: Origin, connection: _Connection) -> bool:
         """Keep a connection for the next request; whether there was room for it."""
@@ -110,10 +114,10 @@ class Direct(httpx.AsyncBaseTransport):
 class _Connection:
     """An open connection, for one request at a time."""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+    def __init__(self, stream: httpcore.AsyncNetworkStream, timeout: httpx.Timeout) -> None:
         self.stream = stream
         self._protocol = h11.Connection(h11.CLIENT, LONGEST_HEAD)
-        self._read_s: float | None = None
+        self._timeout = timeout
         self._renewed_at = 0.0
 
     @property
@@ -122,20 +126,16 @@ class _Connection:
         fresh = time.monotonic() - self._renewed_at < OPEN_S
         return fresh and not self.stream.get_extra_info("is_readable")
 
-    async def ask(self, request: httpx.Request) -> h11.Response:
+    async def ask(self, asked: Asked) -> h11.Response:
         """Send a request, and read the head of its answer."""
-        timeouts = request.extensions["timeout"]
-        self._read_s = timeouts["read"]
         with _as_of_httpx():
-            asked = h11.Request(
-                method=request.method, target=request.url.raw_path, headers=request.headers.raw
-            )
-            data = (self._protocol.send(asked) or b"") + (
+            request = h11.Request(method="GET", target=asked.target, headers=list(asked.headers))
+            data = (self._protocol.send(request) or b"") + (
                 self._protocol.send(h11.EndOfMessage()) or b""
             )
             # A server may answer and close before it has read all.
             with contextlib.suppress(httpcore.WriteError):
-                await self.stream.write(data, timeout=timeouts["write"])
+                await self.stream.write(data, timeout=self._timeout.write)
             while isinstance(event := await self._event(), h11.InformationalResponse):
                 pass
         if not isinstance(event, h11.Response):
@@ -150,7 +150,7 @@ class _Connection:
 
     async def _event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
         while (event := self._protocol.next_event()) is h11.NEED_DATA:
-            data = await self.stream.read(READ, timeout=self._read_s)
+            data = await self.stream.read(READ, timeout=self._timeout.read)
             if not data and self._protocol.their_state is h11.SEND_RESPONSE:
                 raise httpcore.RemoteProtocolError("the server closed without an answer")
             self._protocol.receive_data(data)

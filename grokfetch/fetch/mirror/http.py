@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -31,6 +31,7 @@ from grokfetch.fetch.mirror.answers import (
     quoted,
 )
 from grokfetch.fetch.mirror.environment import Environment, ProxyUnusable
+from grokfetch.fetch.mirror.exchange import Answer, Asked, Asking
 from grokfetch.fetch.mirror.routes import ProxyServer, Routes
 
 __all__ = ["Http", "redirected"]
@@ -67,13 +68,13 @@ class Http:
         proxy: ProxyServer | None = None,
         environment: Environment | None = None,
     ) -> None:
-        self._environment = environment or Environment()
+        environment = environment or Environment()
+        self._asking = Asking(HEADERS, environment)
         # Not through httpx's client, which costs more than the answer where files are small, and
         # keeps cookies.
-        self._routes = Routes(connections, self._environment, proxy)
         connect_s = min(patience_s, CONNECT_TIMEOUT_S)
         timeout = httpx.Timeout(patience_s, connect=connect_s, pool=None)
-        self._extensions = {"timeout": timeout.as_dict()}
+        self._routes = Routes(connections, environment, proxy, timeout)
         self._patience_s = patience_s
         # Where redirects led, so that not every range goes the long way.
         self._direct: dict[str, str] = {}
@@ -97,13 +98,13 @@ class Http:
             Refused, Faulty, Failed: here, or while the bytes are read (of these only `Short`, or
                 `Failed` for silence).
         """
-        response = await self._open(url, span)
+        answer = await self._open(url, span)
         try:
             # One that is left to the garbage collector costs a task of its own.
-            async with contextlib.aclosing(self._chunks(response)) as chunks:
+            async with contextlib.aclosing(self._chunks(answer)) as chunks:
                 yield chunks
         finally:
-            await response.aclose()
+            await answer.body.aclose()
 
     async def document(self, url: str, largest: int) -> bytes:
         """All that lies at an address.
@@ -111,15 +112,15 @@ class Http:
         Raises:
             Refused, Faulty, Failed: there is nothing, or more than `largest` bytes.
         """
-        response = await self._ask(url, None)
+        answer = await self._ask(url, None)
         data = bytearray()
         try:
-            async for chunk in self._chunks(response):
+            async for chunk in self._chunks(answer):
                 data += chunk
                 if len(data) > largest:
                     raise Refused(f"it is larger than {largest:,} bytes")
         finally:
-            await response.aclose()
+            await answer.body.aclose()
         return bytes(data)
 
     async def length(self, url: str) -> tuple[int, str | None]:
@@ -128,16 +129,16 @@ class Http:
         Raises:
             Refused, Faulty, Failed: there is nothing, or it is not said how long it is.
         """
-        response = await self._ask(url, None)
-        await response.aclose()
-        size, etag = response.headers.get("content-length"), response.headers.get("etag")
+        answer = await self._ask(url, None)
+        await answer.body.aclose()
+        size, etag = answer.headers.get("content-length"), answer.headers.get("etag")
         if size is None:
             raise Faulty("it does not say how long the file is")
         return int(size), etag
 
-    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        left = int(response.headers.get("content-length", "0"))
-        stream = _Stream(response, self._patience_s)
+    async def _chunks(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        left = int(answer.headers.get("content-length", "0"))
+        stream = _Stream(answer.body, self._patience_s)
         try:
             with self._translated():
                 chunk = await stream.next()
@@ -150,7 +151,7 @@ class Http:
         except _Broken:
             raise Short("its connection ended in the middle of an answer") from None
 
-    async def _open(self, url: str, span: Span) -> httpx.Response:
+    async def _open(self, url: str, span: Span) -> Answer:
         remembered = self._direct.get(url)
         if remembered is not None:
             try:
@@ -161,48 +162,34 @@ class Http:
                 # Signed addresses expire, some with a page instead of an error; the way to them is
                 # asked again.
                 self._direct.pop(url, None)
-        response = await self._ask(url, span)
-        if str(response.url) != url:
-            self._direct[url] = str(response.url)
-        return response
+        answer = await self._ask(url, span)
+        if answer.url != url:
+            self._direct[url] = answer.url
+        return answer
 
-    async def _ask(self, url: str, span: Span | None) -> httpx.Response:
+    async def _ask(self, url: str, span: Span | None) -> Answer:
         for _ in range(MOST_REDIRECTS + 1):
             with self._translated():
-                response = await self._send(self._request(httpx.URL(url), span))
+                answer = await self._send(self._asking.asked(url, span))
             try:
-                if not response.has_redirect_location:
-                    check(response.status_code, response.headers, span)
-                    return response
-                url = redirected(response)
+                if not answer.redirects:
+                    check(answer.status, answer.headers, span)
+                    return answer
+                url = redirected(url, answer.headers["location"], answer.server)
             except BaseException:
-                await response.aclose()
+                await answer.body.aclose()
                 raise
-            await response.aclose()
+            await answer.body.aclose()
         raise Failed(f"it redirects more than {MOST_REDIRECTS} times")
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _send(self, asked: Asked) -> Answer:
         # What httpx bounds is the time between two bytes.
         async with asyncio.timeout(CONNECT_TIMEOUT_S + self._patience_s):
             try:
-                response = await self._routes.handle_async_request(request)
+                return await self._routes.answer(asked)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 # A server may close a connection just when it is used again (RFC 9112, 9.3.1).
-                response = await self._routes.handle_async_request(request)
-        response.request = request
-        return response
-
-    def _request(self, url: httpx.URL, span: Span | None) -> httpx.Request:
-        headers = dict(HEADERS)
-        if span is not None:
-            headers["Range"] = f"bytes={span.start}-{span.stop - 1}"
-        token = self._environment.token_for(url.scheme, url.host, url.port)
-        if token is not None:
-            headers["Authorization"] = f"Bearer {token}"
-        request = httpx.Request("GET", url, headers=headers, extensions=self._extensions)
-        if url.userinfo:
-            next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
-        return request
+                return await self._routes.answer(asked)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -223,9 +210,8 @@ class Http:
 class _Stream:
     """The bytes of an answer as they come, waited for as long as patience lasts."""
 
-    def __init__(self, response: httpx.Response, patience_s: float) -> None:
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        self._chunks = aiter(response.stream)
+    def __init__(self, body: httpx.AsyncByteStream, patience_s: float) -> None:
+        self._chunks = aiter(body)
         self._patience_s = patience_s
         self._received = 0
         self._waited_s = 0.0
@@ -273,15 +259,20 @@ def _meaning(error: httpx.HTTPError) -> Exception:
     return _Broken(quoted(text))
 
 
-def redirected(response: httpx.Response) -> str:
+def redirected(url: str, location: str, server: tuple[Any, ...] | None) -> str:
     """Where a redirect leads.
+
+    Args:
+        url: what was asked for.
+        location: what the answer names instead.
+        server: the address that answered, host first, if it is known.
 
     Raises:
         Faulty: its address cannot be followed.
     """
-    here = response.url
+    here = httpx.URL(url)
     try:
-        target = here.join(response.headers["location"])
+        target = here.join(location)
     except (httpx.InvalidURL, ValueError) as error:
         why = quoted(str(error))
         raise Faulty(f"it redirects to an address that cannot be used: {why}") from None
@@ -289,17 +280,13 @@ def redirected(response: httpx.Response) -> str:
         raise Faulty(f"it redirects to {quoted(target.scheme)}, which is not HTTP")
     if here.scheme == "https" and target.scheme != "https":
         raise Faulty("it redirects from https to http")
-    ends = zone(target.host)
-    if ends not in ("world", _zone(response)) and _zone(response) != "machine":
+    ends, begins = zone(target.host), _zone(here.host, server)
+    if ends not in ("world", begins) and begins != "machine":
         raise Faulty("it redirects into the private network")
     return str(target)
 
 
-def _zone(response: httpx.Response) -> Zone:
+def _zone(host: str, server: tuple[Any, ...] | None) -> Zone:
     """Where the host is that has answered: by its name, or by its address if that is known."""
-    by_name = zone(response.url.host)
-    stream = response.extensions.get("network_stream")
-    if by_name != "world" or stream is None or stream.get_extra_info("is_proxy"):
-        return by_name
-    address = stream.get_extra_info("server_addr")
-    return zone(str(address[0])) if address else by_name
+    by_name = zone(host)
+    return by_name if by_name != "world" or server is None else zone(str(server[0]))

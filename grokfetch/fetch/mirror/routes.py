@@ -9,6 +9,7 @@ import httpx
 
 from grokfetch.fetch.mirror.direct import Direct
 from grokfetch.fetch.mirror.environment import Environment
+from grokfetch.fetch.mirror.exchange import Answer, Asked, named
 
 __all__ = ["ProxyServer", "Routes"]
 
@@ -16,47 +17,62 @@ ProxyServer = tuple[str, str, int, str, str]
 """Scheme ("socks5" or "http"), host, port, user and password of a proxy."""
 
 
-class Routes(httpx.AsyncBaseTransport):
+class Routes:
     """Sends each request by the proxy that is meant for its host, or by none.
 
     Args:
         connections: how many at most are kept open.
         environment: proxies and certificates.
         proxy: through which everything goes, whatever the environment says.
+        timeout: how long to wait for what.
     """
 
     def __init__(
-        self, connections: int, environment: Environment, proxy: ProxyServer | None
+        self,
+        connections: int,
+        environment: Environment,
+        proxy: ProxyServer | None,
+        timeout: httpx.Timeout,
     ) -> None:
         self._connections = connections
         self._environment = environment
         self._proxy = None if proxy is None else _proxy(*proxy)
-        self._transports: dict[str | None, httpx.AsyncBaseTransport] = {}
+        self._timeout = timeout
+        self._direct = Direct(connections, timeout, lambda: self._context)
+        self._proxied: dict[str | None, httpx.AsyncBaseTransport] = {}
 
     @cached_property
     def _context(self) -> ssl.SSLContext:
         return _context(self._environment)
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def answer(self, asked: Asked) -> Answer:
         """The answer, its body still to be read.
 
         Raises:
             ProxyUnusable: the environment names a proxy that cannot be used.
             httpx.TransportError: there is no answer.
         """
-        url = request.url
+        proxy = self._proxy
         address = None
-        if self._proxy is None:
-            port = url.port or (443 if url.scheme == "https" else 80)
-            address = self._environment.proxy(url.scheme, url.host, port)
-        if address not in self._transports:
-            self._transports[address] = self._transport(address)
-        return await self._transports[address].handle_async_request(request)
-
-    def _transport(self, address: str | None) -> httpx.AsyncBaseTransport:
-        proxy = self._proxy if address is None else httpx.Proxy(address)
         if proxy is None:
-            return Direct(self._connections, lambda: self._context)
+            address = self._environment.proxy(asked.scheme, asked.host, asked.port)
+            if address is None:
+                return await self._direct.answer(asked)
+        if address not in self._proxied:
+            self._proxied[address] = self._transport(proxy or httpx.Proxy(address or ""))
+        request = httpx.Request(
+            "GET",
+            asked.url,
+            headers=asked.headers,
+            extensions={"timeout": self._timeout.as_dict()},
+        )
+        response = await self._proxied[address].handle_async_request(request)
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        return Answer(
+            asked.url, response.status_code, named(response.headers.raw), response.stream, None
+        )
+
+    def _transport(self, proxy: httpx.Proxy) -> httpx.AsyncBaseTransport:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._connections)
         return httpx.AsyncHTTPTransport(
             verify=self._context, trust_env=False, limits=limits, proxy=proxy
@@ -64,7 +80,8 @@ class Routes(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close all connections of which nothing is asked."""
-        for transport in self._transports.values():
+        await self._direct.aclose()
+        for transport in self._proxied.values():
             await transport.aclose()
 
 
