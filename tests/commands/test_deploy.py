@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from support import golden
-from support.program import grokfetch, with_devices
+from support.program import with_devices
+from support.release import golden_folder
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 SBATCH = DEPLOY / "grok.sbatch"
@@ -72,11 +72,7 @@ def test_kubernetes_job_has_as_many_pods_as_hosts_and_they_find_the_first(job):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The golden checkpoint as a folder whose files are proven."""
-    folder = tmp_path / "golden"
-    shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
-    grokfetch("manifest", folder, "--config", golden.TINY / "config.json")
-    return folder
+    return golden_folder(tmp_path / "golden")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 from pathlib import PurePosixPath
 
 import pytest
-from support.fake_swarm import FakeSwarm, Killed, write_at
+from support.fake_swarm import FakeSwarm, Killed, TickingClock, write_at
 from support.fetched import FILES, PIECE, SIZE, V1, V2, A, B, C, content_of, outcome, run, whole
 from support.torrents import content, lay_down, manifest_of, v1_torrent, watch_fsync
 
@@ -28,16 +28,7 @@ def swarm(request):
 
 @pytest.fixture
 def clock():
-    class Clock:
-        now = 0.0
-
-        def __call__(self):
-            return self.now
-
-        def tick(self):
-            self.now += 1.0
-
-    return Clock()
+    return TickingClock()
 
 
 def pieces_of(swarm):

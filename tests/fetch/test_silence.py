@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from support.fake_swarm import FakeSwarm
+from support.fake_swarm import FakeSwarm, TickingClock
 from support.fetched import FILES, SIZE, V1, run
 from support.torrents import manifest_of
 
@@ -22,19 +22,9 @@ MANIFEST = manifest_of(FILES, V1.info_hash)
 MIRRORED = dataclasses.replace(MANIFEST, mirrors=("https://mirror.example/{path}",))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def tick(self):
-        self.now += 1.0
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return TickingClock()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.damage import make_read_only
 from support.program import invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
@@ -309,14 +310,7 @@ def test_a_lock_that_a_full_disk_does_not_take_is_reported(tmp_path, monkeypatch
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):
-    real = Path.open
-
-    def read_only(path, mode="r", *args, **kwargs):
-        if mode != "rb":
-            raise OSError(30, "Read-only file system")
-        return real(path, mode, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", read_only)
+    make_read_only(monkeypatch)
     (store.state / "lock").unlink()
     reader = again(store)
     with reader.lock(exclusive=False):

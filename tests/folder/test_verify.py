@@ -1,10 +1,10 @@
 import dataclasses
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
-from support.damage import spoil
+from support.damage import make_read_only, spoil
 from support.torrents import content, lay_down, manifest_of, v1_torrent, v2_torrent, watch_fsync
 
 from grokfetch.errors import NotProven, StateMissing
@@ -264,14 +264,7 @@ def test_nothing_is_recorded_before_the_data_is_flushed(store, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_verified_but_not_recorded(store, monkeypatch):
-    real = Path.open
-
-    def read_only(path, mode="r", *args, **kwargs):
-        if mode != "rb":
-            raise OSError(30, "Read-only file system")
-        return real(path, mode, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", read_only)
+    make_read_only(monkeypatch)
     findings, summary = check(store)
     assert findings == []
     assert summary.complete

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import signal
 import threading
 import time
@@ -15,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import golden
-from support.program import SIMPLEST, grokfetch, started
+from support.program import SIMPLEST, started
+from support.release import golden_folder
 from support.serving import DEADLINE_S, EOS, P1, SERVED, WANTED, Held, error, letters, post, serving
 
 from grokfetch.commands.serve import Jobs
@@ -507,11 +507,7 @@ def test_a_stop_text_is_found_in_whatever_pieces_it_comes(parts, texts):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The golden checkpoint as a folder that can be served."""
-    folder = tmp_path / "golden"
-    shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
-    grokfetch("manifest", folder, "--config", golden.TINY / "config.json")
-    return folder
+    return golden_folder(tmp_path / "golden")
 
 
 @pytest.mark.slow

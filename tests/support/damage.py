@@ -1,4 +1,7 @@
-"""What is done to folders: bytes turned over, proofs taken away."""
+"""What is done to folders: bytes turned over, proofs taken away, writing refused."""
+
+import errno
+from pathlib import Path
 
 from grokfetch.folder.record import Record
 from grokfetch.folder.store import Store
@@ -18,3 +21,15 @@ def forget(root, *pieces):
     with store.lock():
         record = store.record()
         store.save_record(Record(record.info_hash, record.pieces - set(pieces), record.files))
+
+
+def make_read_only(monkeypatch):
+    """From now on `Path.open` opens files for reading alone."""
+    real = Path.open
+
+    def read_only(path, mode="r", *args, **kwargs):
+        if mode != "rb":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", read_only)

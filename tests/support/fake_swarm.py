@@ -14,6 +14,19 @@ from grokfetch.torrent.metainfo import TorrentFile
 PEER = Origin("peer", "192.0.2.1")
 
 
+class TickingClock:
+    """A clock for a fetch; a swarm's `tick` lets a second pass."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def tick(self):
+        self.now += 1.0
+
+
 @dataclasses.dataclass
 class FakeSwarm:
     """Holds a torrent and its content; writes pieces as a torrent client does.

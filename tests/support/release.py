@@ -9,6 +9,7 @@ from grokfetch.manifest.schema import Manifest, TokenizerSource, encode
 from grokfetch.torrent.metainfo import TorrentFile, parse_torrent
 from loader.weights.inventory import expected
 from support import golden
+from support.program import grokfetch
 from support.torrents import lay_down, torrent_of
 
 PIECE = 16 * 1024
@@ -56,3 +57,10 @@ def publish_files(
     data = torrent_of(root / "top", piece_length, version=version)
     root.joinpath("top.torrent").write_bytes(data)
     return data
+
+
+def golden_folder(folder: Path) -> Path:
+    """The golden checkpoint as a folder whose files are proven; returns the folder."""
+    shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
+    grokfetch("manifest", folder, "--config", golden.TINY / "config.json")
+    return folder
