@@ -22,10 +22,12 @@ from loader.devices.kernels import Rows, Tuning
 from loader.devices.mapped import LONGEST, Mapped, MappedTable
 
 __all__ = [
+    "EXACT",
     "Quantized",
     "Table",
     "Weights",
     "by_platform",
+    "cut",
     "dots",
     "in_parts",
     "lookup",
@@ -50,6 +52,11 @@ FEW = 32
 
 LARGE = 8 << 20
 """Bytes of a product from which a GPU sums the groups of its matrix one after the other."""
+
+EXACT = (jnp.int8, jnp.float16, jnp.int16, jnp.int32)
+"""Types that hold every int8 value, none of them one that products multiply in: see `cut`."""
+
+ALL = slice(None)
 
 BUSY, SHORTEST = 6144, 256
 """Columns of a product of few tokens that keep a GPU busy, and least rows of a part of its sum."""
@@ -103,6 +110,39 @@ def _matrix(weights: Quantized) -> Quantized:
         lax.dynamic_index_in_dim(weights.scales, weights.index, keepdims=False),
         tuning=weights.tuning,
     )
+
+
+def cut(
+    weights: Weights, number: int, matrices: slice, rows: slice = ALL, columns: slice = ALL
+) -> Quantized:
+    """A part of a stack, known when it is compiled, that a GPU reads where it lies.
+
+    A product takes such a slice in, as long as nothing else needs what it is made of. A compiler
+    that finds two parts converted alike converts the whole stack instead, once, and writes that:
+    each part of a program goes through a type of its own.
+
+    Args:
+        weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
+        number: of the part, below `len(EXACT)`.
+        matrices, rows, columns: what to take; whole groups of rows.
+
+    Returns:
+        weight `[e, k, n]` of a type of `EXACT`, scales `[e, g, n]`.
+    """
+    assert isinstance(weights, Quantized)
+    height = weights.weight.shape[1] // weights.scales.shape[1]
+    first, last, _ = rows.indices(weights.weight.shape[1])
+    groups = slice(first // height, last // height)
+    return Quantized(
+        _box(weights.weight, matrices, rows, columns).astype(EXACT[number]),
+        _box(weights.scales, matrices, groups, columns),
+    )
+
+
+def _box(array: Array, *sides: slice) -> Array:
+    """A slice for the compiler: indexing may become a gather."""
+    bounds = [side.indices(size) for side, size in zip(sides, array.shape, strict=True)]
+    return lax.slice(array, [start for start, _, _ in bounds], [stop for _, stop, _ in bounds])
 
 
 def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True) -> Array:

@@ -7,6 +7,8 @@ its part of each. Letters in shapes: N tokens of a step, D width, E experts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -15,8 +17,11 @@ from jax import Array, lax
 
 from loader.devices.placement import Layer
 from loader.devices.products import (
+    EXACT,
+    Quantized,
     Weights,
     by_platform,
+    cut,
     in_parts,
     product,
     reads_decide,
@@ -42,6 +47,9 @@ LARGEST_BLOCK = 128
 
 FEW_HELD = 2
 """Experts of a device whose stack is multiplied at once, where one after another would do."""
+
+TOGETHER = 3 << 20
+"""Bytes that hidden layers and outputs take from which a GPU serves fewer experts at once."""
 
 Matrices: TypeAlias = tuple[Weights, Weights, Weights]
 """Gate, up and down of one expert."""
@@ -216,16 +224,76 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
     def one(x: Array, weights: Layer, gates: Array) -> Array:
         return _one_by_one(x, weights, gates, dtype)
 
+    def all_outputs(x: Array, matrices: Matrices) -> Array:
+        gate, up, down = matrices
+        hidden = jax.nn.gelu(stack_product(x, gate, dtype), approximate=True)
+        return stack_product(hidden * stack_product(x, up, dtype), down, dtype)
+
     def together(x: Array, weights: Layer, gates: Array) -> Array:
-        hidden = jax.nn.gelu(stack_product(x, weights.gate, dtype), approximate=True)
-        hidden = hidden * stack_product(x, weights.up, dtype)
-        output = stack_product(hidden, weights.down, dtype)
+        output = all_outputs(x, (weights.gate, weights.up, weights.down))
         return jnp.sum(gates.T[..., None] * output, axis=0)
+
+    def in_pieces(x: Array, weights: Layer, gates: Array) -> Array:
+        tokens, groups = x.shape[0], weights.down.scales.shape[1]
+        rows = weights.down.weight.shape[1] // groups
+        parts, each = 1, 4 * tokens * (rows + x.shape[1])
+        while held // parts * each > TOGETHER and 2 * parts * groups <= len(EXACT):
+            parts *= 2
+        if parts * groups == 1 or not _has_pieces(weights, parts):
+            return together(x, weights, gates)
+        return _by_pieces(x, weights, gates, parts, all_outputs)
 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one
-    on_gpus = one if routed.x.shape[0] == 1 else together
+    on_gpus = one if routed.x.shape[0] == 1 else in_pieces
     return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
+
+
+def _has_pieces(weights: Layer, parts: int) -> bool:
+    """Whether a layer can be cut into the pieces of `_by_pieces`."""
+    held, groups = weights.down.scales.shape[:2]
+    return held % parts == 0 and parts * groups <= len(EXACT)
+
+
+def _by_pieces(
+    x: Array,
+    weights: Layer,
+    gates: Array,
+    parts: int,
+    forward: Callable[[Array, Matrices], Array],
+) -> Array:
+    """All tokens through all experts of a GPU, each piece of the stacks read where it lies.
+
+    A piece is some experts, and of these the rows of the down projection that share a scale with
+    the columns that feed them. One after the other, so that their hidden layers do not lie in
+    memory together.
+
+    Args:
+        x: float32 `[N, D]`.
+        weights: the layer.
+        gates: float32 `[N, E]`.
+        parts: into which the experts are divided.
+        forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
+
+    Returns:
+        float32 `[N, D]`.
+    """
+    down = weights.down
+    assert isinstance(down, Quantized)
+    held, groups = down.scales.shape[:2]
+    rows = down.weight.shape[1] // groups
+    total = jnp.zeros_like(x)
+    for number, (part, group) in enumerate(itertools.product(range(parts), range(groups))):
+        some = slice(part * held // parts, (part + 1) * held // parts)
+        inner = slice(group * rows, (group + 1) * rows)
+        matrices = (
+            cut(weights.gate, number, some, columns=inner),
+            cut(weights.up, number, some, columns=inner),
+            cut(down, number, some, rows=inner),
+        )
+        total = total + jnp.sum(gates.T[some, :, None] * forward(x, matrices), axis=0)
+        x, total = lax.optimization_barrier((x, total))  # type: ignore[no-untyped-call]
+    return total
 
 
 def _by_blocks(
@@ -258,8 +326,14 @@ def _by_blocks(
         total: Array = lax.fori_loop(0, trips, block, jnp.zeros_like(routed.x))
         return total
 
+    def alone(x: Array, matrices: Matrices) -> Array:
+        gate, up, down = jax.tree.map(lambda part: part[0], matrices)
+        return feed_forward(x, (gate, up, down), dtype, halves=False)[None]
+
     def on_gpus(weights: Layer, routed: Routed) -> Array:
         if held < config.num_experts:
+            if _has_pieces(weights, held):
+                return _by_pieces(routed.x, weights, _gates(routed, held), held, alone)
             return _one_by_one(routed.x, weights, _gates(routed, held), dtype, halves=False)
         larger = 2 * size
         return all_blocks(weights, routed, larger, routed.choices.size // larger + held - 1)
