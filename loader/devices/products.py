@@ -54,7 +54,7 @@ LARGE = 8 << 20
 """Bytes of a product from which a GPU sums the groups of its matrix one after the other."""
 
 EXACT = (jnp.int8, jnp.float16, jnp.int16, jnp.int32)
-"""Types that hold every int8 value, none of them one that products multiply in: see `cut`."""
+"""Types that hold every int8 value: by way of which parts of a stack are converted, see `cut`."""
 
 ALL = slice(None)
 
@@ -113,17 +113,23 @@ def _matrix(weights: Quantized) -> Quantized:
 
 
 def cut(
-    weights: Weights, number: int, matrices: slice, rows: slice = ALL, columns: slice = ALL
+    weights: Weights,
+    number: int,
+    dtype: jnp.dtype,
+    matrices: slice,
+    rows: slice = ALL,
+    columns: slice = ALL,
 ) -> Quantized:
     """A part of a stack, known when it is compiled, that a GPU reads where it lies.
 
     A product takes such a slice in, as long as nothing else needs what it is made of. A compiler
     that finds two parts converted alike converts the whole stack instead, once, and writes that:
-    each part of a program goes through a type of its own.
+    each part of a program goes by way of a type of its own. Those beyond the types are copied.
 
     Args:
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
-        number: of the part, below `len(EXACT)`.
+        number: of the part.
+        dtype: what is multiplied.
         matrices, rows, columns: what to take; whole groups of rows.
 
     Returns:
@@ -133,10 +139,14 @@ def cut(
     height = weights.weight.shape[1] // weights.scales.shape[1]
     first, last, _ = rows.indices(weights.weight.shape[1])
     groups = slice(first // height, last // height)
-    return Quantized(
-        _box(weights.weight, matrices, rows, columns).astype(EXACT[number]),
-        _box(weights.scales, matrices, groups, columns),
-    )
+    part = _box(weights.weight, matrices, rows, columns)
+    # A larger type than the product's would be written.
+    ways = [way for way in EXACT if jnp.dtype(way).itemsize <= dtype.itemsize]
+    if number < len(ways):
+        part = part.astype(ways[number])
+    else:
+        part = lax.optimization_barrier(part)  # type: ignore[no-untyped-call]
+    return Quantized(part, _box(weights.scales, matrices, groups, columns))
 
 
 def _box(array: Array, *sides: slice) -> Array:

@@ -205,13 +205,11 @@ def _gates(routed: Routed, held: int) -> Array:
     return jnp.sum(jnp.where(taken, routed.gates[..., None], 0.0), axis=1)
 
 
-def _one_by_one(
-    x: Array, weights: Layer, gates: Array, dtype: jnp.dtype, *, halves: bool = True
-) -> Array:
+def _one_by_one(x: Array, weights: Layer, gates: Array, dtype: jnp.dtype) -> Array:
     """Every expert that this device holds over all tokens, one after another."""
 
     def add(number: Array, total: Array) -> Array:
-        output = feed_forward(x, _selected(weights, number), dtype, halves=halves)
+        output = feed_forward(x, _selected(weights, number), dtype)
         return total + gates[:, number, None] * output
 
     total: Array = lax.fori_loop(0, gates.shape[1], add, jnp.zeros_like(x))
@@ -239,20 +237,15 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         parts, each = 1, 4 * tokens * (rows + x.shape[1])
         while held // parts * each > TOGETHER and 2 * parts * groups <= len(EXACT):
             parts *= 2
-        if parts * groups == 1 or not _has_pieces(weights, parts):
+        if parts * groups == 1 or parts * groups > len(EXACT) or held % parts:
             return together(x, weights, gates)
-        return _by_pieces(x, weights, gates, parts, all_outputs)
+        # A GPU takes few tokens' numbers apart within the product, of whatever type they are.
+        return _by_pieces(x, weights, gates, parts, all_outputs, jnp.dtype(jnp.float32))
 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one
     on_gpus = one if routed.x.shape[0] == 1 else in_pieces
     return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
-
-
-def _has_pieces(weights: Layer, parts: int) -> bool:
-    """Whether a layer can be cut into the pieces of `_by_pieces`."""
-    held, groups = weights.down.scales.shape[:2]
-    return held % parts == 0 and parts * groups <= len(EXACT)
 
 
 def _by_pieces(
@@ -261,6 +254,7 @@ def _by_pieces(
     gates: Array,
     parts: int,
     forward: Callable[[Array, Matrices], Array],
+    dtype: jnp.dtype,
 ) -> Array:
     """All tokens through all experts of a GPU, each piece of the stacks read where it lies.
 
@@ -274,6 +268,7 @@ def _by_pieces(
         gates: float32 `[N, E]`.
         parts: into which the experts are divided.
         forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
+        dtype: what `forward` multiplies.
 
     Returns:
         float32 `[N, D]`.
@@ -287,9 +282,9 @@ def _by_pieces(
         some = slice(part * held // parts, (part + 1) * held // parts)
         inner = slice(group * rows, (group + 1) * rows)
         matrices = (
-            cut(weights.gate, number, some, columns=inner),
-            cut(weights.up, number, some, columns=inner),
-            cut(down, number, some, rows=inner),
+            cut(weights.gate, number, dtype, some, columns=inner),
+            cut(weights.up, number, dtype, some, columns=inner),
+            cut(down, number, dtype, some, rows=inner),
         )
         total = total + jnp.sum(gates.T[some, :, None] * forward(x, matrices), axis=0)
         x, total = lax.optimization_barrier((x, total))  # type: ignore[no-untyped-call]
@@ -328,13 +323,15 @@ def _by_blocks(
 
     def alone(x: Array, matrices: Matrices) -> Array:
         gate, up, down = jax.tree.map(lambda part: part[0], matrices)
-        return feed_forward(x, (gate, up, down), dtype, halves=False)[None]
+        gated = product(x, gate, dtype, halves=False)
+        # Of the same tokens a GPU would multiply both at once, and write both matrices for that.
+        x, gated = lax.optimization_barrier((x, gated))  # type: ignore[no-untyped-call]
+        hidden = jax.nn.gelu(gated, approximate=True) * product(x, up, dtype, halves=False)
+        return product(hidden, down, dtype, halves=False)[None]
 
     def on_gpus(weights: Layer, routed: Routed) -> Array:
         if held < config.num_experts:
-            if _has_pieces(weights, held):
-                return _by_pieces(routed.x, weights, _gates(routed, held), held, alone)
-            return _one_by_one(routed.x, weights, _gates(routed, held), dtype, halves=False)
+            return _by_pieces(routed.x, weights, _gates(routed, held), held, alone, dtype)
         larger = 2 * size
         return all_blocks(weights, routed, larger, routed.choices.size // larger + held - 1)
 
