@@ -56,8 +56,6 @@ LARGE = 8 << 20
 EXACT = (jnp.int8, jnp.float16, jnp.int16, jnp.int32)
 """Types that hold every int8 value: by way of which parts of a stack are converted, see `cut`."""
 
-ALL = slice(None)
-
 BUSY, SHORTEST = 6144, 256
 """Columns of a product of few tokens that keep a GPU busy, and least rows of a part of its sum."""
 
@@ -113,12 +111,7 @@ def _matrix(weights: Quantized) -> Quantized:
 
 
 def cut(
-    weights: Weights,
-    number: int,
-    dtype: jnp.dtype,
-    matrices: slice,
-    rows: slice = ALL,
-    columns: slice = ALL,
+    weights: Weights, number: int, dtype: jnp.dtype, box: tuple[slice, slice, slice]
 ) -> Quantized:
     """A part of a stack, known when it is compiled, that a GPU reads where it lies.
 
@@ -130,22 +123,22 @@ def cut(
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
         number: of the part.
         dtype: what is multiplied.
-        matrices, rows, columns: what to take; whole groups of rows.
+        box: which matrices, rows (whole groups) and columns.
 
     Returns:
         weight `[e, k, n]` of a type of `EXACT`, scales `[e, g, n]`.
     """
     assert isinstance(weights, Quantized)
     height = weights.weight.shape[1] // weights.scales.shape[1]
+    matrices, rows, columns = box
     first, last, _ = rows.indices(weights.weight.shape[1])
     groups = slice(first // height, last // height)
-    part = _box(weights.weight, matrices, rows, columns)
+    part = _box(weights.weight, *box)
     # A larger type than the product's would be written.
     ways = [way for way in EXACT if jnp.dtype(way).itemsize <= dtype.itemsize]
-    if number < len(ways):
-        part = part.astype(ways[number])
-    else:
+    if number >= len(ways):
         part = lax.optimization_barrier(part)  # type: ignore[no-untyped-call]
+    part = part.astype((*ways, jnp.int8)[min(number, len(ways))])
     return Quantized(part, _box(weights.scales, matrices, groups, columns))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import jax
@@ -232,15 +232,17 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         return jnp.sum(gates.T[..., None] * output, axis=0)
 
     def in_pieces(x: Array, weights: Layer, gates: Array) -> Array:
-        tokens, groups = x.shape[0], weights.down.scales.shape[1]
-        rows = weights.down.weight.shape[1] // groups
-        parts, each = 1, 4 * tokens * (rows + x.shape[1])
+        down = weights.down
+        assert isinstance(down, Quantized)
+        groups = down.scales.shape[1]
+        parts, each = 1, 4 * x.shape[0] * (down.weight.shape[1] // groups + x.shape[1])
         while held // parts * each > TOGETHER and 2 * parts * groups <= len(EXACT):
             parts *= 2
         if parts * groups == 1 or parts * groups > len(EXACT) or held % parts:
             return together(x, weights, gates)
         # A GPU takes few tokens' numbers apart within the product, of whatever type they are.
-        return _by_pieces(x, weights, gates, parts, all_outputs, jnp.dtype(jnp.float32))
+        pieces = _pieces(weights, parts, jnp.dtype(jnp.float32))
+        return _by_pieces(x, gates, pieces, all_outputs)
 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one
@@ -248,44 +250,48 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
     return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
 
 
-def _by_pieces(
-    x: Array,
-    weights: Layer,
-    gates: Array,
-    parts: int,
-    forward: Callable[[Array, Matrices], Array],
-    dtype: jnp.dtype,
-) -> Array:
-    """All tokens through all experts of a GPU, each piece of the stacks read where it lies.
+def _pieces(weights: Layer, parts: int, dtype: jnp.dtype) -> Iterator[tuple[slice, Matrices]]:
+    """A GPU's experts in pieces that are read where they lie, and which experts each is of.
 
-    A piece is some experts, and of these the rows of the down projection that share a scale with
-    the columns that feed them. One after the other, so that their hidden layers do not lie in
-    memory together.
-
-    Args:
-        x: float32 `[N, D]`.
-        weights: the layer.
-        gates: float32 `[N, E]`.
-        parts: into which the experts are divided.
-        forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
-        dtype: what `forward` multiplies.
-
-    Returns:
-        float32 `[N, D]`.
+    A piece is one of so many parts of the experts, and of these the rows of the down projection
+    that share a scale, with the columns that feed them. dtype: what is multiplied.
     """
     down = weights.down
     assert isinstance(down, Quantized)
     held, groups = down.scales.shape[:2]
-    rows = down.weight.shape[1] // groups
-    total = jnp.zeros_like(x)
+    rows, width = down.weight.shape[1] // groups, slice(None)
     for number, (part, group) in enumerate(itertools.product(range(parts), range(groups))):
         some = slice(part * held // parts, (part + 1) * held // parts)
         inner = slice(group * rows, (group + 1) * rows)
-        matrices = (
-            cut(weights.gate, number, dtype, some, columns=inner),
-            cut(weights.up, number, dtype, some, columns=inner),
-            cut(down, number, dtype, some, rows=inner),
+        yield (
+            some,
+            (
+                cut(weights.gate, number, dtype, (some, width, inner)),
+                cut(weights.up, number, dtype, (some, width, inner)),
+                cut(down, number, dtype, (some, inner, width)),
+            ),
         )
+
+
+def _by_pieces(
+    x: Array,
+    gates: Array,
+    pieces: Iterable[tuple[slice, Matrices]],
+    forward: Callable[[Array, Matrices], Array],
+) -> Array:
+    """All tokens through all experts of a GPU, piece by piece: hidden layers do not lie together.
+
+    Args:
+        x: `[N, D]`, of a type that `forward` takes.
+        gates: float32 `[N, E]`.
+        pieces: as of `_pieces`.
+        forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
+
+    Returns:
+        float32 `[N, D]`.
+    """
+    total = jnp.zeros(x.shape, jnp.float32)
+    for some, matrices in pieces:
         total = total + jnp.sum(gates.T[some, :, None] * forward(x, matrices), axis=0)
         x, total = lax.optimization_barrier((x, total))  # type: ignore[no-untyped-call]
     return total
@@ -323,15 +329,17 @@ def _by_blocks(
 
     def alone(x: Array, matrices: Matrices) -> Array:
         gate, up, down = jax.tree.map(lambda part: part[0], matrices)
-        gated = product(x, gate, dtype, halves=False)
         # Of the same tokens a GPU would multiply both at once, and write both matrices for that.
-        x, gated = lax.optimization_barrier((x, gated))  # type: ignore[no-untyped-call]
-        hidden = jax.nn.gelu(gated, approximate=True) * product(x, up, dtype, halves=False)
+        again = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+        hidden = jax.nn.gelu(product(x, gate, dtype, halves=False), approximate=True)
+        hidden = hidden * product(again, up, dtype, halves=False)
         return product(hidden, down, dtype, halves=False)[None]
 
     def on_gpus(weights: Layer, routed: Routed) -> Array:
         if held < config.num_experts:
-            return _by_pieces(routed.x, weights, _gates(routed, held), held, alone, dtype)
+            # Rounded once, and not for each piece.
+            x, gates = routed.x.astype(dtype), _gates(routed, held)
+            return _by_pieces(x, gates, _pieces(weights, held, dtype), alone)
         larger = 2 * size
         return all_blocks(weights, routed, larger, routed.choices.size // larger + held - 1)
 

@@ -12,7 +12,7 @@ import pytest
 
 from loader.devices import products as quantized
 from loader.devices.kernels import Tuning
-from loader.devices.products import Quantized, product, select, stack_product
+from loader.devices.products import EXACT, Quantized, cut, product, select, stack_product
 
 
 def made(rows, columns, groups, seed=0):
@@ -68,6 +68,24 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
     wanted = np.stack([rows @ matrix for rows, (_, matrix) in zip(x, stack, strict=True)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=3e-4)
     assert quantized.in_parts(48 // groups, 3 * groups * 7) == (8 if groups == 1 else 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("number", range(len(EXACT) + 1))
+def test_a_part_of_a_stack_is_multiplied_by_way_of_any_type(number, dtype):
+    """Every int8 value is exact in each of the types, -128 too; groups keep their scales."""
+    stack = [made(48, 8, 3, seed) for seed in range(4)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = dataclasses.replace(stacked, weight=stacked.weight.at[2, 16].set(-128))
+    box = (slice(1, 3), slice(16, 48), slice(4, 8))
+    part = cut(stacked, number, jnp.dtype(dtype), box)
+    np.testing.assert_array_equal(part.weight.astype(jnp.int8), stacked.weight[box])
+    np.testing.assert_array_equal(part.scales, stacked.scales[1:3, 1:3, 4:8])
+    x = np.random.default_rng(1).standard_normal((5, 32), np.float32)
+    found = jax.jit(stack_product, static_argnums=2)(x, part, jnp.dtype(dtype))
+    scales = np.repeat(np.asarray(part.scales, np.float64), 16, axis=1)
+    wanted = x @ (np.asarray(stacked.weight[box], np.float64) * scales)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -125,6 +125,16 @@ def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, toke
         assert not found[-1].any()
 
 
+@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, BOTH], ids=str)
+def test_experts_of_a_gpu_in_as_many_pieces_as_can_be_give_the_same(monkeypatch, shape):
+    weights = golden.placed(shape)[1].layers[3]
+    wanted = as_here(shape, 16)
+    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    monkeypatch.setattr(experts, "TOGETHER", 0)
+    found = mixed(shape, golden.for_accelerators(weights), 16)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [(TENSOR_PARALLEL, 1), (TENSOR_PARALLEL, 16), (TENSOR_PARALLEL, 40), (BOTH, 40)],
