@@ -1,14 +1,15 @@
 """Power cuts by the thousand, and a disk that fails, or SIGKILL, at every single operation.
 
-Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [SCENARIO ...]. Needs the test
-extra, libfuse and /dev/fuse. Each scenario is a real command on a file system that notes every
+Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [--fault AMONG:ACTION ...]
+[SCENARIO ...]. Needs the test extra, libfuse and /dev/fuse. Each scenario is a real command on a file system that notes every
 write, rename and flush (`tests/powercut`). Each row is tried in a process of its own, as many at a
 time as there are cores.
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
 strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
-moment of a SIGKILL; reads fail as well, and writes are done by half. After each, the next commands
-run to the end. A row says how many operations were recorded and how many states or runs were tried,
+moment of a SIGKILL. Reads fail once, or for ever in one page, or come by half, or the file loses
+its end just then; writes are done by half; and of what is read or written one bit flips. After
+each, the next commands run to the end. A row says how many operations were recorded and how many states or runs were tried,
 how many promises were broken (there should be none), and how many bytes the next fetch brought at
 most.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from powercut.promises import Tried, outlived, safe, tried
+from powercut.promises import MADE, Tried, outlived, safe, tried
 from powercut.recorder import Fault
 from powercut.scenarios import NAMES, Recorded, available, record, strike
 from powercut.states import Cut
@@ -39,8 +40,14 @@ FAULTS = (
     ("changes", "ENOSPC"),
     ("changes", "kill"),
     ("reads", "EIO"),
+    ("reads", "sector"),
+    ("reads", "short"),
+    ("reads", "truncated"),
+    ("reads", "flip"),
     ("writes", "short"),
+    ("writes", "flip"),
 )
+"""What fails, as `Fault` has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +127,9 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=4000, help="after cuts, of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["cuts", "strikes"])
+    parser.add_argument(
+        "--fault", action="append", help="a strike, as reads:sector; by default all"
+    )
     parser.add_argument("scenarios", nargs="*", default=NAMES)
     chosen = parser.parse_args()
     reason = available()
@@ -133,7 +143,11 @@ def main() -> None:
             if chosen.only != "strikes":
                 running.append(pool.submit(cut_row, name, chosen.states, chosen.seed))
             if chosen.only != "cuts":
-                running += [pool.submit(strike_row, name, *fault) for fault in FAULTS]
+                faults = [it for it in FAULTS if ":".join(it) in (chosen.fault or [":".join(it)])]
+                # A folder that has lost a part is another one, and is published as it is.
+                if name in MADE and name != "run":
+                    faults = [it for it in faults if it != ("reads", "truncated")]
+                running += [pool.submit(strike_row, name, *fault) for fault in faults]
         rows = []
         for future in running:
             rows.append(future.result())

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from click.testing import CliRunner
 from powercut.recorder import Operation
 from powercut.scenarios import (
     FILES,
@@ -20,12 +21,21 @@ from powercut.scenarios import (
     model,
     payload,
     publishing,
+    running,
 )
 from powercut.states import Cut, Disk
 from support.fake_swarm import FakeSwarm
 from support.program import invoke
 
-from grokfetch.errors import GrokfetchError
+from grokfetch.cli import main
+from grokfetch.errors import (
+    CheckpointInvalid,
+    Damaged,
+    GrokfetchError,
+    NotProven,
+    SourceInvalid,
+    StorageFailed,
+)
 from grokfetch.events import Outcome, Summary
 from grokfetch.fetch import fetch
 from grokfetch.fetch.preflight import TRIAL
@@ -43,8 +53,9 @@ from grokfetch.torrent.metainfo import parse_torrent
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where states are tried: nothing has to reach a disk any more."""
 
-STORAGE_FAILED = 16
-DAMAGED = 20
+STORAGE_FAILED = StorageFailed.exit_code
+DAMAGED = Damaged.exit_code
+NOT_PROVEN = NotProven.exit_code
 RECORD = "to/.grokfetch/record.json"
 EXPORTED = "to/.grokfetch/export.json"
 
@@ -111,23 +122,83 @@ def tried(recorded: Recorded, disk: Disk, kept: frozenset[object]) -> Tried:
 
 def outlived(struck: Struck) -> Tried:
     """What is left of a program that a failing disk, or SIGKILL, has met, tried in its place."""
+    fault, ended = struck.fault, struck.ended
+    assert fault is not None
     broken = []
-    ended = struck.ended
-    if ended is not None and ended.code not in (STORAGE_FAILED, DAMAGED, -signal.SIGKILL):
+    if ended is not None and not _clear(ended.code, fault.action):
         broken.append(f"exit code {ended.code}: {ended.said[-300:]}")
     if ended is not None and "Traceback" in ended.said:
         broken.append(f"a traceback: {ended.said[-600:]}")
+    if fault.action != "flip" and struck.text not in (None, _text()):
+        broken.append(f"a run that ended well has said {struck.text}")
+    folder = struck.disk / "to"
     try:
-        result = _try(struck.recorded, struck.disk / "to", frozenset())
+        if fault.action == "flip":
+            broken += _found_by_verification(struck.recorded, folder)
+        if fault.action == "truncated" and struck.recorded.name == "run":
+            _refused_until_it_is_back(folder)
+        result = _try(struck.recorded, folder, frozenset())
     except Exception:  # noqa: BLE001 - whatever it is, it is a broken promise
         result = Tried((f"a traceback: {traceback.format_exc()}",), 0)
     return Tried((*broken, *result.broken), result.fetched)
 
 
+def _clear(code: int, action: str) -> bool:
+    """Whether an exit code says what has happened."""
+    match action:
+        case "flip":
+            return code >= SourceInvalid.exit_code
+        case "truncated":
+            return code in (STORAGE_FAILED, DAMAGED, NOT_PROVEN, CheckpointInvalid.exit_code)
+        case "kill":
+            return code in (STORAGE_FAILED, DAMAGED, -signal.SIGKILL)
+    return code in (STORAGE_FAILED, DAMAGED)
+
+
+@functools.cache
+def _text() -> str:
+    """What a run says that nothing has met."""
+    return invoke(*running(model())).stdout
+
+
+def _found_by_verification(recorded: Recorded, folder: Path) -> Iterator[str]:
+    """A bit that has changed unseen is found by who reads everything back, and by nobody else."""
+    said = CliRunner().invoke(main, ["verify", str(folder)])
+    if said.exit_code and said.exit_code < SourceInvalid.exit_code:
+        yield f"verify ends with {said.exit_code}: {said.output[-300:]} {said.exception!r}"
+    yield from _trusted_and_wrong(folder, _right(recorded))
+    if said.exit_code == 0:
+        store = Store(folder)
+        for entry in store.manifest().files:
+            right = [it for path, it in _right(recorded).items() if str(entry.path).endswith(path)]
+            if right and store.payload(entry.path).read_bytes() not in right:
+                yield f"verify finds nothing wrong with {entry.path}"
+
+
+def _refused_until_it_is_back(folder: Path) -> None:
+    """A file that has become shorter is not trusted; once it is back `verify` proves it again."""
+    right = payload(model())
+    shorter = [path for path, data in right.items() if (folder / path).read_bytes() != data]
+    if shorter:
+        invoke(*running(folder), code=NOT_PROVEN)
+    for path in shorter:
+        (folder / path).write_bytes(right[path])
+    invoke("verify", folder)
+
+
+def _right(recorded: Recorded) -> Mapping[str, bytes]:
+    """What the files of a scenario must hold."""
+    if recorded.name not in MADE:
+        return recorded.files
+    if recorded.name == "export":
+        return _export()
+    return FILES if recorded.name.startswith("publish") else payload(model())
+
+
 def _try(recorded: Recorded, folder: Path, kept: frozenset[object]) -> Tried:
     if recorded.name in MADE:
-        right = FILES if recorded.name.startswith("publish") else payload(model())
-        broken = [] if recorded.name == "export" else list(_trusted_and_wrong(folder, right))
+        exported = recorded.name == "export"
+        broken = [] if exported else list(_trusted_and_wrong(folder, _right(recorded)))
         return Tried((*broken, *MADE[recorded.name](folder, kept)), 0)
     torrent = parse_torrent(recorded.torrent)
     broken = list(_trusted_and_wrong(folder, recorded.files))

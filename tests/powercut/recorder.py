@@ -54,6 +54,8 @@ CHANGES = frozenset(
 )
 
 
+PAGE = 4096
+
 AMONG = {"changes": CHANGES, "reads": frozenset({"read"}), "writes": frozenset({"write"})}
 
 
@@ -62,12 +64,23 @@ class Fault:
     """What goes wrong, once: at the operation number `at`, from 1 on.
 
     among: a key of `AMONG`. action: the name of an errno; "kill", which ends the process that asked
-    with SIGKILL before the operation is done; or "short", where only half of a write is done.
+    with SIGKILL before the operation is done; "short", where only half of a read or write is done;
+    "sector", where one page of what is read can never be read again; "truncated", where the file
+    loses all from the middle of what is read; or "flip", where one bit in the middle of what is
+    read or written is another one, which nothing reports.
     """
 
     among: str
     at: int
     action: str
+
+
+def flipped(data: bytes) -> bytes:
+    """The same with one bit changed in the middle."""
+    middle = len(data) // 2
+    return (
+        data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 1]) + data[middle + 1 :]
+    )
 
 
 def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> None:
@@ -83,6 +96,7 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
             self.log = Path(log).open("wb", buffering=0)  # noqa: SIM115 - as long as the process
             self.count = 0
             self.done = False
+            self.bad: tuple[int, int] | None = None
             for name in counted:
                 setattr(self, name, functools.partial(self.struck, getattr(self, name)))
             self.made = 0
@@ -111,17 +125,46 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
             if self.count >= fault.at and not self.done and (asks or fault.action != "kill"):
                 self.done = True
                 self.note("struck")
-                if fault.action == "short":
-                    path, data, *rest = args
-                    return act(path, data[: max(1, len(data) // 2)], *rest)
-                self.strike(fault.action, asks)
+                return self.strike(act, asks, *args)
+            if self.bad is not None:
+                self.refuse_what_is_bad(*args)
             return act(*args)
 
-        def strike(self, action: str, asks: int) -> None:
-            if action == "kill":
-                os.kill(asks, signal.SIGKILL)
+        def strike(self, act, asks: int, *args):
+            match fault.action:
+                case "kill":
+                    os.kill(asks, signal.SIGKILL)
+                    raise mfusepy.FuseOSError(errno.EIO)
+                case "sector":
+                    _, _, _, fh = args
+                    self.bad = (os.fstat(fh).st_ino, self.middle(*args) // PAGE * PAGE)
+                    self.refuse_what_is_bad(*args)
+                case "truncated":
+                    path, _, _, _ = args
+                    self.truncate(path, self.middle(*args))
+                case "short" if fault.among == "writes":
+                    path, data, *rest = args
+                    return act(path, data[: max(1, len(data) // 2)], *rest)
+                case "short":
+                    _, _, offset, _ = args
+                    return act(*args)[: self.middle(*args) - offset]
+                case "flip" if fault.among == "writes":
+                    path, data, *rest = args
+                    return act(path, flipped(data), *rest)
+                case "flip":
+                    return flipped(act(*args))
+                case name:
+                    raise mfusepy.FuseOSError(getattr(errno, name))
+            return act(*args)
+
+        def middle(self, _path, size, offset, fh) -> int:
+            return (offset + max(offset, min(offset + size, os.fstat(fh).st_size))) // 2
+
+        def refuse_what_is_bad(self, _path, size, offset, fh) -> None:
+            inode, start = self.bad
+            here = os.fstat(fh).st_ino == inode
+            if here and offset < start + PAGE and start < offset + size:
                 raise mfusepy.FuseOSError(errno.EIO)
-            raise mfusepy.FuseOSError(getattr(errno, action))
 
         def note(self, kind, path="", **fields) -> None:
             made = Operation(kind, path.lstrip("/"), **fields)

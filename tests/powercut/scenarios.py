@@ -104,13 +104,14 @@ class Ended(Exception):
         self.said = said
 
 
-def program(*arguments: object) -> None:
-    """Run grokfetch in a process of its own, with the fault that is planted."""
+def program(*arguments: object) -> str:
+    """What grokfetch says on stdout, in a process of its own, with the fault that is planted."""
     call = f"{_planted}\nfrom grokfetch.cli import main\nmain({[*map(str, arguments)]!r})"
     command = [sys.executable, "-c", call]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise Ended(done.returncode, done.stderr)
+    return done.stdout
 
 
 SWARM = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
@@ -134,13 +135,16 @@ def planted(code: str) -> Iterator[None]:
 class Struck:
     """A scenario on a disk that failed once, or not at all: how it ended, and the disk then.
 
-    `reached` is False where the scenario had fewer operations than the fault's number.
+    `reached` is False where the scenario had fewer operations than the fault's number. `text` is
+    what a run that ended well has said.
     """
 
     recorded: Recorded
     ended: Ended | None
     disk: Path
     reached: bool
+    fault: Fault | None
+    text: str | None
 
 
 def record(name: str, work: Path) -> Recorded:
@@ -167,17 +171,18 @@ def strike(name: str, work: Path, fault: Fault | None) -> Struck:
     disk.mkdir()
     prepare, act = _SCENARIOS[name]
     prepare(disk, origin, file)
-    ended = None
+    ended = text = None
     with recorded_disk(work, fault) as (mounted, operations):
         try:
-            act(mounted, origin, file)
+            text = act(mounted, origin, file)
         except Ended as error:
             ended = error
     noted = operations()
     kinds = [it.kind for it in noted]
     begun = kinds.index("begun")
     del noted[begun]
-    return Struck(Recorded(name, noted, begun, torrent, files), ended, disk, "struck" in kinds)
+    recorded = Recorded(name, noted, begun, torrent, files)
+    return Struck(recorded, ended, disk, "struck" in kinds, fault, text)
 
 
 # --- the commands, and what lies on the disk before them ------------------------------------------
@@ -192,9 +197,9 @@ def _swarm(disk: Path, origin: Path, torrent: Path) -> None:
     _from_peer(origin, torrent, *fetch)
 
 
-def _from_peer(origin: Path, torrent: Path, *arguments: object) -> None:
+def _from_peer(origin: Path, torrent: Path, *arguments: object) -> str:
     with seed(torrent.read_bytes(), origin, SwarmSettings.loopback()) as seeder:
-        program(*arguments, "--peer", f"127.0.0.1:{seeder.port}", *SWARM)
+        return program(*arguments, "--peer", f"127.0.0.1:{seeder.port}", *SWARM)
 
 
 def _mirror(disk: Path, _origin: Path, torrent: Path) -> None:
@@ -245,20 +250,19 @@ def _model(disk: Path, _origin: Path, _torrent: Path) -> None:
     shutil.copytree(model(), disk / "to")
 
 
-def _run(disk: Path, _origin: Path, _torrent: Path) -> None:
-    program("run", disk / "to", "--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
+def _run(disk: Path, _origin: Path, _torrent: Path) -> str:
+    return program(*running(disk / "to"))
 
 
-def _while_fetching(disk: Path, origin: Path, torrent: Path) -> None:
+def _while_fetching(disk: Path, origin: Path, torrent: Path) -> str:
     described = torrent.with_suffix(".json")
     known = Store(model()).manifest()
     moved = known.moved({file.path: PurePosixPath("top", file.path) for file in known.files})
     link = parse_torrent(torrent.read_bytes()).info_hash
     whole = dataclasses.replace(moved, info_hash=link, magnet=f"magnet:?xt=urn:btih:{link}")
     described.write_bytes(encode(whole))
-    text = ("--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
     meanwhile = ("--while-fetching", "--source", described)
-    _from_peer(origin, torrent, "run", disk / "to", *text, *meanwhile)
+    return _from_peer(origin, torrent, *running(disk / "to"), *meanwhile)
 
 
 def _published(disk: Path, origin: Path, torrent: Path) -> None:
@@ -275,6 +279,11 @@ def _export(disk: Path, _origin: Path, _torrent: Path) -> None:
 def publishing(folder: Path) -> tuple[object, ...]:
     """The command that publishes a folder."""
     return ("publish", folder, "--piece-length", PIECE)
+
+
+def running(folder: Path) -> tuple[object, ...]:
+    """The command that generates one token."""
+    return ("run", folder, "--tokens", "5 6", "--max-tokens", "1", *SIMPLEST)
 
 
 def describing(folder: Path) -> tuple[object, ...]:
