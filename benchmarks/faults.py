@@ -1,17 +1,17 @@
 """Power cuts by the thousand, and a disk that fails, or SIGKILL, at every single operation.
 
 Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [--fault AMONG:ACTION ...]
-[SCENARIO ...]. Needs the test extra, libfuse and /dev/fuse. Each scenario is a real command on a file system that notes every
-write, rename and flush (`tests/powercut`). Each row is tried in a process of its own, as many at a
-time as there are cores.
+[SCENARIO ...]. Needs the test extra, libfuse and /dev/fuse. Each scenario is a real command on a
+file system that notes every write, rename and flush (`tests/powercut`). Each row is tried in a
+process of its own, as many at a time as there are cores.
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
 strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
 moment of a SIGKILL. Reads fail once, or for ever in one page, or come by half, or the file loses
 its end just then; writes are done by half; and of what is read or written one bit flips. After
-each, the next commands run to the end. A row says how many operations were recorded and how many states or runs were tried,
-how many promises were broken (there should be none), and how many bytes the next fetch brought at
-most.
+each, the next commands run to the end. A row says how many operations were recorded and how many
+states or runs were tried, how many promises were broken (there should be none), and how many bytes
+the next fetch brought at most.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=4000, help="after cuts, of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["cuts", "strikes"])
-    parser.add_argument(
-        "--fault", action="append", help="a strike, as reads:sector; by default all"
-    )
+    parser.add_argument("--fault", action="append", help="as reads:sector; by default all")
     parser.add_argument("scenarios", nargs="*", default=NAMES)
     chosen = parser.parse_args()
     reason = available()

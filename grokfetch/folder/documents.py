@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import SelectionInvalid, StateMissing
+from grokfetch.errors import SelectionInvalid, StateMissing, TorrentInvalid
 from grokfetch.folder import record as records
 from grokfetch.folder.nearby import hint_nearby
 from grokfetch.folder.proven import of_torrent, piece_hashes_decide
@@ -19,7 +19,7 @@ from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, broken_seal, encode_torrent, parse_torrent
 from grokfetch.torrent.names import STATE_FOLDER, with_ending
 
 __all__ = ["Documents", "part_name"]
@@ -75,9 +75,11 @@ class Documents:
 
         Raises:
             StateMissing: there is none.
+            StorageFailed: the disk does not give it.
         """
         found = self.manifest_or_none()
         if found is None:
+            self._files.refuse_unread("manifest.json")
             raise StateMissing(
                 "nothing here says what this folder must hold",
                 path=self.root,
@@ -227,7 +229,7 @@ class Documents:
             StorageFailed: the state folder cannot be written.
         """
         layout = parse_info(torrent.info, torrent.piece_layers)
-        self._files.write("metadata.torrent", encode_torrent(torrent))
+        self._files.write("metadata.torrent", encode_torrent(torrent, sealed=True))
         self._torrent, self._layout, self._record = torrent, layout, None
         self._settled = False
 
@@ -288,7 +290,9 @@ def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:
     """A torrent file and its layout.
 
     Raises:
-        TorrentInvalid: it is none, or has no sound layout.
+        TorrentInvalid: it is none, has changed since it was written, or has no sound layout.
     """
     torrent = parse_torrent(data)
+    if broken_seal(data, torrent):
+        raise TorrentInvalid("it has changed on the disk: its info hash is another one")
     return torrent, parse_info(torrent.info, torrent.piece_layers)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from grokfetch.errors import ManifestInvalid, TorrentInvalid, storage_failed
+from grokfetch.errors import ManifestInvalid, StorageFailed, TorrentInvalid, storage_failed
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.lock import folder_lock
 from grokfetch.folder.record import RecordDamaged
@@ -35,6 +35,7 @@ class StateFiles:
         self.folder = folder
         self.warnings: list[str] = []
         self._owner = False
+        self._unread: dict[str, OSError] = {}
 
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool) -> Iterator[None]:
@@ -58,11 +59,23 @@ class StateFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if not isinstance(error, IsADirectoryError):
+                self._unread[name] = error
             self.warnings.append(f"{path}: cannot be read ({error.strerror})")
             return None
         except (ManifestInvalid, TorrentInvalid, RecordDamaged) as error:
             self._set_aside(path, error.args[0])
             return None
+
+    def refuse_unread(self, name: str) -> None:
+        """Return unless a file is there that the disk has not given: then nothing can be said.
+
+        Raises:
+            StorageFailed: it has not.
+        """
+        if name in self._unread:
+            reason = self._unread[name].strerror
+            raise StorageFailed(f"cannot be read ({reason})", path=self.folder / name)
 
     def _set_aside(self, path: Path, why: str) -> None:
         if not self._owner:
@@ -95,6 +108,7 @@ class StateFiles:
                 file.write(data)
         except OSError as error:
             raise storage_failed(error, path) from error
+        self._unread.pop(name, None)
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there, with the exclusive lock held.

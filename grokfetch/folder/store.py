@@ -143,6 +143,8 @@ class Store(Documents):
             stop = entry.size if length is None else start + length
             reason = proven.doubt(entry, start, stop)
         if reason is not None:
+            for name in ("metadata.torrent", "record.json"):
+                self._files.refuse_unread(name)
             selection = self.selection()
             rest = f"grokfetch fetch {self.root}"
             if selection is not None:

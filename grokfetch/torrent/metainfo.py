@@ -16,6 +16,7 @@ from grokfetch.torrent.bencode import Value, expect, text
 
 __all__ = [
     "TorrentFile",
+    "broken_seal",
     "check_info_hash",
     "encode_torrent",
     "parse_torrent",
@@ -47,6 +48,10 @@ class TorrentFile:
     def known_as(self, info_hash: str | None) -> bool:
         """Whether `info_hash`, 40 or 64 hexadecimal digits, is one of its two."""
         return info_hash is not None and info_hash in (self.v1, self.v2)
+
+
+SEAL = b"info hash"
+"""The key of a sealed file beside `info`; no other program minds it."""
 
 
 # --- torrent files -----------------------------------------------------------------------------
@@ -97,9 +102,14 @@ def torrent_file(
     )
 
 
-def encode_torrent(torrent: TorrentFile) -> bytes:
-    """The `.torrent` file of these values; the info dictionary is kept byte for byte."""
+def encode_torrent(torrent: TorrentFile, *, sealed: bool = False) -> bytes:
+    """The `.torrent` file of these values; the info dictionary is kept byte for byte.
+
+    `sealed` has it name its own info hash, so that `broken_seal` can tell if a bit has changed.
+    """
     around: dict[bytes, Value] = {}
+    if sealed:
+        around[SEAL] = torrent.info_hash.encode()
     if torrent.trackers:
         around[b"announce"] = torrent.trackers[0].encode()
         around[b"announce-list"] = [[tracker.encode()] for tracker in torrent.trackers]
@@ -111,6 +121,12 @@ def encode_torrent(torrent: TorrentFile) -> bytes:
     members[b"info"] = torrent.info
     body = b"".join(bencode.encode(key) + members[key] for key in sorted(members))
     return b"d" + body + b"e"
+
+
+def broken_seal(data: bytes, torrent: TorrentFile) -> bool:
+    """Whether a file names another info hash than that of the torrent that it holds."""
+    span = bencode.member_spans(data).get(SEAL)
+    return span is not None and data[slice(*span)] != bencode.encode(torrent.info_hash.encode())
 
 
 def check_info_hash(torrent: TorrentFile, info_hash: str) -> None:

@@ -409,3 +409,30 @@ def test_a_checkpoint_of_318_gb_answers_in_under_a_second(tmp_path):
     for path in paths:
         reader.require(path)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metadata.torrent", "record.json"])
+def test_a_state_file_that_the_disk_does_not_give_is_named(store, name, monkeypatch):
+    real = Path.read_bytes
+
+    def failing(path):
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(StorageFailed, match="Input/output error") as refused:
+        again(store).require(A)
+    assert refused.value.path == str(store.state / name)
+
+
+def test_a_torrent_of_which_a_bit_has_changed_is_set_aside(store):
+    path = store.state / "metadata.torrent"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"6:pieces") + 20] ^= 1
+    path.write_bytes(data)
+    changed = again(store)
+    with changed.lock():
+        assert changed.torrent() is None
+    assert "it has changed on the disk" in " ".join(changed.warnings)
+    assert not path.exists()

@@ -146,7 +146,8 @@ def outlived(struck: Struck) -> Tried:
 def _clear(code: int, action: str) -> bool:
     """Whether an exit code says what has happened."""
     match action:
-        case "flip":
+        # Of what came by half, zeros take the place of the rest of a page.
+        case "flip" | "short":
             return code >= SourceInvalid.exit_code
         case "truncated":
             return code in (STORAGE_FAILED, DAMAGED, NOT_PROVEN, CheckpointInvalid.exit_code)

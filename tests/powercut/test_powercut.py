@@ -115,6 +115,13 @@ def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
         ("manifest", "changes", 6, "kill"),
         ("export", "changes", 30, "EIO"),
         ("export", "writes", 20, "short"),
+        ("swarm", "writes", 20, "flip"),
+        ("repair", "reads", 5, "flip"),
+        pytest.param("run", "reads", 20, "sector", marks=pytest.mark.slow),
+        pytest.param("run", "reads", 20, "short", marks=pytest.mark.slow),
+        pytest.param("run", "reads", 20, "truncated", marks=pytest.mark.slow),
+        pytest.param("while fetching", "reads", 30, "sector", marks=pytest.mark.slow),
+        pytest.param("while fetching", "reads", 30, "truncated", marks=pytest.mark.slow),
     ],
 )
 def test_a_disk_that_fails_once_or_a_kill_costs_nothing_proven(name, among, at, action, tmp_path):
