@@ -29,11 +29,11 @@ from support.program import invoke
 
 from grokfetch.cli import main
 from grokfetch.errors import (
-    CheckpointInvalid,
     Damaged,
     GrokfetchError,
     NotProven,
     SourceInvalid,
+    StateMissing,
     StorageFailed,
 )
 from grokfetch.events import Outcome, Summary
@@ -57,6 +57,7 @@ STORAGE_FAILED = StorageFailed.exit_code
 DAMAGED = Damaged.exit_code
 NOT_PROVEN = NotProven.exit_code
 RECORD = "to/.grokfetch/record.json"
+MANIFEST = ".grokfetch/manifest.json"
 EXPORTED = "to/.grokfetch/export.json"
 
 
@@ -146,11 +147,9 @@ def outlived(struck: Struck) -> Tried:
 def _clear(code: int, action: str) -> bool:
     """Whether an exit code says what has happened."""
     match action:
-        # Of what came by half, zeros take the place of the rest of a page.
-        case "flip" | "short":
+        # Of what came by half, or is truncated, zeros take the place of the rest of a page.
+        case "flip" | "short" | "truncated":
             return code >= SourceInvalid.exit_code
-        case "truncated":
-            return code in (STORAGE_FAILED, DAMAGED, NOT_PROVEN, CheckpointInvalid.exit_code)
         case "kill":
             return code in (STORAGE_FAILED, DAMAGED, -signal.SIGKILL)
     return code in (STORAGE_FAILED, DAMAGED)
@@ -179,9 +178,10 @@ def _found_by_verification(recorded: Recorded, folder: Path) -> Iterator[str]:
 def _refused_until_it_is_back(folder: Path) -> None:
     """A file that has become shorter is not trusted; once it is back `verify` proves it again."""
     right = payload(model())
+    right[MANIFEST] = (model() / MANIFEST).read_bytes()
     shorter = [path for path, data in right.items() if (folder / path).read_bytes() != data]
     if shorter:
-        invoke(*running(folder), code=NOT_PROVEN)
+        invoke(*running(folder), code=StateMissing.exit_code if MANIFEST in shorter else NOT_PROVEN)
     for path in shorter:
         (folder / path).write_bytes(right[path])
     invoke("verify", folder)
