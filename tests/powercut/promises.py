@@ -14,10 +14,13 @@ from click.testing import CliRunner
 from powercut.recorder import Operation
 from powercut.scenarios import (
     FILES,
+    MIRROR,
     Recorded,
     Struck,
     describing,
     exporting,
+    mirrored,
+    mirroring,
     model,
     payload,
     publishing,
@@ -58,6 +61,7 @@ DAMAGED = Damaged.exit_code
 NOT_PROVEN = NotProven.exit_code
 RECORD = "to/.grokfetch/record.json"
 MANIFEST = ".grokfetch/manifest.json"
+HASHED = ".to.publishing/hashed.json"
 EXPORTED = "to/.grokfetch/export.json"
 
 
@@ -72,12 +76,15 @@ class Tried:
 def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
     """What has been done, flushed and recorded, and must not have to be done again.
 
-    Of a fetch the numbers of pieces, of an export the names of tensors; of other commands one thing
-    once they have ended: that they have.
+    Of a fetch the numbers of pieces, of an export the names of tensors, of what is published from a
+    mirror paths of files until their hashes are removed; of other commands one thing once they have
+    ended: that they have.
     """
     if recorded.name == "export":
         fields = _safe_file(past, EXPORTED)
         return frozenset(json.loads(fields)["done"]) if fields else frozenset()
+    if recorded.name == "publish from a mirror":
+        return _hashed(past) or frozenset(["ended"][: len(past) == len(recorded.operations)])
     if recorded.name in MADE:
         return frozenset(["ended"][: len(past) == len(recorded.operations)])
     text = _safe_file(past, RECORD)
@@ -95,6 +102,13 @@ def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
             for part in layout.segments(piece)
         )
     )
+
+
+def _hashed(past: Sequence[Operation]) -> frozenset[object]:
+    if any(it.kind == "unlink" and it.path == HASHED for it in past):
+        return frozenset()
+    fields = _safe_file(past, HASHED)
+    return frozenset(json.loads(fields)["files"]) if fields else frozenset()
 
 
 def _safe_file(past: Sequence[Operation], path: str) -> bytes | None:
@@ -193,6 +207,8 @@ def _right(recorded: Recorded) -> Mapping[str, bytes]:
         return recorded.files
     if recorded.name == "export":
         return _export()
+    if recorded.name == "publish from a mirror":
+        return {}
     return FILES if recorded.name.startswith("publish") else payload(model())
 
 
@@ -262,8 +278,13 @@ def _ends_well(folder: Path, swarm: FakeSwarm) -> Iterator[str]:
 # --- commands that make something of files that are there -----------------------------------------
 
 
+def _outputs(folder: Path) -> tuple[Path, Path]:
+    """The torrent and the manifest of what is published as a folder."""
+    return folder.with_name("to.torrent"), folder.with_name("to.json")
+
+
 def _published(folder: Path, kept: frozenset[object]) -> Iterator[str]:
-    torrent, described = (folder.with_name(f"to{ending}") for ending in (".torrent", ".json"))
+    torrent, described = _outputs(folder)
     if kept and not (torrent.exists() and described.exists()):
         yield "what was published is lost after its command has ended"
     # What is there is whole; half of one is an error here.
@@ -277,6 +298,34 @@ def _published(folder: Path, kept: frozenset[object]) -> Iterator[str]:
         yield "what is published then is another folder"
     if Store(folder).manifest().files and not made_here(Store(folder)):
         yield "what is published then counts as fetched"
+
+
+def _mirrored(folder: Path, kept: frozenset[object]) -> Iterator[str]:
+    torrent, described = _outputs(folder)
+    if "ended" in kept and not (torrent.exists() and described.exists()):
+        yield "what was published is lost after its command has ended"
+    right = _published_from_mirror()
+    for path, data in zip((torrent, described), right, strict=True):
+        if path.exists() and path.read_bytes() != data:
+            yield f"{path.name} is not what it should be"
+    with mirrored() as server:
+        invoke(*mirroring(folder, server))
+    # Each is asked for its length first.
+    asked = [f"to/{url.removeprefix(f'{MIRROR}/')}" for url in server.asked]
+    again = sorted(str(path) for path in kept if asked.count(str(path)) > 1)
+    if again:
+        yield f"{again} were hashed, flushed and recorded, and are fetched again"
+    if (torrent.read_bytes(), described.read_bytes()) != right:
+        yield "what is published then is not what it should be"
+
+
+@functools.cache
+def _published_from_mirror() -> tuple[bytes, bytes]:
+    """Torrent and manifest that nothing has met."""
+    with tempfile.TemporaryDirectory(prefix="powercut-") as place, mirrored() as server:
+        invoke(*mirroring(Path(place) / "to", server))
+        torrent, described = _outputs(Path(place) / "to")
+        return torrent.read_bytes(), described.read_bytes()
 
 
 def _described(folder: Path, kept: frozenset[object]) -> Iterator[str]:
@@ -329,6 +378,7 @@ def _made(folder: Path, again: tuple[object, ...], kept: frozenset[object]) -> I
 MADE = {
     "publish": _published,
     "publish again": _published,
+    "publish from a mirror": _mirrored,
     "manifest": _described,
     "run": _has_run,
     "export": _exported,

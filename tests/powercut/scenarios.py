@@ -32,6 +32,8 @@ FILES = {
 }
 """Files that share pieces in a v1 torrent."""
 
+MIRROR = "http://mirror.test"
+
 CONFIG = dataclasses.replace(
     loadable.CONFIG, emb_size=64, num_q_heads=2, num_kv_heads=1, num_layers=1, num_experts=2
 )
@@ -237,6 +239,11 @@ def _publish(disk: Path, _origin: Path, _torrent: Path) -> None:
     program(*publishing(disk / "to"))
 
 
+def _publish_mirror(disk: Path, _origin: Path, _torrent: Path) -> None:
+    with mirrored() as server:
+        program(*mirroring(disk / "to", server))
+
+
 def _shards(disk: Path, _origin: Path, _torrent: Path) -> None:
     shutil.copytree(model() / "ckpt-0", disk / "to/ckpt-0")
     shutil.copy(model() / "tokenizer.model", disk / "to")
@@ -291,6 +298,20 @@ def describing(folder: Path) -> tuple[object, ...]:
     return ("manifest", folder, "--config", model().with_suffix(".json"))
 
 
+def mirrored() -> WebServer:
+    """A server that holds `model` at an address that does not change, and is its own proxy."""
+    return WebServer({f"{MIRROR}/{path}": data for path, data in payload(model()).items()})
+
+
+def mirroring(folder: Path, server: WebServer) -> tuple[object, ...]:
+    """The command that publishes what lies on `mirrored`, as `folder` with other endings."""
+    listed = model().with_suffix(".list")
+    listed.write_text("\n".join(payload(model())))
+    what = ("publish", f"{MIRROR}/{{path}}", "--files", listed, "--name", folder.name)
+    how = ("--config", model().with_suffix(".json"), "--piece-length", PIECE)
+    return (*what, *how, "--output", folder.parent, "--proxy", server.url)
+
+
 def exporting(folder: Path) -> tuple[object, ...]:
     """The command that exports `model` into a folder."""
     return ("export", model(), folder, "--type", "bf16", "--split", "100k")
@@ -335,6 +356,7 @@ _SCENARIOS = {
     "export": (_nothing, _export),
     "while fetching": (_nothing, _while_fetching),
     "publish again": (_published, _publish),
+    "publish from a mirror": (_nothing, _publish_mirror),
 }
 """What lies on the disk before, and the command: each takes disk, origin and torrent."""
 
