@@ -86,11 +86,17 @@ it.flush_one = lambda path: None if path.is_dir() else real(path)
     [
         ("export", "import loader.export.writing as it", "are kept"),
         ("publish", "import grokfetch.folder.atomic as it", "lost after its command has ended"),
+        pytest.param(
+            "publish from a mirror",
+            "import grokfetch.fetch.hashed_mirror as it",
+            "not what it should be",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["export", "publish"],
+    ids=["export", "publish", "mirror"],
 )
 def test_a_folder_that_another_command_does_not_flush_is_found(name, code, promise, tmp_path):
-    with planted(f"{code}\nit.flush = lambda path: None"):
+    with planted(f"{code}\nit.flush = lambda *_: None"):
         recorded = record(name, tmp_path / name)
     assert any(promise in it for it in broken(recorded, CUTS))
 
