@@ -20,8 +20,8 @@ from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 
 CUTS = 6
-COMPILED = ("run", "while fetching")
-"""Scenarios that take seconds for jax; the campaign and the gate try them."""
+SLOW = ("run", "while fetching", "publish from a mirror")
+"""Scenarios that take seconds, for jax or for their many files; campaign and gate try them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +55,7 @@ def recorded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in COMPILED else name for name in NAMES],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES],
 )
 def test_no_cut_makes_a_wrong_byte_trusted_or_a_safe_one_lost(name, recorded):
     assert not list(broken(recorded(name), CUTS))
@@ -89,7 +89,7 @@ it.flush_one = lambda path: None if path.is_dir() else real(path)
         pytest.param(
             "publish from a mirror",
             "import grokfetch.fetch.hashed_mirror as it",
-            "not what it should be",
+            "were hashed, flushed and recorded",
             marks=pytest.mark.slow,
         ),
     ],
