@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import SelectionInvalid, StateMissing, TorrentInvalid
+from grokfetch.errors import SelectionInvalid, StateMissing
 from grokfetch.folder import record as records
 from grokfetch.folder.nearby import hint_nearby
 from grokfetch.folder.proven import of_torrent, piece_hashes_decide
@@ -19,7 +19,7 @@ from grokfetch.manifest.schema import Manifest, ManifestFile, ManifestTensor
 from grokfetch.manifest.selection import Selection, Spans
 from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.layout import Layout
-from grokfetch.torrent.metainfo import TorrentFile, broken_seal, encode_torrent, parse_torrent
+from grokfetch.torrent.metainfo import TorrentFile, encode_torrent, parse_torrent
 from grokfetch.torrent.names import STATE_FOLDER, with_ending
 
 __all__ = ["Documents", "part_name"]
@@ -293,6 +293,4 @@ def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:
         TorrentInvalid: it is none, has changed since it was written, or has no sound layout.
     """
     torrent = parse_torrent(data)
-    if broken_seal(data, torrent):
-        raise TorrentInvalid("it has changed on the disk: its info hash is another one")
     return torrent, parse_info(torrent.info, torrent.piece_layers)

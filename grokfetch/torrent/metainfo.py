@@ -16,7 +16,6 @@ from grokfetch.torrent.bencode import Value, expect, text
 
 __all__ = [
     "TorrentFile",
-    "broken_seal",
     "check_info_hash",
     "encode_torrent",
     "parse_torrent",
@@ -50,7 +49,7 @@ class TorrentFile:
         return info_hash is not None and info_hash in (self.v1, self.v2)
 
 
-SEAL = b"info hash"
+SEAL = b"grokfetch info hash"
 """The key of a sealed file beside `info`; no other program minds it."""
 
 
@@ -61,7 +60,7 @@ def parse_torrent(data: bytes) -> TorrentFile:
     """Read a `.torrent` file. Its layout is checked by `parse_info`.
 
     Raises:
-        TorrentInvalid: it is none, or its metadata is malformed.
+        TorrentInvalid: it is none, its metadata is malformed, or not that which it was sealed with.
     """
     members = bencode.members(data)
     if b"info" not in members:
@@ -69,7 +68,7 @@ def parse_torrent(data: bytes) -> TorrentFile:
     top = {key: value for key, (value, _) in members.items()}
     layers = expect(top.get(b"piece layers", {}), dict, "piece layers")
     v1, v2 = _info_hashes(top[b"info"], members[b"info"][1])
-    return TorrentFile(
+    torrent = TorrentFile(
         members[b"info"][1],
         v1,
         v2,
@@ -77,6 +76,9 @@ def parse_torrent(data: bytes) -> TorrentFile:
         tuple(dict.fromkeys(_texts(top.get(b"url-list", []), "url-list"))),
         {root: expect(layer, bytes, "a piece layer") for root, layer in layers.items()},
     )
+    if top.get(SEAL, torrent.info_hash.encode()) != torrent.info_hash.encode():
+        raise TorrentInvalid("it has changed since it was written: its info hash is another one")
+    return torrent
 
 
 def torrent_file(
@@ -105,7 +107,7 @@ def torrent_file(
 def encode_torrent(torrent: TorrentFile, *, sealed: bool = False) -> bytes:
     """The `.torrent` file of these values; the info dictionary is kept byte for byte.
 
-    `sealed` has it name its own info hash, so that `broken_seal` can tell if a bit has changed.
+    `sealed` has it name its own info hash, so that reading tells if a bit has changed.
     """
     around: dict[bytes, Value] = {}
     if sealed:
@@ -121,12 +123,6 @@ def encode_torrent(torrent: TorrentFile, *, sealed: bool = False) -> bytes:
     members[b"info"] = torrent.info
     body = b"".join(bencode.encode(key) + members[key] for key in sorted(members))
     return b"d" + body + b"e"
-
-
-def broken_seal(data: bytes, torrent: TorrentFile) -> bool:
-    """Whether a file names another info hash than that of the torrent that it holds."""
-    span = bencode.member_spans(data).get(SEAL)
-    return span is not None and data[slice(*span)] != bencode.encode(torrent.info_hash.encode())
 
 
 def check_info_hash(torrent: TorrentFile, info_hash: str) -> None:

@@ -434,5 +434,5 @@ def test_a_torrent_of_which_a_bit_has_changed_is_set_aside(store):
     changed = again(store)
     with changed.lock():
         assert changed.torrent() is None
-    assert "it has changed on the disk" in " ".join(changed.warnings)
+    assert "it has changed since it was written" in " ".join(changed.warnings)
     assert not path.exists()
