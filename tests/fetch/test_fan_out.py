@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import libtorrent
@@ -9,7 +10,7 @@ import pytest
 from support.release import publish_files
 from support.torrents import content
 
-from grokfetch.events import Outcome
+from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.swarm.fan_out import Peer, Share, priorities, share_of
@@ -115,6 +116,12 @@ def free_ports(count):
     return ports
 
 
+def host(port, peers, torrent, store):
+    settings = dataclasses.replace(SwarmSettings.loopback(peers), listen=f"127.0.0.1:{port}")
+    source = Swarm(parse_torrent(torrent), settings)
+    return fetch(store, source, limits=Limits(metadata_s=20, stall_s=20))
+
+
 @pytest.mark.slow
 def test_a_slow_seed_sends_four_hosts_little_more_than_one_copy(tmp_path, published):
     root, torrent = published
@@ -122,15 +129,55 @@ def test_a_slow_seed_sends_four_hosts_little_more_than_one_copy(tmp_path, publis
     slow = dataclasses.replace(SwarmSettings.loopback(), up=400_000)
     ports = free_ports(4)
     with seed(torrent, root, slow) as seeder, ThreadPoolExecutor(4) as pool:
-        addresses = [f"127.0.0.1:{port}" for port in (seeder.port, *ports)]
+        peers = tuple(f"127.0.0.1:{port}" for port in (seeder.port, *ports))
 
-        def host(port):
-            settings = dataclasses.replace(
-                SwarmSettings.loopback(tuple(addresses)), listen=f"127.0.0.1:{port}"
-            )
-            store = Store(tmp_path / str(port))
-            source = Swarm(parse_torrent(torrent), settings)
-            return list(fetch(store, source, limits=Limits(metadata_s=20, stall_s=20)))[-1]
+        def run(port):
+            return list(host(port, peers, torrent, Store(tmp_path / str(port))))[-1]
 
-        assert all(isinstance(end, Outcome) for end in pool.map(host, ports))
+        assert all(isinstance(end, Outcome) for end in pool.map(run, ports))
         assert seeder.uploaded() < 1.6 * size
+
+
+@pytest.mark.slow
+def test_a_host_that_comes_late_is_given_what_the_seed_has_sent_already(tmp_path, published):
+    root, torrent = published
+    slow = dataclasses.replace(SwarmSettings.loopback(), up=400_000)
+    ports = free_ports(3)
+    under_way = threading.Event()
+    with seed(torrent, root, slow) as seeder, ThreadPoolExecutor(3) as pool:
+        peers = tuple(f"127.0.0.1:{port}" for port in (seeder.port, *ports))
+
+        def run(port, late):
+            if late:
+                assert under_way.wait(20)
+            for event in host(port, peers, torrent, Store(tmp_path / str(port))):
+                if isinstance(event, Status) and event.done > 8 * PIECE:
+                    under_way.set()
+            return event
+
+        assert all(isinstance(end, Outcome) for end in pool.map(run, ports, [False, False, True]))
+
+
+@pytest.mark.slow
+def test_hosts_go_on_with_another_seed_where_the_one_that_they_divide_goes_away(
+    tmp_path, published
+):
+    root, torrent = published
+    slow = dataclasses.replace(SwarmSettings.loopback(), up=400_000)
+    first, second, *ports = free_ports(4)
+    peers = tuple(f"127.0.0.1:{port}" for port in (first, second, *ports))
+    under_way = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+
+        def run(port):
+            for event in host(port, peers, torrent, Store(tmp_path / str(port))):
+                if isinstance(event, Status) and event.done > 8 * PIECE:
+                    under_way.set()
+            return event
+
+        with seed(torrent, root, dataclasses.replace(slow, listen=f"127.0.0.1:{first}")):
+            ends = [pool.submit(run, port) for port in ports]
+            assert under_way.wait(20)
+        assert not any(end.done() for end in ends)
+        with seed(torrent, root, dataclasses.replace(slow, listen=f"127.0.0.1:{second}")):
+            assert all(isinstance(end.result(), Outcome) for end in ends)
