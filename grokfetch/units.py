@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["bytes_text", "count_text", "parse_bytes", "seconds_text", "share_text", "speed_text"]
+__all__ = [
+    "ago_text",
+    "bytes_text",
+    "count_text",
+    "parse_bytes",
+    "seconds_text",
+    "share_text",
+    "speed_text",
+]
 
 FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
@@ -39,6 +47,11 @@ def seconds_text(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def ago_text(then: float, now: float) -> str:
+    """How long ago a moment was, both in seconds since 1970: 12 s ago."""
+    return f"{seconds_text(max(0.0, now - then))} ago"
 
 
 def count_text(count: int, noun: str) -> str:

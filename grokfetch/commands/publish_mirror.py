@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import click
@@ -210,11 +210,8 @@ def _frames(sizes: Mapping[PurePosixPath, int], config: Path | None) -> dict[Pur
             for offset, length in tensor.spans():
                 if length > 2 * SLACK:
                     kept[tensor.file] += (offset + SLACK, offset + length - SLACK)
-    return {path: tuple(_pairs([*bounds, sizes[path]])) for path, bounds in kept.items()}
-
-
-def _pairs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    yield from zip(bounds[::2], bounds[1::2], strict=True)
+    bounds = {path: [*inner, sizes[path]] for path, inner in kept.items()}
+    return {path: tuple(zip(it[::2], it[1::2], strict=True)) for path, it in bounds.items()}
 
 
 def _shown(

@@ -18,7 +18,7 @@ from grokfetch.folder.overview import Overview, as_fields, missing_runs, overvie
 from grokfetch.folder.store import Store
 from grokfetch.folder.survey import Group, Survey, piece_map
 from grokfetch.output.terminal import LABEL, Screen, screen
-from grokfetch.units import bytes_text, count_text, seconds_text, share_text, speed_text
+from grokfetch.units import ago_text, bytes_text, count_text, seconds_text, share_text, speed_text
 
 MAP_ROWS = 6
 GROUP_WIDTH = 25
@@ -89,13 +89,9 @@ def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
     if seen.history.sent:
         yield "sent", _senders(seen.history)
     for command, check in seen.checks.items():
-        yield "found", f"by {command}, {_ago(check.time, now)}: {_findings(check)}"
+        yield "found", f"by {command}, {ago_text(check.time, now)}: {_findings(check)}"
     if seen.runs:
         yield "run", _run(seen.runs[-1], now)
-
-
-def _ago(then: float, now: float) -> str:
-    return f"{seconds_text(max(0.0, now - then))} ago"
 
 
 def _by(survey: Survey) -> str:
@@ -150,12 +146,14 @@ def _fetch(seen: Overview, now: float) -> str:
     last, ended = seen.history.samples[-1], seen.history.ended
     if ended is not None:
         why = f": {ended.why}" if ended.why else ""
-        return f"{ended.how} {_ago(ended.time, now)}{why}"
+        return f"{ended.how} {ago_text(ended.time, now)}{why}"
     if seen.owner is None and last.phase != "done":
-        return f"{last.phase} {_ago(last.time, now)}, then it ended without a word: it was killed"
+        return (
+            f"{last.phase} {ago_text(last.time, now)}, then it ended without a word: it was killed"
+        )
     peers = count_text(last.peers, "peer")
     speed = "" if last.phase == "done" else f", {bytes_text(last.rate)}/s from {peers}"
-    return f"{last.phase} {_ago(last.time, now)}{speed}"
+    return f"{last.phase} {ago_text(last.time, now)}{speed}"
 
 
 def _senders(history: History) -> str:
@@ -181,7 +179,7 @@ def _findings(check: Check) -> str:
 def _run(run: Run, now: float) -> str:
     speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
     return (
-        f"{_ago(run.time, now)}, {run.placement}: first token after "
+        f"{ago_text(run.time, now)}, {run.placement}: first token after "
         f"{seconds_text(run.first_token_s)}{speed}{_compiling(run)}"
     )
 

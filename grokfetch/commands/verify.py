@@ -19,7 +19,7 @@ from grokfetch.commands.options import (
     state_option,
     timeout_option,
 )
-from grokfetch.errors import Damaged, GrokfetchError, StorageFailed
+from grokfetch.errors import Damaged, StorageFailed
 from grokfetch.events import Summary
 from grokfetch.folder import verify as verification
 from grokfetch.folder.journal import Command, Found, checked, note_more
@@ -186,14 +186,11 @@ def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
         if machine is None:
             click.echo(f"{kind} {fault}")
         else:
-            machine.put({"event": "finding", "kind": kind, "path": fault.path, **_wrong(fault)})
+            fields = {"kind": kind, "path": fault.path, "piece": None, "tensor": None}
+            machine.put({"event": "finding", **fields, "detail": fault.what})
         damaged.append(Found(kind, fault.path or "", None, None, fault.what))
     note_more(store, command, damaged)
     return damaged
-
-
-def _wrong(fault: GrokfetchError) -> dict[str, str | None]:
-    return {"piece": None, "tensor": None, "detail": fault.what}
 
 
 def _by_what(summary: Summary, manifest: Manifest) -> str:

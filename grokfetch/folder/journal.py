@@ -103,10 +103,7 @@ def checks(store: Store) -> Mapping[str, Check]:
 
 
 def checked(
-    store: Store,
-    command: Command,
-    events: Generator[T, None, None],
-    now: Callable[[], float] = time.time,
+    store: Store, command: Command, events: Generator[T, None, None]
 ) -> Generator[T, None, None]:
     """The events of a check, unchanged; its findings are kept when it has begun, and ends.
 
@@ -127,7 +124,8 @@ def checked(
     finally:
         # What cannot begin, for want of the lock say, has not checked anything.
         if begun:
-            _write_checks(store, {**checks(store), command: Check(now(), count, tuple(findings))})
+            last = Check(time.time(), count, tuple(findings))
+            _write_checks(store, {**checks(store), command: last})
 
 
 def note_more(store: Store, command: Command, findings: Sequence[Found]) -> None:

@@ -39,12 +39,11 @@ from grokfetch.torrent.read_back import (
 __all__ = ["TensorIndex", "corrupt", "hash_files", "verify"]
 
 
-def verify(store: Store, *, threads: int | None = None) -> Generator[VerifyEvent, None, None]:
+def verify(store: Store) -> Generator[VerifyEvent, None, None]:
     """Read the whole checkpoint back and record what is proven.
 
     Args:
         store: the checkpoint folder, with a manifest in force.
-        threads: that hash; one for each core by default.
 
     Yields:
         Progress, proven pieces and findings as they come, then one Summary.
@@ -64,7 +63,7 @@ def verify(store: Store, *, threads: int | None = None) -> Generator[VerifyEvent
             # Others who read keep writers out, and need not keep out who only reads.
             stack.enter_context(store.lock(exclusive=False))
             recording = False
-        yield from _Verification(store, threads, recording=recording).run()
+        yield from _Verification(store, recording=recording).run()
 
 
 class TensorIndex:
@@ -105,7 +104,7 @@ def corrupt(layout: Layout, result: PieceResult, tensors: TensorIndex) -> Iterat
 
 
 def hash_files(
-    store: Store, files: Iterable[ManifestFile], threads: int | None = None, *, keep: bool = True
+    store: Store, files: Iterable[ManifestFile], *, keep: bool = True
 ) -> Iterator[tuple[ManifestFile, Stamp | None, FileResult]]:
     """Hash whole files: each with how it looked before it was read, and the result.
 
@@ -117,16 +116,15 @@ def hash_files(
     ) -> tuple[ManifestFile, Stamp | None, FileResult]:
         return file, store.stamp(file.path), sha256_of(store.payload(file.path), buffer, keep=keep)
 
-    with Hashers[tuple[ManifestFile, Stamp | None, FileResult]](threads) as hashers:
+    with Hashers[tuple[ManifestFile, Stamp | None, FileResult]]() as hashers:
         yield from hashers.run(partial(job, file) for file in files)
 
 
 class _Verification:
     """One pass over a checkpoint."""
 
-    def __init__(self, store: Store, threads: int | None, *, recording: bool) -> None:
+    def __init__(self, store: Store, *, recording: bool) -> None:
         self._store = store
-        self._threads = threads
         self._recording = recording
         self._manifest = store.manifest()
         self._torrent = store.torrent()
@@ -222,7 +220,7 @@ class _Verification:
         jobs: Iterable[Callable[[memoryview], list[PieceResult]]] = (
             partial(check_pieces, root, layout, batch) for batch in in_batches(layout, self._pieces)
         )
-        with Hashers[list[PieceResult]](self._threads) as hashers:
+        with Hashers[list[PieceResult]]() as hashers:
             for results in hashers.run(jobs):
                 for result in results:
                     yield from self._note(self._judge(layout, result))
@@ -240,7 +238,7 @@ class _Verification:
     # --- by sha256 --------------------------------------------------------------------------
 
     def _check_files(self) -> Iterator[VerifyEvent]:
-        for file, _, result in hash_files(self._store, self._by_sha256, self._threads):
+        for file, _, result in hash_files(self._store, self._by_sha256):
             yield from self._note(self._judge_file(file, result))
             self._done += file.size
             yield Progress(self._done, self._total)

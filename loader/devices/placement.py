@@ -24,7 +24,7 @@ from grokfetch.errors import MeshInvalid, OutOfReach
 from loader.devices.kernels import Tuning
 from loader.devices.mapped import LONGEST, Mapped, MappedTable, MatrixPlace, TablePlace
 from loader.devices.products import Quantized, Table, Weights
-from loader.devices.transfer import IN_FLIGHT, Stored, transfer
+from loader.devices.transfer import Stored, transfer
 from loader.weights.checkpoint import Checkpoint, Tensor
 from loader.weights.partition import (
     MeshShape,
@@ -39,8 +39,8 @@ from loader.weights.schema import (
     GrokConfig,
     Kind,
     ParamSpec,
+    by_layer,
     layer_prefix,
-    parameters,
     weight_bytes,
 )
 
@@ -51,7 +51,6 @@ __all__ = [
     "Source",
     "Stored",
     "check_shared",
-    "layer_by_layer",
     "load",
     "make_mesh",
     "of_each_host",
@@ -175,7 +174,6 @@ def load(
     mesh: Mesh,
     *,
     tuning: Tuning | None = None,
-    in_flight: int = IN_FLIGHT,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Params:
     """Place every tensor of a checkpoint, layer by layer.
@@ -187,14 +185,12 @@ def load(
         checkpoint: the tensors on the host.
         mesh: from `make_mesh`, for the config of the checkpoint.
         tuning: what suits the processor, where the devices are CPUs; from `loader.devices.tuning`.
-        in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
         on_bytes: called with bytes of the checkpoint as they have been read.
     """
     config = checkpoint.config
-    specs = layer_by_layer(config)
+    specs = by_layer(config)
     placed = transfer(
         ((checkpoint[spec.name], sharding(spec, mesh)) for spec in specs),
-        in_flight=in_flight,
         on_bytes=on_bytes,
         drop=_crowded(config, mesh),
     )
@@ -222,11 +218,6 @@ def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
 
 def _only_cpus(mesh: Mesh) -> bool:
     return all(device.platform == "cpu" for device in mesh.devices.flat)
-
-
-def layer_by_layer(config: GrokConfig) -> list[ParamSpec]:
-    """Every tensor, layer by layer; in the files layer 10 comes before layer 2."""
-    return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
 
 
 def params_of(place: Callable[[str], Any], layers: int, *, arriving: bool = False) -> Params:

@@ -19,7 +19,7 @@ from typing import Final, Literal, TypeVar
 from grokfetch.errors import Inexact
 from loader.export.gguf import Entry, Field, padded, written
 from loader.export.matrices import BLOCK_LENGTH, ElementType
-from loader.weights.schema import LAYER, OUTER, GrokConfig, ParamSpec, parameters
+from loader.weights.schema import LAYER, OUTER, GrokConfig, ParamSpec, by_layer, parameters
 
 __all__ = [
     "CONFIG_KEY",
@@ -31,7 +31,6 @@ __all__ = [
     "Part",
     "Plan",
     "Vocabulary",
-    "by_layer",
     "field_of",
     "gguf_name",
     "gguf_plan",
@@ -232,11 +231,6 @@ def split_name(first: Path, number: int, count: int) -> Path:
 
 def _number(number: int, count: int) -> str:
     return f"-{number + 1:05d}-of-{count:05d}.gguf"
-
-
-def by_layer(config: GrokConfig) -> list[ParamSpec]:
-    """The parameters, those outside of all layers first, then layer by layer in number order."""
-    return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)
 
 
 def _entry(spec: ParamSpec, kind: ElementType) -> Entry:

@@ -24,13 +24,12 @@ from loader.export.layout import (
     OutputFile,
     Part,
     Plan,
-    by_layer,
     field_of,
     in_files,
     turned_shape,
 )
 from loader.export.matrices import ElementType, row_bytes
-from loader.weights.schema import GrokConfig, ParamSpec
+from loader.weights.schema import GrokConfig, ParamSpec, by_layer
 
 __all__ = ["SPLIT", "Names", "safetensors_plan"]
 

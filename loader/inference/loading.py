@@ -29,7 +29,7 @@ from loader.inference.tokenizer import Tokenizer, tokenizer_of
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.limits import WORK, cache_bytes_per_token
 from loader.weights.partition import MeshShape
-from loader.weights.schema import GrokConfig, ParamSpec
+from loader.weights.schema import GrokConfig, ParamSpec, by_layer
 from loader.weights.tensor import Index
 
 __all__ = ["Report", "load_as_it_comes", "load_model", "load_onto"]
@@ -166,7 +166,7 @@ def _announce(checkpoint: Checkpoint) -> None:
 
     Of mixtures of experts that is the frames, of the embedding its rows first.
     """
-    specs = placing.layer_by_layer(checkpoint.config)
+    specs = by_layer(checkpoint.config)
     tables = [spec.name for spec in specs if spec.axes[0] == "vocab"]
     first = [spec for spec in specs if spec.layer in {None, 0}]
     later = [spec for spec in specs if spec.layer not in {None, 0}]

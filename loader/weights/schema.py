@@ -27,6 +27,7 @@ __all__ = [
     "GrokConfig",
     "Kind",
     "ParamSpec",
+    "by_layer",
     "layer_prefix",
     "parameters",
     "shard_name",
@@ -267,3 +268,8 @@ def parameters(config: GrokConfig) -> tuple[ParamSpec, ...]:
     kinds = [("", kind) for kind in OUTER]
     kinds += [(prefix, kind) for prefix in prefixes for kind in LAYER]
     return tuple(kind.spec(config, index, prefix) for index, (prefix, kind) in enumerate(kinds))
+
+
+def by_layer(config: GrokConfig) -> list[ParamSpec]:
+    """The same, those outside of all layers first, then layer by layer in number order."""
+    return sorted(parameters(config), key=lambda spec: -1 if spec.layer is None else spec.layer)

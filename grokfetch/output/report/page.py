@@ -18,7 +18,7 @@ from grokfetch.folder.history import History, rates
 from grokfetch.folder.journal import Run
 from grokfetch.folder.overview import Overview, missing_runs
 from grokfetch.output.report import charts
-from grokfetch.units import bytes_text, seconds_text, share_text, speed_text
+from grokfetch.units import ago_text, bytes_text, seconds_text, share_text, speed_text
 
 __all__ = ["render"]
 
@@ -51,7 +51,7 @@ def render(seen: Overview, *, now: float) -> str:
         seconds=seconds_text,
         speed=speed_text,
         time=_time,
-        ago=lambda then: _ago(then, now),
+        ago=lambda then: ago_text(then, now),
     )
     environment.globals.update(share=share_text)
     names = [group.name for group in seen.survey.groups]
@@ -78,10 +78,6 @@ def _time(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
         return "at an unknown time"
-
-
-def _ago(then: float, now: float) -> str:
-    return f"{seconds_text(max(0.0, now - then))} ago"
 
 
 def _pieces(pieces: Sequence[bool]) -> dict[str, Any]:
