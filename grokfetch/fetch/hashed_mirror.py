@@ -9,6 +9,8 @@ breaks costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +26,7 @@ from grokfetch.torrent.streamed import FileHasher, FileHashes
 
 __all__ = ["Mirrored", "Spans", "hash_mirror"]
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "hashed.json"
 FRAMES = "frames"
 
@@ -159,11 +161,12 @@ def _earlier(mirrored: Mirrored, folder: Path) -> dict[PurePosixPath, FileHashes
     """What was hashed of the files as they are now."""
 
     def decode(fields: dict[str, Any]) -> dict[PurePosixPath, FileHashes]:
-        if fields["of"] != _origin(mirrored):
+        origin, rows = fields["of"], fields["files"]
+        if origin != _origin(mirrored) or fields["sha256"] != _sha256(origin, rows):
             return {}
         return {
             path: FileHashes(row[2], bytes.fromhex(row[3]), bytes.fromhex(row[4]))
-            for name, row in fields["files"].items()
+            for name, row in rows.items()
             if mirrored.lengths.get(path := PurePosixPath(name)) == (row[0], row[1])
             and mirrored.expected.get(path, row[2]) == row[2]
             and row[5] == _frame(mirrored, path)
@@ -184,7 +187,14 @@ def _save(mirrored: Mirrored, folder: Path, hashes: Mapping[PurePosixPath, FileH
         ]
         for path, it in hashes.items()
     }
-    advisory.write(folder / FILE, SCHEMA, {"of": _origin(mirrored), "files": rows})
+    origin = _origin(mirrored)
+    state = {"of": origin, "files": rows, "sha256": _sha256(origin, rows)}
+    advisory.write(folder / FILE, SCHEMA, state)
+
+
+def _sha256(origin: Sequence[object], rows: Mapping[str, object]) -> str:
+    """Of what is kept: a bit that changes on the disk would be published."""
+    return hashlib.sha256(json.dumps([origin, rows]).encode()).hexdigest()
 
 
 def _frame(mirrored: Mirrored, path: PurePosixPath) -> list[list[int]]:

@@ -175,6 +175,27 @@ def test_an_interrupted_run_goes_on_with_the_files_that_were_not_whole(
     assert not out.joinpath(".top.publishing").exists()
 
 
+def test_a_bit_that_changes_in_what_was_kept_is_not_published(
+    web, listed, from_disk, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def full(*_):
+        raise errors.StorageFailed("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("grokfetch.commands.publish_mirror.put_out", full)
+        publish(web, listed, out, code=errors.StorageFailed.exit_code)
+    assert hashed(out) == len(FILES)
+    state = out / ".top.publishing/hashed.json"
+    fields = json.loads(state.read_text())
+    row = fields["files"]["top/a"]
+    row[3] = f"{int(row[3][0], 16) ^ 1:x}{row[3][1:]}"
+    state.write_text(json.dumps(fields))
+    publish(web, listed, out)
+    assert read(out)[0].info == from_disk[0].info
+
+
 def test_answers_that_break_off_are_continued_where_they_ended(web, listed, from_disk, tmp_path):
     web.cut_after = 0.6
     publish(web, listed, tmp_path / "out")
