@@ -20,7 +20,7 @@ import click
 from grokfetch import __version__
 from grokfetch.errors import GrokfetchError, StorageFailed, storage_failed
 from grokfetch.interruption import honour, settle
-from grokfetch.output.reporting import failed
+from grokfetch.output.reporting import failed, refused
 
 __all__ = ["main"]
 
@@ -167,8 +167,7 @@ class Program(click.Group):
 
 
 def _end(ctx: click.Context, error: GrokfetchError) -> None:
-    failed(ctx, error)
-    click.echo(f"error: {error}", err=True)
+    refused(ctx, error)
     ctx.exit(error.exit_code)
 
 

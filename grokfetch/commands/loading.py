@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import click
 
-from grokfetch.errors import GrokfetchError
 from grokfetch.events import Loaded, LoadEvent
 from grokfetch.folder.store import Store
-from grokfetch.output.reporting import failed, lines, reporter
+from grokfetch.output.reporting import lines, refused, reporter
 from grokfetch.units import bytes_text, count_text, seconds_text
 from loader.weights.lost_pages import explain_lost_pages
 
@@ -19,12 +19,7 @@ __all__ = ["loading_shown", "lost_pages_told"]
 
 def lost_pages_told(store: Store) -> None:
     """From now on say what has happened where a file of the weights shrinks or cannot be read."""
-    context = click.get_current_context()
-
-    def tell(error: GrokfetchError) -> None:
-        failed(context, error)
-        click.echo(f"error: {error}", err=True)
-
+    tell = functools.partial(refused, click.get_current_context())
     files = {entry.file for entry in store.manifest().tensors}
     explain_lost_pages(store.root, map(store.payload, files), tell)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokfetch import __version__
+from grokfetch.errors import GrokfetchError
 from grokfetch.events import Ended, Notice, Started
 from grokfetch.output.json_lines import error_fields
 from grokfetch.output.progress import Bar, Lines, Sink
@@ -18,7 +19,7 @@ from grokfetch.output.terminal import plain
 if TYPE_CHECKING:
     from grokfetch.folder.store import Store
 
-__all__ = ["begin_lines", "ended", "failed", "held", "lines", "notice", "reporter"]
+__all__ = ["begin_lines", "ended", "failed", "held", "lines", "notice", "refused", "reporter"]
 
 KEY = "grokfetch.lines"
 """Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
@@ -80,3 +81,9 @@ def failed(context: click.Context, error: BaseException) -> None:
     machine = lines(context)
     if machine is not None:
         machine.put(error_fields(error))
+
+
+def refused(context: click.Context, error: GrokfetchError) -> None:
+    """Tell people and machines of an error that a person can act on, and that ends the command."""
+    failed(context, error)
+    click.echo(f"error: {error}", err=True)
