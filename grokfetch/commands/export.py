@@ -17,14 +17,12 @@ from grokfetch import __version__
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import (
     NETWORK_NAMES,
-    Meanwhile,
     json_option,
-    meanwhile_options,
     plain_option,
     state_option,
     tokenizer_option,
 )
-from grokfetch.commands.streaming import reading
+from grokfetch.commands.streaming import Meanwhile, meanwhile_options, reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Size
 from grokfetch.errors import StorageFailed, storage_failed

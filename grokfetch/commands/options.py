@@ -6,7 +6,6 @@ are the names of the options.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -30,14 +29,12 @@ __all__ = [
     "LOADING_NAMES",
     "NETWORK_NAMES",
     "SWARM_NAMES",
-    "Meanwhile",
     "bundle",
     "config_option",
     "folder_argument",
     "json_option",
     "loading_options",
     "manifest_option",
-    "meanwhile_options",
     "network_options",
     "part_options",
     "plain_option",
@@ -273,44 +270,6 @@ def network_options(
     mirrors = bundle("network", _network, *_MIRRORS, only_with=only_with)
     return bundle("swarm", _swarm, *_SWARM, only_with=only_with)(mirrors(command))
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Meanwhile:
-    """A fetch that is to run beside the model.
-
-    `source` is None for what the folder was begun with, or else Grok-1.
-    """
-
-    source: str | None
-    network: Network
-
-
-def _meanwhile(
-    *,
-    while_fetching: bool,
-    source: str | None,
-    network: Network,
-) -> Meanwhile | None:
-    if source is not None and not while_fetching:
-        raise click.UsageError("--source goes with --while-fetching")
-    return Meanwhile(source, network) if while_fetching else None
-
-
-meanwhile_options = bundle(
-    "meanwhile",
-    _meanwhile,
-    click.option(
-        "--while-fetching",
-        is_flag=True,
-        help="Fetch DIR at the same time; --source, and --peer and what follows it, say how.",
-    ),
-    click.option(
-        "--source",
-        metavar="SOURCE",
-        help="Where from, as for fetch; by default what DIR was begun with, or else Grok-1.",
-    ),
-    network_options,
-)
 
 # --- what of a checkpoint -------------------------------------------------------------------------
 

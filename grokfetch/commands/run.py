@@ -20,10 +20,8 @@ from grokfetch.commands.loading import loading_shown, lost_pages_told
 from grokfetch.commands.options import (
     LOADING_NAMES,
     NETWORK_NAMES,
-    Meanwhile,
     json_option,
     loading_options,
-    meanwhile_options,
     plain_option,
     state_option,
     tokenizer_option,
@@ -32,7 +30,7 @@ from grokfetch.commands.prompt_list import Settings, work_on
 from grokfetch.commands.prompt_options import Listed, Prompt, Session, prompt_options
 from grokfetch.commands.run_figures import Measured
 from grokfetch.commands.run_text import converse, tell, write
-from grokfetch.commands.streaming import reading
+from grokfetch.commands.streaming import Meanwhile, meanwhile_options, reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Integer, Number
 from grokfetch.events import Ended

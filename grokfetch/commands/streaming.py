@@ -1,30 +1,72 @@
-"""`--while-fetching`: the fetch that runs beside `run` and `export`; no command of its own."""
+"""`--while-fetching`, its options and the fetch that runs beside `run` and `export`; no command."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
 
-from grokfetch.commands.options import Meanwhile
+import click
+
+from grokfetch.commands.options import bundle, network_options
 from grokfetch.commands.tokenizer import bring_tokenizer
 from grokfetch.events import FetchEvent, Outcome, Status
 from grokfetch.fetch import Asked, Limits, fetch
 from grokfetch.fetch.waiting_store import Arriving
-from grokfetch.fetch.wanted import resolve
+from grokfetch.fetch.wanted import Network, resolve
 from grokfetch.folder.store import Store
 from grokfetch.manifest.selection import Request
 from grokfetch.output.progress import Sink
 from grokfetch.output.reporting import held, lines, reporter
 
-__all__ = ["fetching", "reading"]
+__all__ = ["Meanwhile", "fetching", "meanwhile_options", "reading"]
 
 TIMEOUT_S = 600.0
 """How long the fetch waits without a byte."""
 
 SAVE_S = 1.0
 """Seconds between two writings of the record, which readers wait for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Meanwhile:
+    """A fetch that is to run beside the model.
+
+    `source` is None for what the folder was begun with, or else Grok-1.
+    """
+
+    source: str | None
+    network: Network
+
+
+def _meanwhile(
+    *,
+    while_fetching: bool,
+    source: str | None,
+    network: Network,
+) -> Meanwhile | None:
+    if source is not None and not while_fetching:
+        raise click.UsageError("--source goes with --while-fetching")
+    return Meanwhile(source, network) if while_fetching else None
+
+
+meanwhile_options = bundle(
+    "meanwhile",
+    _meanwhile,
+    click.option(
+        "--while-fetching",
+        is_flag=True,
+        help="Fetch DIR at the same time; --source, and --peer and what follows it, say how.",
+    ),
+    click.option(
+        "--source",
+        metavar="SOURCE",
+        help="Where from, as for fetch; by default what DIR was begun with, or else Grok-1.",
+    ),
+    network_options,
+)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,7 @@ from support.program import grokfetch
 from support.release import publish
 from support.torrents import content, manifest_of, v1_torrent
 
-from grokfetch.commands.options import Meanwhile
-from grokfetch.commands.streaming import fetching
+from grokfetch.commands.streaming import Meanwhile, fetching
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.errors import NotProven, OutOfReach, Stalled, StateLocked, StorageFailed
 from grokfetch.events import Arrived, Outcome, Traffic
