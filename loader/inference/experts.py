@@ -7,9 +7,8 @@ its part of each. Letters in shapes: N tokens of a step, D width, E experts.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,13 @@ from loader.devices.products import (
     Quantized,
     Weights,
     by_platform,
-    cut,
     in_parts,
     product,
     reads_decide,
     select,
     stack_product,
 )
+from loader.inference.pieces import Matrices, by_pieces, each_group, pieces
 from loader.weights.schema import GrokConfig
 
 __all__ = [
@@ -50,9 +49,6 @@ FEW_HELD = 2
 
 TOGETHER = 3 << 20
 """Bytes that hidden layers and outputs take from which a GPU serves fewer experts at once."""
-
-Matrices: TypeAlias = tuple[Weights, Weights, Weights]
-"""Gate, up and down of one expert."""
 
 
 @jax.tree_util.register_dataclass
@@ -241,8 +237,8 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         if parts * groups == 1 or parts * groups > len(EXACT) or held % parts:
             return together(x, weights, gates)
         # A GPU takes few tokens' numbers apart within the product, of whatever type they are.
-        pieces = _pieces(weights, parts, jnp.dtype(jnp.float32))
-        return _by_pieces(x, gates, pieces, all_outputs)
+        some = pieces(weights, parts, jnp.dtype(jnp.float32))
+        return by_pieces(x, gates, some, all_outputs)
 
     # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
     elsewhere = together if held <= FEW_HELD else one
@@ -250,51 +246,14 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
     return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
 
 
-def _pieces(weights: Layer, parts: int, dtype: jnp.dtype) -> Iterator[tuple[slice, Matrices]]:
-    """A GPU's experts in pieces that are read where they lie, and which experts each is of.
-
-    A piece is one of so many parts of the experts, and of these the rows of the down projection
-    that share a scale, with the columns that feed them. dtype: what is multiplied.
-    """
-    down = weights.down
-    assert isinstance(down, Quantized)
-    held, groups = down.scales.shape[:2]
-    rows, width = down.weight.shape[1] // groups, slice(None)
-    for number, (part, group) in enumerate(itertools.product(range(parts), range(groups))):
-        some = slice(part * held // parts, (part + 1) * held // parts)
-        inner = slice(group * rows, (group + 1) * rows)
-        yield (
-            some,
-            (
-                cut(weights.gate, number, dtype, (some, width, inner)),
-                cut(weights.up, number, dtype, (some, width, inner)),
-                cut(down, number, dtype, (some, inner, width)),
-            ),
-        )
-
-
-def _by_pieces(
-    x: Array,
-    gates: Array,
-    pieces: Iterable[tuple[slice, Matrices]],
-    forward: Callable[[Array, Matrices], Array],
-) -> Array:
-    """All tokens through all experts of a GPU, piece by piece: hidden layers do not lie together.
-
-    Args:
-        x: `[N, D]`, of a type that `forward` takes.
-        gates: float32 `[N, E]`.
-        pieces: as of `_pieces`.
-        forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
-
-    Returns:
-        float32 `[N, D]`.
-    """
-    total = jnp.zeros(x.shape, jnp.float32)
-    for some, matrices in pieces:
-        total = total + jnp.sum(gates.T[some, :, None] * forward(x, matrices), axis=0)
-        x, total = lax.optimization_barrier((x, total))  # type: ignore[no-untyped-call]
-    return total
+def _alone(x: Array, matrices: Matrices, dtype: jnp.dtype) -> Array:
+    """`feed_forward` of a piece of one expert, for a prompt on GPUs: `[1, N, D]`."""
+    gate, up, down = jax.tree.map(lambda part: part[0], matrices)
+    # Of the same tokens a GPU would multiply both at once, and write both matrices for that.
+    again = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    hidden = jax.nn.gelu(product(x, gate, dtype, halves=False), approximate=True)
+    hidden = hidden * product(again, up, dtype, halves=False)
+    return product(hidden, down, dtype, halves=False)[None]
 
 
 def _by_blocks(
@@ -309,7 +268,23 @@ def _by_blocks(
     """
     size = block_size(routed.choices.size, config.num_experts)
 
-    def all_blocks(weights: Layer, routed: Routed, size: int, most: int | None) -> Array:
+    def whole(x: Array, weights: Layer, number: Array) -> Array:
+        # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
+        return feed_forward(x, _selected(weights, number), dtype, halves=False)
+
+    def by_groups(x: Array, weights: Layer, number: Array) -> Array:
+        def piece(x: Array, matrices: Matrices) -> Array:
+            return feed_forward(x, matrices, dtype, halves=False)
+
+        return each_group(x.astype(dtype), weights, number, piece)
+
+    def all_blocks(
+        forward: Callable[[Array, Layer, Array], Array],
+        weights: Layer,
+        routed: Routed,
+        largest: tuple[int, int | None],
+    ) -> Array:
+        size, most = largest
         blocks = plan(routed.choices.reshape(-1), held, size)
 
         def block(index: Array, total: Array) -> Array:
@@ -317,9 +292,7 @@ def _by_blocks(
             # Places beyond the group's end point outside: they read some row and add to none.
             rows = jnp.where(live, pairs // routed.choices.shape[1], routed.x.shape[0])
             x = routed.x.at[rows].get(mode="fill", fill_value=0)
-            matrices = _selected(weights, expert)
-            # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
-            output = feed_forward(x, matrices, dtype, halves=False)
+            output = forward(x, weights, expert)
             gates = routed.gates.reshape(-1)[pairs]
             return total.at[rows].add(gates[:, None] * output, mode="drop")
 
@@ -327,24 +300,18 @@ def _by_blocks(
         total: Array = lax.fori_loop(0, trips, block, jnp.zeros_like(routed.x))
         return total
 
-    def alone(x: Array, matrices: Matrices) -> Array:
-        gate, up, down = jax.tree.map(lambda part: part[0], matrices)
-        # Of the same tokens a GPU would multiply both at once, and write both matrices for that.
-        again = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
-        hidden = jax.nn.gelu(product(x, gate, dtype, halves=False), approximate=True)
-        hidden = hidden * product(again, up, dtype, halves=False)
-        return product(hidden, down, dtype, halves=False)[None]
-
     def on_gpus(weights: Layer, routed: Routed) -> Array:
         if held < config.num_experts:
             # Rounded once, and not for each piece.
             x, gates = routed.x.astype(dtype), _gates(routed, held)
-            return _by_pieces(x, gates, _pieces(weights, held, dtype), alone)
+            forward = functools.partial(_alone, dtype=dtype)
+            return by_pieces(x, gates, pieces(weights, held, dtype), forward)
         larger = 2 * size
-        return all_blocks(weights, routed, larger, routed.choices.size // larger + held - 1)
+        most = routed.choices.size // larger + held - 1
+        return all_blocks(by_groups, weights, routed, (larger, most))
 
     def elsewhere(weights: Layer, routed: Routed) -> Array:
-        return all_blocks(weights, routed, size, None)
+        return all_blocks(whole, weights, routed, (size, None))
 
     return by_platform(on_gpus, elsewhere, weights, routed)
 
