@@ -47,6 +47,9 @@ LARGEST_BLOCK = 128
 FEW_HELD = 2
 """Experts of a device whose stack is multiplied at once, where one after another would do."""
 
+MANY_GROUPS = 4
+"""Groups of a down projection from which a copy of the whole expert is too large for a GPU."""
+
 TOGETHER = 3 << 20
 """Bytes that hidden layers and outputs take from which a GPU serves fewer experts at once."""
 
@@ -276,6 +279,8 @@ def _by_blocks(
         def piece(x: Array, matrices: Matrices) -> Array:
             return feed_forward(x, matrices, dtype, halves=False)
 
+        if isinstance(weights.down, Quantized) and weights.down.scales.shape[1] < MANY_GROUPS:
+            return whole(x, weights, number)
         return each_group(x.astype(dtype), weights, number, piece)
 
     def all_blocks(
