@@ -31,6 +31,9 @@ MOST_UNREAD = 2 * PACKET
 SIP = 16 << 10
 """Bytes that a client reads each second that reads slowly."""
 
+MOST_SIPS = 1000
+"""After so many it leaves."""
+
 MOST_SILENCE_S = 200.0
 """A connection on which nothing comes any more may stay for so long, and no longer."""
 
@@ -78,7 +81,7 @@ def _slow(part):
 
 def _again(part):
     # Without an end it would only take longer: no buffer is as large as this.
-    return itertools.repeat(part * (1 + PACKET // len(part)), 10)
+    return itertools.repeat(part * (1 + PACKET // len(part)), 1 + MOST_HELD // PACKET)
 
 
 class Transport(asyncio.Transport):
@@ -95,6 +98,7 @@ class Transport(asyncio.Transport):
         self.reader = ""
         self._unread = bytearray()
         self._paused = self._lost = False
+        self._sips = 0
         self.ended = asyncio.Event()
 
     def get_extra_info(self, name, default=None):
@@ -129,7 +133,10 @@ class Transport(asyncio.Transport):
         if len(self._unread) <= PACKET // 4 and self._paused:
             self._paused = False
             self._protocol.resume_writing()
-        if self.closed and not self._unread:
+        self._sips += 1
+        if self._sips == MOST_SIPS:
+            self.lose(ConnectionResetError(104, "reset by peer"))
+        elif self.closed and not self._unread:
             self.lose(None)
         elif not self._lost:
             self._loop.call_later(1.0, self._sip)
@@ -161,6 +168,11 @@ class Transport(asyncio.Transport):
                 if self.reader != "sips" or len(self.told) == before:
                     raise
 
+    @property
+    def left(self):
+        """Whether its client has left before it had read all."""
+        return self.reader == "deaf" or self._sips >= MOST_SIPS
+
     def is_closing(self):
         return self.closed
 
@@ -172,7 +184,12 @@ class Transport(asyncio.Transport):
 
 
 class Endpoint:
-    """A server's protocol over an application; whatever it logs as an error is a find."""
+    """A server's protocol over an application; whatever it logs as an error is a find.
+
+    `left` is whether the latest client has left before it had read all.
+    """
+
+    left = False
 
     def __init__(self, config, protocol):
         self._config = config
@@ -208,6 +225,7 @@ class Endpoint:
         async with asyncio.timeout(MOST_SILENCE_S):
             await asyncio.gather(*self.state.tasks)
         await asyncio.sleep(0)
+        self.left = transport.left
         return bytes(transport.told)
 
 
@@ -216,13 +234,17 @@ LONG = 50
 
 
 class Echo:
-    """In place of a batch: repeats a prompt's last token, below `most`; long texts take a while."""
+    """In place of a batch: repeats a prompt's last token, below `most`.
+
+    Long texts take a while, as long as there are `pauses`.
+    """
 
     def __init__(self, most):
         self.jobs = {}
         self.prefix_cache = SimpleNamespace(hits=0, tokens=0, nbytes=0)
         self._most = most
         self._never = threading.Event()
+        self.pauses = 0
 
     @property
     def busy(self):
@@ -244,7 +266,8 @@ class Echo:
         self.jobs.clear()
 
     def step(self):
-        if any(job.max_tokens >= LONG for job, _ in self.jobs.values()):
+        if self.pauses and any(job.max_tokens >= LONG for job, _ in self.jobs.values()):
+            self.pauses -= 1
             self._never.wait(0.0005)
         return [self._next(number) for number in tuple(self.jobs)]
 
