@@ -8,7 +8,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from click.testing import CliRunner
 from powercut.recorder import Operation
@@ -105,8 +105,11 @@ def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
 
 
 def _hashed(past: Sequence[Operation]) -> frozenset[object]:
-    if any(it.kind == "unlink" and it.path == HASHED for it in past):
-        return frozenset()
+    """Files whose hashes are kept; once those are being removed, that the command has ended."""
+    if any(
+        it.kind == "unlink" and it.path.startswith(f"{PurePath(HASHED).parent}/") for it in past
+    ):
+        return frozenset(["ended"])
     fields = _safe_file(past, HASHED)
     return frozenset(json.loads(fields)["files"]) if fields else frozenset()
 
