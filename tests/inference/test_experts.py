@@ -135,6 +135,16 @@ def test_experts_of_a_gpu_in_as_many_pieces_as_can_be_give_the_same(monkeypatch,
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_a_prompt_on_two_gpus_takes_an_expert_group_by_group_with_the_same_result(monkeypatch):
+    shape = MeshShape(1, 2)
+    weights = golden.placed(shape)[1].layers[3]
+    assert weights.down.scales.shape[1] // shape.model >= experts.MANY_GROUPS
+    wanted = as_here(shape, 40)
+    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    found = mixed(shape, golden.for_accelerators(weights), 40)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [(TENSOR_PARALLEL, 1), (TENSOR_PARALLEL, 16), (TENSOR_PARALLEL, 40), (BOTH, 40)],
