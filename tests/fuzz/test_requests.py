@@ -36,6 +36,7 @@ KEY = "sesame"
 LARGEST_BODY = 20_000
 MOST_S = 3600.0
 PAUSES = 1000
+STEPS = 2000
 STATUSES = {200, 400, 401, 404, 405, 408, 413, 415, 429, 499}
 
 
@@ -135,11 +136,11 @@ def attempt(monkeypatch):
 
     def said(text):
         scopes.clear()
+        echo.pauses, echo.steps = PAUSES, STEPS
         with clock.most(MOST_S):
             return loop.run_until_complete(endpoint.converse(text))
 
     def attempt(text):
-        echo.pauses = PAUSES
         told = said(text)
         broken = endpoint.left or any(mark in text for mark in (b"<<reset>>", b"<<end>>"))
         check(told, scopes, broken=broken)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import re
 import threading
 from types import SimpleNamespace
@@ -236,7 +237,8 @@ LONG = 50
 class Echo:
     """In place of a batch: repeats a prompt's last token, below `most`.
 
-    Long texts take a while, as long as there are `pauses`.
+    Long texts take a while, as long as there are `pauses`. After `steps` each text ends with its
+    next token, as by an end of text: requests without an end would be made long texts for minutes.
     """
 
     def __init__(self, most):
@@ -245,6 +247,7 @@ class Echo:
         self._most = most
         self._never = threading.Event()
         self.pauses = 0
+        self.steps = math.inf
 
     @property
     def busy(self):
@@ -269,6 +272,7 @@ class Echo:
         if self.pauses and any(job.max_tokens >= LONG for job, _ in self.jobs.values()):
             self.pauses -= 1
             self._never.wait(0.0005)
+        self.steps -= 1
         return [self._next(number) for number in tuple(self.jobs)]
 
     def _next(self, number):
@@ -277,11 +281,11 @@ class Echo:
         best = tuple((token, -1.0) for token in range(job.logprobs or 0))
         scored = Scored(job.prompt[-1], None if job.logprobs is None else -0.5, best)
         prompt = tuple(map(Scored, job.prompt)) if job.echo and count == 1 else ()
-        ended = count >= job.max_tokens
-        if ended:
+        reason = "length" if count >= job.max_tokens else "stop" if self.steps < 0 else None
+        if reason is not None:
             del self.jobs[number]
         token = scored if job.max_tokens else None
-        return Emission(number, prompt, token, "length" if ended else None)
+        return Emission(number, prompt, token, reason)
 
 
 def answers(told, methods):
