@@ -111,11 +111,11 @@ def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("name", "among", "at", "action"),
     [
-        ("swarm", "changes", 1, "ENOSPC"),
+        pytest.param("swarm", "changes", 1, "ENOSPC", marks=pytest.mark.slow),
         ("swarm", "changes", 45, "EIO"),
         ("swarm", "changes", 70, "kill"),
         ("mirror", "writes", 10, "short"),
-        ("repair", "changes", 40, "kill"),
+        pytest.param("repair", "changes", 40, "kill", marks=pytest.mark.slow),
         ("adoption", "reads", 3, "EIO"),
         ("publish", "changes", 14, "ENOSPC"),
         ("manifest", "changes", 6, "kill"),
@@ -124,7 +124,6 @@ def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
         ("swarm", "writes", 20, "flip"),
         ("repair", "reads", 5, "flip"),
         pytest.param("run", "reads", 20, "sector", marks=pytest.mark.slow),
-        pytest.param("run", "reads", 20, "short", marks=pytest.mark.slow),
         pytest.param("run", "reads", 20, "truncated", marks=pytest.mark.slow),
         pytest.param("while fetching", "reads", 30, "sector", marks=pytest.mark.slow),
         pytest.param("while fetching", "reads", 30, "truncated", marks=pytest.mark.slow),
