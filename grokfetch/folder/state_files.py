@@ -59,7 +59,7 @@ class StateFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if not isinstance(error, IsADirectoryError):
+            if not isinstance(error, (IsADirectoryError, NotADirectoryError)):
                 self._unread[name] = error
             self.warnings.append(f"{path}: cannot be read ({error.strerror})")
             return None
