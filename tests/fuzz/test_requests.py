@@ -174,7 +174,7 @@ def attempt(monkeypatch):
 def check(told, scopes, *, broken):
     """Every request is answered, and every answer is one that a client can understand."""
     methods = [scope["method"] for scope in scopes]
-    found = list(answers(told, methods))
+    found = list(answers(told, methods, broken=broken))
     assert broken or len(scopes) <= len(found) <= len(scopes) + 1
     for index, (status, headers, body) in enumerate(found):
         assert status in STATUSES
