@@ -53,6 +53,9 @@ typedef struct {
 
 static int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
+/* Bytes of an element. */
+INLINE int64_t width_of(kind stored) { return stored == SINGLE ? 4 : 2; }
+
 /* LANES elements as floats. */
 INLINE vector loaded(kind stored, const void *from, int64_t at) {
     if (stored == SINGLE) return *(const vector *)((const float *)from + at);
@@ -182,9 +185,19 @@ static int64_t first_visible(const attention *a, int64_t row) {
     return first;
 }
 
-/* scores[query][place] of `count` queries of one head and BLOCK places of which `read` are there. */
+/* Asks for as many elements of the next block as a step of this one reads. The heads of a place lie
+   side by side, so that those of one head are too far apart for the processor to guess; and asked for
+   all at once, a block would have the arithmetic wait for it. */
+INLINE void ask(kind stored, const char **soon, int64_t elements) {
+    int64_t bytes = elements * width_of(stored);
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(*soon + at, 0, 2);
+    *soon += bytes;
+}
+
+/* scores[query][place] of `count` queries of one head and BLOCK places of which `read` are there. Keys
+   from `soon` on are asked for meanwhile. */
 INLINE void dots(int count, kind stored, const float *queries, const void *keys, int64_t stride,
-                 int64_t read, int64_t size, float *scores) {
+                 int64_t read, int64_t size, float *scores, const char *soon) {
     int64_t even = size / LANES * LANES;
     for (int64_t place = 0; place < read; place += PLACES) {
         vector sum[QUERIES][PLACES] = {0};
@@ -193,6 +206,7 @@ INLINE void dots(int count, kind stored, const float *queries, const void *keys,
         for (int p = 0; p < PLACES; p++) from[p] = least(place + p, read - 1) * stride;
         for (int64_t at = 0; at < even; at += LANES) {
             vector key[PLACES];
+            ask(stored, &soon, PLACES * LANES);
             for (int p = 0; p < PLACES; p++) key[p] = loaded(stored, keys, from[p] + at);
             for (int q = 0; q < count; q++) {
                 vector query = *(const vector *)(queries + q * size + at);
@@ -209,9 +223,10 @@ INLINE void dots(int count, kind stored, const float *queries, const void *keys,
     }
 }
 
-/* Adds to sums[query] the values of `read` places, each as often as weights[query] says. */
+/* Adds to sums[query] the values of `read` places, each as often as weights[query] says. Values from
+   `soon` on are asked for meanwhile. */
 INLINE void add(int count, kind stored, const float *weights, const void *values, int64_t stride,
-                int64_t read, int64_t size, float *sums) {
+                int64_t read, int64_t size, float *sums, const char *soon) {
     int64_t at = 0;
     for (; at + TILE <= size; at += TILE) {
         vector sum[AT_ONCE][VECTORS];
@@ -220,6 +235,7 @@ INLINE void add(int count, kind stored, const float *weights, const void *values
                 sum[q][v] = *(const vector *)(sums + q * (size + 1) + at + v * LANES);
         for (int64_t place = 0; place < read; place++) {
             vector value[VECTORS];
+            ask(stored, &soon, TILE);
             for (int v = 0; v < VECTORS; v++)
                 value[v] = loaded(stored, values, place * stride + at + v * LANES);
             for (int q = 0; q < count; q++)
@@ -247,10 +263,11 @@ INLINE void add(int count, kind stored, const float *weights, const void *values
         case 6: if (most >= 6) { CALL(6); } break;                                              \
     }
 
-/* Asks for the lines of part `index` of `parts` of a block that lies in one run of memory. */
-INLINE void ask(const char *block, int64_t bytes, int64_t index, int64_t parts) {
-    for (int64_t at = bytes * index / parts; at < bytes * (index + 1) / parts; at += LINE)
-        __builtin_prefetch(block + at, 0, 2);
+/* Where the piece begins that this thread is likely to take next; `here` if none is left. */
+static int64_t upcoming(attention *a, int64_t here) {
+    int64_t piece = atomic_load(&a->job.taken);
+    if (piece >= a->job.pieces) return here;
+    return (piece / a->runs * a->places + piece % a->runs * RUN) * a->heads * a->size;
 }
 
 /* A run of a row's places for its one token: weighted values and weights, summed for each query. */
@@ -263,34 +280,34 @@ INLINE void one_of(attention *a, kind stored, int64_t piece) {
     int32_t allowed[BLOCK];
     memset(sums, 0, all * (size + 1) * sizeof(float));
     int64_t end = least(least(start + RUN, position + 1), a->places);
-    size_t bytes = stored == SINGLE ? 4 : 2;
+    int64_t bytes = width_of(stored);
     for (int64_t first = start; first < end; first += BLOCK) {
         int64_t read = allow(a, row, first, position, allowed, hidden);
-        int64_t from = (row * a->places + first) * width, next = BLOCK * width * bytes;
+        int64_t from = (row * a->places + first) * width;
+        int64_t next = first + BLOCK < end ? from + BLOCK * width : upcoming(a, from);
         const char *block_keys = (const char *)a->keys + from * bytes;
         const char *block_values = (const char *)a->values + from * bytes;
-        int64_t ahead = least(BLOCK, end - first - BLOCK) * width * bytes;
-        if (first == start) ask(block_keys, read * width * bytes, 0, 1);
+        const char *next_keys = (const char *)a->keys + next * bytes;
+        const char *next_values = (const char *)a->values + next * bytes;
         for (int64_t head = 0; head < a->heads; head++) {
             const void *keys = block_keys + head * size * bytes;
             const void *values = block_values + head * size * bytes;
-            /* The heads of a place lie side by side, so that the next places come while these are
-               computed; one head's are too far apart for the processor to guess. */
-            if (first == start) ask(block_values, read * width * bytes, head, a->heads);
-            ask(block_keys + next, ahead, head, a->heads);
-            ask(block_values + next, ahead, head, a->heads);
+            const char *soon_keys = next_keys + head * BLOCK * size * bytes;
+            const char *soon_values = next_values + head * BLOCK * size * bytes;
             for (int64_t query = head * a->group, count; query < (head + 1) * a->group; query += count) {
                 count = least(AT_ONCE, (head + 1) * a->group - query);
                 for (int64_t at = 0; at < count; at += QUERIES) {
                     const float *queries = a->queries + (row * all + query + at) * size;
-#define CALL(number) dots(number, stored, queries, keys, width, read, size, scores + at * BLOCK)
+#define CALL(number)                                                                            \
+    dots(number, stored, queries, keys, width, read, size, scores + at * BLOCK, soon_keys)
                     EACH(QUERIES, least(QUERIES, count - at), CALL)
 #undef CALL
                 }
                 for (int64_t q = 0; q < count; q++)
                     sums[(query + q) * (size + 1) + size] +=
                         weigh(scores + q * BLOCK, allowed, a->scale, a->cap);
-#define CALL(number) add(number, stored, scores, values, width, read, size, sums + query * (size + 1))
+#define CALL(number)                                                                            \
+    add(number, stored, scores, values, width, read, size, sums + query * (size + 1), soon_values)
                 EACH(AT_ONCE, count, CALL)
 #undef CALL
             }
