@@ -8,9 +8,9 @@ __all__ = ["start"]
 
 
 def start() -> None:
-    """Run the program; whatever is interrupted before its first command says so in one line."""
+    """Run the program; an interruption before the first command prints one line."""
     try:
-        # First of all: what is imported next takes a moment in which somebody may press Ctrl-C.
+        # First, because somebody may press Ctrl-C during the imports that follow.
         from grokfetch.interruption import honour, install, uninstall
 
         install()
@@ -35,7 +35,7 @@ def _run() -> None:
 
         main(prog_name="grokfetch")
     except Exception:
-        # What was interrupted may have failed in its own way.
+        # Interrupted code may have raised an error of its own.
         settle()
         raise
 

@@ -1,7 +1,7 @@
 """The program `grokfetch`: finds a command by name and turns its errors into exit codes.
 
-The road from magnet to token is `commands/fetch.py`, `commands/verify.py`, `commands/run.py`;
-`commands/demo.py` walks all of it on one machine.
+The path from magnet link to tokens is `commands/fetch.py`, `commands/verify.py`,
+`commands/run.py`; `commands/demo.py` runs all of it on one machine.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from grokfetch.output.reporting import failed, refused
 __all__ = ["main"]
 
 COMMANDS = {
-    "plan": "Whether a fetch can work, and what can run the model.",
-    "fetch": "Bring a checkpoint to a folder and prove every byte.",
-    "status": "What of a folder is proven and what is missing.",
-    "report": "The same as a page for a browser.",
+    "plan": "Check whether a fetch can work, and what can run the model.",
+    "fetch": "Download a checkpoint into a folder and prove every byte.",
+    "status": "Show what is proven in a folder and what is missing.",
+    "report": "Write the same as a page for a browser.",
     "verify": "Read everything back; fetch again what is wrong.",
     "inspect": "List the tensors of a shard or a checkpoint.",
-    "manifest": "Describe a checkpoint that came another way.",
-    "publish": "Make torrent, magnet link and manifest of a folder.",
-    "seed": "Share what is proven with others.",
+    "manifest": "Describe a checkpoint that grokfetch did not fetch.",
+    "publish": "Make a torrent, a magnet link and a manifest of a folder.",
+    "seed": "Share proven files with others.",
     "run": "Continue a text.",
     "serve": "Answer OpenAI's completions API over HTTP.",
     "export": "Write the weights for llama.cpp, vLLM or SGLang.",
-    "demo": "All of it on this machine, with a small model.",
+    "demo": "Do all of it on this machine, with a small model.",
 }
-"""Each command and what its line in `grokfetch --help` says, in the order of the road. The line
-stands here so that this help need not import them all."""
+"""Each command and its line in `grokfetch --help`, in the order of use. The lines are here so that
+this help need not import every command."""
 
 READER_GONE = 141
 
@@ -48,7 +48,7 @@ REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE),
 }
-"""What a file system answers when it refuses something for reasons of its own."""
+"""Errors by which a file system refuses an operation; nothing is wrong with the program."""
 
 MEANT = {
     **dict.fromkeys(("get", "download", "pull", "clone", "add"), "fetch"),
@@ -62,14 +62,14 @@ MEANT = {
     **dict.fromkeys(("progress", "ps"), "status"),
     "help": "--help",
 }
-"""Names that other programs give to commands like ours."""
+"""Names that other programs use for similar commands."""
 
 
 class Program(click.Group):
     """A group whose commands are modules of `grokfetch.commands`, imported when they are named."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
-        """The commands in the order of the road, for `--help`."""
+        """The commands in the order of use, for `--help`."""
         return list(COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -80,7 +80,7 @@ class Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the arguments name; for a mistyped name the nearest is suggested."""
+        """The command that the arguments name; a mistyped name gets a suggestion."""
         name = args[0]
         if name not in COMMANDS and name[:1] != "-":
             import difflib
@@ -93,7 +93,7 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of that name, None if there is none."""
+        """The command with that name, or None."""
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"grokfetch.commands.{cmd_name}")
@@ -102,7 +102,7 @@ class Program(click.Group):
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program; one interrupted between click's own steps has the signal's code, too."""
+        """Run the program; an interruption within click, too, gives the signal's exit code."""
         try:
             return super().main(*args, **kwargs)
         except SystemExit as ended:
@@ -114,14 +114,14 @@ class Program(click.Group):
             raise
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Read the arguments; click would take an interruption here for an answer to a prompt."""
+        """Parse the arguments; click would take an interruption here for an answer to a prompt."""
         try:
             return super().make_context(*args, **kwargs)
         except KeyboardInterrupt as error:
             raise click.exceptions.Exit(honour(error)) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error that a person can act on is printed and gives its exit code."""
+        """Run the command; print an error that a user can act on, and exit with its code."""
         _open_streams()
         try:
             return self._invoke(ctx)
@@ -131,11 +131,11 @@ class Program(click.Group):
             _end(ctx, error)
         except OSError as error:
             if error.errno == errno.EPIPE:
-                # Whoever read this has read enough; the code is what shells give for SIGPIPE.
+                # The reader has closed the pipe; the code is what shells give for SIGPIPE.
                 sys.stdout = _nowhere()
                 ctx.exit(READER_GONE)
             if error.errno == errno.ENOSPC and error.filename is None:
-                # Of files it is known which one is meant: what is full is where stdout leads.
+                # An error on a file has its name; without one, it is stdout's disk that is full.
                 sys.stdout = _nowhere()
                 _end(ctx, storage_failed(error, Path("stdout")))
             if error.errno in REFUSALS and error.filename is not None:
@@ -146,10 +146,10 @@ class Program(click.Group):
             failed(ctx, error)
             raise
         except KeyboardInterrupt as error:
-            # Before anything is said: until then the same interruption may be raised once more.
+            # Before any message: until then the same interruption may be raised again.
             code = honour(error)
             failed(ctx, error)
-            click.echo("interrupted; what is done is kept, run the command again", err=True)
+            click.echo("interrupted; finished work is kept, run the command again", err=True)
             ctx.exit(code)
 
     def _invoke(self, ctx: click.Context) -> Any:
@@ -159,7 +159,7 @@ class Program(click.Group):
         except click.exceptions.Exit:
             raise
         except Exception:
-            # What was interrupted may fail in its own way: an import of numpy, as ImportError.
+            # Interrupted code may raise an error of its own: numpy, when imported, ImportError.
             settle()
             raise
         settle()
@@ -174,8 +174,9 @@ def _end(ctx: click.Context, error: GrokfetchError) -> None:
 def _open_streams() -> None:
     """Make sure that any text can be written to stdout and stderr.
 
-    Streams that the caller has closed, of which Python makes None, lead nowhere. A name that is not
-    UTF-8 is written as it is, as `ls` does, and what the stream's encoding lacks as an escape.
+    Streams that the caller has closed are None in Python; they are replaced by /dev/null. A name
+    that is not UTF-8 is written as its bytes, as `ls` does, and a character that the stream's
+    encoding lacks as an escape.
     """
     sys.stdout = sys.stdout or _nowhere()
     sys.stderr = sys.stderr or _nowhere()
@@ -204,6 +205,6 @@ def _nowhere() -> TextIO:
 def main() -> None:
     """From the Grok-1 magnet link to tokens.
 
-    fetch the weights, see their status, verify them, look into them, run them; demo does it all on
-    a small model.
+    Fetch the weights, see their status, verify, inspect and run them; demo does all of it with a
+    small model.
     """

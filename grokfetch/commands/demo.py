@@ -1,4 +1,4 @@
-"""`grokfetch demo`: the whole road on one machine, without the internet."""
+"""`grokfetch demo`: from a magnet link to tokens on one machine, without the internet."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ TEXT = PurePosixPath(NAME, "text.txt")
 TIMEOUT_S = 30.0
 PROMPT = "In the demo"
 MOST_TOKENS = 200
-"""More than the text has from the prompt to its end, where the model stops by itself."""
+"""More tokens than the text has after the prompt; the model stops by itself at its end."""
 WIDTH = 80
-LOOK = "keep its files and look at them: grokfetch demo --keep DIR; grokfetch verify DIR/fetched"
+LOOK = "keep the files and check them: grokfetch demo --keep DIR; grokfetch verify DIR/fetched"
 
 
 @click.command(
@@ -58,11 +58,11 @@ LOOK = "keep its files and look at them: grokfetch demo --keep DIR; grokfetch ve
     help="Keep all files in this folder, which must be new or empty.",
 )
 def demo(keep: Path | None) -> None:
-    """Walk from a magnet link to tokens with a small model on this machine.
+    """Go from a magnet link to tokens with a small model on this machine.
 
-    Copies a checkpoint that comes with grokfetch, a Grok-1 of 1.2 million parameters that knows a
-    text by heart, seeds it from a second process, fetches it by its magnet link over 127.0.0.1,
-    verifies it, loads it onto all devices and lets it speak.
+    Copies a checkpoint that comes with grokfetch, a Grok-1 of 1.2 million parameters that has
+    memorised a text, seeds it from a second process, fetches it by its magnet link over 127.0.0.1,
+    verifies it, loads it onto all devices and generates the text.
     """
     require_jax()
     with _folder(keep) as folder:
@@ -79,7 +79,7 @@ def _walk(folder: Path) -> None:
     published = folder / "published"
     manifest = _publish(published)
     steps.done(
-        f"copied {len(manifest.tensors)} shards in the official format, tokenizer and text, "
+        f"copied {len(manifest.tensors)} shards in the official format, a tokenizer and a text, "
         f"{bytes_text(manifest.size)}, and their torrent"
     )
     with _seeding(published) as port:
@@ -88,7 +88,8 @@ def _walk(folder: Path) -> None:
         store = Store(folder / "fetched")
         pieces = _fetch(store, magnet, manifest)
         steps.done(
-            f"fetched metadata and {pieces} pieces by that magnet link, each read back and proven"
+            f"fetched the metadata and {pieces} pieces by that magnet link, each read back and "
+            "proven"
         )
     summary = check_bytes(store)
     if not summary.complete or check_tensors(store):
@@ -97,21 +98,21 @@ def _walk(folder: Path) -> None:
     with store.lock(exclusive=False):
         with loading_shown() as report:
             engine = load_model(open_checkpoint(store), dtype="float32", report=report)
-        steps.done(f"loaded {len(manifest.tensors)} tensors, int8 kept int8")
+        steps.done(f"loaded {len(manifest.tensors)} tensors, int8 weights kept as int8")
         text, count = _recite(store, engine)
-    steps.done(f"compiled the model and generated {count} tokens, word for word what it has learnt")
+    steps.done(f"compiled the model and generated {count} tokens, word for word as trained")
     click.echo(f"\n{text}\n")
     click.echo(
-        "(a small model that knows one text by heart; the real one: grokfetch fetch --to DIR)"
+        "(a small model that has memorised one text; for the real one: grokfetch fetch --to DIR)"
     )
     click.echo(
-        "(llama.cpp recites it, too: grokfetch demo --keep DIR; "
+        "(llama.cpp can recite it, too: grokfetch demo --keep DIR; "
         "grokfetch export DIR/fetched OUT --pad)"
     )
 
 
 class _Steps:
-    """Numbers what has been done and says how long each step took."""
+    """Numbers the finished steps and says how long each one took."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -131,8 +132,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
             temporary = tempfile.TemporaryDirectory(prefix="grokfetch-demo-")
         except OSError as error:
             raise StorageFailed(
-                f"there is no room for temporary files: {error.strerror}",
-                hint="name a folder for them, TMPDIR=/folder, or where to keep all: --keep DIR",
+                f"cannot create temporary files: {error.strerror}",
+                hint="set TMPDIR=/folder, or keep all files in a folder: --keep DIR",
             ) from error
         with temporary as folder:
             yield Path(folder)
@@ -162,10 +163,10 @@ def _publish(folder: Path) -> Manifest:
 
 
 def _recite(store: Store, engine: Engine) -> tuple[str, int]:
-    """What the model makes of the prompt, wrapped, and the number of its tokens.
+    """The text that the model generates, wrapped, and the number of its tokens.
 
     Raises:
-        Damaged: it is not the text that the model knows.
+        Damaged: it is not the text that the model has memorised.
     """
     from loader.inference.engine import Sampling
 
@@ -176,7 +177,7 @@ def _recite(store: Store, engine: Engine) -> tuple[str, int]:
     text_known = store.payload(TEXT).read_text(encoding="utf-8")
     if f"{PROMPT}{text}" not in " ".join(text_known.splitlines()):
         raise Damaged(
-            f"the model says something else than its text: {text!r}", path=store.root, hint=LOOK
+            f"the model did not recite its text, but: {text!r}", path=store.root, hint=LOOK
         )
     lines = textwrap.wrap(text.strip(), WIDTH, initial_indent="text    ", subsequent_indent=" " * 8)
     return "\n".join([f"prompt  {PROMPT}", *lines]), len(tokens)
@@ -190,9 +191,9 @@ def _seeding(folder: Path) -> Iterator[int]:
     ours, theirs = context.Pipe()
     seeder = context.Process(target=_seed, args=(folder, theirs), daemon=True)
     try:
-        # An interruption between the start of a process and what it is sent to begin with would
-        # have it fail with a traceback. Ctrl-C, which reaches every process of the terminal, stays
-        # blocked in the seeder: it ends when this process does.
+        # An interruption between the start of a process and the first data sent to it would make
+        # it fail with a traceback. Ctrl-C reaches every process of the terminal, so it stays
+        # blocked in the seeder, which ends when this process does.
         with Held():
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
@@ -219,6 +220,6 @@ def _seed(folder: Path, pipe: Connection) -> None:
 
 
 def _fetch(store: Store, magnet: str, manifest: Manifest) -> int:
-    """Fetch by the magnet link alone; the number of pieces that came over the wire."""
+    """Fetch by the magnet link alone; returns the number of pieces downloaded."""
     swarm = Swarm(parse_magnet(magnet), SwarmSettings.loopback())
     return bring(store, swarm, manifest, timeout_s=TIMEOUT_S).fetched

@@ -1,4 +1,4 @@
-"""What `plan --on` says: whether accelerators that need not be here can run a model."""
+"""The output of `plan --on`: whether accelerators, which need not be here, can run a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Verdict:
-    """A slice with what the model takes of it, or why it cannot be divided so."""
+    """A slice with the memory that the model needs on it, or why it cannot be divided so."""
 
     slice: Slice
     prospect: Prospect | None
@@ -40,17 +40,17 @@ def show_elsewhere(
     Args:
         manifest: of the model.
         slices: the devices.
-        by_compiler: whether to ask their compilers, and not only the shapes.
+        by_compiler: whether to ask their compilers, instead of only computing from shapes.
         as_json: one object instead of a table.
 
     Raises:
         NoModel: the manifest describes files only.
-        ManifestInvalid: the manifest's model is none.
-        MeshInvalid: so many devices cannot share the model.
-        OutOfReach: the model does not fit one of the slices, or a compiler is not here.
+        ManifestInvalid: the manifest's hyperparameters are not valid.
+        MeshInvalid: this number of devices cannot share the model.
+        OutOfReach: the model does not fit one of the slices, or a compiler is not installed.
     """
     if manifest.model is None:
-        raise NoModel(f"{manifest.name} is not a model that devices could run")
+        raise NoModel(f"{manifest.name} does not describe a model, only files")
     config = GrokConfig.from_mapping(manifest.model)
     verdicts = [_verdict(config, devices) for devices in slices]
     if by_compiler:
@@ -77,15 +77,15 @@ def _judged(made: Prospect) -> _Verdict:
         return _Verdict(made.slice, made)
     short = shortage(made.use, made.memory)
     misfit = OutOfReach(
-        f"{made.slice.name}: {bytes_text(made.need.total)} are needed of each device,"
-        f" {bytes_text(made.memory.free)} are there",
+        f"{made.slice.name}: each device needs {bytes_text(made.need.total)} of memory"
+        f" and has {bytes_text(made.memory.free)}",
         hint="" if short is None else advice(short, made.memory),
     )
     return _Verdict(made.slice, made, misfit)
 
 
 def _confirmed(verdicts: Sequence[_Verdict]) -> list[_Verdict]:
-    """The same by the compilers, as far as the devices can share the model."""
+    """The same verdicts from the compilers, where the devices can share the model."""
     from loader.devices.absent import prepare
     from loader.inference.ahead import confirmed
 
@@ -147,6 +147,6 @@ def _row(verdict: _Verdict) -> tuple[str, ...]:
     if made is None:
         return name, "", "", "", "NO", "no mesh divides the model"
     needed, free = bytes_text(made.need.total), bytes_text(made.memory.free)
-    reading = f"{bytes_text(made.read)}, {made.token_s * 1e3:.1f} ms at the rate of the memory"
+    reading = f"{bytes_text(made.read)}, {made.token_s * 1e3:.1f} ms at memory bandwidth"
     word = "yes" if made.fits else "NO"
-    return name, needed, free, str(made.use.shape), word, f"a token reads {reading}"
+    return name, needed, free, str(made.use.shape), word, f"each token reads {reading}"

@@ -49,9 +49,11 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
         "grokfetch export grok-1-Q8_0.gguf /data/grok-1 --format shards",
     ),
     groups={
-        "What": ("form", "kind", "names", "split", "pad", "dry_run", "tokenizer", "unproven"),
+        "What to write": (
+            *("form", "kind", "names", "split", "pad", "dry_run", "tokenizer", "unproven"),
+        ),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
-        "For machines and screens": ("json", "plain", "state"),
+        "Output and state": ("json", "plain", "state"),
     },
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -62,37 +64,37 @@ TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "
     type=click.Choice(["gguf", "safetensors", "shards"]),
     default="gguf",
     show_default=True,
-    help="gguf is what llama.cpp reads, safetensors what vLLM and SGLang do, shards are the "
-    "official files again, DIR being a GGUF of type q8_0.",
+    help="gguf for llama.cpp, safetensors for vLLM and SGLang; shards turns a GGUF of type q8_0, "
+    "given as DIR, back into the official files.",
 )
 @click.option(
     "--type",
     "kind",
     type=click.Choice(list(TYPES)),
-    help="Of the weights; q8_0 for gguf, and bf16 for safetensors, which has no other. q8_0 keeps "
-    "int8 and scales as they are, f32 and bf16 are what they stand for, f16 rounds.",
+    help="Type of the weights; default q8_0 for gguf, and bf16, the only one, for safetensors. "
+    "q8_0 keeps int8 and scales as they are, f32 and bf16 hold their products, f16 rounds them.",
 )
 @click.option(
     "--names",
     type=click.Choice(["vllm", "sglang"]),
-    help="Whose names safetensors has; vllm by default.",
+    help="Whose tensor names safetensors uses; vllm by default.",
 )
 @click.option(
     "--split",
     type=Size(),
-    help="Begin another file after so many bytes, 48G say; one file by default, of safetensors 5G "
-    "each.",
+    help="Start a new file after this many bytes, such as 48G; by default a GGUF is one file, and "
+    "safetensors files have 5G each.",
 )
 @click.option(
     "--pad",
     is_flag=True,
-    help="Fill a small model up with zeros to a shape that llama.cpp loads and q8_0 can hold; what "
-    "it computes stays the same.",
+    help="Pad a small model with zeros to a shape that llama.cpp loads and q8_0 can hold; its "
+    "results stay the same.",
 )
-@click.option("--dry-run", is_flag=True, help="List files and sizes, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="List files and sizes without writing anything.")
 @tokenizer_option
 @click.option(
-    "--unproven", is_flag=True, help="Export files of the right form that no hash vouches for."
+    "--unproven", is_flag=True, help="Export files in the right format that no hash has verified."
 )
 @meanwhile_options
 @plain_option
@@ -113,26 +115,29 @@ def export(
     meanwhile: Meanwhile | None,
     state: Path | None,
 ) -> None:
-    """Write the weights in DIR, all of them proven, into the folder OUT for another engine.
+    """Write the proven weights in DIR to the folder OUT in the format of another engine.
 
-    Or the other way: write the official shards again from a GGUF, byte for byte.
+    Or the reverse: rebuild the official shards from a GGUF, byte for byte.
 
-    Whatever ends an export, the same command goes on with what is missing. The files get their
-    names when all are whole. Afterwards verify and publish work on OUT.
+    If an export is interrupted, the same command continues it. The files get their final names
+    when all are complete. Afterwards verify and publish work on OUT.
     """
     _refuse_together(out, form, kind, names, pad=pad)
     if meanwhile is not None and (form == "shards" or pad or dry_run or unproven):
         raise click.UsageError(
-            "--while-fetching goes without --format shards, --pad, --dry-run and --unproven"
+            "--while-fetching cannot be combined with --format shards, --pad, --dry-run or "
+            "--unproven"
         )
     if meanwhile is None and not folder.exists():
-        raise click.UsageError(f"{folder} is not there")
+        raise click.UsageError(f"{folder} does not exist")
     start = time.perf_counter()
     if form == "shards":
         _shards(folder, out, start, dry_run=dry_run)
         return
     if folder.is_file():
-        raise click.UsageError(f"{folder} is a file; a GGUF is turned back by --format shards")
+        raise click.UsageError(
+            f"{folder} is a file; to turn a GGUF back into shards: --format shards"
+        )
     with reading(folder, state, meanwhile) as store, contextlib.ExitStack() as meantime:
         if form == "safetensors":
             plan = _as_safetensors(store, names or "vllm", split, tokenizer)
@@ -147,7 +152,7 @@ def export(
         if pad:
             checkpoint = _padded(checkpoint, meantime)
         text, kept = _write(plan, checkpoint, store, Store(out))
-    # A fetch beside it has ended by now.
+    # A concurrent fetch has ended by now.
     seconds = time.perf_counter() - start
     ended(
         f"{text} in {seconds_text(seconds)}",
@@ -163,28 +168,28 @@ def export(
 def _refuse_together(
     out: Path, form: str, kind: str | None, names: Names | None, *, pad: bool
 ) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        UsageError: they do not.
+        UsageError: they cannot.
     """
     if out.suffix == ".gguf":
-        raise click.UsageError(f"OUT is a folder, and the file in it gets a name: try {out.stem}")
+        raise click.UsageError(f"OUT is a folder, in which the file is named: try {out.stem}")
     if names is not None and form != "safetensors":
-        raise click.UsageError("--names goes with --format safetensors")
+        raise click.UsageError("--names requires --format safetensors")
     if form == "safetensors" and kind not in (None, "bf16"):
         raise click.UsageError("safetensors is written as bf16 only")
     if pad and form != "gguf":
-        raise click.UsageError("--pad goes with --format gguf")
+        raise click.UsageError("--pad requires --format gguf")
 
 
 def _checkpoint(store: Store, *, proven: bool, as_they_are: bool) -> Checkpoint:
-    """The weights, which may still be on their way.
+    """The weights, which may still be arriving.
 
     Args:
         store: their folder.
-        proven: whether they must be.
-        as_they_are: refuse scales that Q8_0 cannot hold, as far as they are there.
+        proven: whether they must be proven.
+        as_they_are: refuse scales that Q8_0 cannot hold, unless the weights are still arriving.
     """
     from loader.export.writing import check_scales
     from loader.weights.checkpoint import expect_checkpoint, open_checkpoint
@@ -231,8 +236,8 @@ def _as_gguf(
     config = padded_config(model_of(store)) if pad else model_of(store)
     if config.num_q_heads * config.key_size != config.emb_size:
         notice(
-            "note: llama.cpp loads only models whose heads times head size are the width; --pad "
-            "makes this one so"
+            "note: llama.cpp cannot load this model, because its heads times its head size are "
+            "not its width; --pad makes it loadable"
         )
     vocabulary = tuple(find_tokenizer(store, tokenizer).entries())
     return gguf_plan(config, vocabulary, _origin(store), TYPES[kind], split)
@@ -244,7 +249,7 @@ def _as_safetensors(store: Store, names: Names, split: int | None, tokenizer: Pa
     from loader.weights.checkpoint import model_of
 
     config = model_of(store)
-    # Says what is wrong with the tokenizer, if anything is.
+    # Raises if anything is wrong with the tokenizer.
     find_tokenizer(store, tokenizer)
     source = store.manifest().tokenizer
     path = tokenizer or store.root / (USUAL_NAME if source is None else source.path)
@@ -252,12 +257,12 @@ def _as_safetensors(store: Store, names: Names, split: int | None, tokenizer: Pa
 
 
 def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
-    """Write the official shards again from a GGUF."""
+    """Rebuild the official shards from a GGUF."""
     from loader.export.restoring import FOLDER, open_exported, write_shards
     from loader.weights.inventory import expected
 
     if folder.is_dir():
-        raise click.UsageError(f"{folder} is a folder: --format shards takes a GGUF file")
+        raise click.UsageError(f"{folder} is a folder; --format shards takes a GGUF file")
     exported = open_exported(folder)
     files, tensors = expected(exported.config, FOLDER)
     sizes = [(file.path, file.size) for file in files]
@@ -282,7 +287,7 @@ def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
 
 
 def _read_back(target: Store, described: Manifest) -> None:
-    """Hash what was written as it stands on the disk; from then on it is proven."""
+    """Read the written files back from the disk and hash them; from then on they are proven."""
     from loader.export.writing import read_back
 
     described = dataclasses.replace(
@@ -296,7 +301,7 @@ def _read_back(target: Store, described: Manifest) -> None:
 
 
 def _list(plan: Plan, out: Path, seconds: float) -> None:
-    """Say what would be written, and whether the disk has room."""
+    """Print what would be written, and whether the disk has room."""
     failed = _lacking(out, [(PurePosixPath(file.name), file.size) for file in plan.files])
     rows = [f"{out / file.name}  {file.size:,}" for file in plan.files]
     rows.append(f"{len(plan.parts)} tensors, {bytes_text(plan.size)}")
@@ -310,9 +315,9 @@ def _list(plan: Plan, out: Path, seconds: float) -> None:
 
 
 def _lacking(out: Path, files: list[tuple[PurePosixPath, int]], coming: int = 0) -> list[Check]:
-    """What the place of OUT lacks for files, path below it and size in bytes.
+    """The checks of the disk of OUT that fail for files, given by path below OUT and size in bytes.
 
-    `coming` are bytes that a fetch still writes to the same disk.
+    `coming` is the number of bytes that a fetch will still write to the same disk.
     """
     needed = need(out, files)
     needed = dataclasses.replace(needed, bytes=needed.bytes + coming)
@@ -320,10 +325,10 @@ def _lacking(out: Path, files: list[tuple[PurePosixPath, int]], coming: int = 0)
 
 
 def _require_room(out: Path, files: list[tuple[PurePosixPath, int]], coming: int = 0) -> None:
-    """Refuse to begin what cannot end.
+    """Refuse to start an export that cannot finish.
 
     Raises:
-        StorageFailed: says what is short.
+        StorageFailed: says what is missing.
     """
     for check in _lacking(out, files, coming):
         raise StorageFailed(
@@ -332,7 +337,7 @@ def _require_room(out: Path, files: list[tuple[PurePosixPath, int]], coming: int
 
 
 def _coming(store: Store, out: Path) -> int:
-    """The bytes that a fetch beside the export still writes to its disk."""
+    """The bytes that a concurrent fetch will still write to the disk of the export."""
     if not isinstance(store, Arriving):
         return 0
     if nearest(store.root).stat().st_dev != nearest(out).stat().st_dev:
@@ -341,7 +346,7 @@ def _coming(store: Store, out: Path) -> int:
 
 
 def _write(plan: Plan, checkpoint: Checkpoint, store: Store, target: Store) -> tuple[str, int]:
-    """Write what is missing, and hash it; what to tell of it, and tensors written before."""
+    """Write and hash what is missing; returns a message, and how many tensors were there before."""
     from loader.export.writing import Export
 
     names = ", ".join(file.name for file in plan.files[:2])
@@ -350,11 +355,11 @@ def _write(plan: Plan, checkpoint: Checkpoint, store: Store, target: Store) -> t
         job = Export(plan, checkpoint, target)
         kept = job.kept
         if job.whole:
-            return f"{target.root / names}: whole already, nothing was written", kept
+            return f"{target.root / names}: already complete, nothing was written", kept
         _require_room(target.root, job.missing, _coming(store, target.root))
         with reporter("export") as sink:
             for event in job.write():
-                # A terminal has one last line, and the slower of the two is drawn in it.
+                # A terminal has one last line; it shows the slower of the two.
                 if lines() or not isinstance(store, Arriving) or store.over:
                     sink.take(event)
         files = (ManifestFile(PurePosixPath(file.name), file.size) for file in plan.files)

@@ -39,7 +39,7 @@ from grokfetch.units import bytes_text, seconds_text
 from loader.weights.host_share import Share
 
 MOST_EXTRAS = 10
-"""Files beyond the manifest's that are named one by one."""
+"""At most this many files that the manifest does not list are named one by one."""
 
 
 @click.command(
@@ -49,12 +49,14 @@ MOST_EXTRAS = 10
         "grokfetch fetch 'magnet:?xt=urn:btih:...' --to /data/model",
     ),
     groups={
-        "What": ("folder", "manifest_file", "layers", "experts", "only", "everything", "repair"),
+        "What to fetch": (
+            *("folder", "manifest_file", "layers", "experts", "only", "everything", "repair"),
+        ),
         "For one of several hosts": ("num_hosts", "host_id", "mesh"),
-        "From whom": NETWORK_NAMES,
-        "How fast, how long": ("up", "down", "timeout"),
-        "Sharing afterwards": ("go_on", "ratio", "seconds"),
-        "For machines and screens": ("json", "plain", "state"),
+        "Peers and mirrors": NETWORK_NAMES,
+        "Rates and timeout": ("up", "down", "timeout"),
+        "Seeding afterwards": ("go_on", "ratio", "seconds"),
+        "Output and state": ("json", "plain", "state"),
     },
     extra="SOURCE is one argument: put a magnet link in quotes",
 )
@@ -64,14 +66,14 @@ MOST_EXTRAS = 10
     "folder",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where it is to go; the DIR that SOURCE is, if not given.",
+    help="Folder to download into; by default SOURCE, if that is a DIR.",
 )
 @manifest_option
 @network_options
 @timeout_option
 @part_options
 @share_options
-@click.option("--repair", is_flag=True, help="Read everything back first; fetch what is bad again.")
+@click.option("--repair", is_flag=True, help="Read everything back first; fetch again what is bad.")
 @sharing_options
 @plain_option
 @state_option
@@ -89,20 +91,20 @@ def fetch(
     sharing: Goal | None,
     state: Path | None,
 ) -> None:
-    """Bring a checkpoint to DIR and prove every byte of it.
+    """Download a checkpoint into DIR and prove every byte of it.
 
-    SOURCE is a magnet link or an info hash, a .torrent file or a manifest or the https address of
-    one, or the DIR of a fetch begun before; without one it is Grok-1, 318 GB. Ctrl-C or a crash
-    loses nothing: the same command goes on.
+    SOURCE is a magnet link, an info hash, a .torrent file or a manifest, the https address of one
+    of these files, or the DIR of an earlier fetch; without SOURCE it is Grok-1, 318 GB. Ctrl-C or
+    a crash loses nothing: the same command resumes the fetch.
 
-    --layers, --experts and --only narrow each other and ask for a part; each later run with them
-    asks for more, and DIR remembers what was asked for. So do --num-hosts, --host-id and --mesh.
+    --layers, --experts and --only select a part, and narrow each other; each later run with them
+    adds to the selection, which DIR remembers. So do --num-hosts, --host-id and --mesh.
     """
     manifest = None if manifest_file is None else read_manifest(manifest_file)
     wanted = resolve(source, manifest, state, network)
     target = folder or wanted.begun
     if target is None:
-        raise click.UsageError("say where to: --to DIR")
+        raise click.UsageError("no folder to download into: give --to DIR")
     request = _request(part, of_host) or wanted.request
     store = Store(target, state)
     start = time.perf_counter()
@@ -121,7 +123,7 @@ def fetch(
     ended(
         f"{target}: {size}{of} proven in {seconds_text(seconds)}"
         if new
-        else f"{target}: complete, all {size}{of} were proven before",
+        else f"{target}: already complete, all {size}{of} proven before",
         seconds,
         folder=str(target),
         **dataclasses.asdict(outcome),
@@ -131,12 +133,12 @@ def fetch(
 
 
 def _request(part: Request | None, of_host: Share | None) -> Asked | None:
-    """What the options ask for, None if they do not say."""
+    """What the options ask for; None if they are not given."""
     if of_host is None:
         return part
     if part is not None:
         raise click.UsageError(
-            "the options of a host cannot be combined with those that choose a part"
+            "--num-hosts, --host-id and --mesh cannot be combined with options that select a part"
         )
     return functools.partial(share_request, of_host)
 
@@ -150,7 +152,7 @@ def bring(
     repair: bool = False,
     request: Asked | None = None,
 ) -> Outcome:
-    """Fetch with a bar; findings and notices go above it."""
+    """Fetch with a progress bar; findings and notices go above it."""
     limits = fetching.Limits(metadata_s=timeout_s, stall_s=timeout_s)
     events = fetching.fetch(
         store, source, manifest=manifest, limits=limits, repair=repair, request=request
@@ -166,7 +168,7 @@ def bring(
 
 
 def _name_extras(store: Store, manifest: Manifest | None) -> None:
-    """List the files that the torrent has beyond those of the manifest a person fetched by."""
+    """List the torrent's files that are missing from the manifest given by the user."""
     extra = () if manifest is None else store.manifest().files[len(manifest.files) :]
     for file in extra[:MOST_EXTRAS]:
         click.echo(f"also in the torrent: {file.path}, {bytes_text(file.size)}", err=True)

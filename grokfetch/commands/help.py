@@ -1,4 +1,4 @@
-"""A command whose help groups its options and ends with examples; no command of its own."""
+"""A click command whose help groups its options and ends with examples; not a command itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ REST = "Other options"
 
 
 class Explained(click.Command):
-    """A click command with more to its help.
+    """A click command with a longer help text.
 
     Args:
         examples: calls that can be copied, shown at the end.
-        groups: for each title the parameters that stand under it; all others come last.
-        extra: what to do where there are more arguments than the command takes.
+        groups: for each title the parameters listed under it; all others come last.
+        extra: what to do if there are more arguments than the command takes.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Explained(click.Command):
         other = REST if self.groups else "Options"
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, other)}
         for parameter in self.get_params(ctx):
-            # Arguments are explained in the text above; newer versions of click give a row to each.
+            # The text above explains the arguments; newer versions of click list them, too.
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 sections[title_of.get(parameter.name or "", other)].append(record)
@@ -56,7 +56,7 @@ class Explained(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments; a common mistake is reported with what to do instead."""
+        """Parse the arguments; for a common mistake, say what to do instead."""
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:

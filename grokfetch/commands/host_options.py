@@ -1,4 +1,4 @@
-"""The options that say which of several hosts a command runs on, and what they stand for."""
+"""The options that say which of several hosts a command runs on, and their values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Hosts", "hosts_options", "share_options"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hosts:
-    """The processes that run a model together, one a host.
+    """The processes that run a model together, one per host.
 
-    `coordinator`, `count` and `number` are given by hand, or found by jax where `detect` says so.
+    `coordinator`, `count` and `number` are given by the user, or found by jax if `detect` is true.
     """
 
     detect: bool = False
@@ -29,7 +29,7 @@ class Hosts:
 
     @property
     def several(self) -> bool:
-        """Whether there are other processes than this one."""
+        """Whether there is more than one process."""
         return self.detect or self.coordinator is not None
 
 
@@ -42,9 +42,9 @@ def _hosts(
 ) -> Hosts:
     by_hand = [coordinator, num_hosts, host_id]
     if None in by_hand and by_hand != [None] * 3:
-        raise click.UsageError("--coordinator, --num-hosts and --host-id go together")
+        raise click.UsageError("--coordinator, --num-hosts and --host-id must be given together")
     if cluster and coordinator is not None:
-        raise click.UsageError("--cluster finds out what --coordinator says")
+        raise click.UsageError("--cluster finds the coordinator itself: leave out --coordinator")
     return Hosts(cluster, coordinator, num_hosts, host_id)
 
 
@@ -59,10 +59,10 @@ def _host_and_port(
 _count = click.option(
     "--num-hosts",
     type=Integer(min=1),
-    help="How many hosts share the model, one process each.",
+    help="Number of hosts that share the model, one process each.",
 )
 _number = click.option(
-    "--host-id", type=Integer(min=0), help="Which of the hosts this is, from 0 on."
+    "--host-id", type=Integer(min=0), help="Number of this host, counted from 0."
 )
 
 hosts_options = bundle(
@@ -71,13 +71,13 @@ hosts_options = bundle(
     click.option(
         "--cluster",
         is_flag=True,
-        help="Run with the other processes of this job, started by Slurm, MPI, GKE or TPU.",
+        help="Run together with the other processes of this Slurm, MPI, GKE or TPU job.",
     ),
     click.option(
         "--coordinator",
         metavar="HOST:PORT",
         callback=_host_and_port,
-        help="The same by hand: where host 0 waits for the others. Nothing there is encrypted.",
+        help="The same without a job: where host 0 waits for the others. It is not encrypted.",
     ),
     _count,
     _number,
@@ -88,7 +88,7 @@ def _share(num_hosts: int | None, host_id: int | None, mesh: MeshShape | None) -
     if num_hosts is not None and host_id is not None and mesh is not None:
         return share_of_host(mesh, host_id, num_hosts)
     if (num_hosts, host_id, mesh) != (None, None, None):
-        raise click.UsageError("--num-hosts, --host-id and --mesh go together")
+        raise click.UsageError("--num-hosts, --host-id and --mesh must be given together")
     return None
 
 
@@ -101,7 +101,7 @@ share_options = bundle(
         "--mesh",
         type=Mesh(),
         metavar="expert=N,model=M",
-        help="Only what the devices of one host need of a model on this mesh of all hosts' "
-        "devices: of split experts its own, else nearly everything.",
+        help="Only what the devices of one host need, for this mesh of all hosts' devices: if "
+        "experts are split, the host's own ones, otherwise nearly everything.",
     ),
 )

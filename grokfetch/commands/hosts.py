@@ -1,4 +1,4 @@
-"""Several hosts that share a model: how they meet, and what each of them fetches; no command."""
+"""Several hosts that share a model: how they join, and what each one fetches; not a command."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["asked", "joined", "share_request"]
 
 @contextlib.contextmanager
 def joined(hosts: Hosts) -> Iterator[None]:
-    """Be one of the processes while the block runs; if it fails the others are told why.
+    """Be one of the processes while the block runs; if it fails, tell the others why.
 
     Raises:
-        OutOfReach: the others do not come.
+        OutOfReach: the others do not join.
     """
     if not hosts.several:
         yield
@@ -45,9 +45,9 @@ def joined(hosts: Hosts) -> Iterator[None]:
 
 
 def asked(hosts: Hosts, loading: Loading) -> Asked:
-    """What to fetch of a checkpoint for this host: all of it if there is no other host.
+    """Which part of a checkpoint to fetch for this host: all of it if there is no other host.
 
-    Where there are others, whoever calls the result sets up the devices: the main thread.
+    With several hosts, calling the result sets up the devices, so the main thread must do it.
     """
 
     def share(manifest: Manifest, layout: Layout) -> Request:
@@ -60,14 +60,14 @@ def asked(hosts: Hosts, loading: Loading) -> Asked:
 
 
 def _keep_stdout() -> None:
-    """Send to stderr what the collectives of CPUs, written in C++, say on stdout."""
+    """Send to stderr what the C++ code of CPU collectives writes to stdout."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
     os.dup2(2, 1)
 
 
 def share_request(share: Share, manifest: Manifest, layout: Layout) -> Request:
-    """What to fetch of a checkpoint for a share of it.
+    """Which part of a checkpoint to fetch for a host's share of it.
 
     Raises:
         NoModel: the manifest describes files only.
@@ -78,7 +78,6 @@ def share_request(share: Share, manifest: Manifest, layout: Layout) -> Request:
 
 
 def _config(manifest: Manifest) -> GrokConfig:
-
     if manifest.model is None:
-        raise NoModel(f"{manifest.name} is not a model that hosts could share")
+        raise NoModel(f"{manifest.name} does not describe a model that hosts could share")
     return GrokConfig.from_mapping(manifest.model)

@@ -1,4 +1,4 @@
-"""`grokfetch inspect`: what tensors a shard or a checkpoint holds, on disk or still in a swarm."""
+"""`grokfetch inspect`: which tensors a shard or a checkpoint holds, on disk or in a swarm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, object]
 
 Found = tuple[Sequence[Row], Sequence[GrokfetchError]]
-"""A row for each tensor, and what is wrong with the other shards."""
+"""A row for each tensor, and the errors of the other shards."""
 
 
 @click.command(
@@ -42,9 +42,9 @@ Found = tuple[Sequence[Row], Sequence[GrokfetchError]]
     ),
     groups={
         "Without the files": ("folder",),
-        "From whom": NETWORK_NAMES,
-        "How fast": ("up", "down"),
-        "For machines and screens": ("as_json", "plain", "state"),
+        "Peers and mirrors": NETWORK_NAMES,
+        "Rates": ("up", "down"),
+        "Output and state": ("as_json", "plain", "state"),
     },
 )
 @click.argument("source", required=False)
@@ -53,10 +53,10 @@ Found = tuple[Sequence[Row], Sequence[GrokfetchError]]
     "folder",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep here what comes of the files; else it goes to a temporary folder.",
+    help="Keep downloaded parts of the files here; by default in a temporary folder.",
 )
 @network_options
-@click.option("--json", "as_json", is_flag=True, help="JSON lines, one object for each tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, one object per tensor.")
 @plain_option
 @state_option
 def inspect(
@@ -65,13 +65,13 @@ def inspect(
     """List the tensors of a shard FILE, a checkpoint DIR or the SOURCE of a fetch.
 
     Prints name, dtype, shape, shape of the scales, bytes, byte offset and file of each tensor.
-    Nothing is unpickled and only a few hundred bytes of each file are read.
+    Nothing is unpickled, and only a few hundred bytes of each file are read.
 
-    A SOURCE is a magnet link, a torrent or a manifest, as for fetch; without one it is Grok-1.
-    Where a manifest names the tensors, nothing is fetched. Else only the pieces with the frames of
-    the shards are, from peers or mirrors, and proven.
+    SOURCE is a magnet link, a torrent or a manifest, as for fetch; by default it is Grok-1. If a
+    manifest names the tensors, nothing is fetched. Otherwise only the pieces that hold the headers
+    of the shards are fetched, from peers or mirrors, and proven.
     """
-    # A link may be too long for the name of a file, at which pathlib raises.
+    # A link may be too long for a file name, in which case pathlib raises.
     there = source is not None and os.path.exists(source)  # noqa: PTH110
     if source is not None and there and _first_byte(source) not in {b"d", b"{"}:
         rows, refused = _on_disk(Path(source), state)
@@ -89,7 +89,7 @@ def inspect(
 
 
 def _first_byte(source: str) -> bytes:
-    """The first byte of a file, by which a torrent and a manifest differ from a shard."""
+    """The first byte of a file, which tells a torrent and a manifest from a shard."""
     with contextlib.suppress(OSError), Path(source).open("rb") as opened:
         return opened.read(1)
     return b""
@@ -113,9 +113,9 @@ def _on_disk(path: Path, state: Path | None) -> Found:
             files = sorted(it for it in path.rglob("tensor*") if is_shard(it.name))
     if not files:
         raise CheckpointInvalid(
-            "no shard named like tensor00000_000 lies here",
+            "contains no shard with a name like tensor00000_000",
             path=path,
-            hint="name a shard or the folder of a checkpoint; of other files: grokfetch status DIR",
+            hint="name a shard or a checkpoint's folder; for other files: grokfetch status DIR",
         )
     shards: dict[PurePosixPath, Shard | GrokfetchError] = {}
     for file in files:
@@ -130,7 +130,7 @@ def _on_disk(path: Path, state: Path | None) -> Found:
 def _elsewhere(
     source: str | None, folder: Path | None, state: Path | None, network: Network
 ) -> Found:
-    """The tensors of what a fetch would bring, of which as little comes as can be."""
+    """The tensors that a fetch would bring; as little as possible is downloaded."""
     from grokfetch.fetch.waiting_store import Arriving
     from loader.on_demand import filled_on_demand
     from loader.weights.headers import is_shard, named, read_headers
@@ -154,9 +154,9 @@ def _elsewhere(
             files = [file for file in store.manifest().files if is_shard(file.path.name)]
             if not files:
                 raise CheckpointInvalid(
-                    "none of its files is named like tensor00000_000, as shards are",
+                    "contains no shard: none of its files has a name like tensor00000_000",
                     path=store.manifest().name,
-                    hint="what it holds is told by: grokfetch plan SOURCE",
+                    hint="to see what it holds: grokfetch plan SOURCE",
                 )
             shards = dict(read_headers(store, files))
             found = _found(shards, {})
@@ -167,7 +167,7 @@ def _elsewhere(
 
 
 def _shown(events: Generator[FetchEvent, None, None]) -> Generator[FetchEvent, None, None]:
-    """The same events, with a bar."""
+    """The same events, with a progress bar."""
     with contextlib.closing(events), Bar("fetch", plain=plain()) as bar:
         for event in events:
             bar.take(event)
@@ -175,7 +175,7 @@ def _shown(events: Generator[FetchEvent, None, None]) -> Generator[FetchEvent, N
 
 
 def _found(shards: Shards, names: Mapping[PurePosixPath, str]) -> Found:
-    """The rows of shards, with the names that a manifest gives, or else that they must have."""
+    """The rows of shards, named by a manifest, or else by what the shards contain."""
     from loader.weights.headers import entry, named
 
     sound = _sound(shards)
@@ -195,7 +195,7 @@ def _sound(shards: Shards) -> dict[PurePosixPath, Shard]:
 
 
 def _official_name(path: PurePosixPath, shard: Shard) -> str:
-    """The name that the official model gives a tensor of this number, if the shapes are its."""
+    """The official model's name for the tensor in this file, if the shapes are equal; or "-"."""
     from loader.weights.schema import GrokConfig, parameters
 
     for spec in parameters(GrokConfig()):
@@ -206,7 +206,7 @@ def _official_name(path: PurePosixPath, shard: Shard) -> str:
 
 
 def _listed(manifest: Manifest) -> list[Row]:
-    """What a manifest says of its tensors."""
+    """What a manifest says about its tensors."""
     return [_row(tensor, next(tensor.spans())[1]) for tensor in manifest.tensors]
 
 

@@ -1,4 +1,4 @@
-"""Shows how a model is being loaded, and why it cannot be used any more; no command."""
+"""Shows the progress of loading a model, and why it can no longer be used; not a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["loading_shown", "lost_pages_told"]
 
 
 def lost_pages_told(store: Store) -> None:
-    """From now on say what has happened where a file of the weights shrinks or cannot be read."""
+    """From now on, explain the crash if a file of the weights shrinks or cannot be read."""
     tell = functools.partial(refused, click.get_current_context())
     files = {entry.file for entry in store.manifest().tensors}
     explain_lost_pages(store.root, map(store.payload, files), tell)
@@ -26,7 +26,7 @@ def lost_pages_told(store: Store) -> None:
 
 @contextlib.contextmanager
 def loading_shown() -> Iterator[Callable[[LoadEvent], None]]:
-    """Show how a model is being loaded: a bar while it is copied, notices, and the time it took."""
+    """Show how loading goes: a progress bar while copying, notices, and the time it took."""
     with reporter("load") as sink:
 
         def take(event: LoadEvent) -> None:

@@ -1,4 +1,4 @@
-"""What this machine can run of a model, by its memory, devices and limits; no command."""
+"""Whether this machine can run a model, by its memory, devices and limits; not a command."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """What each of a number of devices holds in bytes, and whether that works here, or why not.
+    """Bytes that each of a number of devices holds, and whether that works here, or why not.
 
-    `cache` is the KV cache of one whole context in bfloat16, `work` what one step adds. `mesh` is
-    empty if no mesh divides.
+    `cache` is the KV cache of one full context in bfloat16, `work` the temporary memory of a step.
+    `mesh` is empty if no mesh divides the model.
     """
 
     devices: int
@@ -40,7 +40,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """Memory that this process may hold here, in bytes, the devices of this machine, and limits.
+    """Bytes of memory that this process may use, the devices of this machine, and limits.
 
     open_files: how many files may be open at once. address_space: bytes that `ulimit -v` lets the
     process map, None for no limit.
@@ -53,7 +53,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What this process finds here."""
+    """The machine on which this process runs."""
     space = address_space()
     limit = None if space is None else space[0]
     return Machine(most_memory(), devices(), most_open_files(), limit)
@@ -63,7 +63,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
     """What each device holds, for each number of devices; nothing without a model.
 
     Raises:
-        ManifestInvalid: the manifest's model is none.
+        ManifestInvalid: the manifest's hyperparameters are not valid.
     """
     if manifest.model is None:
         return
@@ -80,7 +80,7 @@ def shares(manifest: Manifest, machine: Machine) -> Iterator[Share]:
 
 
 def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
-    """Whether `count` devices with `each` bytes will do here; None where that is unknown. Pure."""
+    """Whether `count` devices can hold `each` bytes here; None if that is unknown. Pure."""
     devices = machine.devices
     if not devices:
         if count > 1:
@@ -98,10 +98,10 @@ def verdict(count: int, each: int, machine: Machine) -> tuple[bool | None, str]:
 
 
 def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | None:
-    """The weights left in their files for the CPU: what is in memory is the cache. Pure.
+    """The share of a CPU that maps the weights' files, so that only the cache takes memory. Pure.
 
     Args:
-        shares: as `shares` tells them.
+        shares: as returned by `shares`.
         machine: this one.
         shards: the number of files that are mapped at once.
     """
@@ -110,17 +110,17 @@ def mapped(shares: Sequence[Share], machine: Machine, shards: int) -> Share | No
     single = shares[0]
     files = open_files_for(shards)
     if files > machine.open_files:
-        why = f"{files:,} files are open at once, {machine.open_files:,} are allowed: ulimit -Hn"
+        why = f"needs {files:,} open files, {machine.open_files:,} are allowed: ulimit -Hn"
         return dataclasses.replace(single, fits=False, why=why)
-    # Files that are mapped count with all their bytes.
+    # A mapped file counts with all its bytes.
     if _limited(machine, single.weights + single.cache + WORK):
         return dataclasses.replace(single, fits=False, why=_limit_text(machine))
     fits = single.cache + WORK <= machine.memory
     memory = bytes_text(machine.memory)
     why = (
-        f"{memory} of memory; what it does not hold is read for each token"
+        f"{memory} of memory; weights beyond it are read from disk for each token"
         if single.weights > machine.memory
-        else f"{memory} of memory hold them all"
+        else f"{memory} of memory, enough for all weights"
     )
     return dataclasses.replace(single, fits=fits, why=why if fits else f"{memory} of memory")
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 FIRST_SHARD = "tensor00000_000"
 TOKENIZER = PurePosixPath("tokenizer.model")
 CONFIG = (
-    '--config takes a JSON object, as "model" in a manifest is: {"vocab_size": 131072, ...}; '
+    '--config takes a JSON object like "model" in a manifest: {"vocab_size": 131072, ...}; '
     "leave it out for Grok-1"
 )
 
@@ -64,8 +64,8 @@ CONFIG = (
 def manifest(folder: Path, config: Path | None, output: Path | None, state: Path | None) -> None:
     """Write the manifest of the checkpoint in DIR, with the sha256 of every file.
 
-    For files that came another way than by `grokfetch fetch`: they can be verified and run from
-    then on. The digests prove only that a file is unchanged since.
+    For files that `grokfetch fetch` did not download: afterwards they can be verified and run. The
+    digests prove only that a file has not changed since.
     """
     store = Store(folder, state)
     checkpoint = find_checkpoint(folder, read_config(config))
@@ -82,7 +82,7 @@ def manifest(folder: Path, config: Path | None, output: Path | None, state: Path
 
 
 def read_config(path: Path | None) -> GrokConfig:
-    """The hyperparameters in a file; the official ones without a file.
+    """The hyperparameters in a file; without a file, the official ones.
 
     Raises:
         ManifestInvalid: they are malformed.
@@ -97,9 +97,9 @@ def read_config(path: Path | None) -> GrokConfig:
         raise ManifestInvalid("must be an object", path=path, hint=CONFIG)
     if "files" in fields:
         raise ManifestInvalid(
-            "this is a manifest, and --config takes hyperparameters alone",
+            "this is a manifest, but --config takes only hyperparameters",
             path=path,
-            hint='save what stands in it under "model" as a file of its own, and name that',
+            hint='save the object under "model" in it to a file, and name that file',
         )
     try:
         return GrokConfig.from_mapping(fields)
@@ -111,7 +111,7 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
     """The checkpoint below a folder.
 
     Raises:
-        CheckpointInvalid: there is none, or not of that config.
+        CheckpointInvalid: there is none, or it does not match the config.
     """
     from loader.weights.checkpoint import open_folder
 
@@ -119,7 +119,7 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
     if len(homes) != 1:
         listed = ", ".join(map(str, homes)) or "none"
         raise CheckpointInvalid(
-            f"one folder must hold {FIRST_SHARD}, here it is: {listed}",
+            f"exactly one folder must contain {FIRST_SHARD}, but these do: {listed}",
             path=folder,
             hint="name the folder of one checkpoint",
         )
@@ -132,7 +132,7 @@ def find_checkpoint(folder: Path, config: GrokConfig) -> Checkpoint:
 
 
 def _describe(store: Store, checkpoint: Checkpoint) -> Manifest:
-    """The manifest of the checkpoint, without digests that only reading the files can tell."""
+    """The manifest of the checkpoint, without the digests that need reading the files."""
     from loader.weights.inventory import found
 
     official = grok_1()
@@ -155,9 +155,9 @@ def _describe(store: Store, checkpoint: Checkpoint) -> Manifest:
 
 
 def _fetched(store: Store) -> Manifest | None:
-    """The manifest of a folder that a torrent laid down, once all of it is proven.
+    """The manifest of a folder fetched by torrent, of which everything must be proven.
 
-    Only then may its info hash stand beside digests that are measured here.
+    Otherwise its info hash must not be combined with digests measured here.
     """
     if store.torrent() is None:
         return None
@@ -184,11 +184,11 @@ def _tokenizer(root: Path) -> TokenizerSource | None:
 def _measure(
     store: Store, described: Manifest
 ) -> tuple[Manifest, Mapping[PurePosixPath, FileProof]]:
-    """The manifest with the digest of every file, and what is thereby proven.
+    """The manifest with the digest of every file, and the proofs that follow from it.
 
     Raises:
-        Damaged: a file has another sha256 than the one that is published.
-        StorageFailed: a file cannot be read, or changed meanwhile.
+        Damaged: the sha256 of a file is not the published one.
+        StorageFailed: a file cannot be read, or changed while it was read.
     """
 
     def hashed(file: ManifestFile, buffer: memoryview) -> tuple[ManifestFile, FileProof]:
@@ -201,7 +201,7 @@ def _measure(
             raise StorageFailed("it changed while it was read", path=path)
         if file.sha256 not in (None, result.sha256):
             raise Damaged(
-                f"its sha256 is {result.sha256}, published is {file.sha256}",
+                f"its sha256 is {result.sha256}, but the published one is {file.sha256}",
                 path=path,
                 hint="get this file again",
             )

@@ -1,7 +1,7 @@
-"""The options that several commands share, and the settings that they stand for.
+"""The options that several commands share, and the settings made from them.
 
-A bundle of options reaches its command as one frozen value, made by a function whose parameters
-are the names of the options.
+A command receives a bundle of options as one frozen value, made by a function whose parameters
+have the names of the options.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def bundle(
 
     Args:
         name: of that argument.
-        make: what to make of the values; its parameters are the names of the options.
+        make: makes the argument; its parameters have the names of the options.
         options: what `click.option` returns, in the order of the help.
-        only_with: a flag of the command without which the argument is None, and not made.
+        only_with: a flag of the command; without it the argument is None, and `make` not called.
     """
     keys = tuple(inspect.signature(make).parameters)
 
@@ -94,7 +94,7 @@ state_option = click.option(
 tokenizer_option = click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="SentencePiece model; the one beside the weights if not given.",
+    help="SentencePiece model; by default the one beside the weights.",
 )
 
 manifest_option = click.option(
@@ -102,24 +102,24 @@ manifest_option = click.option(
     "manifest_file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What the payload must be; else a shipped manifest of that torrent, if there is one.",
+    help="Manifest that the files must match; by default the one shipped for the torrent, if any.",
 )
 
 config_option = click.option(
     "--config",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Hyperparameters of the checkpoint as JSON; the official model's if not given.",
+    help="Hyperparameters of the checkpoint as JSON; by default the official model's.",
 )
 
 json_option = click.option(
     "--json",
     is_flag=True,
-    # Before the others, so that a machine also reads what is wrong with those.
+    # Parsed first, so that an error in another option is also written as JSON.
     is_eager=True,
     expose_value=False,
     callback=lambda context, _parameter, value: begin_lines(context) if value else None,
-    help="Events as JSON lines on stdout, see docs/events.md.",
+    help="Write events as JSON lines to stdout; see docs/events.md.",
 )
 
 plain_option = click.option(
@@ -129,19 +129,19 @@ plain_option = click.option(
     show_envvar=True,
     expose_value=False,
     callback=lambda context, _parameter, value: be_plain(context) if value else None,
-    help="Words and numbers only, one statement a line, as for a screen reader.",
+    help="Words and numbers only, one statement per line, as for a screen reader.",
 )
 
-# --- whom to fetch from, and share with ----------------------------------------------------------
+# --- peers and mirrors ---------------------------------------------------------------------------
 
 SWARM_NAMES = (
     *("peers", "listen", "discovery", "no_dht", "no_lsd", "no_trackers"),
     *("proxy", "encryption"),
 )
-"""The options that say with whom, for the groups of a help."""
+"""The options of peers, for the groups of a help text."""
 
 NETWORK_NAMES = (*SWARM_NAMES, "web_seeds", "mirrors")
-"""The options that say from whom."""
+"""The options of peers and mirrors."""
 
 timeout_option = click.option(
     "--timeout",
@@ -149,7 +149,7 @@ timeout_option = click.option(
     type=Number(min=0, min_open=True),
     default=600,
     show_default=True,
-    help="Give up after so long without a byte.",
+    help="Give up after this long without receiving a byte.",
 )
 
 
@@ -184,39 +184,39 @@ def _swarm(
 
 _SWARM = (
     click.option(
-        "--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to ask as well."
+        "--peer", "peers", metavar="HOST:PORT", multiple=True, help="A peer to connect to as well."
     ),
     click.option(
         "--listen",
         metavar="ADDRESS:PORT",
         default="0.0.0.0:6881,[::]:6881",
         show_default=True,
-        help="Where to listen for peers; several separated by commas.",
+        help="Where to listen for peers; separate several by commas.",
     ),
     click.option(
         "--discovery/--no-discovery",
         default=True,
         show_default=True,
-        help="Look for peers by DHT and on the local network, and ask the router for a way in.",
+        help="Find peers by DHT and on the local network; ask the router to forward the port.",
     ),
     click.option("--no-dht", is_flag=True, help="Do not look for peers by DHT."),
     click.option("--no-lsd", is_flag=True, help="Do not look for peers on the local network."),
     click.option("--no-trackers", is_flag=True, help="Do not ask trackers."),
-    click.option("--up", type=Rate(), help="Upload at most so many bytes a second: 500k, 2M."),
-    click.option("--down", type=Rate(), help="Download at most so many bytes a second."),
+    click.option("--up", type=Rate(), help="Upload limit in bytes per second: 500k, 2M."),
+    click.option("--down", type=Rate(), help="Download limit in bytes per second."),
     click.option(
         "--proxy",
         metavar="socks5://HOST:PORT",
         callback=lambda _context, _parameter, value: None if value is None else proxy_of(value),
-        help="Reach peers, trackers and mirrors through it; socks5://USER:PASSWORD@HOST:PORT to "
-        "log in. socks5h:// is the same; http:// is one that takes CONNECT, without DHT and UDP.",
+        help="Proxy for peers, trackers and mirrors; socks5://USER:PASSWORD@HOST:PORT to log in. "
+        "socks5h:// is the same; http:// is a proxy that supports CONNECT, without DHT and UDP.",
     ),
     click.option(
         "--encryption",
         type=click.Choice(["required", "preferred", "off"]),
         default="preferred",
         show_default=True,
-        help="Of connections with peers.",
+        help="Encryption of connections to peers.",
     ),
 )
 
@@ -249,13 +249,14 @@ _MIRRORS = (
         metavar="URL",
         multiple=True,
         callback=_usable,
-        help="A mirror to use as well: the folder above the torrent's, or an address with {path}.",
+        help="A mirror to use as well: the URL of the folder that contains the torrent's folder, "
+        "or a URL with {path}.",
     ),
     click.option(
         "--mirrors/--no-mirrors",
         default=True,
         show_default=True,
-        help="Use HTTP too: the mirrors of manifest, link and torrent, the tokenizer's address.",
+        help="Use HTTP too: mirrors in the manifest, link or torrent, and the tokenizer's URL.",
     ),
 )
 
@@ -263,21 +264,21 @@ _MIRRORS = (
 def network_options(
     command: Callable[..., None], *, only_with: str | None = None
 ) -> Callable[..., None]:
-    """Give a command the options of swarm and mirrors; it gets them as a `Network`, `network`.
+    """Give a command the options of swarm and mirrors, as the argument `network`, a `Network`.
 
-    With `only_with` it gets None unless that flag is given: then nothing of a fetch is imported.
+    With `only_with` it is None unless that flag is given; then no module of the fetch is imported.
     """
     mirrors = bundle("network", _network, *_MIRRORS, only_with=only_with)
     return bundle("swarm", _swarm, *_SWARM, only_with=only_with)(mirrors(command))
 
 
-# --- what of a checkpoint -------------------------------------------------------------------------
+# --- parts of a checkpoint ------------------------------------------------------------------------
 
 
 def _part(
     layers: str | None, experts: str | None, only: tuple[str, ...], *, everything: bool
 ) -> Request | None:
-    """What the options ask for, None if they do not say."""
+    """What the options ask for; None if they are not given."""
     if layers is None and experts is None and not only:
         return Request() if everything else None
     if everything:
@@ -293,22 +294,24 @@ part_options = bundle(
     "part",
     _part,
     click.option(
-        "--layers", metavar="0-3,7", help="Only these layers, and what lies outside layers."
+        "--layers", metavar="0-3,7", help="Only these layers, and what is outside of layers."
     ),
-    click.option("--experts", metavar="0,4", help="Of each mixture of experts only these."),
+    click.option("--experts", metavar="0,4", help="Only these experts of each layer."),
     click.option(
         "--only",
         metavar="GLOB",
         multiple=True,
         help="Only tensors or files whose name matches; may be repeated.",
     ),
-    click.option("--all", "everything", is_flag=True, help="All that earlier runs left out, too."),
+    click.option(
+        "--all", "everything", is_flag=True, help="Also everything that earlier runs left out."
+    ),
 )
 
-# --- how a model is held -------------------------------------------------------------------------
+# --- loading a model -----------------------------------------------------------------------------
 
 LOADING_NAMES = ("dtype", "cache", "placement", "mesh", "memory", "unproven")
-"""The options that say how, for the groups of a help."""
+"""The options of loading, for the groups of a help text."""
 
 
 def _loading(
@@ -331,31 +334,31 @@ loading_options = bundle(
         type=click.Choice(["bfloat16", "float32"]),
         default="bfloat16",
         show_default=True,
-        help="Of activations and the KV cache; weights stay int8.",
+        help="Type of activations and the KV cache; weights stay int8.",
     ),
     click.option(
         "--cache",
         type=click.Choice(["bfloat16", "float16", "float32"]),
         metavar="DTYPE",
-        help="Of the KV cache alone: bfloat16, float32, or float16, which is as large as bfloat16 "
-        "and rounds less, but holds no number beyond 65,504.",
+        help="Type of the KV cache alone: bfloat16, float32, or float16, which is as large as "
+        "bfloat16 and rounds less, but overflows beyond 65,504.",
     ),
     click.option(
         "--placement",
         type=click.Choice(["mapped", "sharded"]),
-        help="mapped leaves the weights in their files, for CPUs and the default there; sharded "
-        "copies them to the devices.",
+        help="mapped leaves the weights in their files, only for CPUs and the default there; "
+        "sharded copies them to the devices.",
     ),
     click.option(
         "--mesh",
         type=Mesh(),
         metavar="expert=N,model=M",
-        help="Devices to use; all of them by default. data=N too makes copies of the weights, each "
-        "for some of the texts of a batch.",
+        help="Devices to use; all by default. With data=N as well there are N copies of the "
+        "weights, each for a part of the batch.",
     ),
     click.option(
         "--memory",
         type=Size(),
-        help="Bytes that mapped weights and all else may take, 16G say; what is free by default.",
+        help="Memory for mapped weights and everything else, such as 16G; by default what is free.",
     ),
 )

@@ -1,4 +1,4 @@
-"""`grokfetch plan`: what a fetch and a run need, what is here, and whether it will do."""
+"""`grokfetch plan`: what a fetch and a run need, and whether this machine has it."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from loader.weights.accelerators import Slice
 
 SCHEMA = 1
 RATES = (10, 100, 1000)
-"""Megabytes a second; the same figures in megabits take eight times as long."""
+"""Megabytes per second; the same figures in megabits take eight times as long."""
 
 LIMITLESS = 2**62
-"""A limit of so many bytes or more is as good as none."""
+"""A limit of this many bytes or more counts as no limit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of a checkpoint is asked for, in words, and its bytes."""
+    """The part of a checkpoint that is asked for, in words, and its bytes."""
 
     what: str
     bytes: int
@@ -58,7 +58,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is printed; `part` is None where everything is asked for."""
+    """Everything that is printed; `part` is None if everything is asked for."""
 
     manifest: Manifest
     part: Part | None
@@ -82,7 +82,7 @@ class Plan:
     "folder",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where it is to go; the DIR that SOURCE is, or this folder, if not given.",
+    help="Folder to download into; by default SOURCE if that is a DIR, or the current folder.",
 )
 @manifest_option
 @part_options
@@ -91,16 +91,16 @@ class Plan:
     "slices",
     multiple=True,
     type=Devices(),
-    help="Say instead whether these devices, which need not be here, can run the model: h100x8 are "
-    "eight, v5p-8 is a slice of TPUs by Google's name. May be given several times.",
+    help="Check instead whether these devices, which need not be here, can run the model: h100x8 "
+    "is eight H100s, v5p-8 a slice of TPUs by Google's name. May be repeated.",
 )
 @click.option(
     "--compile",
     "by_compiler",
     is_flag=True,
-    help="With --on: ask the compiler for the devices, which the extras `cuda` and `tpu` bring.",
+    help="With --on: ask the compiler for the devices; it comes with the extras `cuda` and `tpu`.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @plain_option
 @state_option
 def plan(
@@ -114,14 +114,14 @@ def plan(
     as_json: bool,
     state: Path | None,
 ) -> None:
-    """Say whether a fetch to DIR can work, how long it takes, and what can run the model.
+    """Check whether a fetch to DIR can work, how long it takes, and what can run the model.
 
-    SOURCE and what says which part of it are as for fetch; without a SOURCE it is what DIR was
-    begun with, or Grok-1. What lies in DIR already counts. The exit code is 0 if the fetch can work
-    here, or, with --on, if the model fits.
+    SOURCE and the options that select a part are as for fetch; by default SOURCE is what DIR was
+    started with, or Grok-1. Files that are already in DIR count. The exit code is 0 if the fetch
+    can work here or, with --on, if the model fits.
     """
     if by_compiler and not slices:
-        raise click.UsageError("--compile says more of what --on names, and there is no --on")
+        raise click.UsageError("--compile requires --on")
     if folder is None:
         named = source is not None and Path(source).is_dir()
         folder = Path(source or "") if named else Path()
@@ -144,11 +144,11 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
 
     Args:
         manifest: what is to be fetched.
-        part: what of it, beside what was asked for before; None for nothing more.
+        part: the part of it, in addition to what was asked for before; None for nothing more.
         store: where the payload is to go.
 
     Raises:
-        SelectionInvalid: the part names what is not in it.
+        SelectionInvalid: the part names something that the manifest does not contain.
     """
     folder, begun = store.root, store.manifest_or_none()
     selection = extended(store.selection(), part, everything=begun is not None)
@@ -156,7 +156,7 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
     files = asked_bytes(manifest, asked)
     whole = set()
     if begun is not None:
-        # A file that is proven need not be written, even if it may not.
+        # A proven file need not be written, so it does not matter whether it may be.
         whole = {path for path, state in survey(store).files.items() if state == "proven"}
     needed = need(folder, [(path, size) for path, size in files if path not in whole])
     place = probe(folder, needed.longest)
@@ -169,11 +169,11 @@ def make(manifest: Manifest, part: Request | None, store: Store) -> Plan:
 def _planned(
     source: str | None, manifest_file: Path | None, state: Path | None, store: Store
 ) -> Manifest:
-    """What is planned for: what SOURCE says, or what the folder was begun with, or Grok-1.
+    """The manifest to plan for: from SOURCE, or what the folder was started with, or Grok-1.
 
     Raises:
         GrokfetchError: as `describe`.
-        Contradiction: the folder holds something else.
+        Contradiction: the folder contains something else.
     """
     begun = store.manifest_or_none()
     manifest = None if manifest_file is None else read_manifest(manifest_file)
@@ -238,10 +238,10 @@ def lines(made: Plan, view: Screen) -> Iterator[str]:
     if made.part is not None:
         yield from view.wrapped(f"of it {made.part.what}: {bytes_text(made.part.bytes)}")
     yield from view.wrapped(
-        f"to {place.folder} ({place.file_system}), {bytes_text(missing)} still to come"
+        f"to {place.folder} ({place.file_system}), {bytes_text(missing)} still missing"
     )
     yield ""
-    holes = "yes" if place.sparse else "no, each file takes all its room at once"
+    holes = "yes" if place.sparse else "no, each file takes its full size from the start"
     checks = [*map(_check_row, made.checks), ("sparse files", "", "", holes)]
     yield from view.table(("to fetch it", "needed", "there", ""), checks, right=(1, 2))
     yield ""
@@ -263,7 +263,7 @@ def lines(made: Plan, view: Screen) -> Iterator[str]:
 
 
 def _check_row(check: Check) -> tuple[str, str, str, str]:
-    # Bytes for people, counts as they are; no figure where there is no limit.
+    # Bytes are scaled for people, counts are not; without a limit there is no figure.
     show = bytes_text if check.name in {"free disk", "longest file"} else "{:,}".format
     needed = "" if check.needed is None else show(check.needed)
     limitless = check.there is None or check.there >= LIMITLESS

@@ -1,8 +1,8 @@
-"""`run --prompts`: many texts continued together, each written as it is done; no command.
+"""`run --prompts`: many texts continued together, each written when it is done; not a command.
 
-A line of the output names its prompt by number and by a digest of all that its text depends on, so
-that a run that was ended goes on with what is missing, and lines of other settings are never mixed
-in.
+A line of the output identifies its prompt by number and by a digest of everything that its text
+depends on, so that an interrupted run resumes with what is missing, and lines made with other
+settings are never mixed in.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "Work", "already_done", "work_on"]
 
 HEAD = b'{"index": '
-"""What every line of the output begins with."""
+"""The beginning of every line of the output."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """All else that a text depends on: the model's name, and how it is continued."""
+    """What else a text depends on: the model's name, and the settings of generation."""
 
     model: str
     max_tokens: int
@@ -55,7 +55,7 @@ def _encoded(
     """A prompt with its token ids.
 
     Raises:
-        PromptInvalid: the model cannot read it, or it fills the context; names the prompt.
+        PromptInvalid: the model cannot read it, or it fills the context; the message names it.
     """
     from loader.inference.prompts import check_room
 
@@ -85,10 +85,10 @@ def already_done(data: bytes, keys: Sequence[str], path: Path) -> tuple[set[int]
         path: of the output.
 
     Returns:
-        Their numbers, and the length of the whole lines in bytes; a piece of a line may follow.
+        Their numbers, and the length of the complete lines in bytes; a truncated line may follow.
 
     Raises:
-        Contradiction: a line is of another prompt, of other settings, or not ours.
+        Contradiction: a line is from another prompt or other settings, or not ours.
     """
     whole, _, rest = data.rpartition(b"\n")
     texts = whole.split(b"\n") if whole else []
@@ -98,12 +98,14 @@ def already_done(data: bytes, keys: Sequence[str], path: Path) -> tuple[set[int]
         index = fields.get("index")
         if type(index) is not int or not 0 <= index < len(keys) or fields.get("key") != keys[index]:
             raise Contradiction(
-                f"line {number:,} is not of these prompts and settings", path=path, hint=_ELSEWHERE
+                f"line {number:,} was not made from these prompts and settings",
+                path=path,
+                hint=_ELSEWHERE,
             )
         done.add(index)
     if rest and not (rest.startswith(HEAD) or HEAD.startswith(rest)):
         raise Contradiction(
-            "holds something that grokfetch did not write", path=path, hint=_ELSEWHERE
+            "contains data that grokfetch did not write", path=path, hint=_ELSEWHERE
         )
     return done, len(data) - len(rest)
 
@@ -121,10 +123,10 @@ def _fields(line: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The output, for one process alone; where a text is to be added behind what is there.
+    """The output, locked for this process and opened for appending.
 
     Raises:
-        StateLocked: another process writes it.
+        StateLocked: another process is writing it.
         StorageFailed: it cannot be written.
     """
     try:
@@ -134,7 +136,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             except BlockingIOError:
                 raise StateLocked("another process is writing this file", path=path) from None
             except OSError:
-                # A file system without locks: nobody else is believed to write there.
+                # A file system without locks: assume that nobody else writes there.
                 pass
             yield file
     except OSError as error:
@@ -155,7 +157,7 @@ class Work:
     left: tuple[tuple[Entry, list[int]], ...]
 
     def run(self, engine: Engine, meter: Meter) -> None:
-        """Continue what is left, write each text as it is done, and say how it went."""
+        """Continue what is left, write each text when it is done, and print a summary."""
         from loader.inference.batching import Batch, Job
         from loader.inference.prompts import check_room
 
@@ -181,7 +183,7 @@ class Work:
         self.tell(tokens, time.perf_counter() - start, meter.compile_s - compiled)
 
     def tell(self, tokens: int, seconds: float, compile_s: float) -> None:
-        """Say that all is done, and what this run did of it, compiling told apart."""
+        """Print that all is done, what this run did, and how long compiling took."""
         count, before = len(self.left), len(self.listed.entries) - len(self.left)
         said = []
         if count:
@@ -217,12 +219,12 @@ class Work:
 def work_on(
     listed: Listed, tokenizer: Tokenizer | None, config: GrokConfig, settings: Settings
 ) -> Iterator[Work]:
-    """What is left of a list of prompts; its output is ours as long as the block lasts.
+    """The prompts of a list that are left; the output is locked while the block runs.
 
     Raises:
         PromptInvalid: the model cannot read one of them.
-        Contradiction: the output holds other texts.
-        StateLocked: another process writes it.
+        Contradiction: the output contains other texts.
+        StateLocked: another process is writing it.
         StorageFailed: it cannot be read or written.
     """
     entries = [_encoded(entry, tokenizer, config, listed.prompts) for entry in listed.entries]

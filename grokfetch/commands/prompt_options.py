@@ -1,4 +1,4 @@
-"""Where the prompts of `run` come from, and the options that say it; no command."""
+"""Where the prompts of `run` come from, and the options for that; not a command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOTS = 16
 
 WAYS = "give either a PROMPT, --tokens, --prompt-file or --prompts"
 
-FORM = 'each line is an object: {"prompt": "a text", "id": "whatever you call it"}'
+FORM = 'each line must be an object: {"prompt": "a text", "id": "any name"}'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,14 +39,14 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Session:
-    """Whatever somebody types, one text after another."""
+    """Prompts that somebody types, one after another."""
 
     needs_tokenizer: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """A prompt of the file: its number from 0 on, a text or token ids, and what it calls itself."""
+    """A prompt of the file: its number, counted from 0, a text or token ids, and its id."""
 
     index: int
     prompt: str | tuple[int, ...]
@@ -81,11 +81,11 @@ def _asked(
     if sum(way is not None for way in (prompt, tokens, prompt_file, prompts)) > 1:
         raise click.UsageError(WAYS)
     if (prompts is None) != (output is None):
-        raise click.UsageError("--prompts and --output go together")
+        raise click.UsageError("--prompts and --output must be given together")
     if prompts is not None and output is not None:
         return Listed(prompts, read_entries(_read(prompts), prompts), output, slots or SLOTS)
     if slots is not None:
-        raise click.UsageError("--slots goes with --prompts")
+        raise click.UsageError("--slots requires --prompts")
     if tokens is not None:
         return Prompt(None, _ids(tokens))
     if prompt_file is not None:
@@ -96,7 +96,7 @@ def _asked(
 
 
 def _of_stdin(*, named: bool = False) -> Prompt | Session:
-    """What stands in for a PROMPT; `named` is whether - was given for it."""
+    """What to use in place of a PROMPT; `named` is whether it was given as -."""
     if not named and sys.stdin is not None and sys.stdin.isatty():
         return Session()
     text = _piped()
@@ -106,7 +106,7 @@ def _of_stdin(*, named: bool = False) -> Prompt | Session:
 
 
 def _piped() -> str:
-    # Python makes None of a stdin that the caller has closed.
+    # A stdin that the caller has closed is None in Python.
     data = b"" if sys.stdin is None else sys.stdin.buffer.read()
     return _as_text(data, Path("stdin"))
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> bytes:
 
 
 def _as_text(data: bytes, path: Path) -> str:
-    """The text of a file, without the end of its last line, as `$(cat FILE)` gives it.
+    """The text of a file, without the newline at its end, as `$(cat FILE)` gives it.
 
     Raises:
         PromptInvalid: it is not UTF-8.
@@ -137,17 +137,17 @@ def _as_text(data: bytes, path: Path) -> str:
 
 
 def read_entries(data: bytes, path: Path) -> tuple[Entry, ...]:
-    """The prompts in a file of JSON lines; empty lines are passed over. Pure.
+    """The prompts in a file of JSON lines; empty lines are skipped. Pure.
 
     Raises:
-        PromptInvalid: a line holds no prompt; names it.
+        PromptInvalid: a line has no prompt; the message names it.
     """
     entries: list[Entry] = []
     for number, line in enumerate(_as_text(data, path).split("\n"), 1):
         if line.strip():
             entries.append(_entry(line, len(entries), f"line {number:,}", path))
     if not entries:
-        raise PromptInvalid("holds no prompt", path=path, hint=FORM)
+        raise PromptInvalid("contains no prompt", path=path, hint=FORM)
     return tuple(entries)
 
 
@@ -155,13 +155,13 @@ def _entry(line: str, index: int, where: str, path: Path) -> Entry:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptInvalid(f"{where} is not JSON: {error}", path=path, hint=FORM) from None
+        raise PromptInvalid(f"{where} is not valid JSON: {error}", path=path, hint=FORM) from None
     fields = value if isinstance(value, dict) else {"prompt": value}
     prompt = fields.get("prompt")
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         prompt = tuple(prompt)
     if not isinstance(prompt, str | tuple):
-        what = "has no prompt" if prompt is None else "has a prompt that is no text"
+        what = "has no prompt" if prompt is None else "has a prompt that is not a string"
         raise PromptInvalid(f"{where} {what}", path=path, hint=FORM)
     return Entry(index, prompt, fields.get("id"))
 
@@ -183,24 +183,24 @@ prompt_options = bundle(
     _asked,
     click.argument("prompt", required=False),
     click.option(
-        "--tokens", metavar="IDS", help='Token ids as the prompt, "181 13 437"; prints ids.'
+        "--tokens", metavar="IDS", help='The prompt as token ids, "181 13 437"; prints ids.'
     ),
-    click.option("--prompt-file", metavar="FILE", type=_file, help="The prompt is in this file."),
+    click.option("--prompt-file", metavar="FILE", type=_file, help="Read the prompt from a file."),
     click.option(
         "--prompts",
         metavar="FILE.jsonl",
         type=_file,
-        help='Many prompts, each a line {"prompt": "..."}, continued together.',
+        help='Continue many prompts together; each line is {"prompt": "..."}.',
     ),
     click.option(
         "--output",
         metavar="FILE.jsonl",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Where their texts go, each as it is done; run again, it goes on with the others.",
+        help="Where to write their texts, each when it is done; run again to resume.",
     ),
     click.option(
         "--slots",
         type=Integer(1, 256),
-        help=f"Texts of --prompts that are continued at once; {SLOTS} if not given.",
+        help=f"How many texts of --prompts to continue at once; by default {SLOTS}.",
     ),
 )

@@ -1,4 +1,4 @@
-"""`grokfetch publish`: a folder becomes a torrent, a magnet link and a manifest for others."""
+"""`grokfetch publish`: make a torrent, a magnet link and a manifest of a folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Checked = Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str,
 
 
 def _addresses(*schemes: str) -> Checked:
-    """A callback that refuses what is not an address of one of these schemes."""
+    """A callback that refuses anything but a URL with one of these schemes."""
 
     def check(_: click.Context, __: click.Parameter, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
@@ -55,7 +55,7 @@ def _addresses(*schemes: str) -> Checked:
             except ValueError:
                 sound = None
             if not sound:
-                raise click.BadParameter(f"{url!r:.100} is not a {' or '.join(schemes)} address")
+                raise click.BadParameter(f"{url!r:.100} is not a {' or '.join(schemes)} URL")
         return urls
 
     return check
@@ -68,7 +68,7 @@ def _power_of_two(_: click.Context, __: click.Parameter, value: int | None) -> i
 
 
 class FolderOrTemplate(click.Path):
-    """A folder that is there, or a web address with `{path}` in it, which stays a string."""
+    """An existing folder, or a URL with `{path}` in it, which stays a string."""
 
     def convert(  # noqa: D102 - as click has it
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -77,7 +77,7 @@ class FolderOrTemplate(click.Path):
             return super().convert(value, param, ctx)
         why = unusable(value, stranger=False)
         if why is None and value.count(PATH) != 1:
-            why = "it must hold {path} once, where the path of a file belongs"
+            why = "it must contain {path} once, where the path of a file belongs"
         return value if why is None else self.fail(f"{value!r:.100}: {why}", param, ctx)
 
 
@@ -88,11 +88,11 @@ class FolderOrTemplate(click.Path):
         "grokfetch publish 'https://example.org/my-model/{path}' --files list.txt",
     ),
     groups={
-        "What": ("config", "with_leftovers"),
-        "What lies at a web address": ("listed", "manifest_file", "name"),
+        "What to publish": ("config", "with_leftovers"),
+        "Files at a URL": ("listed", "manifest_file", "name"),
         "The torrent": ("output", "trackers", "web_seeds", "piece_length", "v1_only"),
-        "Sharing afterwards": ("go_on", "ratio", "seconds", "up", "down", *SWARM_NAMES),
-        "For machines and screens": ("plain", "state"),
+        "Seeding afterwards": ("go_on", "ratio", "seconds", "up", "down", *SWARM_NAMES),
+        "Output and state": ("plain", "state"),
     },
 )
 @click.argument(
@@ -103,24 +103,24 @@ class FolderOrTemplate(click.Path):
     "listed",
     metavar="LIST",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The files at a web address: a text with one path in each line.",
+    help="List of the files at a URL: a text file with one path per line.",
 )
 @click.option(
     "--manifest",
     "manifest_file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The same by a manifest, whose sizes and sha256 must be right.",
+    help="The same from a manifest, whose sizes and sha256 must be right.",
 )
 @click.option(
     "--name",
-    help="Of the torrent's folder, for a web address; by default the manifest's or the address's.",
+    help="Name of the torrent's folder, for a URL; by default taken from the manifest or the URL.",
 )
 @click.option(
     "--output",
     metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to write; beside DIR, or here, if not given.",
+    help="Where to write; by default beside DIR, or for a URL in the current folder.",
 )
 @click.option(
     "--tracker",
@@ -128,7 +128,7 @@ class FolderOrTemplate(click.Path):
     metavar="URL",
     callback=_addresses("udp", "http", "https"),
     multiple=True,
-    help="Where peers can be asked for.",
+    help="Tracker to put into the torrent; may be repeated.",
 )
 @click.option(
     "--web-seed",
@@ -136,28 +136,28 @@ class FolderOrTemplate(click.Path):
     metavar="URL",
     callback=_addresses("http", "https"),
     multiple=True,
-    help="A folder on the web that holds a copy of DIR under its name.",
+    help="URL of a folder that contains a copy of DIR under its name; may be repeated.",
 )
 @click.option(
     "--piece-length",
     metavar="BYTES",
     type=Integer(16 * 1024, LARGEST_PIECE),
     callback=_power_of_two,
-    help="A power of two; by default what makes at most 20,000 pieces.",
+    help="A power of two; by default chosen so that there are at most 20,000 pieces.",
 )
 @config_option
 @click.option(
     "--v1",
     "v1_only",
     is_flag=True,
-    help="Make a torrent of BitTorrent v1 only, for clients that cannot read hybrids, such as "
-    "Transmission 3 and aria2 1.36; it has another info hash.",
+    help="Make a torrent of BitTorrent v1 only, for clients that cannot read hybrid torrents, "
+    "such as Transmission 3 and aria2 1.36; it has another info hash.",
 )
 @click.option(
     "--leftovers",
     "with_leftovers",
     is_flag=True,
-    help="Publish also what other programs leave beside the payload: .DS_Store, ._*, "
+    help="Also publish files that other programs leave in folders: .DS_Store, ._*, "
     ".cache/huggingface.",
 )
 @sharing_options
@@ -184,17 +184,17 @@ def publish(
     """Make a torrent, a magnet link and a manifest of DIR, so that others can fetch it.
 
     Writes NAME.torrent (BitTorrent v1 and v2 in one) and NAME.json, and prints the magnet link.
-    Without official shards or --config, DIR is any folder and the manifest one of plain files.
-    Afterwards verify, status, run and seed work on DIR, and --seed goes on sharing it.
+    DIR can be any folder; without official shards or --config, the manifest lists plain files.
+    Afterwards verify, status, run and seed work on DIR. --seed shares it right away.
 
-    DIR may be a web address in which {path} stands for the path of a file: what lies there is
-    hashed as it streams by, and nothing is kept but hashes. The address becomes a web seed and a
-    mirror. If it is interrupted the same command goes on; files that were under way begin anew.
+    DIR may be a URL in which {path} stands for the path of a file. Its files are hashed while they
+    are downloaded, and only hashes are kept. The URL becomes a web seed and a mirror. If it is
+    interrupted, the same command resumes; files in progress start over.
     """
     start = time.perf_counter()
     if isinstance(source, str):
         if v1_only or with_leftovers or sharing is not None or state is not None:
-            raise click.UsageError("--v1, --leftovers, --seed and --state go with a folder")
+            raise click.UsageError("--v1, --leftovers, --seed and --state need a folder, not a URL")
         publish_mirror(
             MirrorSource(source, listed, manifest_file, name, config, piece_length),
             Path.cwd() if output is None else output.resolve(),
@@ -205,14 +205,14 @@ def publish(
         )
         return
     if listed is not None or manifest_file is not None or name is not None:
-        raise click.UsageError("--files, --manifest and --name go with a web address")
+        raise click.UsageError("--files, --manifest and --name need a URL, not a folder")
     folder = source.resolve()
     target = folder.parent if output is None else output.resolve()
     if target.is_relative_to(folder):
-        raise click.UsageError("--output must not lie in DIR, or it would be published too")
+        raise click.UsageError("--output must not be inside DIR, or it would be published too")
     store = Store(folder, None if state is None else state.resolve())
     if state is not None and store.state.is_relative_to(folder):
-        raise click.UsageError("--state must not lie in DIR, or it would be published too")
+        raise click.UsageError("--state must not be inside DIR, or it would be published too")
     with _settled(Store(folder)), _settled(store):
         described = describe(folder, config)
         hashing = partial(making.make, trackers=trackers, web_seeds=web_seeds, v1_only=v1_only)
@@ -222,7 +222,7 @@ def publish(
     if left_out:
         click.echo(
             f"left out: {left_out[0]}{' and others' if left_out[1:] else ''}, which other programs"
-            " leave in folders; --leftovers publishes that too",
+            " leave in folders; to publish these too: --leftovers",
             err=True,
         )
     click.echo(magnet)
@@ -232,7 +232,7 @@ def publish(
 
 
 def _keep(store: Store, made: Made, manifest: Manifest, *, must: bool) -> None:
-    """Make the folder known to the other commands; `must` says that a failure is an error."""
+    """Make the folder known to the other commands; with `must`, a failure is an error."""
     try:
         with store.lock():
             keep_published(store, made, manifest)
@@ -244,9 +244,9 @@ def _keep(store: Store, made: Made, manifest: Manifest, *, must: bool) -> None:
 
 @contextlib.contextmanager
 def _settled(store: Store) -> Iterator[None]:
-    """Nobody writes the folder meanwhile; what was fetched into it is proven.
+    """Keep others from writing the folder; everything that was fetched into it must be proven.
 
-    A folder without our state stays without it until it is hashed.
+    A folder without our state gets none before it is hashed.
 
     Raises:
         StateLocked: a fetch is writing it.

@@ -1,4 +1,4 @@
-"""`grokfetch publish` of what lies on a web server; no command of its own."""
+"""`grokfetch publish` of files on a web server; not a command of its own."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ SLACK = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MirrorSource:
-    """What lies on a web server, as a person describes it.
+    """Files on a web server, as described by the user.
 
-    `address` is a template with `{path}`; `listed` is a file with paths, or else `manifest` one
-    with a manifest. `name` is the torrent's, `config` holds hyperparameters, `piece_length` is in
-    bytes.
+    `address` is a URL with `{path}`. The files are listed in `listed`, a file of paths, or in
+    `manifest`. `name` is the torrent's, `config` holds hyperparameters, `piece_length` is in bytes.
     """
 
     address: str
@@ -58,24 +57,24 @@ def publish_mirror(
     web_seeds: Sequence[str],
     start: float,
 ) -> None:
-    """Hash what lies on a web server, and write its torrent and its manifest.
+    """Hash the files on a web server, and write their torrent and manifest.
 
     Args:
-        source: what, and where.
-        target: the folder to write to; `.NAME.publishing` in it is what an interrupted run keeps.
+        source: the files, and where they are.
+        target: the folder to write to; an interrupted run keeps `.NAME.publishing` in it.
         settings: how to treat the server.
-        trackers: where peers can be asked for.
-        web_seeds: where copies lie, beside the server.
+        trackers: URLs of trackers for the torrent.
+        web_seeds: URLs of further copies.
         start: when the work began, as of `time.perf_counter`.
 
     Raises:
-        SourceInvalid: it is not said which files there are, or a path cannot be.
-        Contradiction: a file changes in the middle, or has another size than the manifest says.
-        Damaged: a file has another sha256 than the manifest says.
+        SourceInvalid: no list of files is given, or a path is not valid.
+        Contradiction: a file changes during the download, or its size is not the manifest's.
+        Damaged: the sha256 of a file is not the manifest's.
         OutOfReach: the server does not have a file, or does not answer.
-        Stalled: it has limited us for too long.
-        CheckpointInvalid: the shards are not those of the hyperparameters.
-        StateLocked: another process does the same.
+        Stalled: the server has limited our rate for too long.
+        CheckpointInvalid: the shards do not match the hyperparameters.
+        StateLocked: another process is doing the same.
         StorageFailed: something cannot be written.
     """
     known = None if source.manifest is None else read_manifest(source.manifest)
@@ -91,9 +90,9 @@ def publish_mirror(
         sizes = {path: size for path, (size, _) in found.items()}
         if not any(sizes.values()) or paths == [PurePosixPath(name, name)]:
             raise SourceInvalid(
-                "there are no bytes to publish, or only a file of the torrent's own name",
+                "there are no bytes to publish, or only a file with the torrent's own name",
                 path=source.address,
-                hint="name more files, or choose another --name",
+                hint="list more files, or choose another --name",
             )
         model = described is not None and described.tensors
         mirrored = Mirrored(
@@ -136,11 +135,11 @@ def publish_mirror(
 
 
 def _name(address: str, known: Manifest | None) -> str:
-    """The torrent's name: the manifest's, or that of the folder or repository at the address."""
+    """The torrent's name: the manifest's, or that of the folder or repository in the URL."""
     found = re.search(r"/([^/?#]+?)(?:/resolve/[^/]+)?/\{path\}", address.partition("://")[2])
     name = found[1] if known is None and found else "" if known is None else known.name
     if not name or unsafe_name(name) is not None:
-        raise click.UsageError("the address does not say what to call it: --name NAME")
+        raise click.UsageError("cannot take a name from the URL: give --name NAME")
     return name
 
 
@@ -157,7 +156,7 @@ def _below(manifest: Manifest, name: str) -> Manifest:
 
 def _listed(source: MirrorSource, name: str, described: Manifest | None) -> list[PurePosixPath]:
     if (source.listed is None) == (described is None):
-        raise click.UsageError("say which files there are: either --files LIST or --manifest FILE")
+        raise click.UsageError("list the files: give either --files LIST or --manifest FILE")
     if described is not None:
         return [file.path for file in described.files]
     assert source.listed is not None
@@ -172,10 +171,10 @@ def _listed(source: MirrorSource, name: str, described: Manifest | None) -> list
             raise SourceInvalid(
                 f"{path!r:.100} is not a plain relative path: {reason}",
                 path=source.listed,
-                hint="give each file a line of its own, as: ckpt-0/tensor00000_000",
+                hint="write one path per line, such as: ckpt-0/tensor00000_000",
             )
     if not paths:
-        raise SourceInvalid("it names no file", path=source.listed, hint="one path in each line")
+        raise SourceInvalid("lists no file", path=source.listed, hint="write one path per line")
     return [PurePosixPath(name, path) for path in dict.fromkeys(paths)]
 
 
@@ -189,14 +188,14 @@ def _check_sizes(found: Mapping[PurePosixPath, Length], described: Manifest | No
         size = found[file.path][0]
         if size != file.size:
             raise Contradiction(
-                f"it has {size:,} bytes on the mirror, and {file.size:,} in the manifest",
+                f"has {size:,} bytes on the mirror, but {file.size:,} in the manifest",
                 path=str(file.path),
                 hint="name another mirror, or another manifest",
             )
 
 
 def _frames(sizes: Mapping[PurePosixPath, int], config: Path | None) -> dict[PurePosixPath, Spans]:
-    """The bytes of shards that are not payload, which tell the tensors; none without shards."""
+    """The bytes of shards around the payload, which describe the tensors; none without shards."""
     homes = [path.parent for path in sizes if path.name == FIRST_SHARD]
     if not homes and config is None:
         return {}
@@ -217,7 +216,7 @@ def _frames(sizes: Mapping[PurePosixPath, int], config: Path | None) -> dict[Pur
 def _shown(
     state: Path, name: str, frames: Mapping[PurePosixPath, Spans], config: Path | None
 ) -> Manifest:
-    """What the frames tell; plain files where there are none."""
+    """The manifest that the frames describe; without frames, one of plain files."""
     if not frames and config is None:
         return Manifest(name, ())
     folder = state / FRAMES / name
@@ -227,14 +226,14 @@ def _shown(
 
 
 def _together(known: Manifest | None, shown: Manifest) -> Manifest:
-    """The manifest that was given with the tensors that the frames tell."""
+    """The given manifest, with the tensors that the frames describe."""
     if known is None:
         return shown
     return dataclasses.replace(known, tensors=shown.tensors, model=shown.model or known.model)
 
 
 def _web_seed(address: str, name: str) -> str:
-    """The address as every client understands it, or as only we do.
+    """The URL in a form that every client understands if there is one, else with `{path}`.
 
     A client appends the torrent's name and the path of a file (BEP 19).
     """

@@ -1,4 +1,4 @@
-"""What `publish` writes: the torrent, its link and the manifest; no command of its own."""
+"""What `publish` writes: the torrent, its link and the manifest; not a command of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["describe", "put_out", "warn_of_look_alikes"]
 
 
 def describe(folder: Path, config: Path | None) -> Manifest:
-    """The manifest without files and digests: name, and tensors where it is a checkpoint."""
+    """The manifest without files and digests: name, and tensors if it is a checkpoint."""
     if config is None and next(folder.rglob(FIRST_SHARD), None) is None:
         return Manifest(folder.name, ())
     from loader.weights.inventory import found
@@ -39,17 +39,17 @@ def describe(folder: Path, config: Path | None) -> Manifest:
 
 
 def warn_of_look_alikes(paths: Iterable[PurePosixPath]) -> None:
-    """Say which names are one and the same on many file systems."""
+    """Warn of names that are the same on many file systems."""
     for one, other, *_ in look_alikes(paths):
         click.echo(
-            f"warning: {str(one)!r} and {str(other)!r} are the same name on many file systems, on "
-            "macOS and Windows for example; there nobody can fetch this",
+            f"warning: {str(one)!r} and {str(other)!r} are the same name on many file systems, "
+            "such as those of macOS and Windows; nobody can fetch this there",
             err=True,
         )
 
 
 def put_out(described: Manifest, made: Made, target: Path, start: float) -> tuple[str, Manifest]:
-    """Write NAME.torrent and NAME.json, and say so.
+    """Write NAME.torrent and NAME.json, and print that.
 
     Args:
         described: the manifest without files and digests.
@@ -79,7 +79,7 @@ def put_out(described: Manifest, made: Made, target: Path, start: float) -> tupl
 
 
 def _magnet_of(torrent: TorrentFile, name: str, size: int) -> str:
-    """The link with the info hashes there are, name, size in bytes, trackers and web seeds."""
+    """The link with all info hashes, name, size in bytes, trackers and web seeds."""
     pairs = [("dn", name), ("xl", str(size))]
     pairs += [("tr", url) for url in torrent.trackers]
     pairs += [("ws", url) for url in torrent.web_seeds]

@@ -1,4 +1,4 @@
-"""`grokfetch report`: how far a folder is, and how it got there, as a page for a browser."""
+"""`grokfetch report`: the progress and history of a folder, as a page for a browser."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from grokfetch.units import bytes_text
 def report(folder: Path, output: Path, *, state: Path | None) -> None:
     """Write a page about DIR: what is proven, where it came from, how it ran.
 
-    One file that loads nothing from elsewhere. It shows what `status --json` tells and, like it,
-    hashes nothing and takes no lock. It names the peers and mirrors that sent something.
+    The page is one file that loads nothing from elsewhere. It shows the same as `status --json`
+    and, like it, hashes nothing and takes no lock. It names the peers and mirrors that sent data.
     """
     from grokfetch.output.report.page import render
 
@@ -46,14 +46,14 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
     seen = overview(store)
     for warning in store.warnings:
         click.echo(f"warning: {warning}", err=True)
-    # A file name need not be text; what is none is shown by its bytes.
+    # A file name need not be valid UTF-8; other bytes are shown as escapes.
     page = render(seen, now=time.time()).encode("utf-8", "backslashreplace")
     if str(output) == "-":
         click.echo(page, nl=False)
         return
     if not output.parent.is_dir():
         raise StorageFailed(
-            "is not a folder", path=output.parent, hint="make it, or choose: -o FILE"
+            "is not a folder", path=output.parent, hint="create it, or choose another: -o FILE"
         )
     try:
         with replacing(output) as file:

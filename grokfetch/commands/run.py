@@ -1,4 +1,4 @@
-"""`grokfetch run`: proven files become a model on the devices, a prompt becomes text."""
+"""`grokfetch run`: load a model from proven files, and continue a prompt."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
         "Prompt": ("tokens", "prompt_file", "tokenizer"),
         "Many prompts": ("prompts", "output", "slots"),
         "Text": ("max_tokens", "temperature", "top_p", "top_k", "seed"),
-        "How the model is held": LOADING_NAMES,
+        "Loading the model": LOADING_NAMES,
         "Several hosts": ("cluster", "coordinator", "num_hosts", "host_id"),
         "Fetching at the same time": ("while_fetching", "source", "up", "down", *NETWORK_NAMES),
-        "For machines and screens": ("json", "plain", "state", "stats"),
+        "Output and state": ("json", "plain", "state", "stats"),
     },
     extra="put the prompt in quotes",
 )
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     type=Integer(min=1),
     default=128,
     show_default=True,
-    help="How much longer the text may become.",
+    help="Generate at most this many tokens.",
 )
 @click.option(
     "--temperature",
@@ -87,9 +87,9 @@ if TYPE_CHECKING:
     type=Number(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Choose among the most probable tokens that together have this probability.",
+    help="Sample from the most probable tokens that together have this probability.",
 )
-@click.option("--top-k", type=Integer(min=1), help="Choose among so many most probable tokens.")
+@click.option("--top-k", type=Integer(min=1), help="Sample from this many most probable tokens.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The same seed gives the same text."
 )
@@ -97,11 +97,9 @@ if TYPE_CHECKING:
 @hosts_options
 @meanwhile_options
 @click.option(
-    "--unproven", is_flag=True, help="Run files of the right form that no hash vouches for."
+    "--unproven", is_flag=True, help="Run files in the right format that no hash has verified."
 )
-@click.option(
-    "--stats", is_flag=True, help="Tell at the end what it took, and which experts were chosen."
-)
+@click.option("--stats", is_flag=True, help="Print time, memory and the chosen experts at the end.")
 @plain_option
 @state_option
 @json_option
@@ -124,9 +122,9 @@ def run(
 ) -> None:
     """Continue PROMPT with the model in DIR.
 
-    The text goes to stdout as it is generated, timings go to stderr. A PROMPT of - or none at all
-    reads stdin; on a terminal each line that is typed is continued. Of several hosts, host 0 writes
-    the text; each reads only the bytes that its own devices need.
+    The text goes to stdout as it is generated, timings go to stderr. With - or without a PROMPT,
+    the prompt is read from stdin; on a terminal, each line that you type is continued. With several
+    hosts, host 0 writes the text, and each host reads only the bytes that its own devices need.
     """
     _refuse_together(wanted, hosts, meanwhile, unproven=unproven, stats=stats)
     require_jax()
@@ -150,13 +148,13 @@ def run(
         contextlib.ExitStack() as files,
     ):
         config = model_of(store)
-        # Where the weights are not all there, nobody should look for the tokenizer first.
+        # If weights are missing, report that rather than a missing tokenizer.
         if not (unproven or hosts.several or meanwhile):
             require_whole(store)
         words = None
         if wanted.needs_tokenizer:
             words = find_tokenizer(store, tokenizer, ", or give token ids with --tokens")
-        # What can be refused is refused before minutes are spent on loading.
+        # Refuse what can be refused before minutes are spent on loading.
         if isinstance(wanted, Listed):
             settings = Settings(store.manifest().name, max_tokens, sampling)
             work = files.enter_context(work_on(wanted, words, config, settings))
@@ -168,11 +166,13 @@ def run(
             prompts = [_ids(wanted, words, config)]
         if isinstance(wanted, Listed):
             loading = dataclasses.replace(loading, prefix_cache=PREFIX_CACHE)
-        there = arrange(config, loading, max(map(len, prompts)) + max_tokens)
+        arrangement = arrange(config, loading, max(map(len, prompts)) + max_tokens)
         start = time.perf_counter()
-        # Several texts read nearly all, and there is no reason to begin before that is there.
+        # Several texts read nearly all weights, so starting before they have arrived gains nothing.
         by_parts = isinstance(wanted, Prompt) and not hosts.several
-        engine = _loaded(there, store, prompts[0], sampling, proven=not unproven, by_parts=by_parts)
+        engine = _loaded(
+            arrangement, store, prompts[0], sampling, proven=not unproven, by_parts=by_parts
+        )
         loaded_s = time.perf_counter() - start
         meet("loaded")
 
@@ -189,7 +189,7 @@ def run(
         else:
             speaking.set()
             finished = _write_one(begin(prompts[0]), words, store, stats=stats)
-            # What is left of the fetch may take long.
+            # The rest of the fetch may take long, so its bar may be drawn again.
             speaking.clear()
     machine = lines()
     if finished is not None and machine is not None:
@@ -197,7 +197,7 @@ def run(
 
 
 def _ids(wanted: Prompt | Session, words: Tokenizer | None, config: GrokConfig) -> list[int]:
-    """The token ids of the prompt; of what somebody will type, as many as there may be.
+    """The token ids of the prompt; for text still to be typed, as many as there can be.
 
     Raises:
         PromptInvalid: the model cannot read it.
@@ -216,10 +216,10 @@ def _ids(wanted: Prompt | Session, words: Tokenizer | None, config: GrokConfig) 
 def _write_one(
     begun: tuple[Iterator[int], Measured], words: Tokenizer | None, store: Store, *, stats: bool
 ) -> Ended | None:
-    """Write a text and what it took; of several hosts the first one does, the others work along.
+    """Write a text and its timings; with several hosts only the first writes, all compute.
 
     Returns:
-        For machines, what the last event is to say.
+        With --json, the last event.
     """
     from loader.devices.cluster import is_first
 
@@ -243,25 +243,25 @@ def _refuse_together(
     unproven: bool,
     stats: bool,
 ) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        UsageError: they do not.
+        UsageError: they cannot.
     """
     if unproven and meanwhile is not None:
-        raise click.UsageError("--while-fetching waits until bytes are proven")
+        raise click.UsageError("--unproven cannot be combined with --while-fetching")
     if isinstance(wanted, Listed) and stats:
-        raise click.UsageError("--stats tells of one text, and --prompts continues many")
+        raise click.UsageError("--stats is for one text and cannot be combined with --prompts")
     if isinstance(wanted, Listed) and hosts.several:
-        raise click.UsageError("--prompts is for one host")
+        raise click.UsageError("--prompts works on one host only")
     if isinstance(wanted, Session) and (hosts.several or meanwhile or lines()):
         raise click.UsageError(
-            "give a PROMPT: several hosts, --while-fetching and --json continue one text"
+            "a PROMPT is required with several hosts, --while-fetching or --json"
         )
 
 
 def _loaded(
-    there: Arrangement,
+    arrangement: Arrangement,
     store: Store,
     prompt: Sequence[int],
     sampling: Sampling,
@@ -269,24 +269,24 @@ def _loaded(
     proven: bool,
     by_parts: bool,
 ) -> Engine:
-    """The model on its devices; where the folder is being fetched, as its bytes come."""
+    """The model on its devices; if the folder is being fetched, loaded as its bytes arrive."""
     from loader.devices.cluster import local_share
     from loader.inference.loading import load_as_it_comes, load_onto
     from loader.weights.checkpoint import expect_checkpoint, open_checkpoint
 
     lost_pages_told(store)
-    share = local_share(there.mesh)
+    share = local_share(arrangement.mesh)
     with loading_shown() as report:
         if isinstance(store, Arriving):
-            mapped = there.placement == "mapped"
+            mapped = arrangement.placement == "mapped"
             checkpoint = expect_checkpoint(store, share, by_parts=by_parts and mapped)
-            return load_as_it_comes(there, checkpoint, prompt, sampling, report)
+            return load_as_it_comes(arrangement, checkpoint, prompt, sampling, report)
         checkpoint = open_checkpoint(store, proven=proven, share=share)
-        return load_onto(there, checkpoint, report)
+        return load_onto(arrangement, checkpoint, report)
 
 
 def _watch() -> None:
-    """Notice that another host has given up."""
+    """Raise if another host has failed."""
     from loader.devices.cluster import check
 
     check()

@@ -1,4 +1,4 @@
-"""What a run of the model takes: kept for `report`, printed by `run --stats`; no command."""
+"""Time, memory and experts of a run: kept for `report`, printed by `run --stats`; not a command."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["Measured", "expert_lines", "why_stopped"]
 
 
 Stopped = Literal["end", "max_tokens", "context"]
-"""Why a text is not longer: the model ended it, as many tokens were asked for, or it is full."""
+"""Why a text has ended: the model ended it, it has --max-tokens tokens, or the context is full."""
 
 
 class Measured:
-    """A run under way.
+    """The measurements of a run in progress.
 
     Args:
         meter: of memory and bytes read.
-        engine: ready, and not yet asked for anything.
-        weights: bytes of them.
-        loaded_s: seconds until they were in place.
-        stats: whether to count the experts chosen even where that takes time.
+        engine: loaded, and not used yet.
+        weights: bytes of the weights.
+        loaded_s: seconds that loading took.
+        stats: whether to count the chosen experts even if that takes time.
 
     Attributes:
         tokens: generated so far.
-        first_token_s: from the prompt to the first, without compiling.
+        first_token_s: seconds from the prompt to the first token, without compiling.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Measured:
         self.first_token_s = 0.0
 
     def watch(self, prompt: Sequence[int], tokens: Iterator[int], most: int) -> Iterator[int]:
-        """The same tokens, of which there may be `most`, timed."""
+        """The same tokens, at most `most`, while they are timed."""
         self._prompt, self._most = len(prompt), most
         start = self._now()
         for token in tokens:
@@ -71,22 +71,22 @@ class Measured:
             yield token
 
     def _now(self) -> float:
-        """Seconds in which nothing was compiled."""
+        """The clock without the seconds spent compiling."""
         return time.perf_counter() - self._meter.compile_s
 
     @property
     def compile_s(self) -> float:
-        """Seconds of compiling since the weights were in place."""
+        """Seconds of compiling since the weights were loaded."""
         return self._meter.compile_s - self._before
 
     @property
     def tokens_per_s(self) -> float | None:
-        """After the first; None if there was but one."""
+        """The rate after the first token; None if there was only one."""
         return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else None
 
     @property
     def stopped(self) -> Stopped:
-        """Why the text has ended, once it has."""
+        """Why the text has ended; valid after its end."""
         room = self._engine.config.sequence_len - self._prompt
         return why_stopped(self.tokens, self._most, room)
 
@@ -98,7 +98,7 @@ class Measured:
 
     @contextlib.contextmanager
     def kept(self, store: Store) -> Iterator[None]:
-        """Keep the run in the journal when the block ends, by Ctrl-C too, if a token came."""
+        """Write the run to the journal when the block ends, even by Ctrl-C, if there is a token."""
         try:
             yield
         finally:
@@ -127,23 +127,23 @@ class Measured:
         )
 
     def said(self, view: Screen) -> Iterator[str]:
-        """What `--stats` tells of the run, as lines."""
+        """The lines that `--stats` prints."""
         run = self.run()
         speed = "" if run.tokens_per_s is None else f", then {speed_text(run.tokens_per_s)}"
         first = f"the first after {seconds_text(run.first_token_s)}{speed}"
         yield from view.fact("tokens", f"{run.tokens} after {run.prompt} of the prompt, {first}")
         yield from view.fact("end", self.stopped_text())
-        yield from view.fact("compiled", f"in {seconds_text(self.compile_s)}, counted apart")
+        yield from view.fact("compiled", f"in {seconds_text(self.compile_s)}, counted separately")
         yield from view.fact("read", self._read(run.read))
-        memory = "not known here" if run.peak_memory is None else bytes_text(run.peak_memory)
-        beside = f", beside {bytes_text(run.weights)} of weights in files" if self._mapped else ""
-        yield from view.fact("memory", f"{memory} at most{beside}")
+        memory = "unknown" if run.peak_memory is None else f"{bytes_text(run.peak_memory)} at most"
+        mapped = f", plus {bytes_text(run.weights)} of mapped weights" if self._mapped else ""
+        yield from view.fact("memory", f"{memory}{mapped}")
         if run.experts is not None:
             yield from expert_lines(run.experts, view)
 
     def _read(self, read: int | None) -> str:
         if read is None or self._read_at_first is None:
-            return "bytes from the disk are not known here"
+            return "unknown on this system"
         text = f"{bytes_text(read)} from the disk"
         if self.tokens > 1:
             each = (read - self._read_at_first) / (self.tokens - 1)
@@ -152,27 +152,27 @@ class Measured:
 
 
 def why_stopped(tokens: int, most: int, room: int) -> Stopped:
-    """Why a text has so many tokens, where `most` were asked for and the context had room. Pure."""
+    """Why a text has ended, if `most` tokens were asked for and the context had `room`. Pure."""
     if tokens == most:
         return "max_tokens"
     return "context" if tokens == room else "end"
 
 
 def expert_lines(experts: Sequence[Sequence[int]], view: Screen) -> Iterator[str]:
-    """How often each layer chose each expert: shades in columns, or words."""
+    """How often each layer chose each expert: as shades in columns, or as words."""
     totals = [sum(column) for column in zip(*experts, strict=True)]
     everything = max(1, sum(totals))
     most, least = max(totals), min(totals)
     yield from view.fact(
         "experts",
-        f"chosen {sum(totals):,} times in {len(experts)} layers; number {totals.index(most)} most "
-        f"often, {share_text(most, everything)}, number {totals.index(least)} least, "
+        f"{sum(totals):,} choices in {len(experts)} layers; expert {totals.index(most)} most "
+        f"often, {share_text(most, everything)}, expert {totals.index(least)} least often, "
         f"{share_text(least, everything)}",
     )
     if view.plain:
         for number, row in enumerate(experts):
             listed = ", ".join(f"{expert} {count}" for expert, count in enumerate(row) if count)
-            yield f"layer {number}, expert and times: {listed}"
+            yield f"layer {number}, expert and count: {listed}"
         return
     top = max(1, *(count for row in experts for count in row))
     width = LABEL + len(experts[0])

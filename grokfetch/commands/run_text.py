@@ -1,4 +1,4 @@
-"""Writes what continues a prompt, or one prompt after another; no command of its own."""
+"""Writes the continuation of one prompt, or of one after another; not a command of its own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from loader.inference.tokenizer import Tokenizer
 __all__ = ["converse", "tell", "write"]
 
 Continue = Callable[[Sequence[int]], tuple[Iterator[int], Measured]]
-"""Begins to continue a prompt: its tokens, and the figures of the run."""
+"""Starts to continue a prompt; returns the tokens and the measurements of the run."""
 
 
 def write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> Ended | None:
-    """Write the text as it is generated; for machines, what the last event is to say."""
+    """Write the text as it is generated; with --json, returns the last event."""
     machine = lines()
     if machine is not None:
         return _events(machine, tokens, words, taken)
@@ -40,12 +40,12 @@ def write(tokens: Iterator[int], words: Tokenizer | None, taken: Measured) -> En
 def converse(words: Tokenizer, begin: Continue, store: Store) -> None:
     """Continue each line that somebody types, until the end of the input.
 
-    Ctrl-C while a text is written ends that text; otherwise it ends the program, as ever.
+    Ctrl-C ends the text that is being written; between texts it ends the program, as usual.
     """
     with contextlib.suppress(ImportError):
-        # Lines can be edited then, and earlier ones come back.
+        # With it, lines can be edited and recalled.
         import readline  # noqa: F401
-    click.echo("each line is a text to continue; Ctrl-C ends a text, Ctrl-D the session", err=True)
+    click.echo("type a line to continue; Ctrl-C ends a text, Ctrl-D the session", err=True)
     while True:
         try:
             line = input("> ")
@@ -75,9 +75,9 @@ def _until(pressed: Callable[[], bool], tokens: Iterator[int]) -> Iterator[int]:
 
 
 def tell(taken: Measured, *, stats: bool) -> None:
-    """Say how long it took, or all that it took."""
+    """Print the timings, or with --stats all measurements."""
     if not taken.tokens:
-        click.echo("the text ended at once", err=True)
+        click.echo("the model ended the text at once, without a token", err=True)
     elif stats:
         for line in taken.said(screen(sys.stderr)):
             click.echo(line, err=True)
@@ -96,7 +96,7 @@ def tell(taken: Measured, *, stats: bool) -> None:
 def _events(
     machine: Lines, tokens: Iterator[int], words: Tokenizer | None, taken: Measured
 ) -> Ended:
-    """Tell a machine each token as it comes; the text and what it took are for the end."""
+    """Write an event for each token; returns the last one, with the text and the measurements."""
     start = time.perf_counter()
     stream = None if words is None else words.stream()
     parts: list[str] = []

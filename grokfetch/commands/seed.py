@@ -1,4 +1,4 @@
-"""`grokfetch seed`: share what is proven with others, until told to stop."""
+"""`grokfetch seed`: share proven files with others, until told to stop."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 from grokfetch.units import bytes_text, count_text, seconds_text
 
 LOOK_INTERVAL_S = 5.0
-"""How often the files are looked at; what somebody else has written is not shared."""
+"""How often to check that the files have not changed; a changed file is not shared."""
 
 LINE_INTERVAL_S = 60.0
-"""How often a line says how it goes."""
+"""How often to print a line about progress."""
 
 EVENT_INTERVAL_S = 1.0
-"""How often an event says so."""
+"""How often to write an event about progress."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Goal:
-    """When it is enough: uploaded bytes for each byte that is shared, and seconds; None: never."""
+    """When to stop: uploaded bytes divided by shared bytes, and seconds; None: no limit."""
 
     ratio: float | None = None
     seconds: float | None = None
 
     def reached(self, ratio: float, seconds: float) -> bool:
-        """Whether one of the two is."""
+        """Whether one of the two is reached."""
         return (self.ratio is not None and ratio >= self.ratio) or (
             self.seconds is not None and seconds >= self.seconds
         )
@@ -60,13 +60,13 @@ _goal_options = (
     click.option(
         "--ratio",
         type=Number(min=0, min_open=True),
-        help="Stop seeding when so many times the size has been uploaded.",
+        help="Stop seeding when this many times the size has been uploaded.",
     ),
     click.option(
         "--for",
         "seconds",
         type=Duration(),
-        help="Stop seeding after so long: 90s, 30m, 12h, 7d.",
+        help="Stop seeding after this time: 90s, 30m, 12h, 7d.",
     ),
 )
 
@@ -76,17 +76,17 @@ goal_options = bundle("goal", Goal, *_goal_options)
 def _sharing(ratio: float | None, seconds: float | None, *, go_on: bool) -> Goal | None:
     goal = Goal(ratio, seconds)
     if goal != Goal() and not go_on:
-        raise click.UsageError("--ratio and --for go with --seed")
+        raise click.UsageError("--ratio and --for require --seed")
     return goal if go_on else None
 
 
 sharing_options = bundle(
     "sharing",
     _sharing,
-    click.option("--seed", "go_on", is_flag=True, help="Share it with others afterwards."),
+    click.option("--seed", "go_on", is_flag=True, help="Seed it afterwards, to share it."),
     *_goal_options,
 )
-"""Of a command that may share afterwards what it has made; None: it does not."""
+"""For a command that can seed its result afterwards; None if it is not to."""
 
 
 @click.command(
@@ -97,9 +97,9 @@ sharing_options = bundle(
     ),
     groups={
         "How long": ("ratio", "seconds"),
-        "With whom": SWARM_NAMES,
-        "How fast": ("up", "down"),
-        "For machines": ("json", "state"),
+        "Peers": SWARM_NAMES,
+        "Rates": ("up", "down"),
+        "Output and state": ("json", "state"),
     },
 )
 @folder_argument
@@ -108,35 +108,35 @@ sharing_options = bundle(
 @state_option
 @json_option
 def seed(folder: Path, *, goal: Goal, swarm: SwarmSettings, state: Path | None) -> None:
-    """Share what is proven of DIR, and nothing else, until Ctrl-C or the given ratio or time.
+    """Share the proven pieces of DIR, and only these, until Ctrl-C or the given ratio or time.
 
-    A file that changes meanwhile ends it. Others can read DIR at the same time, none can write.
+    It stops if a file changes. Other commands can read DIR at the same time, but not write to it.
     """
     share(Store(folder, state), swarm, goal, lines())
 
 
 def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | None = None) -> None:
-    """Seed a folder; say now and then how it goes, and at the end what was sent.
+    """Seed a folder; print progress now and then, and a summary at the end.
 
     Args:
         store: the folder.
-        settings: how to take part.
-        goal: when to end.
-        machine: where events go; without it lines go to stderr.
+        settings: of the swarm.
+        goal: when to stop.
+        machine: where events go; without it, lines go to stderr.
 
     Raises:
-        StateMissing: the folder holds no torrent.
-        NotProven: nothing is proven, or a file has changed meanwhile.
+        StateMissing: the folder has no torrent.
+        NotProven: nothing is proven, or a file has changed while it was seeded.
         StateLocked: another process is writing the folder.
     """
     with held(store), lock.seeding(store.state):
         torrent, layout = store.torrent(), store.layout()
         if torrent is None or layout is None:
             raise StateMissing(
-                "no torrent says what this folder holds",
+                "this folder has no torrent",
                 path=store.root,
                 hint=store.hint_nearby()
-                or f"fetch something into it, or: grokfetch publish {store.root}",
+                or f"fetch something into it, or make one: grokfetch publish {store.root}",
             )
         look = Unchanged(store, torrent, layout)
         parts = (part for piece in look.pieces for part in layout.segments(piece))
@@ -151,7 +151,7 @@ def share(store: Store, settings: SwarmSettings, goal: Goal, machine: Lines | No
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Teller:
-    """Says how seeding goes: lines for people, or events. `size` is what is shared, in bytes."""
+    """Reports progress as lines or as events. `size` is the number of shared bytes."""
 
     store: Store
     layout: Layout
@@ -166,12 +166,12 @@ class _Teller:
             return
         _say(
             f"{self.store.root}: sharing {self.pieces} of {self.layout.piece_count} pieces, "
-            f"{bytes_text(self.size)}, on port {self.port}; Ctrl-C ends it"
+            f"{bytes_text(self.size)}, on port {self.port}; Ctrl-C stops it"
         )
 
     @property
     def interval_s(self) -> float:
-        """How often to go on."""
+        """How often to call `go_on`."""
         return LINE_INTERVAL_S if self.machine is None else EVENT_INTERVAL_S
 
     def go_on(self, shared: Shared) -> None:
@@ -188,13 +188,13 @@ class _Teller:
             self.machine.take(Ended(seconds, {"uploaded": uploaded, "ratio": round(ratio, 3)}))
             return
         _say(
-            f"{self.store.root}: {bytes_text(uploaded)} shared in {seconds_text(seconds)}, "
+            f"{self.store.root}: {bytes_text(uploaded)} uploaded in {seconds_text(seconds)}, "
             f"ratio {ratio:.2f}"
         )
 
 
 def _follow(seeder: Seeder, look: Unchanged, goal: Goal, teller: _Teller) -> int:
-    """Wait until the goal is reached or somebody presses Ctrl-C; the bytes sent by then."""
+    """Wait until the goal is reached or somebody presses Ctrl-C; returns the bytes sent."""
     start = time.monotonic()
     look_at, line_at = start + LOOK_INTERVAL_S, start + teller.interval_s
     try:
@@ -214,7 +214,7 @@ def _follow(seeder: Seeder, look: Unchanged, goal: Goal, teller: _Teller) -> int
 
 
 class Unchanged:
-    """How the files looked when their proofs were read.
+    """The state of the files when their proofs were read.
 
     Args:
         store: with the lock held.
@@ -228,21 +228,21 @@ class Unchanged:
         self.pieces = frozenset(Proofs(store, layout, torrent.info_hash).pieces)
         if not self.pieces:
             raise NotProven(
-                "nothing of it is proven, and only what is proven is shared",
+                "nothing is proven, and only proven pieces are shared",
                 path=store.root,
                 hint=f"run: grokfetch verify {store.root}",
             )
 
     def again(self) -> None:
-        """Make sure that the files have not changed.
+        """Check that the files have not changed.
 
         Raises:
-            NotProven: one has.
+            NotProven: one has changed.
         """
         for path, before in self._before.items():
             if self._store.stamp(path) != before:
                 raise NotProven(
-                    "it has changed since it was verified, and is no longer shared",
+                    "has changed since it was verified, and is no longer shared",
                     path=self._store.payload(path),
                     hint=f"run: grokfetch verify {self._store.root} --repair",
                 )

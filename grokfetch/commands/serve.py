@@ -1,4 +1,4 @@
-"""`grokfetch serve`: proven files become a model that other programs call over HTTP."""
+"""`grokfetch serve`: load a model from proven files, and serve it over HTTP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "GROKFETCH_API_KEY"
 WARM_UP_S = 20.0
-"""After which no more texts at once are tried before it listens: a large model takes that long."""
+"""Seconds after which no larger batch is compiled before listening: a large model takes that long.
+"""
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -47,9 +48,9 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
         "grokfetch serve /data/grok-1 --host 0.0.0.0 --api-key-file key.txt",
     ),
     groups={
-        "For whom": ("host", "port", "api_key_file", "name", "origins", "log_requests"),
-        "Texts at once": ("slots", "queue_length", "prefix_cache"),
-        "How the model is held": (*LOADING_NAMES, "tokenizer", "state"),
+        "Clients": ("host", "port", "api_key_file", "name", "origins", "log_requests"),
+        "Many texts at once": ("slots", "queue_length", "prefix_cache"),
+        "Loading the model": (*LOADING_NAMES, "tokenizer", "state"),
     },
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -59,14 +60,14 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
     type=Integer(0, 65535),
     default=8000,
     show_default=True,
-    help="0 for any that is free.",
+    help="Port to listen on; 0 for any free one.",
 )
 @click.option(
     "--slots",
     type=Integer(1, 256),
     default=16,
     show_default=True,
-    help="Texts that are generated at once; a power of two.",
+    help="How many texts to generate at once; a power of two.",
 )
 @click.option(
     "--queue",
@@ -74,14 +75,14 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
     type=Integer(min=0),
     default=64,
     show_default=True,
-    help="Texts that may wait for a slot; beyond them clients are told to come back.",
+    help="How many texts may wait for a slot; beyond that, clients are told to retry later.",
 )
 @click.option(
     "--prefix-cache",
     type=Size(least=0),
     default=f"{PREFIX_CACHE // 10**9}G",
     show_default=True,
-    help="Memory for the beginnings of prompts, which are then read once; 0 for none.",
+    help="Memory for a cache of prompt prefixes, so that each is computed once; 0 for none.",
 )
 @click.option(
     "--api-key-file",
@@ -96,13 +97,14 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
     "origins",
     metavar="ORIGIN",
     multiple=True,
-    help="Let scripts of web pages from there ask, https://example.org say; * for all. Repeatable.",
+    help="Allow scripts of web pages from this origin, such as https://example.org; * for all. May "
+    "be repeated.",
 )
 @click.option("--log-requests", is_flag=True, help="Write a line to stderr for each request.")
 @tokenizer_option
 @loading_options
 @click.option(
-    "--unproven", is_flag=True, help="Serve files of the right form that no hash vouches for."
+    "--unproven", is_flag=True, help="Serve files in the right format that no hash has verified."
 )
 @state_option
 def serve(
@@ -122,10 +124,10 @@ def serve(
     unproven: bool,
     state: Path | None,
 ) -> None:
-    """Serve the model in DIR over HTTP, as OpenAI's completions API.
+    """Serve the model in DIR over HTTP, with OpenAI's completions API.
 
-    Without a tokenizer prompts are token ids. SIGTERM or Ctrl-C ends it, after the requests at work
-    have been answered.
+    Without a tokenizer, prompts must be token ids. SIGTERM or Ctrl-C stops the server after it has
+    answered the requests in progress.
     """
     require_jax()
     from grokfetch.serving.app import Access, application
@@ -141,7 +143,10 @@ def serve(
         require_whole(store)
     known_tokenizer = _found_tokenizer(store, tokenizer)
     if key is None and host not in LOOPBACK:
-        click.echo(f"warning: anyone who can reach {host} can use it; require a key", err=True)
+        click.echo(
+            f"warning: anyone who can reach {host} can use it; require a key with --api-key-file",
+            err=True,
+        )
     with held(store), bound(host, port) as at:
         checkpoint = open_checkpoint(store, proven=not unproven)
         lost_pages_told(store)
@@ -177,7 +182,7 @@ def _say(text: str) -> None:
 
 
 class Jobs:
-    """A batch that takes what the server asks for; see `grokfetch.serving.model.Model`."""
+    """A batch as the server's model; see `grokfetch.serving.model.Model`."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -187,7 +192,7 @@ class Jobs:
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do."""
+        """Whether there is anything for a step to do."""
         return self._batch.busy
 
     @property
@@ -196,7 +201,7 @@ class Jobs:
         return self._batch.working
 
     def add(self, number: int, generation: Generation) -> None:
-        """Take in a text under a number that no other text has now."""
+        """Add a text under a number that no other text has now."""
         from loader.inference.batching import Job
         from loader.inference.penalties import Penalties
         from loader.inference.sampling import Sampling
@@ -225,20 +230,20 @@ class Jobs:
         self._batch.add(number, job)
 
     def step(self) -> Sequence[Emission]:
-        """What one step of the model makes known."""
+        """Run one step of the model; returns what it has generated."""
         return self._batch.step()
 
 
 def _warm_up(batch: Batch) -> None:
-    """Compile before anybody waits for it; says how long that took, and what it left out."""
+    """Compile before any client waits for it; print how long that took, and what it left out."""
     start = time.perf_counter()
-    click.echo("compiling the steps of the model", err=True)
+    click.echo("compiling the model", err=True)
     count = batch.warm_up(WARM_UP_S)
     text = (
         f"compiled for up to {count} texts at once in {seconds_text(time.perf_counter() - start)}"
     )
     if count < batch.slots:
-        text += f"; the first {batch.slots} at once will wait for the rest"
+        text += f"; the first {batch.slots} texts at once will wait for more compiling"
     click.echo(text, err=True)
 
 
@@ -249,7 +254,7 @@ def _found_tokenizer(store: Store, chosen: Path | None) -> Tokenizer | None:
     except TokenizerMissing as error:
         if chosen is not None:
             raise
-        click.echo(f"warning: {error}\n  until then prompts must be token ids", err=True)
+        click.echo(f"warning: {error}\n  without it, prompts must be token ids", err=True)
         return None
 
 
@@ -264,5 +269,5 @@ def _key(file: Path | None) -> str | None:
             "the API key cannot be read", path=file, hint="name a text file: --api-key-file FILE"
         ) from error
     if not key:
-        raise StorageFailed("there is no API key in it", path=file, hint="write the key into it")
+        raise StorageFailed("contains no API key", path=file, hint="write the key into the file")
     return key

@@ -1,4 +1,4 @@
-"""`grokfetch status`: how far a folder is, while a fetch runs or when none does."""
+"""`grokfetch status`: the progress of a folder, whether or not a fetch is running."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from grokfetch.units import ago_text, bytes_text, count_text, seconds_text, shar
 
 MAP_ROWS = 6
 GROUP_WIDTH = 25
-"""Columns of a layer's bar at least, its name and figure included."""
+"""Least columns of a layer's bar, including its name and figure."""
 
 MOST_RUNS = 12
-"""Runs of missing pieces that plain text names."""
+"""At most this many ranges of missing pieces are listed in plain text."""
 
 
 @click.command(
@@ -36,14 +36,14 @@ MOST_RUNS = 12
     ),
 )
 @folder_argument
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @plain_option
 @state_option
 def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
-    """Show what of DIR is proven and what is missing.
+    """Show what is proven in DIR and what is missing.
 
-    Reads the record and the files' sizes and times, hashes nothing and takes no lock: it may run
-    beside a fetch.
+    Reads the record and the sizes and times of the files. It hashes nothing and takes no lock, so
+    it can run during a fetch.
     """
     store = Store(folder, state)
     seen = overview(store)
@@ -57,7 +57,7 @@ def status(folder: Path, *, as_json: bool, state: Path | None) -> None:
 
 
 def lines(seen: Overview, view: Screen, *, now: float) -> Iterator[str]:
-    """What a person sees, as wide as the screen at most."""
+    """The lines for a terminal, wrapped to its width."""
     survey = seen.survey
     yield from view.wrapped(f"{seen.folder}: {survey.name}, {bytes_text(survey.total)}")
     for label, text in _facts(seen, now):
@@ -70,7 +70,7 @@ def lines(seen: Overview, view: Screen, *, now: float) -> Iterator[str]:
 
 
 def _facts(seen: Overview, now: float) -> Iterator[tuple[str, str]]:
-    """What can be said in words: what it is about, and the rest of the statement."""
+    """The facts that are shown as words: label and text."""
     survey = seen.survey
     share = share_text(survey.proven, survey.total)
     yield "proven", f"{share}, {survey.proven:,} of {survey.total:,} bytes{_by(survey)}"
@@ -125,13 +125,13 @@ def _files(survey: Survey) -> str:
 
 def _demanded(pieces: Collection[int]) -> str:
     there = [piece not in pieces for piece in range(max(pieces) + 1)]
-    return f"somebody waits for pieces {_runs(there)}"
+    return f"readers are waiting for pieces {_runs(there)}"
 
 
 def _runs(proven: Sequence[bool]) -> str:
-    """The pieces that are not proven, the first runs of them."""
+    """The first ranges of pieces that are not proven."""
     runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in missing_runs(proven)]
-    more = f" and {len(runs) - MOST_RUNS:,} more runs" if len(runs) > MOST_RUNS else ""
+    more = f" and {len(runs) - MOST_RUNS:,} more ranges" if len(runs) > MOST_RUNS else ""
     return f"{', '.join(runs[:MOST_RUNS]) or 'none'}{more}"
 
 
@@ -148,9 +148,7 @@ def _fetch(seen: Overview, now: float) -> str:
         why = f": {ended.why}" if ended.why else ""
         return f"{ended.how} {ago_text(ended.time, now)}{why}"
     if seen.owner is None and last.phase != "done":
-        return (
-            f"{last.phase} {ago_text(last.time, now)}, then it ended without a word: it was killed"
-        )
+        return f"{last.phase} {ago_text(last.time, now)}, then the process was killed"
     peers = count_text(last.peers, "peer")
     speed = "" if last.phase == "done" else f", {bytes_text(last.rate)}/s from {peers}"
     return f"{last.phase} {ago_text(last.time, now)}{speed}"
@@ -194,7 +192,7 @@ def _compiling(run: Run) -> str:
 
 
 def _rates(history: History, view: Screen) -> Iterator[str]:
-    """Bytes a second over the time at work, each cell an equal part of it."""
+    """Bytes per second over the time of the fetch, of which each cell is an equal part."""
     rates_shown = rates(history.samples, max(10, view.columns - LABEL))
     if not rates_shown or not max(rates_shown):
         return
@@ -206,7 +204,7 @@ def _rates(history: History, view: Screen) -> Iterator[str]:
 
 
 def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
-    """Which pieces are proven, each cell as many of them; as words where nothing is drawn."""
+    """Which pieces are proven, the same number in each cell; with --plain as words."""
     if view.plain:
         yield f"pieces missing: {_runs(pieces)}"
         return
@@ -223,7 +221,7 @@ def _map(pieces: Sequence[bool], view: Screen) -> Iterator[str]:
 
 
 def _groups(groups: Sequence[Group], view: Screen) -> Iterator[str]:
-    """Layers in columns of bars, what lies outside them on lines of their own."""
+    """Layers in columns of bars, everything outside of layers on lines of its own."""
     if view.plain:
         for group in groups:
             share = share_text(group.proven, group.total)

@@ -1,4 +1,4 @@
-"""`--while-fetching`, its options and the fetch that runs beside `run` and `export`; no command."""
+"""`--while-fetching`: options, and the fetch that runs during `run` and `export`; not a command."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from grokfetch.output.reporting import held, lines, reporter
 __all__ = ["Meanwhile", "fetching", "meanwhile_options", "reading"]
 
 TIMEOUT_S = 600.0
-"""How long the fetch waits without a byte."""
+"""How long the fetch waits without receiving a byte."""
 
 SAVE_S = 1.0
-"""Seconds between two writings of the record, which readers wait for."""
+"""Seconds between two writes of the record, which readers wait for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Meanwhile:
-    """A fetch that is to run beside the model.
+    """A fetch that is to run at the same time as the model.
 
-    `source` is None for what the folder was begun with, or else Grok-1.
+    `source` is None for what the folder was started with, or else Grok-1.
     """
 
     source: str | None
@@ -48,7 +48,7 @@ def _meanwhile(
     network: Network,
 ) -> Meanwhile | None:
     if source is not None and not while_fetching:
-        raise click.UsageError("--source goes with --while-fetching")
+        raise click.UsageError("--source requires --while-fetching")
     return Meanwhile(source, network) if while_fetching else None
 
 
@@ -58,12 +58,12 @@ meanwhile_options = bundle(
     click.option(
         "--while-fetching",
         is_flag=True,
-        help="Fetch DIR at the same time; --source, and --peer and what follows it, say how.",
+        help="Fetch DIR at the same time, as --source and the options from --peer on say.",
     ),
     click.option(
         "--source",
         metavar="SOURCE",
-        help="Where from, as for fetch; by default what DIR was begun with, or else Grok-1.",
+        help="What to fetch, as for fetch; by default what DIR was started with, or else Grok-1.",
     ),
     network_options,
 )
@@ -79,15 +79,15 @@ def reading(
     speaking: threading.Event | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> Iterator[Store]:
-    """A folder while nobody else writes it; one that is fetched meanwhile is an `Arriving`.
+    """A folder, locked against writers; if it is fetched at the same time, an `Arriving`.
 
     Args:
         folder: where it is; with a fetch it need not exist yet.
         state: where our own files are.
         meanwhile: the fetch that is to run at the same time, if any.
-        asked: what of the checkpoint it is to bring, all by default.
+        asked: which part of the checkpoint to fetch, by default all.
         speaking: as of `fetching`.
-        watch: called every second where somebody waits; what it raises ends the waiting.
+        watch: called every second while a reader waits; what it raises ends the wait.
     """
     if meanwhile is None:
         store = Store(folder, state)
@@ -103,15 +103,15 @@ def reading(
 def fetching(
     meanwhile: Meanwhile, store: Arriving, asked: Asked, speaking: threading.Event
 ) -> Iterator[None]:
-    """Fetch into a folder, with a bar, while the block runs under the folder's lock.
+    """Fetch into a folder, with a progress bar, while the block runs under the folder's lock.
 
-    When the block begins it is known what the folder is to hold, and the tokenizer is there.
+    When the block starts, the manifest and the tokenizer are there.
 
     Args:
-        meanwhile: where from.
+        meanwhile: what to fetch, and how.
         store: the folder.
-        asked: what to fetch of the checkpoint.
-        speaking: set while text is written, which no bar is to disturb.
+        asked: which part of the checkpoint to fetch.
+        speaking: set while text is written, so that the bar stays hidden.
     """
     begun = meanwhile.source is None and store.manifest_or_none() is not None
     wanted = resolve(
@@ -134,7 +134,7 @@ def fetching(
 def _shown(
     events: Generator[FetchEvent, None, None], sink: Sink, speaking: threading.Event
 ) -> Generator[FetchEvent, None, None]:
-    """The same events; the bar has gone when the last one comes, and text may follow."""
+    """The same events; the bar is removed before the last one, so that text may follow."""
     with contextlib.closing(events):
         with sink:
             for event in events:
@@ -152,7 +152,7 @@ def _await_tokenizer(store: Arriving) -> None:
     """Wait for a tokenizer that is one of the files being fetched.
 
     Raises:
-        GrokfetchError: what ended the fetch before it came.
+        GrokfetchError: what ended the fetch before the tokenizer arrived.
     """
     manifest = store.manifest()
     if manifest.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Finds the tokenizer that turns a prompt into token ids; no command."""
+"""Finds the tokenizer that turns a prompt into token ids; not a command."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["bring_tokenizer", "find_tokenizer"]
 
 
 def find_tokenizer(store: Store, chosen: Path | None, otherwise: str = "") -> Tokenizer:
-    """The tokenizer a person chose, or the one beside the weights if it is the right one.
+    """The tokenizer that the user chose, or the one beside the weights if it is the right one.
 
     Args:
         store: the folder of the weights.
         chosen: what `--tokenizer` names.
-        otherwise: what else the command can do without one, as the end of a hint.
+        otherwise: what the command can do without a tokenizer, as the end of a hint.
 
     Raises:
-        TokenizerMissing: there is none, or another one than the manifest names.
+        TokenizerMissing: there is none, or it is not the one that the manifest names.
     """
     if chosen is None:
         return tokenizer_of(store, f", or use --tokenizer FILE{otherwise}")
@@ -34,7 +34,7 @@ def find_tokenizer(store: Store, chosen: Path | None, otherwise: str = "") -> To
 
 
 def bring_tokenizer(store: Store, network: Network) -> None:
-    """Fetch the tokenizer that the manifest names, if the right one is not there; say so."""
+    """Fetch the tokenizer that the manifest names, unless it is there, and print that."""
     brought = network.bring_tokenizer(store)
     if brought is not None:
         notice(brought.text)

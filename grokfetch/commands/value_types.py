@@ -1,4 +1,4 @@
-"""What may stand behind an option, and what becomes of it: rates, sizes, durations, devices."""
+"""Parses the values of options: rates, sizes, durations, devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Integer(click.IntRange):
-    """An integer within bounds, which help and refusals tell in words."""
+    """An integer within bounds, which help and error messages give in words."""
 
     name = "N"
 
@@ -34,12 +34,12 @@ class Integer(click.IntRange):
         return number
 
     def _describe_range(self) -> str:
-        # What click puts into the help of an option.
+        # click puts this into the help of an option.
         return _bounds(self.min, self.max, above=self.min_open)
 
 
 class Number(click.FloatRange):
-    """A number within bounds, which help and refusals tell in words."""
+    """A number within bounds, which help and error messages give in words."""
 
     name = "NUMBER"
 
@@ -62,15 +62,15 @@ def _must_be(what: str, bounds: str, value: object) -> str:
 
 
 def _bounds(least: float | None, most: float | None, *, above: bool) -> str:
-    """Bounds in words, for options that all have a least value. Pure."""
+    """Bounds in words, for options that all have a minimum. Pure."""
     assert least is not None
     if most is None:
         return f"more than {least:,}" if above else f"{least:,} or more"
-    return f"more than {least:,}, {most:,} at most" if above else f"{least:,} to {most:,}"
+    return f"more than {least:,}, at most {most:,}" if above else f"{least:,} to {most:,}"
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]
-    """Bytes a second, with k, M or G for powers of 1000; an int."""
+    """Bytes per second, with k, M or G for powers of 1000; an int."""
 
     name = "RATE"
 
@@ -82,7 +82,9 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         # libtorrent holds rates in 31 bits.
         if not 0 < rate < 1 << 31:
             self.fail(
-                f"{value!r:.40} is not a rate in bytes a second, such as 500k or 2.5M", param, ctx
+                f"{value!r:.40} is not a rate in bytes per second, such as 500k or 2.5M",
+                param,
+                ctx,
             )
         return rate
 
@@ -126,7 +128,7 @@ class Mesh(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> MeshShape:
-        """The mesh, 1 along an axis that is not named."""
+        """The mesh, with 1 along each axis that is not named."""
         from loader.weights.partition import MeshShape
 
         parts = [re.fullmatch(r"(data|expert|model)=(\d+)", it) for it in str(value).split(",")]
@@ -144,13 +146,13 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Slice:
-        """The devices of that name."""
+        """The devices with that name."""
         from loader.weights.accelerators import ACCELERATORS, slice_of
 
         named = slice_of(str(value))
         if named is None:
             kinds = ", ".join(ACCELERATORS)
-            self.fail(f"{value!r:.40} is not like h100x8 or v5p-8, of {kinds}", param, ctx)
+            self.fail(f"{value!r:.40} is not like h100x8 or v5p-8; known: {kinds}", param, ctx)
         return named
 
 
@@ -159,7 +161,7 @@ PROXIES: dict[str, Literal["socks5", "http"]] = {
     "socks5h": "socks5",
     "http": "http",
 }
-"""Schemes of proxies and what they are; names are looked up by the proxy in any case."""
+"""URL schemes and kinds of proxies; with each of them, the proxy resolves host names."""
 
 
 def proxy_of(text: str) -> Proxy:
@@ -177,6 +179,6 @@ def proxy_of(text: str) -> Proxy:
         host = port = None
     if not host or not port or url.scheme not in PROXIES or url.path.strip("/"):
         ways = " or ".join(f"{scheme}://HOST:PORT" for scheme in PROXIES)
-        raise click.BadParameter(f"a proxy is written {ways}", param_hint="--proxy")
+        raise click.BadParameter(f"must be {ways}", param_hint="--proxy")
     user, password = unquote(url.username or ""), unquote(url.password or "")
     return Proxy(host, port, user, password, PROXIES[url.scheme])

@@ -1,4 +1,4 @@
-"""`grokfetch verify`: read everything back, say what is proven and what is wrong."""
+"""`grokfetch verify`: read everything back, and report what is proven and what is wrong."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
         "grokfetch verify grok-1-Q8_0.gguf --against /data/grok-1",
     ),
     groups={
-        "What": ("against", "repair"),
-        "From whom a repair fetches": NETWORK_NAMES,
-        "How fast, how long": ("up", "down", "timeout"),
-        "For machines and screens": ("json", "plain", "state"),
+        "What to do": ("against", "repair"),
+        "Peers and mirrors for --repair": NETWORK_NAMES,
+        "Rates and timeout": ("up", "down", "timeout"),
+        "Output and state": ("json", "plain", "state"),
     },
 )
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     "--against",
     metavar="MANIFEST",
     type=click.Path(exists=True, path_type=Path),
-    help="Where DIR is a GGUF: the manifest of the shards, their torrent, or a folder that has "
-    "them; Grok-1's manifest by default.",
+    help="If DIR is a GGUF: the manifest of the shards, their torrent, or a folder that has "
+    "these; by default Grok-1's manifest.",
 )
-@click.option("--repair", is_flag=True, help="Fetch what is bad again, from peers and mirrors.")
+@click.option("--repair", is_flag=True, help="Fetch again what is bad, from peers and mirrors.")
 @timeout_option
 @partial(network_options, only_with="repair")
 @plain_option
@@ -71,21 +71,20 @@ def verify(
     """Read back every byte of DIR and compare it with the torrent or the manifest.
 
     Prints a line for each finding. The exit code is 0 only if every byte is proven and every tensor
-    is what the manifest says; files that the manifest does not name are listed and do no harm.
+    is as the manifest says. Files that the manifest does not name are listed and do not matter.
 
-    DIR may be a GGUF of type q8_0 that export wrote: each shard is rebuilt from it in memory, and
-    must have the sha256 that the manifest of the shards tells, or the piece hashes of their
-    torrent.
+    DIR may be a GGUF of type q8_0 that export wrote. Each shard is rebuilt from it in memory, and
+    must match its sha256 in the manifest of the shards, or the piece hashes of their torrent.
     """
     if not folder.is_dir():
         if repair:
-            raise click.UsageError("--repair takes a folder")
+            raise click.UsageError("--repair works on a folder, not on a file")
         from grokfetch.commands.verify_gguf import verify_gguf
 
         verify_gguf(folder, against)
         return
     if against is not None:
-        raise click.UsageError("--against goes with a GGUF")
+        raise click.UsageError("--against is only for a GGUF, and DIR is a folder")
     store = Store(folder, state)
     start = time.perf_counter()
     if network is not None:
@@ -106,7 +105,8 @@ def verify(
     )
     if not summary.recorded:
         click.echo(
-            f"note: {store.state} cannot be written, or others are reading: nothing is recorded",
+            f"note: nothing is recorded: {store.state} is not writable, or another process is "
+            "reading it",
             err=True,
         )
     if faults or not summary.complete:
@@ -116,13 +116,13 @@ def verify(
             path=folder,
             hint=_hint(folder, manifest)
             if wrong or summary.failures > summary.unreadable
-            else "what cannot be read is not known to be wrong: look at the disk, or at how it is "
-            "mounted, and run the same command again",
+            else "an unreadable file need not be wrong: check the disk and how it is mounted, then "
+            "run the same command again",
         )
 
 
 def _repair(store: Store, network: Network, start: float, timeout_s: float) -> None:
-    """The road of `grokfetch fetch DIR --repair`, then a look at the tensors."""
+    """Do the same as `grokfetch fetch DIR --repair`, then check the tensors."""
     from grokfetch.commands.fetch import bring
     from grokfetch.fetch.wanted import begun_in
 
@@ -143,18 +143,18 @@ def _repair(store: Store, network: Network, start: float, timeout_s: float) -> N
         raise Damaged(
             f"findings: {len(faults)}",
             path=store.root,
-            hint="the files are as the torrent has them: is the manifest that of another model?",
+            hint="the files match the torrent: is the manifest of another model?",
         )
 
 
 def _of(store: Store) -> str:
-    """What of the checkpoint is asked for; nothing where all of it is."""
+    """The part of the checkpoint that is asked for, in words; empty if it is all."""
     selection = store.selection()
     return "" if selection is None else f" of {selection}"
 
 
 def check_bytes(store: Store) -> Summary:
-    """Read back a checkpoint with a bar, print the findings, return the summary."""
+    """Read back a checkpoint with a progress bar, print the findings, return the summary."""
     with reporter("verify", findings_to_stdout=True) as sink:
         for event in checked(store, "verify", verification.verify(store)):
             sink.take(event)
@@ -166,16 +166,16 @@ def check_bytes(store: Store) -> Summary:
 
 
 def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
-    """Compare the frames of all shards with the manifest; print and return what differs.
+    """Compare the headers of all shards with the manifest; print and return what differs.
 
-    What cannot be read is "unreadable", and nobody calls it wrong.
+    A shard that cannot be read is "unreadable" rather than "wrong".
 
     Args:
         store: the checkpoint folder.
-        command: whose findings these complete.
+        command: the command to whose findings these are added.
     """
     if store.manifest().model is None:
-        return []  # As the loader would say, which is then not imported for it.
+        return []  # The loader would say the same; this saves its import.
 
     from loader.weights.checkpoint import faults
 
@@ -202,14 +202,14 @@ def _by_what(summary: Summary, manifest: Manifest) -> str:
             "by the manifest's sha256"
             if manifest.measured is None
             else f"by the manifest's sha256 (measured on {manifest.measured} from files on disk, "
-            "hence only: unchanged since)"
+            "so it only proves: unchanged since)"
         )
     return "".join(f", {way}" for way in ways)
 
 
 def _hint(folder: Path, manifest: Manifest) -> str:
     if manifest.info_hash is not None:
-        return f"get what is wrong again: grokfetch verify {folder} --repair"
+        return f"to fetch again what is wrong: grokfetch verify {folder} --repair"
     if manifest.measured is not None:
-        return f"get these files again; if they are meant to differ: grokfetch manifest {folder}"
-    return "get these files again"
+        return f"download these files again; if the change is wanted: grokfetch manifest {folder}"
+    return "download these files again"

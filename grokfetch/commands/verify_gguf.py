@@ -1,4 +1,4 @@
-"""`grokfetch verify FILE.gguf`: whether an export is the official checkpoint; no command."""
+"""`grokfetch verify FILE.gguf`: whether a GGUF holds the official checkpoint; not a command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["verify_gguf"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Official:
-    """What the shards must be: their manifest, and the torrent whose piece hashes are known."""
+    """What the shards must match: their manifest, and perhaps a torrent with piece hashes."""
 
     manifest: Manifest
     torrent: TorrentFile | None = None
@@ -46,7 +46,7 @@ class _Official:
 
     @property
     def proof(self) -> str:
-        """What decides: piece hashes where there are some and the manifest lacks a sha256."""
+        """The hashes that decide: of pieces, if they are known and the manifest lacks a sha256."""
         if self.torrent is not None and any(file.sha256 is None for file in self.files.values()):
             return f"the piece hashes of torrent {self.torrent.info_hash}"
         measured = self.manifest.measured
@@ -54,17 +54,17 @@ class _Official:
 
 
 def verify_gguf(path: Path, against: Path | None) -> None:
-    """Rebuild every shard from a GGUF in memory, and compare its hash with the one that is known.
+    """Rebuild every shard from a GGUF in memory, and compare its hash with the known one.
 
     Prints a line for each finding.
 
     Args:
-        path: the GGUF, the first file of a split one.
+        path: the GGUF; if it is split, its first file.
         against: a manifest, a torrent, or a folder that has them; None for a manifest that comes
             with grokfetch.
 
     Raises:
-        Damaged: a shard is another one, or its hash is not known.
+        Damaged: a shard differs, or its hash is not known.
         Contradiction: the manifest or the torrent is of another model, or the GGUF is padded.
         CheckpointInvalid, Inexact, StorageFailed: as `loader.export.restoring.open_exported`.
     """
@@ -87,7 +87,7 @@ def verify_gguf(path: Path, against: Path | None) -> None:
     seconds = time.perf_counter() - start
     ended(
         f"{proven:,} of {total:,} bytes of the shards of {name} proven, by {official.proof} in "
-        f"{seconds_text(seconds)}" + ("" if failures else ": these are its bytes"),
+        f"{seconds_text(seconds)}" + ("" if failures else ": it holds exactly these bytes"),
         seconds,
         total=total,
         proven=proven,
@@ -97,13 +97,13 @@ def verify_gguf(path: Path, against: Path | None) -> None:
         raise Damaged(
             f"findings: {failures}, bytes not proven: {total - proven:,}",
             path=path,
-            hint="for what is unproven, name a folder that was fetched, its torrent, or a manifest "
-            "with every sha256: --against",
+            hint="to prove the rest, give --against a fetched folder, its torrent, or a manifest "
+            "with every sha256",
         )
 
 
 def _by_sha256(exported: Exported, official: _Official) -> Iterator[tuple[int, Sequence[Finding]]]:
-    """Bytes of each shard, and what is wrong with them."""
+    """The size of each shard, and its findings."""
     from loader.export.restoring import digests
 
     files = official.files
@@ -115,7 +115,7 @@ def _by_sha256(exported: Exported, official: _Official) -> Iterator[tuple[int, S
 
 
 def _by_pieces(exported: Exported, official: _Official) -> Iterator[tuple[int, Sequence[Finding]]]:
-    """Bytes of shards in each piece, and what is wrong with them."""
+    """The number of bytes of shards in each piece, and its findings."""
     from loader.export.by_pieces import check_pieces, rebuildable
 
     layout, files = official.layout, official.files
@@ -135,7 +135,7 @@ def _by_pieces(exported: Exported, official: _Official) -> Iterator[tuple[int, S
         yield sizes[result.piece], () if good else tuple(corrupt(layout, result, tensors))
     for piece in own.keys() - set(whole):
         other = next(it for it in layout.files_over((piece,)) if it.path not in shards)
-        why = f"piece {piece} also holds bytes of {other.path}, which a GGUF has not"
+        why = f"piece {piece} also contains bytes of {other.path}, which a GGUF does not have"
         path = own[piece][0].file.path
         yield sizes[piece], (Finding("unproven", path, piece, detail=why),)
 
@@ -146,7 +146,7 @@ def _official(config: GrokConfig, against: Path | None) -> _Official:
     if against is None:
         known = next((it for it in shipped() if it.model == config.to_mapping()), None)
         if known is None:
-            raise click.UsageError("no manifest of this model comes along: name one by --against")
+            raise click.UsageError("no manifest of this model is shipped: name one with --against")
         return _Official(known)
     if against.is_dir():
         store = Store(against)
@@ -159,17 +159,19 @@ def _official(config: GrokConfig, against: Path | None) -> _Official:
         return official
     if of is not None and padded_config(of) == config:
         raise Contradiction(
-            "the GGUF is this model filled up by --pad: no shards can be rebuilt from it",
+            "the GGUF was padded by --pad, so no shards can be rebuilt from it",
             path=against,
-            hint="whether it has changed: grokfetch verify of the folder that it lies in",
+            hint="to check that it has not changed: grokfetch verify FOLDER, with its folder",
         )
     raise Contradiction(
-        "this manifest is of another model", path=against, hint="name that of the GGUF's source"
+        "this manifest is of another model",
+        path=against,
+        hint="name the manifest of the GGUF's source",
     )
 
 
 def _in_file(config: GrokConfig, path: Path) -> _Official:
-    """What a manifest or a torrent says, and the other one where it lies beside it."""
+    """What a manifest or a torrent says, with the torrent beside a manifest if there is one."""
     from loader.weights.inventory import expected
 
     data = _read(path)
@@ -199,7 +201,11 @@ def _finding(file: ManifestFile, tensor: str, sha256: str | None, detail: str) -
     if sha256 is None:
         return Finding("corrupt", file.path, None, tensor, detail)
     if file.sha256 is None:
-        return Finding("unproven", file.path, None, tensor, "the manifest has no sha256 of it")
+        return Finding("unproven", file.path, None, tensor, "the manifest has no sha256 for it")
     return Finding(
-        "corrupt", file.path, None, tensor, "the shard in the GGUF has not the manifest's sha256"
+        "corrupt",
+        file.path,
+        None,
+        tensor,
+        "the shard in the GGUF differs from the manifest's sha256",
     )

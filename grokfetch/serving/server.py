@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         assert sockets
         host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        self._say(f"serving {self._name} on http://{shown}:{port}/v1; Ctrl-C ends it")
+        self._say(f"serving {self._name} on http://{shown}:{port}/v1; Ctrl-C stops it")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more requests; a second signal ends those at work."""

@@ -87,7 +87,7 @@ def test_without_a_temporary_folder_nothing_is_kept_and_demo_says_what_it_needs(
     monkeypatch.setattr("tempfile._get_default_tempdir", no_temporary_folder)
     assert not cache_folder().exists()
     said = invoke("demo", code=StorageFailed.exit_code).output
-    assert "no room for temporary files" in said
+    assert "cannot create temporary files" in said
     assert "TMPDIR=" in said
 
 

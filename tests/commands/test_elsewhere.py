@@ -65,7 +65,7 @@ def test_files_that_are_no_model_run_nowhere(tmp_path):
     torrent = tmp_path / "x.torrent"
     torrent.write_bytes(encode_torrent(v1_torrent({"a": content(40_000)}, 32768)))
     done = invoke("plan", torrent, *on("h100x8"), code=NoModel.exit_code)
-    assert "is not a model" in done.stderr
+    assert "does not describe a model" in done.stderr
 
 
 def test_only_devices_that_are_named_can_be_compiled_for(tmp_path):

@@ -109,7 +109,7 @@ def check(name, code, text, ended_before, number):
     assert "Error" not in text, text
     if ended_before or "no new requests" in text:
         return
-    if name == "seed" and "shared in" in text:
+    if name == "seed" and "uploaded in" in text:
         # That is how it is meant to end.
         assert code == 0
         return
@@ -256,7 +256,7 @@ __main__.start()
 def test_one_that_is_being_told_is_not_raised_once_more():
     command = [sys.executable, "-c", TOLD_AT_LENGTH, "status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr == "interrupted; what is done is kept, run the command again\n"
+    assert done.stderr == "interrupted; finished work is kept, run the command again\n"
     assert done.returncode == 130
 
 

@@ -63,7 +63,7 @@ def test_a_command_by_another_name_is_told_ours(typed, meant):
     [
         (("serve", "d", "--slots", "0"), "must be an integer, 1 to 256, not '0'"),
         (("serve", "d", "--port", "x"), "must be an integer, 0 to 65,535, not 'x'"),
-        (("run", "d", "x", "--top-p", "0"), "must be a number, more than 0, 1 at most, not '0'"),
+        (("run", "d", "x", "--top-p", "0"), "must be a number, more than 0, at most 1, not '0'"),
         (("run", "d", "x", "--max-tokens", "1.5"), "must be an integer, 1 or more, not '1.5'"),
         (("fetch", "--timeout", "0"), "must be a number, more than 0, not '0'"),
     ],

@@ -86,9 +86,9 @@ def test_a_text_stops_for_one_of_three_reasons(tokens, most, room, why):
     [
         ((), "or a text on stdin"),
         (("x", "--tokens", "1"), "give either"),
-        (("--prompts", __file__), "--prompts and --output go together"),
-        (("x", "--output", "y"), "--prompts and --output go together"),
-        (("x", "--slots", "2"), "--slots goes with --prompts"),
+        (("--prompts", __file__), "--prompts and --output must be given together"),
+        (("x", "--output", "y"), "--prompts and --output must be given together"),
+        (("x", "--slots", "2"), "--slots requires --prompts"),
     ],
 )
 def test_ways_that_do_not_go_together_are_refused(tmp_path, arguments, said):
@@ -185,11 +185,11 @@ def test_a_list_has_an_object_or_a_string_in_each_line():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no prompt"),
-        ('"a"\n{"prompt"', "line 2 is not JSON"),
+        ("", "contains no prompt"),
+        ('"a"\n{"prompt"', "line 2 is not valid JSON"),
         ('{"text": "a"}', "line 1 has no prompt"),
-        ('{"prompt": [1, "a"]}', "line 1 has a prompt that is no text"),
-        ("7", "line 1 has a prompt that is no text"),
+        ('{"prompt": [1, "a"]}', "line 1 has a prompt that is not a string"),
+        ("7", "line 1 has a prompt that is not a string"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named_with_the_form(text, said):
@@ -297,7 +297,7 @@ def test_a_list_that_was_interrupted_is_gone_on_with(demo, listed):
     refused = invoke(
         *("run", demo, *options, "--temperature", 1), code=errors.Contradiction.exit_code
     )
-    assert "not of these prompts and settings" in refused.stderr
+    assert "not made from these prompts and settings" in refused.stderr
     assert output.read_text().splitlines(keepends=True) == again
 
 

@@ -161,7 +161,7 @@ def test_verify_and_publish_work_on_an_export(model, tmp_path):
     assert published.stdout.startswith("magnet:?xt=urn:btih:")
     assert "note" not in published.stderr
     assert "by the piece hashes" in grokfetch("verify", out)
-    assert "whole already" in grokfetch("export", model, out)
+    assert "already complete" in grokfetch("export", model, out)
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_true_sizes(model, tmp_path, whole):

@@ -196,4 +196,4 @@ def test_what_a_seed_has_is_written_and_the_next_run_goes_on(
 def test_options_that_go_together_or_not(tmp_path, option):
     grokfetch("export", tmp_path / "grok", tmp_path / "out", "--while-fetching", option, code=2)
     grokfetch("export", tmp_path / "grok", tmp_path / "out", "--source", "x", code=2)
-    assert "is not there" in grokfetch("export", tmp_path / "grok", tmp_path / "out", code=2)
+    assert "does not exist" in grokfetch("export", tmp_path / "grok", tmp_path / "out", code=2)

@@ -55,7 +55,7 @@ def test_the_demo_is_exported_in_a_shape_that_llama_cpp_loads(demo, tmp_path):
     ]
     assert sizes == [256, 16, 16, 256]
     said = grokfetch("verify", held.path, "--against", demo, code=13)
-    assert "filled up by --pad: no shards can be rebuilt from it" in said
+    assert "padded by --pad, so no shards can be rebuilt from it" in said
     assert held.tensors["blk.11.ffn_down_exps.weight"].kind == "Q8_0"
     assert json.loads(held.fields["grokfetch.config"])["num_layers"] == 12
 

@@ -30,13 +30,13 @@ def shards(root):
 def test_a_gguf_is_proven_to_be_the_checkpoint(model, exported):
     said = grokfetch("verify", exported, "--against", model)
     assert "proven, by the manifest's sha256" in said
-    assert said.endswith(": these are its bytes\n")
+    assert said.endswith(": it holds exactly these bytes\n")
 
 
 def test_a_manifest_alone_says_enough(model, exported, tmp_path):
     path = tmp_path / "manifest.json"
     path.write_bytes(encode(Store(model).manifest()))
-    assert "these are its bytes" in grokfetch("verify", exported, "--against", path)
+    assert "it holds exactly these bytes" in grokfetch("verify", exported, "--against", path)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_gguf_is_proven_by_the_piece_hashes_of_a_torrent(torrent, exported, mo
     monkeypatch.setattr(restoring, "SLAB", 256 * 70)
     said = grokfetch("verify", exported, "--against", torrent)
     assert "proven, by the piece hashes of torrent" in said
-    assert said.endswith(": these are its bytes\n")
+    assert said.endswith(": it holds exactly these bytes\n")
 
 
 def test_a_changed_byte_is_found_in_its_piece(torrent, copy):
@@ -127,7 +127,7 @@ def test_a_piece_that_also_holds_bytes_of_other_files_stays_unproven(model, expo
     said = grokfetch("verify", exported, "--against", path, code=20)
     findings = [line for line in said.splitlines() if line.startswith(("unproven", "corrupt"))]
     assert len(findings) == 1
-    assert "also holds bytes of release/tokenizer.model, which a GGUF has not" in findings[0]
+    assert "bytes of release/tokenizer.model, which a GGUF does not have" in findings[0]
 
 
 def test_a_torrent_of_another_model_is_refused(exported, tmp_path):
@@ -172,7 +172,7 @@ def test_shards_come_back_from_a_split_export(model, tmp_path, monkeypatch):
     grokfetch("export", model, out, "--split", "500k")
     monkeypatch.setattr(restoring, "SLAB", 256 * 70)
     first = next(out.glob("*-00001-of-*"))
-    assert "these are its bytes" in grokfetch("verify", first, "--against", model)
+    assert "it holds exactly these bytes" in grokfetch("verify", first, "--against", model)
     grokfetch("export", first, back, "--format", "shards")
     assert shards(back) == shards(model)
     next(out.glob("*-00002-of-*")).unlink()

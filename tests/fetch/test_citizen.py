@@ -107,7 +107,7 @@ def test_ctrl_c_ends_seeding_well_and_says_what_was_shared(whole):
     with seeding("seed", whole[0]) as (child, _):
         assert read_owner(Store(whole[0]).state, SEEDER).pid == child.pid
         child.send_signal(signal.SIGINT)
-        assert re.search(r"0 B shared in .*, ratio 0\.00\n$", child.stderr.read())
+        assert re.search(r"0 B uploaded in .*, ratio 0\.00\n$", child.stderr.read())
     assert child.returncode == 0
     assert read_owner(Store(whole[0]).state, SEEDER) is None
 

@@ -224,8 +224,8 @@ def test_mapped_weights_need_memory_for_the_cache_only():
         return mapped(tuple(shares(grok_1(), machine)), machine, 770)
 
     assert verdict_with(24 * GB).fits
-    assert "is read for each token" in verdict_with(24 * GB).why
-    assert "hold them all" in verdict_with(400 * GB).why
+    assert "read from disk for each token" in verdict_with(24 * GB).why
+    assert "enough for all weights" in verdict_with(400 * GB).why
     assert not verdict_with(2 * GB).fits
     assert mapped((), Machine(GB, (), MANY), 770) is None
 
@@ -239,7 +239,7 @@ def test_mapped_weights_need_as_many_open_files_as_python_keeps_open():
         assert verdict_here.fits is (allowed == needed)
     machine = Machine(24 * GB, (), 100)
     why = mapped(tuple(shares(grok_1(), machine)), machine, 770).why
-    assert f"{needed} files are open at once, 100 are allowed" in why
+    assert f"needs {needed} open files, 100 are allowed" in why
 
 
 def test_a_limit_of_the_address_space_is_named_by_plan(tmp_path, monkeypatch):

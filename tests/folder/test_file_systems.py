@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_never_called_wrong_and_repair_is_no_advice(demo,
     assert f"unreadable piece 5 grok-demo/ckpt-0/{shard}: Input/output error" in told.stdout
     assert "wrong" not in told.stdout
     assert "--repair" not in told.stderr
-    assert "look at the disk" in told.stderr
+    assert "check the disk" in told.stderr
     monkeypatch.undo()
     grokfetch("verify", demo)
 

@@ -348,12 +348,12 @@ def test_what_somebody_waits_for_is_shown_while_the_fetch_is_at_work(fetched):
     def at_work():
         yield Status("downloading", demanded=(4, 3, 6))
         with store.lock():
-            assert "somebody waits for pieces 3 to 4, 6" in " ".join(shown(fetched).split())
+            assert "readers are waiting for pieces 3 to 4, 6" in " ".join(shown(fetched).split())
             assert machine(fetched)["demanded"] == [4, 3, 6]
 
     list(history.recorded(store, at_work()))
     assert history.read(store).demanded == ()
-    assert "waits for pieces" not in shown(fetched)
+    assert "waiting for pieces" not in shown(fetched)
     assert machine(fetched)["demanded"] == []
 
 
@@ -458,7 +458,7 @@ def test_a_fetch_that_has_ended_says_how_and_why(tmp_path):
     assert re.fullmatch(r"failed .* ago: the disk is full", how())
     with pytest.raises(Killed):
         list(fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES), die_after=2)))
-    assert how().endswith("ended without a word: it was killed")
+    assert how().endswith("then the process was killed")
     events = fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES)))
     next(event for event in events if isinstance(event, Status) and event.phase == "downloading")
     events.close()
