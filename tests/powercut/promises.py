@@ -147,7 +147,8 @@ def outlived(struck: Struck) -> Tried:
         broken.append(f"exit code {ended.code}: {ended.said[-300:]}")
     if ended is not None and "Traceback" in ended.said:
         broken.append(f"a traceback: {ended.said[-600:]}")
-    if fault.action != "flip" and struck.text not in (None, _text()):
+    # What a run says is made only where it is to be compared: it takes seconds, for jax.
+    if fault.action != "flip" and struck.text is not None and struck.text != _text():
         broken.append(f"a run that ended well has said {struck.text}")
     folder = struck.disk / "to"
     try:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from powercut.forking import forked
 from powercut.recorder import Fault, Operation, recordings
 from support import loadable
 from support.program import SIMPLEST
@@ -72,29 +73,20 @@ def recorded_disk(
     """`work / "backing"` as a mounted disk, and what gives its operations after the block."""
     place, backing, log = (work / name for name in ("disk", "backing", "log"))
     place.mkdir()
-    code = "import sys; from powercut.recorder import Fault, mount; "
-    code += f"mount(*sys.argv[1:], fault={fault!r})"
-    tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
-    command = [sys.executable, "-c", code, place, backing, log]
-    process = subprocess.Popen(command, env=os.environ | tests)
+    code = "import os\nfrom powercut.recorder import Fault, mount\n"
+    code += f"mount({str(place)!r}, {str(backing)!r}, {str(log)!r}, {fault!r})\nos._exit(0)"
+    process = forked(code, 1, 2)
     deadline = time.monotonic() + 20
     try:
         while not os.path.ismount(place):
-            if process.poll() is not None or time.monotonic() > deadline:
+            # Gives the other process the processor, and looks again.
+            if process.wait(0.001) is not None or time.monotonic() > deadline:
                 raise RuntimeError("the recording file system did not come up")
-            select_for(0.01)
         yield place, lambda: recordings(log)
     finally:
         tool = shutil.which("fusermount3") or shutil.which("fusermount") or "fusermount"
         subprocess.run([tool, "-u", "-z", place], check=False, capture_output=True)
         process.wait(20)
-
-
-def select_for(seconds: float) -> None:
-    """Give the other process the processor; the caller looks again, with a deadline."""
-    import select
-
-    select.select([], [], [], seconds)
 
 
 class Ended(Exception):
@@ -109,11 +101,23 @@ class Ended(Exception):
 def program(*arguments: object) -> str:
     """What grokfetch says on stdout, in a process of its own, with the fault that is planted."""
     call = f"{_planted}\nfrom grokfetch.cli import main\nmain({[*map(str, arguments)]!r})"
-    command = [sys.executable, "-c", call]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise Ended(done.returncode, done.stderr)
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if _planted:
+            # What is broken must be so before another module has imported it.
+            command = [sys.executable, "-c", call]
+            done = subprocess.run(command, stdout=out, stderr=err, timeout=60, check=False)
+            code = done.returncode
+        else:
+            process = forked(call, out.fileno(), err.fileno())
+            code = process.wait(60)
+            if code is None:
+                process.kill()
+                raise TimeoutError(f"not ended after a minute: {call}")
+        for file in (out, err):
+            file.seek(0)
+        if code:
+            raise Ended(code, err.read())
+        return out.read()
 
 
 SWARM = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
