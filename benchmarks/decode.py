@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from grokfetch.cache_folder import cache_folder
 from grokfetch.process_limits import available_memory
-from loader.devices.cache_folder import cache_folder
 from loader.devices.paging import CHUNK, READERS, Managed
 from loader.devices.placement import make_mesh, share
 from loader.devices.tuning import measure

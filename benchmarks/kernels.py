@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grokfetch.cache_folder import cache_folder
 from loader.devices import native
-from loader.devices.cache_folder import cache_folder
 from loader.devices.kernels import Rows, Tuning, product
 from loader.devices.tuning import measure
 from loader.devices.xla_setup import processor

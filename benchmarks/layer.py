@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from loader.devices.cache_folder import cache_folder
+from grokfetch.cache_folder import cache_folder
 from loader.devices.placement import make_mesh, share
 from loader.devices.tuning import measure
 from loader.devices.xla_setup import processor, use_cores

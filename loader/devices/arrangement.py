@@ -9,10 +9,10 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Literal
 
+from grokfetch.cache_folder import cache_folder
 from grokfetch.errors import OutOfReach
 from grokfetch.process_limits import address_space
 from grokfetch.units import bytes_text
-from loader.devices.cache_folder import cache_folder
 from loader.devices.jax_environment import open_devices, require_jax
 from loader.devices.memory import free_memory
 from loader.weights.capacity import Memory, Shortage, Use, left, shortage

@@ -10,13 +10,7 @@ and the program does not build, the caller is told why.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from grokfetch.c_program import OPTIONS, PROCESSOR, CProgram, digest_of
+
 __all__ = ["attention", "built", "product"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.c", "attention.c"))
 HEADERS = tuple(
     Path(__file__).with_name(name) for name in ("pool.h", "tiles.h", "integers.h", "matrix_unit.h")
 )
-OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
-PROCESSOR = ("-march=native", "-mcpu=native")
-"""How compilers are told to use all that this processor has; the second is that of some for ARM."""
-
-COMPILERS = ("cc", "gcc", "clang")
-PATIENCE_S = 60
-VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES + HEADERS)).hexdigest()[:8]
+VERSION = digest_of(SOURCES + HEADERS)
 NAME = f"grokfetch_native_{VERSION}"
 """Of the compiled file that is kept, which is found by no other version of the source."""
 
@@ -56,9 +46,10 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
     """
     if LOADED:
         return True
-    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
+    options = (*OPTIONS, f"-I{jax.ffi.include_dir()}")
+    program = CProgram(NAME, SOURCES, options, PROCESSOR)
     try:
-        file = _kept(folder) or (_compiled(folder, compiler) if compiler else None)
+        file = program.kept(folder) or program.compiled(folder)
         if file is None:
             return False
         library = ctypes.CDLL(str(file))
@@ -66,7 +57,7 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
             name: jax.ffi.pycapsule(getattr(library, name))  # type: ignore[no-untyped-call]
             for name in FUNCTIONS
         }
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError) as error:
         # AttributeError: a home that moved to another system.
         names = " and ".join(file.name for file in SOURCES)
         report(f"{names} cannot be built or used, hence slower tokens: {error}")
@@ -153,47 +144,3 @@ def attention(
 def _target(function: str) -> str:
     """What XLA knows a function as; a program that it keeps finds no other version of it."""
     return f"{function}_{VERSION}"
-
-
-def _kept(folder: Path) -> Path | None:
-    """What was compiled earlier: half a file would end the process, so its name tells its bytes."""
-    with contextlib.suppress(OSError):
-        for file in folder.glob(f"{NAME}-*.so"):
-            if file.name == _name(file.read_bytes()):
-                return file
-    return None
-
-
-def _name(content: bytes) -> str:
-    return f"{NAME}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-
-
-def _compiled(folder: Path, compiler: str) -> Path:
-    """What the compiler makes of the source, in the folder.
-
-    Raises:
-        OSError: it refuses the source, does not exist, or the folder cannot be written.
-        subprocess.SubprocessError: it takes too long.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = Path(work) / "made.so"
-        for processor in (*PROCESSOR, ""):
-            command = [*compiler.split(), *OPTIONS, processor, f"-I{jax.ffi.include_dir()}"]
-            ran = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
-                [*filter(None, command), *map(str, SOURCES), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE_S,
-                env=os.environ | {"TMPDIR": work},
-                check=False,
-            )
-            if ran.returncode == 0:
-                return made.replace(folder / _name(made.read_bytes()))
-    raise OSError(f"{compiler}: {_first_error(ran.stderr) or f'exit code {ran.returncode}'}")
-
-
-def _first_error(text: str) -> str:
-    """The first line in which a compiler names an error, or else its last one."""
-    lines = text.strip().splitlines() or [""]
-    return next((line for line in lines if "error:" in line), lines[-1]).strip()

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from grokfetch.cache_folder import cache_folder
 from grokfetch.folder.atomic import replacing
 from loader.devices import native
-from loader.devices.cache_folder import cache_folder
 from loader.devices.kernels import Rows, Tuning, product
 from loader.devices.xla_setup import processor
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
-import platform
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
+from grokfetch import c_program
 from grokfetch.process_limits import cores
 from loader.weights.limits import GPU_SHARE
 from loader.weights.schema import GrokConfig
@@ -31,17 +30,7 @@ UNDIVIDED = "xla_gpu_experimental_force_split_k"
 
 def processor() -> str:
     """A name for what programs are compiled and tuned for: model, instructions, cores, jaxlib."""
-    model, flags = platform.processor(), ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags":
-                flags = value.strip()
-    # Virtual machines of one model name differ in what they let through.
-    flags_digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    text = f"{model or platform.machine()}-{flags_digest}-{cores()}-{version('jaxlib')}"
+    text = f"{c_program.processor()}-{cores()}-{version('jaxlib')}"
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 

@@ -18,8 +18,8 @@ from support.demo import fetch_demo
 from support.program import invoke
 from support.small_disk import small_disk
 
+from grokfetch.cache_folder import cache_folder
 from grokfetch.errors import OutOfReach, StorageFailed
-from loader.devices.cache_folder import cache_folder
 
 DEADLINE_S = 60
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import c_program, golden
 from support.parity import check_bfloat16, check_parity
 
+from grokfetch.c_program import COMPILERS
 from loader.devices import native
 from loader.devices.kernels import Tuning
 from loader.devices.placement import make_mesh, share
@@ -22,7 +23,7 @@ from loader.inference.engine import Engine
 from loader.weights.partition import MeshShape
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, native.COMPILERS)), reason="this machine has no C compiler"
+    not any(map(shutil.which, COMPILERS)), reason="this machine has no C compiler"
 )
 
 
