@@ -132,25 +132,30 @@ def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> Non
 
 
 def measure(client: str, torrent: Path, source: Path, work: Path, holders: Sequence[int]) -> Any:
-    """Seconds until each host had all, and the bytes that the seed had sent by then."""
+    """Seconds until each host had all, bytes that the seed had sent by then, load of processors."""
     count = len(holders)
     with contextlib.ExitStack() as stack:
         start = functools.partial(
             subprocess.Popen, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         outputs = [stack.enter_context(work.joinpath(f"{i}.out").open("w+")) for i in range(count)]
+        children = []
         for number in range(1, count):
             folder = work / f"{client}-{number}"
             folder.mkdir()
             command = host_command(client, torrent, folder, number, count)
             child = start([*inside(holders[number]), *command], stdout=outputs[number])
             stack.callback(end, child)
+            children.append(child)
         wait_until_listening(holders[1:])
         by_client = {"grokfetch": "our seed", "libtorrent": "alone", "super-seeding": "super"}
         command = role(by_client[client], torrent, source, 0, count)
-        stack.callback(end, start([*inside(holders[0]), *command], stdout=outputs[0]))
+        child = start([*inside(holders[0]), *command], stdout=outputs[0])
+        stack.callback(end, child)
+        children.append(child)
         wait_until_listening(holders[:1])
         begin = time.monotonic()
+        before = sum(map(processor_seconds, children))
         finished: dict[int, float] = {}
         while len(finished) < count - 1:
             time.sleep(0.05)
@@ -163,7 +168,15 @@ def measure(client: str, torrent: Path, source: Path, work: Path, holders: Seque
             if time.monotonic() - begin > TIMEOUT_S:
                 raise TimeoutError(f"{client}: {len(finished)} of {count - 1} hosts have all")
         last = work.joinpath("0.out").read_text().rsplit("\n", 2)[-2]
-        return sorted(finished.values()), json.loads(last)["uploaded"]
+        used = sum(map(processor_seconds, children)) - before
+        busy = used / max(finished.values()) / (os.cpu_count() or 1)
+        return sorted(finished.values()), json.loads(last)["uploaded"], busy
+
+
+def processor_seconds(child: subprocess.Popen[bytes]) -> float:
+    """What a process has used so far."""
+    words = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until_listening(holders: Sequence[int]) -> None:
@@ -215,11 +228,12 @@ def main() -> None:
                     network(hosts + 1, rate) as holders,
                     tempfile.TemporaryDirectory(dir=root) as work,
                 ):
-                    ends, sent = measure(client, torrent, root / "seed", Path(work), holders)
+                    ends, sent, busy = measure(client, torrent, root / "seed", Path(work), holders)
                 figures = f"last {ends[-1]:6.1f} s, first {ends[0]:6.1f} s"
                 ratio = f"{ends[-1] / bound:.2f} of the bound"
                 print(
-                    f"{client:14} {figures}, {ratio}, the seed sent {sent / size:.2f} copies",
+                    f"{client:14} {figures}, {ratio}, the seed sent {sent / size:.2f} copies, "
+                    f"processors {busy:.0%} busy",
                     flush=True,
                 )
 
