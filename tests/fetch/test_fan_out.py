@@ -30,13 +30,16 @@ def others(*ids):
 def test_hosts_of_one_seed_have_shares_that_together_are_all_and_never_overlap():
     shares = [share_of(me, {SEED, *others(*{A, B, C} - {me})}) for me in (A, B, C)]
     for piece in range(100):
-        assert sorted(share.turn(piece) for share in shares) == [0, 1, 2]
+        assert sorted(share.turn(piece, share.rank) for share in shares) == [0, 1, 2]
+        assert all(
+            shares[share.owner(piece)].turn(piece, share.owner(piece)) == 0 for share in shares
+        )
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 8, 16])
 def test_help_with_a_share_is_spread_over_all_other_hosts(hosts):
     pieces = range(0, hosts * (hosts - 1) * 5, hosts)
-    helpers = [r for p in pieces for r in range(hosts) if Share(r, hosts).turn(p) == 1]
+    helpers = [r for p in pieces for r in range(hosts) if Share(0, hosts).turn(p, r) == 1]
     assert {helpers.count(rank) for rank in range(1, hosts)} == {5}
 
 
@@ -62,22 +65,42 @@ def test_a_host_asks_for_its_share_first_and_for_others_once_another_host_has_th
     assert levels[0] >= levels[2] >= levels[4] > levels[5] == levels[6] == levels[7] > 0
 
 
-def test_a_host_whose_share_has_come_helps_from_the_other_end_and_first_where_it_is_its_turn():
-    usual, copies = [3] * 36, [1] * 36
-    owner, helper = Share(0, 3), Share(1, 3)
-    left = [piece for piece in range(36) if helper.turn(piece)]
-    levels = priorities(left, usual, copies, helper)
-    assert {piece for piece in left if levels[piece]} == {p for p in left if helper.turn(p) == 1}
-    same = [piece for piece in left if levels[piece] and not owner.turn(piece)]
-    whole = priorities(range(36), usual, copies, owner)
-    assert same
-    assert all(levels[same[0]] < levels[same[-1]] and whole[it] for it in same)
-    assert whole[same[0]] > whole[same[-1]]
+def opened(levels):
+    return {piece for piece, level in levels.items() if level}
+
+
+def test_hosts_whose_shares_have_come_divide_the_rest_of_another_but_for_what_is_under_way():
+    usual, copies = [3] * 60, [1] * 60
+    left = range(0, 60, 3)
+    helped = [opened(priorities(left, usual, copies, Share(rank, 3))) for rank in (1, 2)]
+    assert helped[0] and helped[1]
+    assert not helped[0] & helped[1]
+    assert helped[0] | helped[1] == set(left) - {0, 3}
+
+
+def test_a_helper_begins_at_the_end_to_which_the_owner_comes_last():
+    usual, copies = [3] * 60, [1] * 60
+    helped = priorities(range(0, 60, 3), usual, copies, Share(1, 3))
+    own = priorities(range(0, 60, 3), usual, copies, Share(0, 3))
+    first, last = min(opened(helped)), max(opened(helped))
+    assert helped[last] > helped[first]
+    assert own[last] < own[0]
+
+
+def test_a_host_with_enough_of_its_own_helps_nobody():
+    levels = priorities(range(60), [3] * 60, [1] * 60, Share(1, 3))
+    assert opened(levels) == set(range(1, 60, 3))
+
+
+def test_what_a_helper_has_begun_it_brings_to_an_end():
+    usual, copies = [3] * 60, [1] * 60
+    assert not opened(priorities([0, 3], usual, copies, Share(1, 3)))
+    assert opened(priorities([0, 3], usual, copies, Share(1, 3), begun={3})) == {3}
 
 
 def test_where_only_what_is_not_brought_by_its_owner_is_left_a_host_asks_for_it():
     for rank in range(4):
-        assert all(priorities([7], [3] * 8, [1] * 8, Share(rank, 4)).values())
+        assert all(priorities([7], [3] * 8, [1] * 8, Share(rank, 4), patient=False).values())
 
 
 def test_what_is_wanted_earlier_comes_earlier_in_the_share_and_beside_it():

@@ -26,6 +26,17 @@ TURN_S = 0.1
 BUSY = 0.02
 """The part of the time that determining them may take."""
 
+UNDER_WAY = 2
+"""So many pieces a host is probably being sent by the seed at one time: as many as it has asked for
+a part of where it asks for what comes in a second."""
+
+FEW = 4
+"""A host that has fewer pieces of its own to come than this helps others."""
+
+PATIENCE_S = 2.0
+"""Hosts that get nothing from the seed for so long are not left alone with what they have begun;
+longer where pieces take longer to come."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Peer:
@@ -49,16 +60,20 @@ class Share:
     rank: int
     hosts: int
 
-    def turn(self, piece: int) -> int:
-        """Before how many others' turn it is this host's to ask for a piece; 0 is its own.
+    def owner(self, piece: int) -> int:
+        """The rank of the host whose own a piece is."""
+        return piece % self.hosts
+
+    def turn(self, piece: int, rank: int) -> int:
+        """How many others come before a host with a piece; 0 is the owner's.
 
         Over the hosts the turns of a piece are all different, so that those who help do not all
         help with the same.
         """
-        owner = piece % self.hosts
-        if owner == self.rank:
+        owner = self.owner(piece)
+        if owner == rank:
             return 0
-        distance = (self.rank - owner - 1) % self.hosts
+        distance = (rank - owner - 1) % self.hosts
         return 1 + (distance + piece // self.hosts) % (self.hosts - 1)
 
 
@@ -78,29 +93,61 @@ def share_of(own: bytes, peers: Collection[Peer]) -> Share | None:
 
 
 def priorities(
-    pieces: Iterable[int], usual: Sequence[int], copies: Sequence[int], share: Share
+    pieces: Iterable[int],
+    usual: Sequence[int],
+    copies: Sequence[int],
+    share: Share,
+    begun: Collection[int] = (),
+    *,
+    patient: bool = True,
 ) -> dict[int, int]:
     """The priority of each piece that is still to come, 0 where it is not to be asked for yet.
 
-    What only the seed has comes first, as far as it is this host's turn: its own share, and when
-    nothing of that is left, what it helps with. What is usually earlier stays so; among equals
-    owners begin at one end and helpers at the other. What others have comes behind.
+    What only the seed has comes first, as far as it is this host's to ask for: its own share in a
+    fixed order, and where little of that is left, what it helps others with. It helps with what an
+    owner comes to last, and not with what the owner is probably being sent already: near the end
+    that is all there is, and each piece that is sent twice then keeps everybody waiting. What is
+    usually earlier stays so. What others have comes behind.
 
     Args:
         pieces: that are still to come.
         usual: the priority by piece, from 1 to 6, where nothing is divided.
         copies: how many peers have a piece, by piece.
         share: of this host.
+        begun: the pieces of which this host has asked for a part.
+        patient: whether to leave to others what they are probably being sent; False where they
+            have not got anything for a while.
     """
-    left = sorted(pieces)
-    turns = {piece: share.turn(piece) for piece in left if copies[piece] < 2}
-    now = min(turns.values(), default=0)
-    mine = [piece for piece, turn in turns.items() if turn == now]
-    middle = len(mine) // 2
-    later = mine[:middle] if now else mine[middle:]
-    levels = {piece: 0 if piece in turns else (usual[piece] + 1) // 2 for piece in left}
-    levels |= {piece: 4 + (usual[piece] + 1) // 2 for piece in mine}
-    return levels | {piece: levels[piece] - 1 for piece in later}
+    left = sorted(pieces, key=lambda piece: (-usual[piece], piece))
+    lone = [piece for piece in left if copies[piece] < 2]
+    shares: list[list[int]] = [[] for _ in range(share.hosts)]
+    for piece in lone:
+        shares[share.owner(piece)].append(piece)
+    mine = shares[share.rank]
+    if len(mine) < FEW:
+        mine = [*mine, *_help(shares, share, begun, patient=patient)]
+    levels = {piece: 1 + (usual[piece] > 3) for piece in left} | dict.fromkeys(lone, 0)
+    for place, piece in enumerate(mine):
+        tier = max(0, 2 - place // UNDER_WAY)
+        levels[piece] = 3 + (usual[piece] - 1) // 2 + tier
+    return levels
+
+
+def _help(
+    shares: Sequence[Sequence[int]], share: Share, begun: Collection[int], *, patient: bool
+) -> list[int]:
+    """What a host asks for of the shares of others, first what it has begun."""
+    helpers = [rank for rank, own in enumerate(shares) if len(own) < FEW]
+    chosen = []
+    for owner, own in enumerate(shares):
+        if owner == share.rank:
+            continue
+        for place, piece in enumerate(own):
+            turns = {share.turn(piece, rank): rank for rank in helpers if rank != owner}
+            free = place >= UNDER_WAY and turns[min(turns)] == share.rank
+            if free or not patient or piece in begun:
+                chosen.append((piece not in begun, not free, -place, piece))
+    return [piece for *_, piece in sorted(chosen)]
 
 
 class FanOut:
@@ -121,6 +168,9 @@ class FanOut:
         self._share: Share | None = None
         self._set: dict[int, int] = {}
         self._turn_at = 0.0
+        self._lone = 0
+        self._lone_since = time.monotonic()
+        self._patience_s = PATIENCE_S
 
     def heed(self, left: Collection[int]) -> None:
         """Take in who is there and what they have; called at each turn.
@@ -139,9 +189,32 @@ class FanOut:
         self._share = share
         # It is empty once libtorrent has everything.
         if share is not None and (copies := self._handle.piece_availability()):
-            self._prioritize(priorities(left, self._usual, copies, share))
+            patient = self._wait(sum(copies[piece] < 2 for piece in left), start)
+            begun = {part["piece_index"] for part in self._handle.get_download_queue()}
+            levels = priorities(left, self._usual, copies, share, begun, patient=patient)
+            self._prioritize(levels)
+            import os, sys
+            if os.environ.get("FANLOG"):
+                sys.path.insert(0, "/tmp")
+                import fanlog
+                fanlog.log(self, left, share, copies, levels)
         now = time.monotonic()
         self._turn_at = now + max(TURN_S, (now - start) / BUSY)
+
+    def _wait(self, lone: int, now: float) -> bool:
+        """Whether what only the seed has became less not too long ago.
+
+        Args:
+            lone: how many pieces only it has.
+            now: the time.
+        """
+        waited = now - self._lone_since
+        patient = waited <= self._patience_s
+        if lone != self._lone:
+            if patient:
+                self._patience_s = max(self._patience_s, waited)
+            self._lone, self._lone_since = lone, now
+        return patient
 
     def _peers(self) -> list[Peer]:
         lt = libtorrent().peer_info

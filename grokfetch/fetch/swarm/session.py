@@ -311,6 +311,8 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     if settings.near:
         # uTP gives way where a link is busy, and the links of hosts that share one are.
         by_name["enable_outgoing_utp"] = False
+        # Two hosts that call each other at once may both hang up.
+        by_name["min_reconnect_time"] = 2
     if settings.local:
         # Here several peers share one address, and a lost one is worth trying again at once.
         by_name["allow_multiple_connections_per_ip"] = True
