@@ -13,7 +13,7 @@ from support.torrents import content
 from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
-from grokfetch.fetch.swarm.fan_out import Peer, Share, priorities, share_of
+from grokfetch.fetch.swarm.fan_out import Patience, Peer, Share, priorities, share_of
 from grokfetch.fetch.swarm.session import session_settings
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_torrent
@@ -73,9 +73,9 @@ def test_hosts_whose_shares_have_come_divide_the_rest_of_another_but_for_what_is
     usual, copies = [3] * 60, [1] * 60
     left = range(0, 60, 3)
     helped = [opened(priorities(left, usual, copies, Share(rank, 3))) for rank in (1, 2)]
-    assert helped[0] and helped[1]
+    assert all(helped)
     assert not helped[0] & helped[1]
-    assert helped[0] | helped[1] == set(left) - {0, 3}
+    assert helped[0] | helped[1] == set(left) - {0}
 
 
 def test_a_helper_begins_at_the_end_to_which_the_owner_comes_last():
@@ -94,13 +94,23 @@ def test_a_host_with_enough_of_its_own_helps_nobody():
 
 def test_what_a_helper_has_begun_it_brings_to_an_end():
     usual, copies = [3] * 60, [1] * 60
-    assert not opened(priorities([0, 3], usual, copies, Share(1, 3)))
-    assert opened(priorities([0, 3], usual, copies, Share(1, 3), begun={3})) == {3}
+    assert not opened(priorities([0], usual, copies, Share(1, 3)))
+    assert opened(priorities([0], usual, copies, Share(1, 3), begun={0})) == {0}
 
 
 def test_where_only_what_is_not_brought_by_its_owner_is_left_a_host_asks_for_it():
     for rank in range(4):
         assert all(priorities([7], [3] * 8, [1] * 8, Share(rank, 4), patient=False).values())
+
+
+def test_patience_is_two_seconds_and_longer_where_pieces_have_taken_longer_but_by_steps():
+    patience = Patience(0.0)
+    assert patience.lasts(9, 1.9)
+    assert patience.lasts(9, 3.8)
+    assert not patience.lasts(9, 4.0)
+    assert not patience.lasts(8, 20.0)
+    assert patience.lasts(8, 23.9)
+    assert not patience.lasts(8, 24.1)
 
 
 def test_what_is_wanted_earlier_comes_earlier_in_the_share_and_beside_it():

@@ -26,16 +26,19 @@ TURN_S = 0.1
 BUSY = 0.02
 """The part of the time that determining them may take."""
 
-UNDER_WAY = 2
-"""So many pieces a host is probably being sent by the seed at one time: as many as it has asked for
-a part of where it asks for what comes in a second."""
+UNDER_WAY = 1
+"""So many pieces of its own, the first ones to come, an owner is probably being sent already."""
 
-FEW = 4
+FEW = 3
 """A host that has fewer pieces of its own to come than this helps others."""
 
+SOON = 2
+"""So many of the pieces that are a host's to ask for come before the next so many, and these before
+the rest."""
+
 PATIENCE_S = 2.0
-"""Hosts that get nothing from the seed for so long are not left alone with what they have begun;
-longer where pieces take longer to come."""
+"""Where nothing comes from the seed for so long, or longer than it has taken before, others ask for
+what a host has begun."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def share_of(own: bytes, peers: Collection[Peer]) -> Share | None:
     return Share(hosts.index(own), len(hosts))
 
 
-def priorities(
+def priorities(  # noqa: PLR0913  # all that a host sees, each by name
     pieces: Iterable[int],
     usual: Sequence[int],
     copies: Sequence[int],
@@ -128,7 +131,7 @@ def priorities(
         mine = [*mine, *_help(shares, share, begun, patient=patient)]
     levels = {piece: 1 + (usual[piece] > 3) for piece in left} | dict.fromkeys(lone, 0)
     for place, piece in enumerate(mine):
-        tier = max(0, 2 - place // UNDER_WAY)
+        tier = max(0, 2 - place // SOON)
         levels[piece] = 3 + (usual[piece] - 1) // 2 + tier
     return levels
 
@@ -150,6 +153,34 @@ def _help(
     return [piece for *_, piece in sorted(chosen)]
 
 
+class Patience:
+    """Whether to go on leaving to others what the seed is probably sending them.
+
+    Args:
+        now: the time, in seconds.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._lone = 0
+        self._since = now
+        self._longest_s = PATIENCE_S
+
+    def lasts(self, lone: int, now: float) -> bool:
+        """Whether the last piece that left the seed did so not too long ago.
+
+        Args:
+            lone: how many pieces only the seed has.
+            now: the time.
+        """
+        waited = now - self._since
+        patient = waited <= self._longest_s
+        if lone != self._lone:
+            # No more than twice as long, for that one of them has stood still is no measure.
+            self._longest_s = max(self._longest_s, min(waited, 2 * self._longest_s))
+            self._lone, self._since = lone, now
+        return patient
+
+
 class FanOut:
     """Divides the only seed with the other hosts, in one session; does nothing where it is not so.
 
@@ -168,9 +199,7 @@ class FanOut:
         self._share: Share | None = None
         self._set: dict[int, int] = {}
         self._turn_at = 0.0
-        self._lone = 0
-        self._lone_since = time.monotonic()
-        self._patience_s = PATIENCE_S
+        self._patience = Patience(time.monotonic())
 
     def heed(self, left: Collection[int]) -> None:
         """Take in who is there and what they have; called at each turn.
@@ -181,56 +210,40 @@ class FanOut:
         start = time.monotonic()
         if self._idle or start < self._turn_at:
             return
-        share = share_of(self._session.peer_id, self._peers())
-        if (share is None) != (self._share is None):
-            self._session.divide(yes=share is not None)
+        infos = self._handle.get_peer_info()
+        share = share_of(self._session.peer_id, _peers(infos))
+        if share is not None:
+            self._session.divide(max(float(peer.payload_down_speed) for peer in infos))
+        elif self._share is not None:
+            self._session.divide(None)
         if share is None and self._share is not None:
             self._prioritize({piece: self._usual[piece] for piece in left})
         self._share = share
         # It is empty once libtorrent has everything.
         if share is not None and (copies := self._handle.piece_availability()):
-            patient = self._wait(sum(copies[piece] < 2 for piece in left), start)
+            patient = self._patience.lasts(sum(copies[piece] < 2 for piece in left), start)
             begun = {part["piece_index"] for part in self._handle.get_download_queue()}
-            levels = priorities(left, self._usual, copies, share, begun, patient=patient)
-            self._prioritize(levels)
-            import os, sys
-            if os.environ.get("FANLOG"):
-                sys.path.insert(0, "/tmp")
-                import fanlog
-                fanlog.log(self, left, share, copies, levels)
+            self._prioritize(priorities(left, self._usual, copies, share, begun, patient=patient))
         now = time.monotonic()
         self._turn_at = now + max(TURN_S, (now - start) / BUSY)
-
-    def _wait(self, lone: int, now: float) -> bool:
-        """Whether what only the seed has became less not too long ago.
-
-        Args:
-            lone: how many pieces only it has.
-            now: the time.
-        """
-        waited = now - self._lone_since
-        patient = waited <= self._patience_s
-        if lone != self._lone:
-            if patient:
-                self._patience_s = max(self._patience_s, waited)
-            self._lone, self._lone_since = lone, now
-        return patient
-
-    def _peers(self) -> list[Peer]:
-        lt = libtorrent().peer_info
-        absent = lt.connecting | lt.handshake
-        return [
-            Peer(
-                peer.pid.to_bytes(),
-                seeds=bool(peer.flags & lt.seed),
-                divides=peer.client == CLIENT.encode() and not peer.flags & lt.upload_only,
-            )
-            for peer in self._handle.get_peer_info()
-            if not peer.flags & absent
-        ]
 
     def _prioritize(self, levels: dict[int, int]) -> None:
         new = {i: level for i, level in levels.items() if self._set.get(i, self._usual[i]) != level}
         if new:
             self._set |= new
             self._handle.prioritize_pieces(list(new.items()))
+
+
+def _peers(infos: Iterable[Any]) -> list[Peer]:
+    """Those of libtorrent's peers with which the handshake is done."""
+    lt = libtorrent().peer_info
+    absent = lt.connecting | lt.handshake
+    return [
+        Peer(
+            peer.pid.to_bytes(),
+            seeds=bool(peer.flags & lt.seed),
+            divides=peer.client == CLIENT.encode() and not peer.flags & lt.upload_only,
+        )
+        for peer in infos
+        if not peer.flags & absent
+    ]
