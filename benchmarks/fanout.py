@@ -5,8 +5,10 @@ network namespace behind one bridge, and what it sends is limited by the kernel 
 a link would: libtorrent's own limit of a rate reaches only part of it on one connection. Time is
 counted from when the seed listens, and all hosts before it, to the last host that has all;
 ours includes reading back, hashing again and flushing to the disk. A host that has all goes on
-sharing. The bound is the larger of size / rate and hosts * size / ((hosts + 1) * rate), with the
-rate of the link, of which headers of packets take three hundredths.
+sharing. With readers each host waits for one of eight files after another, all for the same first.
+Processor time is that of hosts and seed. The bound is the larger of size / rate and
+hosts * size / ((hosts + 1) * rate), with the rate of the link, of which headers of packets take
+three hundredths.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from typing import Any
 
 from payload import MIB, torrent_of, write_payload
 
-from grokfetch.fetch.swarm import SwarmSettings, seed
+from grokfetch.fetch import fetch
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
+from grokfetch.fetch.waiting_store import Arriving
+from grokfetch.torrent.metainfo import parse_torrent
 
 PORT = 6881
 LISTENING = f":{PORT:04X} "
@@ -87,7 +92,8 @@ def host_command(client: str, torrent: Path, folder: Path, number: int, count: i
         command += ["--listen", f"{address(number)}:{PORT}", "--no-discovery", "--json"]
         command += ["--seed", "--for", f"{TIMEOUT_S:.0f}s"]
         return command + [word for peer in peers for word in ("--peer", f"{peer}:{PORT}")]
-    return role("alone", torrent, folder, number, count)
+    name = "reader" if client == "with readers" else "alone"
+    return role(name, torrent, folder, number, count)
 
 
 def role(name: str, torrent: Path, folder: Path, number: int, count: int) -> list[str]:
@@ -97,13 +103,16 @@ def role(name: str, torrent: Path, folder: Path, number: int, count: int) -> lis
 
 
 def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> None:
-    """Be libtorrent alone, as a host or as the seed, or our seed; only a signal ends it."""
+    """Be libtorrent alone, as a host or as the seed, our seed, or one of our hosts with a reader.
+
+    Only a signal ends it.
+    """
     peers = tuple(f"{address(other)}:{PORT}" for other in range(count) if other != number)
-    if name == "our seed":
-        listen = f"{address(number)}:{PORT}"
-        with seed(
-            torrent.read_bytes(), folder, SwarmSettings(listen, discovery=False, peers=peers)
-        ) as seeder:
+    settings = SwarmSettings(f"{address(number)}:{PORT}", discovery=False, peers=peers)
+    if name == "reader":
+        read_while_fetching(torrent.read_bytes(), folder, settings)
+    if name in {"our seed", "reader"}:
+        with seed(torrent.read_bytes(), folder, settings) as seeder:
             while True:
                 seeder.wait()
                 print(json.dumps({"uploaded": seeder.uploaded()}), flush=True)
@@ -131,8 +140,26 @@ def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> Non
             print(json.dumps({"event": "finished"}), flush=True)
 
 
+def read_while_fetching(torrent: bytes, folder: Path, settings: SwarmSettings) -> None:
+    """Fetch while a reader waits for one file after another, as a model that is being loaded."""
+    store = Arriving(folder)
+    source = Swarm(parse_torrent(torrent), settings)
+    with store.filled(fetch(store, source, demand=store.demand)):
+        layout = store.layout()
+        assert layout is not None
+        for file in layout.payload:
+            store.require(file.path)
+            print(json.dumps({"event": "file"}), flush=True)
+    print(json.dumps({"event": "finished"}), flush=True)
+
+
 def measure(client: str, torrent: Path, source: Path, work: Path, holders: Sequence[int]) -> Any:
-    """Seconds until each host had all, bytes that the seed had sent by then, load of processors."""
+    """How a client does.
+
+    Returns:
+        Seconds until each host had all, bytes that the seed had sent by then, load of processors,
+        seconds until the reader of each host had its first file, if there were readers.
+    """
     count = len(holders)
     with contextlib.ExitStack() as stack:
         start = functools.partial(
@@ -148,8 +175,8 @@ def measure(client: str, torrent: Path, source: Path, work: Path, holders: Seque
             stack.callback(end, child)
             children.append(child)
         wait_until_listening(holders[1:])
-        by_client = {"grokfetch": "our seed", "libtorrent": "alone", "super-seeding": "super"}
-        command = role(by_client[client], torrent, source, 0, count)
+        by_client = {"libtorrent": "alone", "super-seeding": "super"}
+        command = role(by_client.get(client, "our seed"), torrent, source, 0, count)
         child = start([*inside(holders[0]), *command], stdout=outputs[0])
         stack.callback(end, child)
         children.append(child)
@@ -157,20 +184,21 @@ def measure(client: str, torrent: Path, source: Path, work: Path, holders: Seque
         begin = time.monotonic()
         before = sum(map(processor_seconds, children))
         finished: dict[int, float] = {}
+        read: dict[int, float] = {}
         while len(finished) < count - 1:
             time.sleep(0.05)
             for number in range(1, count):
-                if (
-                    number not in finished
-                    and '"finished"' in work.joinpath(f"{number}.out").read_text()
-                ):
+                said = "" if number in finished else work.joinpath(f"{number}.out").read_text()
+                if '"finished"' in said:
                     finished[number] = time.monotonic() - begin
+                if '"file"' in said:
+                    read.setdefault(number, time.monotonic() - begin)
             if time.monotonic() - begin > TIMEOUT_S:
                 raise TimeoutError(f"{client}: {len(finished)} of {count - 1} hosts have all")
         last = work.joinpath("0.out").read_text().rsplit("\n", 2)[-2]
         used = sum(map(processor_seconds, children)) - before
         busy = used / max(finished.values()) / (os.cpu_count() or 1)
-        return sorted(finished.values()), json.loads(last)["uploaded"], busy
+        return finished.values(), json.loads(last)["uploaded"], busy, read.values()
 
 
 def processor_seconds(child: subprocess.Popen[bytes]) -> float:
@@ -210,7 +238,7 @@ def main() -> None:
     options.add_argument("--mb", type=int, default=200)
     options.add_argument("--mb-per-s", type=float, default=10)
     options.add_argument("--piece-kib", type=int, default=1024)
-    clients = ["grokfetch", "libtorrent", "super-seeding"]
+    clients = ["grokfetch", "with readers", "libtorrent", "super-seeding"]
     options.add_argument("--clients", nargs="+", choices=clients, default=clients)
     chosen = options.parse_args()
     size, rate = chosen.mb * 1_000_000 // 8 * 8, int(chosen.mb_per_s * 1e6)
@@ -228,12 +256,15 @@ def main() -> None:
                     network(hosts + 1, rate) as holders,
                     tempfile.TemporaryDirectory(dir=root) as work,
                 ):
-                    ends, sent, busy = measure(client, torrent, root / "seed", Path(work), holders)
-                figures = f"last {ends[-1]:6.1f} s, first {ends[0]:6.1f} s"
-                ratio = f"{ends[-1] / bound:.2f} of the bound"
+                    ends, sent, busy, read = measure(
+                        client, torrent, root / "seed", Path(work), holders
+                    )
+                figures = f"last {max(ends):6.1f} s, first {min(ends):6.1f} s"
+                ratio = f"{max(ends) / bound:.2f} of the bound"
+                reading = f", first file read {min(read):.1f} to {max(read):.1f} s" if read else ""
                 print(
                     f"{client:14} {figures}, {ratio}, the seed sent {sent / size:.2f} copies, "
-                    f"processors {busy:.0%} busy",
+                    f"processors {busy:.0%} busy{reading}",
                     flush=True,
                 )
 
