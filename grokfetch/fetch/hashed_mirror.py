@@ -26,7 +26,7 @@ from grokfetch.torrent.streamed import FileHasher, FileHashes
 
 __all__ = ["Mirrored", "Spans", "hash_mirror"]
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "hashed.json"
 FRAMES = "frames"
 
@@ -72,23 +72,24 @@ def hash_mirror(
 
     Raises:
         Contradiction: a file has changed in the middle.
-        Damaged: a file has not the sha256 that it must have.
+        Damaged: a file has not the sha256 that it must have, or what was kept of one is not
+            there as it came.
         OutOfReach: the mirror does not have a file, or does not answer.
         Stalled: it has limited us for too long.
         StorageFailed: what is kept cannot be written.
     """
-    hashes = _earlier(mirrored, folder)
-    progress(sum(mirrored.lengths[path][0] for path in hashes))
+    done = _earlier(mirrored, folder)
+    progress(sum(mirrored.lengths[path][0] for path in done))
 
-    def end(path: PurePosixPath, found: FileHashes) -> None:
+    def end(path: PurePosixPath, found: FileHashes, frame: str) -> None:
         if mirrored.expected.get(path, found.sha256) != found.sha256:
             raise Damaged(
                 f"its sha256 is {found.sha256}, published is {mirrored.expected[path]}",
                 path=f"{path} on the mirror",
                 hint="this mirror holds another file, or a damaged one: name another",
             )
-        hashes[path] = found
-        _save(mirrored, folder, hashes)
+        done[path] = _Done(found, frame)
+        _save(mirrored, folder, done)
 
     padded = len(mirrored.lengths) > 1
     receivers = {
@@ -104,10 +105,25 @@ def hash_mirror(
             ),
         )
         for path, length in mirrored.lengths.items()
-        if path not in hashes
+        if path not in done
     }
     pass_by(mirrored.address, receivers, settings, progress, say)
-    return hashes
+    for path, it in done.items():
+        if not _frame_holds(mirrored, folder, path, it.frame):
+            raise Damaged(
+                "what was kept of this file cannot be read back as it came",
+                path=folder / FRAMES / path,
+                hint="run the same command again: it reads this file anew",
+            )
+    return {path: it.hashes for path, it in done.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Done:
+    """Of a file that is hashed, its hashes and the sha256 of its frame."""
+
+    hashes: FileHashes
+    frame: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,7 +135,8 @@ class _Hashing:
     path: Path
     frame: Spans
     size: int
-    ended: Callable[[FileHashes], None]
+    ended: Callable[[FileHashes, str], None]
+    kept: Any = dataclasses.field(default_factory=hashlib.sha256)
 
     @property
     def done(self) -> int:
@@ -144,7 +161,11 @@ class _Hashing:
             try:
                 os.truncate(handle, self.size)
                 for start, stop in parts:
-                    os.pwrite(handle, data[start - first : stop - first], start)
+                    part = data[start - first : stop - first]
+                    self.kept.update(part)
+                    while part:
+                        written = os.pwrite(handle, part, start)
+                        part, start = part[written:], start + written  # noqa: PLW2901
             finally:
                 os.close(handle)
         except OSError as error:
@@ -154,38 +175,54 @@ class _Hashing:
         if self.frame:
             # The state is about to say that it is there.
             flush([self.path], self.folder)
-        self.ended(self.hasher.result())
+        self.ended(self.hasher.result(), self.kept.hexdigest())
 
 
-def _earlier(mirrored: Mirrored, folder: Path) -> dict[PurePosixPath, FileHashes]:
+def _earlier(mirrored: Mirrored, folder: Path) -> dict[PurePosixPath, _Done]:
     """What was hashed of the files as they are now."""
 
-    def decode(fields: dict[str, Any]) -> dict[PurePosixPath, FileHashes]:
+    def decode(fields: dict[str, Any]) -> dict[PurePosixPath, _Done]:
         origin, rows = fields["of"], fields["files"]
         if origin != _origin(mirrored) or fields["sha256"] != _sha256(origin, rows):
             return {}
         return {
-            path: FileHashes(row[2], bytes.fromhex(row[3]), bytes.fromhex(row[4]))
+            path: _Done(FileHashes(row[2], bytes.fromhex(row[3]), bytes.fromhex(row[4])), row[6])
             for name, row in rows.items()
             if mirrored.lengths.get(path := PurePosixPath(name)) == (row[0], row[1])
             and mirrored.expected.get(path, row[2]) == row[2]
             and row[5] == _frame(mirrored, path)
-            and (not row[5] or (folder / FRAMES / path).is_file())
+            and _frame_holds(mirrored, folder, path, row[6])
         }
 
     return advisory.read(folder / FILE, SCHEMA, decode) or {}
 
 
-def _save(mirrored: Mirrored, folder: Path, hashes: Mapping[PurePosixPath, FileHashes]) -> None:
+def _frame_holds(mirrored: Mirrored, folder: Path, path: PurePosixPath, sha256: str) -> bool:
+    """Whether the frame of a file is there as it came."""
+    spans = [it for it in mirrored.frames.get(path, ()) if it[0] < it[1]]
+    found = hashlib.sha256()
+    try:
+        if spans:
+            with (folder / FRAMES / path).open("rb") as file:
+                for start, stop in spans:
+                    file.seek(start)
+                    found.update(file.read(stop - start))
+    except OSError:
+        return False
+    return found.hexdigest() == sha256
+
+
+def _save(mirrored: Mirrored, folder: Path, done: Mapping[PurePosixPath, _Done]) -> None:
     rows = {
         str(path): [
             *mirrored.lengths[path],
-            it.sha256,
-            it.v1.hex(),
-            it.v2.hex(),
+            it.hashes.sha256,
+            it.hashes.v1.hex(),
+            it.hashes.v2.hex(),
             _frame(mirrored, path),
+            it.frame,
         ]
-        for path, it in hashes.items()
+        for path, it in done.items()
     }
     origin = _origin(mirrored)
     state = {"of": origin, "files": rows, "sha256": _sha256(origin, rows)}

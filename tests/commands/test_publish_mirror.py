@@ -1,5 +1,6 @@
 """Publishing from a mirror: hashed as it streams by, to the same torrent as from a disk."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from support.torrents import content, lay_down
 from support.web_server import WebServer
 
 from grokfetch import errors
+from grokfetch.commands.published import describe
 from grokfetch.fetch import wanted
 from grokfetch.fetch.mirror import MirrorSettings, passing
 from grokfetch.fetch.swarm import SwarmSettings, seed
@@ -320,11 +322,81 @@ def test_a_checkpoint_has_its_tensors_and_its_model_in_the_manifest(tmp_path):
         )
 
 
-def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def shards(tmp_path):
+    """A server that holds the shards of a release, and the command that publishes them."""
     release = golden.TINY
     names = [str(path.relative_to(release)) for path in release.glob("ckpt-0/*")]
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(names))
+    with WebServer({f"tiny/{name}": (release / name).read_bytes() for name in names}) as web:
+        address = (f"{web.url}/tiny/{{path}}", "--files", listed, "--output", tmp_path / "out")
+        yield web, ("publish", *address, "--config", release / "config.json")
+
+
+def tensors(tmp_path):
+    """What the manifest that was published says of each tensor."""
+    found = read(tmp_path / "out", "tiny")[1].tensors
+    return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
+
+
+def described():
+    """The same as the release has it."""
+    found = describe(golden.TINY, golden.TINY / "config.json").tensors
+    return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
+
+
+def test_what_is_kept_of_shards_is_whole_where_the_disk_takes_it_by_halves(tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def halves(handle, data, offset):
+        return real(handle, data[: -(-len(data) // 2)], offset)
+
+    monkeypatch.setattr(os, "pwrite", halves)
+    with shards(tmp_path) as (_web, command):
+        grokfetch(*command)
+    assert tensors(tmp_path) == described()
+
+
+def test_a_shard_of_which_a_kept_bit_changes_is_read_anew_and_no_other(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise errors.StorageFailed("the disk is full")
+
+    with shards(tmp_path) as (web, command):
+        with monkeypatch.context() as patched:
+            patched.setattr("grokfetch.commands.publish_mirror.put_out", interrupted)
+            grokfetch(*command, code=errors.StorageFailed.exit_code)
+        frame = tmp_path / "out/.tiny.publishing/frames/tiny/ckpt-0/tensor00003_000"
+        with frame.open("r+b") as file:
+            file.write(b"\0")
+        asked = len(web.asked)
+        grokfetch(*command)
+        # Each is asked for its length first.
+        again = [path for path in set(web.asked[asked:]) if web.asked[asked:].count(path) > 1]
+    assert again == ["tiny/ckpt-0/tensor00003_000"]
+    assert tensors(tmp_path) == described()
+
+
+def test_a_bit_of_a_shard_that_changes_as_it_is_kept_is_found_and_mended(tmp_path, monkeypatch):
+    real = os.pwrite
+    flipped = []
+
+    def flip(handle, data, offset):
+        if not flipped:
+            flipped.append(Path(f"/proc/self/fd/{handle}").readlink())
+            data = bytes([data[0] ^ 1]) + bytes(data[1:])
+        return real(handle, data, offset)
+
+    with shards(tmp_path) as (_web, command):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", flip)
+            said = grokfetch(*command, code=errors.Damaged.exit_code)
+        assert str(flipped[0]) in said
+        grokfetch(*command)
+    assert tensors(tmp_path) == described()
+
+
+def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatch):
     frames = tmp_path / "out/.tiny.publishing/frames/tiny"
     flushed, recorded, early = set(), set(), set()
     real = os.fsync
@@ -339,10 +411,9 @@ def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatc
         real(handle)
 
     monkeypatch.setattr(os, "fsync", watching)
-    with WebServer({f"tiny/{name}": (release / name).read_bytes() for name in names}) as web:
-        address = (f"{web.url}/tiny/{{path}}", "--files", listed, "--output", tmp_path / "out")
-        grokfetch("publish", *address, "--config", release / "config.json")
-    assert len(recorded) == len(names)
+    with shards(tmp_path) as (web, command):
+        grokfetch(*command)
+    assert len(recorded) == len(web.files)
     assert not early
     assert frames / "ckpt-0" in flushed
 
