@@ -6,58 +6,67 @@ d head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.devices.products import by_platform, in_parts
+from loader.devices.products import in_parts
 
-__all__ = ["mixed", "scores"]
+__all__ = ["mixed", "one_token", "scores"]
+
+SMALLEST = 1e-30
+"""Less than any sum of weights of which one is not masked, and no zero to divide by."""
 
 
 def scores(queries: Array, keys: Array) -> Array:
-    """Products of `[B, t, K, g, d]` and `[B, S, K, d]`: float32 `[B, K, g, t, S]`.
-
-    A GPU multiplies all heads of a row at once, if it has one token and several heads: for products
-    of single heads its compiler copies the cache to another order, and back. As one matrix a row it
-    is read where it lies; products with the heads of others are zero, or dropped.
-    """
-
-    def apart(queries: Array, keys: Array) -> Array:
-        return _product("btkgd,bskd->bkgts", queries, keys)
-
-    def at_once(queries: Array, keys: Array) -> Array:
-        batch, _, heads, group, _ = queries.shape
-        own = jnp.eye(heads, dtype=queries.dtype)[:, None, :, None]
-        spread = queries[:, 0, :, :, None] * own
-        flat = spread.reshape(batch, heads * group, -1), keys.reshape(*keys.shape[:2], -1)
-        return _product("bqc,bsc->bqs", *flat).reshape(batch, heads, group, 1, -1)
-
-    if queries.shape[1] == 1 and keys.shape[2] > 1:
-        return by_platform(at_once, apart, queries, keys)
-    return apart(queries, keys)
+    """Products of `[B, t, K, g, d]` and `[B, S, K, d]`: float32 `[B, K, g, t, S]`."""
+    return _product("btkgd,bskd->bkgts", queries, keys)
 
 
 def mixed(weights: Array, values: Array) -> Array:
-    """Products of `[B, K, g, t, S]` and `[B, S, K, d]`: float32 `[B, t, K, g, d]`; see `scores`."""
+    """Products of `[B, K, g, t, S]` and `[B, S, K, d]`: float32 `[B, t, K, g, d]`."""
+    return _product("bkgts,bskd->btkgd", weights, values)
 
-    def apart(weights: Array, values: Array) -> Array:
-        return _product("bkgts,bskd->btkgd", weights, values)
 
-    def at_once(weights: Array, values: Array) -> Array:
-        batch, heads, group, _, places = weights.shape
-        parts = in_parts(places, batch * heads * values.shape[-1])
-        flat = (
-            weights.reshape(batch, heads * group, parts, -1),
-            values.reshape(batch, parts, places // parts, -1),
-        )
-        sums = jnp.sum(_product("bqps,bpsc->bpqc", *flat), axis=1)
-        every = sums.reshape(batch, heads, group, heads, -1)
-        return jnp.einsum("bkgkd->bkgd", every)[:, None]
+def one_token(
+    queries: Array, keys: Array, values: Array, allowed: Array, weight: Callable[[Array], Array]
+) -> Array:
+    """One token a row over the cache, for GPUs: float32 `[B, 1, K, g, d]`.
 
-    # Of one head, too: the division of its sum over places is ours.
-    if weights.shape[3] == 1:
-        return by_platform(at_once, apart, weights, values)
-    return apart(weights, values)
+    Scores are bounded, so that no largest one has to be found before the weights: these are all
+    that is written of the scores, and the sums are divided at the end. All heads of a row are one
+    product: for products of single heads a GPU's compiler copies the cache to another order, and
+    back. As one matrix a row it is read where it lies; products with the heads of others are zero,
+    or dropped. The division of the sum over places is ours.
+
+    Args:
+        queries: `[B, 1, K, g, d]`, of the cache's dtype.
+        keys: `[B, S, K, d]`.
+        values: `[B, S, K, d]`.
+        allowed: bool `[B, 1, S]`, the places that are attended to.
+        weight: what softmax divides by its sum, of float32 scores: at most 1, and above 1e-28.
+    """
+    batch, _, heads, group, size = queries.shape
+    places = keys.shape[1]
+    parts = in_parts(places, batch * heads * size)
+
+    def divided(array: Array) -> Array:
+        return array.reshape(batch, parts, places // parts, heads * size)
+
+    own = jnp.eye(heads, dtype=queries.dtype)[:, None, :, None]
+    spread = (queries[:, 0, :, :, None] * own).reshape(batch, 1, heads * group, heads * size)
+    every = jnp.broadcast_to(spread, (batch, parts, *spread.shape[2:]))
+    weights = weight(_product("bpqc,bpsc->bpqs", every, divided(keys)))
+    # Float16 has no numbers so small.
+    kept = weights.astype(jnp.float32 if values.dtype == jnp.float16 else values.dtype)
+    # Masked only here: with the mask the compiler would write the scores before it.
+    kept = lax.optimization_barrier(kept)  # type: ignore[no-untyped-call]
+    kept = jnp.where(allowed.reshape(batch, parts, 1, -1), kept, 0)
+    total = jnp.sum(kept.astype(jnp.float32), axis=(1, 3)).reshape(batch, heads, group, 1)
+    sums = jnp.sum(_product("bpqs,bpsc->bpqc", kept, divided(values)), axis=1)
+    own_sums = jnp.einsum("bkgkd->bkgd", sums.reshape(batch, heads, group, heads, size))
+    return (own_sums / jnp.maximum(total, SMALLEST))[:, None]
 
 
 def _product(formula: str, given: Array, held: Array) -> Array:

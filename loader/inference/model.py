@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from loader.devices import native
 from loader.devices.placement import Layer
-from loader.devices.products import Table, Weights, dots, lookup, on_tpus, product, table_rows
+from loader.devices.products import Table, Weights, by_platform, dots, lookup, on_tpus, product, table_rows
 from loader.inference import heads
 from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
@@ -280,9 +280,6 @@ def _attend_block(
     queries: Array, positions: Array, held: KeyValues, window: Window, config: GrokConfig
 ) -> Array:
     """Some tokens' queries, `[B, t, K, Q / K, d]` at `[B, t]`, over everything that is held."""
-    scores = heads.scores(within(queries, held.keys.dtype), held.keys)
-    scores = soft_cap(scores * config.attn_output_multiplier)
-    # The cap comes before the mask: after it, a masked score would be no lower than -30.
     places = held.keys.shape[1]
     causal = jnp.arange(places) <= positions[:, :, None]
     visible = window.visible[:, None, :places]
@@ -291,9 +288,27 @@ def _attend_block(
     first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
     alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
     allowed = allowed | alone
-    scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
-    return heads.mixed(weights, held.values)
+    queries = within(queries, held.keys.dtype)
+
+    def capped(scores: Array) -> Array:
+        return soft_cap(scores * config.attn_output_multiplier)
+
+    def by_softmax(queries: Array, held: KeyValues, allowed: Array) -> Array:
+        scores = capped(heads.scores(queries, held.keys))
+        # The cap comes before the mask: after it, a masked score would be no lower than -30.
+        scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
+        return heads.mixed(weights, held.values)
+
+    def on_gpus(queries: Array, held: KeyValues, allowed: Array) -> Array:
+        def weight(scores: Array) -> Array:
+            return jnp.exp(capped(scores) - SCORE_CAP)
+
+        return heads.one_token(queries, held.keys, held.values, allowed, weight)
+
+    if queries.shape[1] > 1:
+        return by_softmax(queries, held, allowed)
+    return by_platform(on_gpus, by_softmax, queries, held, allowed)
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:

@@ -1,0 +1,58 @@
+"""One token's attention as GPUs have it: no largest score is looked for, sums are divided last."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loader.devices.products import in_parts
+from loader.inference.heads import one_token
+
+CAP = 30.0
+ROWS, PLACES, HEADS, GROUP, SIZE = 3, 1024, 2, 3, 8
+
+
+def weight(scores):
+    return jnp.exp(CAP * jnp.tanh(scores / CAP) - CAP)
+
+
+def attended(queries, keys, values, allowed):
+    """The same by a softmax in float64."""
+    scores = CAP * np.tanh(np.einsum("bkgd,bskd->bkgs", queries[:, 0], keys) / CAP)
+    scores = np.where(allowed[:, :, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bkgs,bskd->bkgd", weights, values)[:, None]
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0], ids=["alike", "apart", "at the cap"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_token_on_a_gpu_attends_as_a_softmax_does(dtype, size):
+    """Scores at the cap or at minus the cap, all of them too: no weight is lost below others."""
+    assert in_parts(PLACES, ROWS * HEADS * SIZE) > 1
+    random = np.random.default_rng(11)
+    queries = size * random.standard_normal((ROWS, 1, HEADS, GROUP, SIZE))
+    keys, values = random.standard_normal((2, ROWS, PLACES, HEADS, SIZE))
+    # All scores of this row are low.
+    queries[0], keys[0] = -np.abs(queries[0]), np.abs(keys[0])
+    given = [array.astype(dtype) for array in (queries, keys, values)]
+    allowed = random.random((ROWS, 1, PLACES)) < 0.5
+    found = one_token(*map(jnp.asarray, given), jnp.asarray(allowed), weight)
+    wanted = attended(*(array.astype(np.float64) for array in given), allowed)
+    assert np.abs(wanted).max() > 0.01
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_masked_has_no_part_in_the_result_and_a_row_of_nothing_is_zero():
+    random = np.random.default_rng(12)
+    queries = random.standard_normal((ROWS, 1, HEADS, GROUP, SIZE))
+    keys, values = random.standard_normal((2, ROWS, PLACES, HEADS, SIZE))
+    allowed = np.arange(PLACES) < np.array([0, 1, 700])[:, None, None]
+    keys[2, 700:], values[2, 700:] = 100.0, 1e6
+    given = [jnp.asarray(array, jnp.float32) for array in (queries, keys, values)]
+    found = np.asarray(one_token(*given, jnp.asarray(allowed), weight))
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1, 0], np.repeat(values[1, 0, :, None], GROUP, 1), rtol=1e-5)
+    last = [array[2:] for array in (queries, keys, values, allowed)]
+    np.testing.assert_allclose(found[2:], attended(*last), rtol=1e-4, atol=1e-4)
