@@ -27,7 +27,16 @@ from jax import Array, lax
 
 from loader.devices import native
 from loader.devices.placement import Layer
-from loader.devices.products import Table, Weights, by_platform, dots, lookup, on_tpus, product, table_rows
+from loader.devices.products import (
+    Table,
+    Weights,
+    by_platform,
+    dots,
+    lookup,
+    on_tpus,
+    product,
+    table_rows,
+)
 from loader.inference import heads
 from loader.inference.experts import Routed, experts, route, sum_over
 from loader.weights.limits import QUERY_BLOCK
