@@ -1,4 +1,4 @@
-"""Everything that can go wrong, one class a cause, each with its own exit code.
+"""Every error, one class per cause, each with its own exit code.
 
 docs/reference/exit-codes.md prints this table; a test compares the two. Codes 0, 1 and 2 are
 success, an unforeseen failure and click's own usage error; 130 is Ctrl-C.
@@ -40,12 +40,12 @@ TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
 class GrokfetchError(Exception):
-    """An error a person can act on.
+    """An error that a user can act on.
 
     Args:
         what: what happened, in one sentence without a full stop.
         path: the file or folder it happened to.
-        hint: what to do next, as a command where there is one; `next_step` where it is not given.
+        hint: what to do next, as a command if there is one; `next_step` by default.
     """
 
     exit_code: ClassVar[int] = 1
@@ -71,7 +71,7 @@ class SourceInvalid(GrokfetchError):
     exit_code = 10
     next_step = (
         "SOURCE is a magnet link, an info hash, the path or https address of a .torrent or a "
-        "manifest, or the folder of a fetch begun before; leave it out for Grok-1"
+        "manifest, or the folder of an earlier fetch; leave it out for Grok-1"
     )
 
 
@@ -93,9 +93,7 @@ class Contradiction(GrokfetchError):
     """A torrent is not what the manifest says it must be."""
 
     exit_code = 13
-    next_step = (
-        "name another SOURCE, or with --manifest what it must be, or another folder: --to DIR"
-    )
+    next_step = "name another SOURCE, another --manifest, or another folder: --to DIR"
 
 
 class StateMissing(GrokfetchError):
@@ -109,7 +107,7 @@ class StateLocked(GrokfetchError):
     """Another process is writing this checkpoint folder."""
 
     exit_code = 15
-    next_step = "wait until it has ended, or end it"
+    next_step = "wait until it has ended, or stop it"
 
 
 class StorageFailed(GrokfetchError):
@@ -117,8 +115,8 @@ class StorageFailed(GrokfetchError):
 
     exit_code = 16
     next_step = (
-        "see that it is there, that you may read and write it and that the disk is sound, then "
-        "run the same command again"
+        "check that it exists, that you may read and write it and that the disk works, then run "
+        "the same command again"
     )
 
 
@@ -137,28 +135,28 @@ class OutOfReach(GrokfetchError):
 
 
 class SelectionInvalid(GrokfetchError):
-    """What is asked for of a checkpoint is malformed, or not in it."""
+    """The part of a checkpoint that is asked for is malformed, or not in it."""
 
     exit_code = 19
-    next_step = "see what there is: grokfetch inspect DIR; --all asks for everything"
+    next_step = "list what there is: grokfetch inspect DIR; --all asks for everything"
 
 
 class Damaged(GrokfetchError):
     """Verification found something wrong."""
 
     exit_code = 20
-    next_step = "see what is wrong: grokfetch verify DIR"
+    next_step = "list what is wrong: grokfetch verify DIR"
 
 
 class NotProven(GrokfetchError):
-    """Bytes are asked for that no hash has vouched for since they were last written."""
+    """Bytes are needed that no hash has verified since they were last written."""
 
     exit_code = 21
     next_step = "run: grokfetch verify DIR"
 
 
 class ShardInvalid(GrokfetchError):
-    """A shard file is not a pickled array of the official form.
+    """A shard file is not a pickled array in the official format.
 
     Args:
         what: what is wrong.
@@ -185,7 +183,7 @@ class CheckpointInvalid(GrokfetchError):
     """The shards are well formed but are not the tensors that the model needs."""
 
     exit_code = 23
-    next_step = "see what else is wrong: grokfetch verify DIR"
+    next_step = "list what else is wrong: grokfetch verify DIR"
 
 
 class NoModel(GrokfetchError):
@@ -205,28 +203,28 @@ class MeshInvalid(GrokfetchError):
 
 
 class TokenizerMissing(GrokfetchError):
-    """No tokenizer, or one that is not the one the manifest names."""
+    """There is no tokenizer, or it is not the one that the manifest names."""
 
     exit_code = 26
     next_step = "name another with --tokenizer FILE"
 
 
 class PromptInvalid(GrokfetchError):
-    """A prompt is empty, too long for the model, or holds ids outside its vocabulary."""
+    """A prompt is empty, too long for the model, or has ids outside its vocabulary."""
 
     exit_code = 27
     next_step = "give another prompt"
 
 
 class Inexact(GrokfetchError):
-    """Weights cannot be written in a format without loss, or read back from it as they were."""
+    """Weights cannot be written in a format without loss, or read back from it unchanged."""
 
     exit_code = 28
     next_step = "choose another --type, or another --format"
 
 
 def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
-    """The error of ours that tells a person what an error of the file system means."""
+    """The error that explains an `OSError` of the file system to a user."""
     where = path or error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFailed(
@@ -234,20 +232,20 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
         )
     if error.errno in TOO_MANY_OPEN:
         return StorageFailed(
-            "too many files are open to open it",
+            "cannot be opened, because too many files are open",
             path=where,
-            hint="allow more of them (ulimit -n; ulimit -Hn says how many can be), and run the same"
-            " command again",
+            hint="raise the limit (ulimit -n; ulimit -Hn prints the maximum), and run the same "
+            "command again",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StorageFailed(
             f"cannot be written ({error.strerror})",
             path=where,
-            hint="choose a folder that you may write, or keep the state elsewhere: --state DIR",
+            hint="choose a folder that you may write to, or keep the state elsewhere: --state DIR",
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StorageFailed(
-            "a file lies where a folder must be", path=where, hint="choose another folder"
+            "is a file where a folder is needed", path=where, hint="choose another folder"
         )
     if error.errno == errno.ENOENT and where is not None:
         return gone(Path(where))
@@ -255,16 +253,16 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
 
 
 def gone(path: Path) -> StorageFailed:
-    """The error for something of ours that has vanished."""
+    """The error for a file or folder of ours that has disappeared."""
     return StorageFailed(
-        "it has vanished: somebody has removed or unmounted it",
+        "has disappeared: it was removed or unmounted",
         path=path,
-        hint="bring it back, or run the same command again: what is still there is found",
+        hint="restore it, or run the same command again to continue with what is still there",
     )
 
 
 def exit_code_of(error: BaseException) -> int:
-    """With which code the program ends for it."""
+    """The exit code of the program for an error."""
     code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     assert isinstance(code, int)
     return code

@@ -1,8 +1,8 @@
-"""Every event: what fetching, verifying, loading and running tell as they go. Values, no I/O.
+"""Every event that fetching, verifying, loading and running report. Values, no I/O.
 
-`grokfetch.output.json_lines` says how machines read them, docs/events.md is the specification.
-`SCHEMA` stands in the first event and rises with every change that a reader could stumble over. New
-fields and new events do not raise it.
+`grokfetch.output.json_lines` turns them into JSON; docs/events.md is the specification. The first
+event has `SCHEMA`, which rises with every incompatible change. New fields and new events do not
+raise it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """Who sends bytes: a peer by its address, or a mirror by its address as it is shown.
+    """Who sends bytes: a peer by its address, or a mirror by its URL as it is shown.
 
-    An empty name stands for those that are not told apart.
+    An empty name stands for all those that are not listed separately.
     """
 
     kind: Literal["peer", "mirror"]
@@ -53,24 +53,24 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Notice:
-    """Something that a person may want to know and that ends nothing: a peer banned, say."""
+    """Something that a user may want to know and that is not an error, such as a banned peer."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived:
-    """Pieces that are on the disk now, flushed so that any process reads them."""
+    """Pieces that are on the disk now, flushed so that any process can read them."""
 
     pieces: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Traffic:
-    """How the source is doing: payload bytes received since the order, bytes a second, peers.
+    """The state of a source: payload bytes received since the order, bytes per second, peers.
 
-    `mirrors` are the HTTP servers that are asked beside the peers. `sent` is who has sent how many
-    payload bytes since the source was made, over all orders.
+    `mirrors` is the number of HTTP servers in use. `sent` is how many payload bytes each of them
+    and each peer has sent since the source was made, over all orders.
     """
 
     received: int
@@ -85,14 +85,13 @@ Phase = Literal["metadata", "checking", "downloading", "hashing", "done"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """How far it is: proven bytes of those asked for, bytes a second, peers, proven pieces of all.
+    """The progress of a fetch: proven bytes, bytes per second, peers, proven pieces.
 
-    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; of files
-    that only their sha256 proves `done` counts what has come, too. `proven` are the proven bytes in
-    every phase. `mirrors` are the HTTP servers that are asked beside the peers.
-    `sent` is who has sent how many payload bytes in this fetch. `demanded` are
-    pieces that somebody waits for, the first ones, and `waiting` the tensors, or else files, that
-    they hold bytes of.
+    While the phase is "checking" or "hashing", `done` and `total` are bytes read back; for files
+    that only a sha256 proves, `done` also counts what has arrived. `proven` is the number of proven
+    bytes in every phase. `mirrors` is the number of HTTP servers in use. `sent` is how many payload
+    bytes each peer and mirror has sent in this fetch. `demanded` are the first pieces that readers
+    wait for, and `waiting` the tensors, or else files, to which they belong.
     """
 
     phase: Phase
@@ -110,13 +109,13 @@ class Status:
 
     @property
     def received(self) -> int:
-        """Payload bytes that came in this fetch, right or wrong."""
+        """Payload bytes received in this fetch, right or wrong."""
         return sum(self.sent.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metadata:
-    """What the torrent is: name, info hash, number of files, bytes, number of pieces."""
+    """The torrent: name, info hash, number of files, bytes, number of pieces."""
 
     name: str
     info_hash: str
@@ -127,11 +126,11 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """The last value of a fetch that ended well.
+    """The last value of a fetch that succeeded.
 
     Args:
         total: bytes of the payload that were asked for, all proven.
-        fetched: pieces that the source brought.
+        fetched: pieces that were downloaded.
         rehashed: pieces found on the disk and read back.
     """
 
@@ -145,9 +144,9 @@ Kind = Literal["missing", "short", "long", "corrupt", "unreadable", "extra", "un
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be.
+    """Something that verification found wrong.
 
-    `tensor` names the tensors concerned, separated by ", ". A piece that spans several files makes
+    `tensor` names the affected tensors, separated by ", ". A piece that spans several files gives
     one finding for each of them. `extra` is not a failure.
     """
 
@@ -160,10 +159,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes of a step done so far, and to be done in all, or how many of another `unit`.
+    """Bytes of a step done so far, and in total, or a count of another `unit`.
 
-    The phase is "verifying" where bytes are read back, "loading" where they go to devices, and
-    "prompts" where the units are texts.
+    The phase is "verifying" while bytes are read back, "loading" while they go to devices, and
+    "prompts" if the units are texts.
     """
 
     done: int
@@ -174,7 +173,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PiecesProven:
-    """Pieces that were read back right just now."""
+    """Pieces that were just read back and proven."""
 
     pieces: tuple[int, ...]
 
@@ -183,10 +182,10 @@ class PiecesProven:
 class Summary:
     """The last value of a verification.
 
-    `total` are the bytes that the manifest names and that are asked for, `by_pieces` and
-    `by_sha256` those of them that the torrent `info_hash` and the manifest's sha256 have proven.
-    `failures` counts the findings other than extra files, `unreadable` those of them that say only
-    that bytes could not be read. `recorded` is False where the folder could not be written.
+    `total` is the number of bytes in the manifest that are asked for; `by_pieces` and `by_sha256`
+    are how many of them the torrent `info_hash` and the manifest's sha256 have proven. `failures`
+    counts the findings other than extra files, `unreadable` those of them that only say that bytes
+    could not be read. `recorded` is False if the folder could not be written.
     """
 
     total: int
@@ -199,7 +198,7 @@ class Summary:
 
     @property
     def proven(self) -> int:
-        """Proven bytes, whichever way."""
+        """Bytes proven either way."""
         return self.by_pieces + self.by_sha256
 
     @property
@@ -210,7 +209,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hashed:
-    """Bytes read and hashed so far; the whole is twice the size of the files."""
+    """Bytes read and hashed so far; the total is twice the size of the files."""
 
     done: int
 
@@ -229,7 +228,7 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights are there: bytes, number and kind of devices, mapped or sharded, seconds."""
+    """The weights are loaded: bytes, number and kind of devices, mapped or sharded, seconds."""
 
     bytes: int
     devices: int
@@ -248,9 +247,9 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seeding:
-    """How a seed is doing: its port, pieces and bytes that it shares, and what others have had.
+    """The state of a seed: its port, the pieces and bytes that it shares, and its uploads.
 
-    `uploaded` is payload bytes since it began, `rate` bytes a second.
+    `uploaded` is payload bytes since it started, `rate` bytes per second.
     """
 
     port: int
@@ -263,7 +262,7 @@ class Seeding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
-    """What the command found or did, by name, and the seconds it took."""
+    """The results of a command by name, and the seconds it took."""
 
     seconds: float
     results: dict[str, Any]

@@ -1,13 +1,13 @@
-"""Ctrl-C and SIGTERM, neither of which is ever lost.
+"""Makes sure that Ctrl-C and SIGTERM are never lost.
 
-Python raises `KeyboardInterrupt` wherever the main thread happens to be. Where that is a callback
-of the garbage collector, a `__del__` or somebody's `except BaseException`, the exception is dropped
-and the program goes on as if nobody had pressed a key. Here the exception itself notices: one that
-dies before `honour` was called is raised again a moment later. While a module is being imported
-nothing is raised at all, but when that is done.
+Python raises `KeyboardInterrupt` wherever the main thread happens to be. In a callback of the
+garbage collector, in `__del__` or under an `except BaseException`, the exception is dropped and the
+program goes on as if nobody had pressed a key. Here the exception notices that itself: if it is
+deleted before `honour` was called, it is raised again a moment later. While a module is being
+imported, nothing is raised until the import is done.
 
-Standard library only, and little of it: `grokfetch.__main__` installs this before anything else is
-imported.
+Uses little of the standard library and nothing else: `grokfetch.__main__` installs it before
+anything else is imported.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from typing import Any
 __all__ = ["Held", "Interrupted", "honour", "install", "noted", "settle", "uninstall"]
 
 AGAIN_S = 0.02
-"""Seconds until an interruption that was dropped is raised again: by then whatever dropped it has
-probably ended, and if not, it is dropped and raised once more."""
+"""Seconds until a dropped interruption is raised again. By then the code that dropped it has
+probably ended; if not, it is dropped and raised once more."""
 
 SHELL_BASE = 128
-"""To which shells add a signal's number for the exit code of what it has ended."""
+"""Shells add this to a signal's number for the exit code of a process that it has ended."""
 
 
 class _Count:
-    """How many interruptions were raised, and up to which of them they were honoured."""
+    """How many interruptions were raised, and how many of these were honoured."""
 
     raised = 0
     honoured = 0
 
 
 class Held:
-    """A context in which nothing is raised; what came meanwhile is raised soon after.
+    """A context in which nothing is raised; an interruption during it is raised soon after.
 
-    To block the signals is not enough: another thread takes them then, and Python raises in the
-    main one all the same.
+    Blocking the signals is not enough: another thread receives them then, and Python still raises
+    in the main thread.
     """
 
     depth = 0
@@ -53,25 +53,25 @@ class Held:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; `exit_code` is what a shell gives a program that the signal has ended."""
+    """Ctrl-C or SIGTERM; `exit_code` is what shells report for a program that the signal ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
         self.exit_code = SHELL_BASE + number
-        # What has dropped it may keep it as its own failure's context, until the program ends.
+        # Code that dropped it may keep it as the context of another error until the program ends.
         _pending.number = number
         _Count.raised += 1
         self._place = _Count.raised
 
     def __del__(self) -> None:
         if self._place > _Count.honoured:
-            # A timer, since raising here would be dropped as well.
+            # By a timer, since an exception raised here would be dropped as well.
             _again_soon(self.number)
 
 
 class _Pending:
-    """The signal that the timer stands for."""
+    """The signal that the timer will raise again."""
 
     number = int(signal.SIGINT)
 
@@ -93,7 +93,7 @@ def install() -> None:
     usual = sys.unraisablehook
 
     def hook(dropped: Any) -> None:
-        # It is raised again, and nobody need read where it was dropped.
+        # It is raised again, so there is no need to report where it was dropped.
         if not isinstance(dropped.exc_value, Interrupted):
             usual(dropped)
 
@@ -101,15 +101,15 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Raise nothing again from here on: Python itself ends next, and with it what handles a timer.
+    """Raise nothing again from here on: Python shuts down next, and with it the signal handlers.
 
-    One that went off then would end the process with its own signal's code.
+    A timer that fired then would end the process with SIGALRM's own code.
     """
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def honour(error: KeyboardInterrupt) -> int:
-    """Say that the interruption has its effect now: it and all earlier ones may be forgotten.
+    """Mark this interruption and all earlier ones as handled, so that none is raised again.
 
     Returns:
         The exit code.
@@ -119,15 +119,15 @@ def honour(error: KeyboardInterrupt) -> int:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if isinstance(error, Interrupted):
         return error.exit_code
-    # Somebody's own `KeyboardInterrupt`, raised on account of ours or of none.
+    # A plain `KeyboardInterrupt` raised by other code, because of one of ours or on its own.
     return SHELL_BASE + number
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Have Ctrl-C only noted while the block runs, but a second one interrupt as ever.
+    """While the block runs, only note a Ctrl-C; a second one interrupts as usual.
 
-    The callable that is yielded says whether it was pressed. Where Ctrl-C is ignored it stays so.
+    The yielded callable tells whether it was pressed. If Ctrl-C is ignored, it stays ignored.
     """
     pressed = False
     usual = signal.getsignal(signal.SIGINT)
@@ -147,10 +147,10 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 def settle() -> None:
-    """Raise what was dropped and is not raised again yet: a program that ends calls this first.
+    """Raise a dropped interruption that was not raised again yet; called before the program ends.
 
     Raises:
-        Interrupted: there was something.
+        Interrupted: there was one.
     """
     if _Count.raised > _Count.honoured:
         raise Interrupted(_pending.number)
@@ -174,10 +174,9 @@ def _interrupt_again(_number: int, frame: FrameType | None) -> None:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported, which may take an exception ill.
+    """Whether a module is being imported, during which an exception may do harm.
 
-    Of compiled modules some end the process then, and some tell of another error. An import is
-    over in a moment.
+    Some compiled modules end the process then, and some report another error. An import ends soon.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -1,1 +1,1 @@
-"""What people and machines see: progress bars, JSON lines, the terminal, the report page."""
+"""Output for people and programs: progress bars, JSON lines, the terminal, the report page."""

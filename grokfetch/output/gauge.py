@@ -1,4 +1,4 @@
-"""How far a step is, as one line of any width or as a sentence. Pure: no I/O here."""
+"""The progress of a step, as one line of any width or as a sentence. Pure: no I/O here."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from grokfetch.units import bytes_text, count_text, seconds_text, share_text
 __all__ = ["Gauge", "Speed"]
 
 SHORTEST, LONGEST = 10, 40
-"""Columns of the bar where there is room for them."""
+"""Columns of the bar if there is enough room."""
 
 LEAST = 3
-"""Columns of the bar where there is little room."""
+"""Columns of the bar if there is little room."""
 
 GAP = "  "
 
 LONGEST_LEFT_S = 100 * 24 * 3600
-"""Seconds: a longer remaining time is not shown."""
+"""A remaining time of more seconds is not shown."""
 
 SMOOTH_S = 5.0
 """Seconds over which a rate that is measured here is averaged."""
@@ -30,9 +30,9 @@ SMOOTH_S = 5.0
 class Gauge:
     """The state of a step.
 
-    step: one word. done, total: bytes, or how many of another unit; a total of 0 is not known yet.
-    rate: so much a second, None if that is not known. peers: who sends, None where nobody does.
-    mirrors: HTTP servers beside them. waiting: for what somebody waits, in words.
+    step: one word. done, total: bytes, or a count of another unit; a total of 0 is not known yet.
+    rate: units per second, None if unknown. peers: how many, None for a step without any.
+    mirrors: how many HTTP servers. waiting: what readers wait for, in words.
     """
 
     step: str
@@ -45,9 +45,9 @@ class Gauge:
     waiting: str = ""
 
     def line(self, view: Screen) -> str:
-        """A line with a bar that fits the screen: the less room, the fewer words, no fact less.
+        """A line with a bar that fits the screen: with less room it has fewer words, but all facts.
 
-        Only what somebody waits for is left out where it has no room.
+        Only what readers wait for is left out if there is no room for it.
         """
         if not self.total:
             return GAP.join([self.step, *self._senders(short=False)])[: view.columns]
@@ -75,7 +75,7 @@ class Gauge:
         return ", ".join(filter(None, facts))
 
     def _wordings(self) -> Iterator[_Wording]:
-        """From long to short."""
+        """The possible wordings from long to short."""
         share, rate, left = share_text(self.done, self.total), self._rate(), self._left()
         senders, initials = self._senders(short=False), self._senders(short=True)
         head = (self.step,)
@@ -102,7 +102,7 @@ class Gauge:
         return f"{self.rate:.2f} {self.unit}s/s"
 
     def _left(self) -> str:
-        """How long it still takes; empty where that is not known."""
+        """The remaining time; empty if it is not known."""
         if not self.rate or self.done >= self.total:
             return ""
         seconds = (self.total - self.done) / self.rate
@@ -121,7 +121,7 @@ class Gauge:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Wording:
-    """What stands before and after a bar, what divides them, and the least columns of the bar."""
+    """The words before and after a bar, what separates them, and the least columns of the bar."""
 
     head: tuple[str, ...]
     facts: tuple[str, ...]
@@ -130,14 +130,14 @@ class _Wording:
 
 
 class Speed:
-    """Bytes a second of a step that only says how far it is, averaged over the last seconds."""
+    """The rate of a step that only reports its progress, averaged over the last seconds."""
 
     def __init__(self) -> None:
         self._at: tuple[float, int] | None = None
         self._rate: float | None = None
 
     def of(self, done: int, now: float) -> float | None:
-        """The rate now that so many bytes are done; None while it is not known."""
+        """The rate after `done` bytes; None while it is not known."""
         if self._at is None or done < self._at[1]:
             self._at, self._rate = (now, done), None
         elapsed = now - self._at[0]

@@ -1,4 +1,4 @@
-"""The events of a command as machines read them: one JSON object a line. Pure: no I/O here.
+"""The events of a command for programs: one JSON object per line. Pure: no I/O here.
 
 docs/events.md is the specification.
 """
@@ -42,7 +42,7 @@ _NAMES = {
 
 
 def as_fields(event: Event) -> list[dict[str, Any]]:
-    """The objects that stand for an event: several for several pieces, none for what ends a step.
+    """The objects for an event: several for several pieces, none for the result of a step.
 
     What a step returns, an `Outcome` or a `Summary`, is reported by the command in its last event.
     """
@@ -50,7 +50,7 @@ def as_fields(event: Event) -> list[dict[str, Any]]:
         case PiecesProven():
             return [{"event": "piece", "piece": piece, "proven": True} for piece in event.pieces]
         case Status():
-            # Who has sent how much is in `grokfetch status --json`; here it would be long.
+            # The bytes sent by each peer are in `grokfetch status --json`; here they are too long.
             fields = dataclasses.asdict(dataclasses.replace(event, sent={}))
             del fields["sent"]
             return [{"event": "progress", **fields, "received": event.received}]
@@ -66,7 +66,7 @@ def as_fields(event: Event) -> list[dict[str, Any]]:
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
-    """What ended a command, as an object: class, exit code, what, where, what to do next."""
+    """The object for an error: class, exit code, what happened, where, what to do next."""
     if isinstance(error, GrokfetchError):
         return {
             "event": "error",

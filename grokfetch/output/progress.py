@@ -1,8 +1,8 @@
-"""How far a step is, from the same events: a bar for people, JSON lines for machines.
+"""The progress of a step, from the same events: a bar for people, JSON lines for programs.
 
-The bar goes to stderr, as sparse lines where that is not a terminal, and results go to stdout, so
-that output can be piped while a bar is drawn. JSON lines are all that stdout holds. Nothing here is
-coloured.
+The bar goes to stderr, as a line now and then if that is not a terminal, and results go to stdout,
+so that output can be piped while a bar is drawn. With JSON lines, stdout has nothing else. Nothing
+here is coloured.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ __all__ = ["Bar", "Lines", "Sink", "finding_line"]
 
 
 LINE_INTERVAL_S = 10.0
-"""How often a line is written where there is no terminal to draw on."""
+"""How often a line is written if there is no terminal."""
 
 READS = {"checking", "hashing"}
 """Phases of a fetch whose rate is that of the disk."""
 
 DRAW_INTERVAL_S = 0.1
-"""How often a bar is drawn anew."""
+"""How often a bar is redrawn."""
 
 PROGRESS_INTERVAL_S = 1.0
-"""How often a machine reads how far a step is; other events are never left out."""
+"""How often progress is written as JSON; other events are never left out."""
 
 
 class Sink(Protocol):
     """Where the events of a step go. A context manager, left when the step has ended."""
 
     def __enter__(self) -> Self:
-        """Begin the step."""
+        """Start the step."""
 
     def __exit__(self, *_: object) -> None:
         """End it."""
@@ -54,17 +54,17 @@ class Sink(Protocol):
         """Show an event, or pass it on."""
 
     def say(self, text: str) -> None:
-        """Say something that a person may want to know."""
+        """Print something that a user may want to know."""
 
     def hide(self) -> None:
-        """Leave the screen to others until the next event."""
+        """Leave the last line to other output until the next event."""
 
 
 class Lines:
     """Events as JSON lines, each with its time in seconds since 1970.
 
     Args:
-        write: takes one line, without its end.
+        write: takes one line, without a newline.
         clock: monotonic seconds.
     """
 
@@ -80,7 +80,7 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to do: each line is whole as it is written."""
+        """Nothing to do: each line is complete when it is written."""
 
     def take(self, event: Event) -> None:
         """Write an event; progress only now and then, at the end of a step and in a new phase."""
@@ -110,8 +110,8 @@ class Bar:
 
     Args:
         label: the step, one word.
-        stream: where to draw; stderr unless a test says otherwise.
-        findings: where findings go, one a line; to `stream` by default.
+        stream: where to draw; by default stderr.
+        findings: where findings go, one per line; by default to `stream`.
         plain: never draw, as on a terminal that can only append.
     """
 
@@ -139,7 +139,7 @@ class Bar:
         self.hide()
 
     def take(self, event: Event) -> None:
-        """Show how far it is; write what was found and noticed above the bar."""
+        """Show progress; write findings and notices above the bar."""
         match event:
             case Status():
                 self._show(self._of_fetch(event))
@@ -150,7 +150,7 @@ class Bar:
             case Notice():
                 self.say(event.text)
             case _:
-                # Results are printed by the command; single pieces are for machines.
+                # The command prints results; single pieces are only for programs.
                 return
 
     def show(self, done: int, total: int, unit: str = "byte") -> None:
@@ -177,7 +177,7 @@ class Bar:
         self._print(text, self._stream)
 
     def hide(self) -> None:
-        """Take the bar away until the next event."""
+        """Remove the bar until the next event."""
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -195,7 +195,7 @@ class Bar:
 
     @property
     def _view(self) -> Screen:
-        # In the last column some terminals begin a new line.
+        # A character in the last column starts a new line on some terminals.
         view = screen(self._stream)
         return dataclasses.replace(view, width=view.columns - 1, colour=False)
 
@@ -217,7 +217,7 @@ class Bar:
 
 
 def _waiting(names: Sequence[str]) -> str:
-    """What is waited for: the first tensor, without what is the same in all names, and how many."""
+    """What readers wait for: the first tensor, its name shortened, and how many more."""
     if not names:
         return ""
     name = re.sub(r"^transformer/decoder_layer_(\d+)/", r"layer \1 ", names[0])
@@ -226,7 +226,7 @@ def _waiting(names: Sequence[str]) -> str:
 
 
 def finding_line(finding: Finding) -> str:
-    """A finding in one line: what, where, why, and which tensors it concerns."""
+    """A finding in one line: what, where, why, and which tensors it affects."""
     piece = "" if finding.piece is None else f" piece {finding.piece}"
     detail = f": {finding.detail}" if finding.detail else ""
     tensor = f" [{finding.tensor}]" if finding.tensor else ""

@@ -1,4 +1,4 @@
-"""Where a command's events go: `--json` makes lines for machines of what is a bar for people."""
+"""Where a command's events go: with `--json` to JSON lines, else to a progress bar."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["begin_lines", "ended", "failed", "held", "lines", "notice", "refused", "reporter"]
 
 KEY = "grokfetch.lines"
-"""Under which a run of the program keeps its `Lines`; click shares it between its contexts."""
+"""The key under which click's contexts of this run share its `Lines`."""
 
 
 def begin_lines(context: click.Context) -> None:
-    """Write events as JSON lines from now on; the first says that the command has started."""
+    """Write events as JSON lines from now on, and the first one, `started`."""
     lines_begun = context.meta[KEY] = Lines(click.echo)
     lines_begun.take(Started(context.info_name or "", __version__))
 
 
 def lines(context: click.Context | None = None) -> Lines | None:
-    """The JSON lines of this run of the program, None if people read it."""
+    """The JSON lines of this run of the program, None without `--json`."""
     context = context or click.get_current_context(silent=True)
     begun = None if context is None else context.meta.get(KEY)
     assert begun is None or isinstance(begun, Lines)
@@ -41,10 +41,10 @@ def lines(context: click.Context | None = None) -> Lines | None:
 
 @contextlib.contextmanager
 def held(store: Store, *, exclusive: bool = False) -> Iterator[None]:
-    """Hold a folder's lock, and say what a person should know about that.
+    """Hold a folder's lock, and print the folder's warnings.
 
     Raises:
-        StateLocked: another process is in the way.
+        StateLocked: another process holds it.
         StorageFailed: the folder is to be written and cannot be.
     """
     with store.lock(exclusive=exclusive):
@@ -59,7 +59,7 @@ def reporter(label: str, *, findings_to_stdout: bool = False) -> Sink:
 
 
 def notice(text: str) -> None:
-    """Say something that is worth knowing and ends nothing."""
+    """Report something that is worth knowing and is not an error."""
     machine = lines()
     if machine is None:
         click.echo(text, err=True)
@@ -68,7 +68,7 @@ def notice(text: str) -> None:
 
 
 def ended(text: str, seconds: float, **results: object) -> None:
-    """Say how the command ended: the text for people, the rest for machines."""
+    """Report the command's result: `text` for people, the rest with `--json`."""
     machine = lines()
     if machine is None:
         click.echo(text)
@@ -77,13 +77,13 @@ def ended(text: str, seconds: float, **results: object) -> None:
 
 
 def failed(context: click.Context, error: BaseException) -> None:
-    """Tell a machine what ended the command."""
+    """With `--json`, write the error that ended the command."""
     machine = lines(context)
     if machine is not None:
         machine.put(error_fields(error))
 
 
 def refused(context: click.Context, error: GrokfetchError) -> None:
-    """Tell people and machines of an error that a person can act on, and that ends the command."""
+    """Report an error that ends the command and that a user can act on."""
     failed(context, error)
     click.echo(f"error: {error}", err=True)

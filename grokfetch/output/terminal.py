@@ -1,7 +1,7 @@
-"""What a terminal can show, and text laid out for it; no command.
+"""What a terminal can show, and text laid out for it.
 
-`--plain` is for screen readers, and for whoever prefers words: no pictures, no colour, one
-statement a line.
+`--plain` is for screen readers, and for those who prefer words: no pictures, no colour, one
+statement per line.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import click
 __all__ = ["LABEL", "Screen", "be_plain", "plain", "screen"]
 
 KEY = "grokfetch.plain"
-"""Under which a run of the program keeps whether `--plain` was given."""
+"""The key under which this run keeps whether `--plain` was given."""
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".:-+#"
-"""For terminals that know ASCII only. The first is nothing, the last is all."""
+"""For terminals with ASCII only. The first stands for nothing, the last for all."""
 
 COLOURS = (None, "yellow", "yellow", "yellow", "green")
-"""Of the shades. They add nothing that the shades do not say."""
+"""The colours of the shades. They add no information to the shades."""
 
 LABEL = 9
-"""Columns of the word that a statement begins with."""
+"""Columns of the word at the beginning of a fact."""
 
 NARROWEST = 20
 
@@ -49,9 +49,9 @@ def plain() -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Screen:
-    """What can be shown.
+    """What a terminal or a stream can show.
 
-    width: columns, None for no bound: lines stay whole.
+    width: columns, None to never wrap lines.
     shades: five characters from nothing to all.
     """
 
@@ -62,11 +62,11 @@ class Screen:
 
     @property
     def columns(self) -> int:
-        """The width of pictures, which must have one."""
+        """The width of pictures, which need one."""
         return self.width or 80
 
     def shade(self, share: float) -> int:
-        """Which shade stands for a share: the first only for nothing, the last only for all."""
+        """The shade for a share: the first only for nothing, the last only for all."""
         if share >= 1:
             return len(self.shades) - 1
         return 0 if share <= 0 else 1 + int(share * (len(self.shades) - 2))
@@ -87,7 +87,7 @@ class Screen:
         return self.painted(([4] * full + partial + [0] * length)[:length])
 
     def fact(self, label: str, text: str) -> Iterator[str]:
-        """A statement behind the word that says what it is about, wrapped behind it."""
+        """A label and a text, which is wrapped behind it."""
         if self.plain:
             yield f"{label}: {text}"
             return
@@ -97,9 +97,9 @@ class Screen:
     def table(
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
     ) -> Iterator[str]:
-        """Aligned columns; those that do not fit stand below, indented, on a line of their own.
+        """Aligned columns; those that do not fit go below, indented, on a line of their own.
 
-        In plain text each row is one line, and names its columns but for the first.
+        In plain text each row is one line that names all columns except the first.
 
         Args:
             titles: of the columns.
@@ -136,11 +136,11 @@ class Screen:
         return lines
 
     def wrapped(self, text: str, indent: str = "  ") -> Iterator[str]:
-        """A text in lines that fit; all but the first are indented."""
+        """A text in lines that fit; all except the first are indented."""
         if self.width is None or _columns(text) <= self.width:
             yield text
             return
-        # A name that is longer than a line is broken: left to the terminal it loses the indent.
+        # A name that is longer than a line is broken here: the terminal would lose the indent.
         yield from textwrap.wrap(
             text,
             max(self.width, NARROWEST),
@@ -154,13 +154,13 @@ class Screen:
 
 
 def screen(stream: TextIO | None = None, *, listing: bool = False) -> Screen:
-    """What stdout, or another stream, can show: as it is, and as the environment and the call say.
+    """What stdout, or another stream, can show, given the environment and the options.
 
     `NO_COLOR` and `TERM=dumb` are respected.
 
     Args:
         stream: stdout by default.
-        listing: keep lines whole where there is no terminal, for programs that read them.
+        listing: without a terminal, do not wrap lines, for programs that read them.
     """
     stream = stream or sys.stdout
     terminal = stream.isatty()
@@ -184,7 +184,7 @@ def _shades(stream: TextIO) -> str:
 
 
 def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes; UAX #11 calls them wide and full."""
+    """How many columns of a terminal a text takes; wide characters (UAX #11) take two."""
     return sum(0 if combining(it) else 1 + (east_asian_width(it) in "WF") for it in text)
 
 

@@ -32,8 +32,8 @@ __all__ = ["Access", "application"]
 class Access:
     """Who may use the server, and where its responses are logged.
 
-    key: what clients must send as a bearer token; None for nothing. origins: of web pages whose
-    scripts may ask; "*" for all. log: called with a line for each response; None for no log.
+    key: bearer token that clients must send; None for none. origins: of web pages whose scripts
+    may send requests; "*" for all. log: called with a line for each response; None for no log.
     """
 
     key: str | None = None
@@ -44,13 +44,13 @@ class Access:
 def application(
     worker: Worker, served: Served, tokenizer: Tokenizer | None, access: Access | None = None
 ) -> Starlette:
-    """The server as an ASGI application; its lifespan is that of the worker's thread.
+    """The server as an ASGI application; the worker's thread runs during its lifespan.
 
     Args:
-        worker: over the model.
+        worker: runs the model.
         served: the model as clients see it.
-        tokenizer: the tokenizer; None where only token ids are spoken.
-        access: who may ask; None for everybody.
+        tokenizer: the tokenizer; None if clients must send token ids.
+        access: who may use it; None for everybody.
     """
     access = access or Access()
     metrics = Metrics(worker, served.slots)
@@ -94,7 +94,7 @@ def application(
         log=access.log,
     )
     if access.origins:
-        # Around the gate: a browser asks for permission without the key.
+        # Outside the gate, because a browser's preflight request has no key.
         app.add_middleware(
             CrossOrigin,
             allow_origins=access.origins,
@@ -117,7 +117,7 @@ class _Desk:
         self._created = int(time.time())
 
     async def models(self, _: Request) -> Response:
-        """The one model there is."""
+        """The list of models, which has one."""
         return as_json({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
@@ -164,7 +164,7 @@ class _Desk:
             return as_json(await unless_gone(request, following.whole()))
 
     def _check_count(self, wanted: Completion) -> None:
-        """Refuse what would find no room however long its client waited."""
+        """Refuse a request that has more texts than the server can ever take at once."""
         if len(wanted.prompts) * wanted.candidates > self._worker.capacity:
             raise Refused(
                 f"this server takes at most {self._worker.capacity} texts at once",
@@ -181,7 +181,7 @@ class _Desk:
         ]
 
     async def tokenizer_info(self, _: Request) -> Response:
-        """What vLLM's clients ask, lm-evaluation-harness among them."""
+        """Answers vLLM's clients, such as lm-evaluation-harness."""
         return as_json(
             {"eos_token": self._own_tokenizer().piece(self._served.eos), "bos_token": None}
         )

@@ -1,4 +1,4 @@
-"""One connection to the server, and what its client may take of time and of memory."""
+"""One connection to the server, with limits on the time and memory that its client may take."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from uvicorn.server import ServerState
 __all__ = ["HEADERS_S", "UNREAD_S", "Connection"]
 
 HEADERS_S = 60.0
-"""Seconds in which a request's headers have to come, and the rest of a body that is not read."""
+"""Timeout in seconds for a request's headers, and for the rest of a body that is not read."""
 
 UNREAD_S = 60.0
-"""Seconds in which a client has to take something of what was written to it."""
+"""Seconds within which a client must read some of what was written to it."""
 
 LEAST_RATE = 1 << 10
-"""Bytes a second below which a client does not read."""
+"""A client that reads fewer bytes per second counts as not reading."""
 
 
 class Connection(H11Protocol):
-    """A connection that is ended where its client does not send or read what it has to.
+    """A connection that is closed if its client does not send or read in time.
 
-    To send are a request's headers, and the rest of a body that nobody has read; the others' bodies
-    are the gate's. Requests that are sent before the one at work is answered are taken up to
-    64 KiB, and what is not read stays below that with the answer that is being written.
+    A client must send a request's headers, and the rest of a body that nobody reads; other bodies
+    have a timeout in the gate. Pipelined requests are buffered up to 64 KiB while an earlier one is
+    answered; backpressure keeps unread data below that.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -46,50 +46,50 @@ class Connection(H11Protocol):
         self._unread = self._taken = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Watch from now on what comes, and what is read."""
+        """Start the timeouts for sending and reading."""
         super().connection_made(transport)
         self.flow = _Flow(transport, lambda: len(self.conn.trailing_data[0]))
         self._watch()
         self._look = self.loop.call_later(UNREAD_S, self._check_reading)
 
     def data_received(self, data: bytes) -> None:
-        """Take what the client sends."""
+        """Receive data from the client."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Watch no more."""
+        """Cancel the timeouts."""
         self._forget()
         if self._look is not None:
             self._look.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Wait for what has to come now."""
+        """Start the timeout for the next request, or for the rest of this one's body."""
         super().on_response_complete()
         if self.conn.our_state is h11.DONE:
             self._watch()
         elif self.conn.our_state is h11.IDLE:
-            # What was held of later requests has been used up.
+            # The buffered data of later requests has been used up.
             self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, if that can still be said."""
+        """Refuse what is not HTTP, if a response can still be sent."""
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:
-            # The request has been answered before its malformed body came, or must get no body.
+            # The request was answered before its malformed body came, or allows no response body.
             self.transport.close()
         if self.cycle is not None:
-            # The application may be about to answer, too.
+            # Keep the application from answering as well.
             self.cycle.disconnected = True
 
     def _check_reading(self) -> None:
-        """End the connection if little of what lay there the last time has been taken since."""
+        """Close the connection if too little has been read since the last check."""
         unread = self.transport.get_write_buffer_size()
         taken = self._counted.sent - unread
         if taken - self._taken < min(self._unread, LEAST_RATE * UNREAD_S):
-            # Closing would wait until all is taken.
+            # `close` would wait until everything is read.
             self.transport.abort()
             return
         self._unread, self._taken = unread, taken
@@ -108,7 +108,7 @@ class Connection(H11Protocol):
 
 
 class _Counted(h11.Connection):
-    """Counts the bytes that it has made for the client."""
+    """Counts the bytes produced for the client."""
 
     sent = 0
 
@@ -119,9 +119,9 @@ class _Counted(h11.Connection):
 
 
 class _Flow(FlowControl):
-    """Reads no more while so much is held of later requests as is of a body.
+    """Stops reading while the buffer of later requests is over the limit for a body.
 
-    The application asks for more with each message that it takes, those of other requests included.
+    The application resumes reading with each message that it takes, also for other requests.
     """
 
     def __init__(self, transport: asyncio.Transport, held: Callable[[], int]) -> None:

@@ -1,4 +1,4 @@
-"""What every request passes before its route sees it, and how its body is read."""
+"""The checks that every request passes before its route, and reading of its body."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from grokfetch.units import seconds_text
 __all__ = ["BODY_S", "LARGEST_BODY", "OPEN", "CrossOrigin", "Gate", "read_json", "read_object"]
 
 LARGEST_BODY = 4 * 1024 * 1024
-"""Bytes of a request; a full context of token ids takes some 60 kB."""
+"""Limit in bytes of a request; a full context of token ids takes some 60 kB."""
 
 BODY_S = 60.0
-"""Seconds in which a request's body has to come."""
+"""Timeout in seconds for a request's body."""
 
 OPEN = {"/", "/health", "/metrics"}
-"""Paths for which nobody needs a key."""
+"""Paths that need no key."""
 
 
 class Gate:
-    """Lets requests through that the server can read and whose client may ask; counts and logs all.
+    """Passes on requests that are well formed and have the key; counts and logs all.
 
-    A slash at the end of a path is taken off: clients differ in whether they write it.
+    A slash at the end of a path is removed, because not all clients write it.
 
     Args:
-        app: what is behind.
+        app: the application behind the gate.
         metrics: counts responses by path and status.
-        paths: that are counted by their names; all others are "other".
-        key: what clients must send as a bearer token; None for nothing.
+        paths: the paths that are counted by name; all others are "other".
+        key: bearer token that clients must send; None for none.
         log: called with a line for each response; None for no log.
     """
 
@@ -59,7 +59,7 @@ class Gate:
         self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it."""
+        """Pass on a request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -81,7 +81,7 @@ class Gate:
                 self._log(_line(scope, status, time.monotonic() - start))
 
     def _checked(self, scope: Scope) -> ASGIApp:
-        """Who answers a request: what is behind, or a refusal."""
+        """What answers a request: the application, or a refusal."""
         headers = dict(scope["headers"])
         try:
             _check_framing(headers)
@@ -93,10 +93,10 @@ class Gate:
 
 
 class CrossOrigin(CORSMiddleware):
-    """Answers browsers that ask whether a page's script may ask, around the gate."""
+    """Answers preflight requests of browsers, outside the gate."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand on: the gate refuses what it would refuse of any request."""
+        """Answer, or pass on; badly framed requests go to the gate, which refuses them."""
         if scope["type"] == "http":
             try:
                 _check_framing(dict(scope["headers"]))
@@ -107,7 +107,7 @@ class CrossOrigin(CORSMiddleware):
 
 
 def _check_framing(headers: Mapping[bytes, bytes]) -> None:
-    """Refuse what a proxy before us may have read in another way (RFC 9112, 6.1; RFC 9110, 8.4)."""
+    """Refuse what a proxy could have parsed differently (RFC 9112, 6.1; RFC 9110, 8.4)."""
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise Refused(
             "a request must not have both Content-Length and Transfer-Encoding",
@@ -116,7 +116,7 @@ def _check_framing(headers: Mapping[bytes, bytes]) -> None:
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
     if encoding.strip().lower() not in {"", "identity"}:
         raise Refused(
-            f"the body is compressed ({encoding:.40}), and this server reads only plain ones",
+            f"the body is compressed ({encoding:.40}), which this server does not support",
             code="unsupported_encoding",
             status=415,
         )
@@ -142,7 +142,7 @@ async def read_json(request: Request) -> object:
     """The JSON of a request.
 
     Raises:
-        Refused: there is none, or too much, or it does not come within `BODY_S`.
+        Refused: the body is not JSON, too large, or does not arrive within `BODY_S`.
     """
     parts, size = [], 0
     try:
@@ -158,7 +158,7 @@ async def read_json(request: Request) -> object:
                 parts.append(part)
     except TimeoutError:
         raise Refused(
-            f"the body did not come within {BODY_S:g} s", code="body_too_slow", status=408
+            f"the body did not arrive within {BODY_S:g} s", code="body_too_slow", status=408
         ) from None
     try:
         return json.loads(b"".join(parts))

@@ -1,4 +1,4 @@
-"""What Prometheus can ask."""
+"""The metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Metrics:
         return Gauge(f"grokfetch_{name}", meaning, registry=self._registry)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _Prefixes(Collector):
-    """What a prefix cache has counted itself."""
+    """The counters that a prefix cache keeps itself."""
 
     def __init__(self, cache: PrefixCache) -> None:
         self._cache = cache

@@ -1,4 +1,4 @@
-"""What the server asks of a model and of a tokenizer; `grokfetch.commands.serve` provides both."""
+"""The server's interface to a model and a tokenizer; `grokfetch.commands.serve` provides both."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = [
 class Served:
     """The model as clients see it.
 
-    name: its id. context: tokens of prompt and text together, at most. vocabulary: token ids. eos:
-    the id that ends a text. slots: texts at work at once. logprobs: most probable tokens, at most,
-    that are returned beside each token.
+    name: its id. context: most tokens of prompt and text together. vocabulary: number of token ids.
+    eos: the id that ends a text. slots: texts generated at once. logprobs: how many of the most
+    probable tokens can be returned with each token.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Scored(Protocol):
 
 
 class Emission(Protocol):
-    """What became known of one text, as `loader.inference.batching.Emission`."""
+    """What a step has added to one text, as `loader.inference.batching.Emission`."""
 
     @property
     def number(self) -> int:
@@ -85,7 +85,7 @@ class Emission(Protocol):
 
     @property
     def prompt(self) -> Sequence[Scored]:
-        """All tokens of the prompt, once, where they are to be echoed."""
+        """All tokens of the prompt, once, if they are to be echoed."""
 
     @property
     def token(self) -> Scored | None:
@@ -93,20 +93,20 @@ class Emission(Protocol):
 
     @property
     def finished(self) -> Literal["stop", "length"] | None:
-        """Why this is the last of it."""
+        """Why the text has ended; None if it goes on."""
 
 
 class PrefixCache(Protocol):
-    """What is kept of prompts for those that begin alike, and what it was good for."""
+    """Results kept for prompts with the same prefix, and how often they were used."""
 
     hits: int
-    """Prompts whose beginning was known."""
+    """Prompts whose prefix was cached."""
 
     tokens: int
-    """Tokens of theirs that were not read again."""
+    """Tokens of these prompts that were not computed again."""
 
     nbytes: int
-    """Memory that it takes."""
+    """Memory of the cache in bytes."""
 
 
 class Model(Protocol):
@@ -114,7 +114,7 @@ class Model(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do."""
+        """Whether there is anything for a step to do."""
 
     @property
     def working(self) -> int:
@@ -122,10 +122,10 @@ class Model(Protocol):
 
     @property
     def prefix_cache(self) -> PrefixCache:
-        """What prompts have in common; other threads read its figures."""
+        """The cache of prompt prefixes; other threads read its counters."""
 
     def add(self, number: int, generation: Generation) -> None:
-        """Take in a text."""
+        """Add a text."""
 
     def drop(self, number: int) -> None:
         """Forget a text, whatever its state."""
@@ -154,10 +154,10 @@ class Tokenizer(Protocol):
         """Token ids of a text."""
 
     def piece(self, token: int) -> str:
-        """What a token is called."""
+        """The name of a token."""
 
     def special(self, token: int) -> bool:
-        """Whether it stands for no text."""
+        """Whether it is a control token, without text."""
 
     def stream(self) -> TextStream:
         """A decoder of the tokens that continue a text."""

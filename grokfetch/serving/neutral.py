@@ -1,7 +1,7 @@
 """Fields that other servers' clients send, and the values at which they change nothing.
 
-Clients of vLLM, llama.cpp and others write out their defaults. Such a value passes; any other one
-asks for what this server does not do, and is refused by name. Source of the names and defaults:
+Clients of vLLM, llama.cpp and others send their defaults. Such a value is accepted; any other one
+asks for something that this server cannot do, and is refused by name. Source of names and defaults:
 vLLM's `CompletionRequest`, llama.cpp's `tools/server/README.md`, OpenAI's API reference.
 """
 
@@ -82,7 +82,7 @@ IGNORED = (
     "prompt_cache_key",
     "request_id",
     "safety_identifier",
-    # They shape what is switched off where it may pass at all.
+    # Parameters of features that are accepted only if they are switched off.
     "dry_allowed_length",
     "dry_base",
     "dry_penalty_last_n",
@@ -93,4 +93,4 @@ IGNORED = (
     "repeat_last_n",
     "xtc_threshold",
 )
-"""Fields of which no value changes the text."""
+"""Fields that never change the text."""

@@ -1,4 +1,4 @@
-"""The response to one request, whole or in chunks, as OpenAI's completions API words it."""
+"""The response to one request, whole or in chunks, in the format of OpenAI's completions API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Reply", "error_body", "event"]
 
 
 class Reply:
-    """What becomes of a request.
+    """The response to a request.
 
     Args:
         wanted: the request.
@@ -52,7 +52,7 @@ class Reply:
 
     def _answer(self, prompt: Prompt, tokens: Sequence[int], tokenizer: Tokenizer) -> Answer:
         wanted = self._wanted
-        # Of a truncated prompt the text is what its tokens say.
+        # The text of a truncated prompt is decoded from its tokens.
         text = prompt if isinstance(prompt, str) and wanted.truncate is None else None
         logprobs, before = wanted.logprobs is not None, 0
         if logprobs and not wanted.generation.echo:
@@ -79,7 +79,7 @@ class Reply:
         return self._answers[index].take(emission)
 
     def add(self, index: int, piece: Piece) -> None:
-        """Put a piece to its choice, for `whole`."""
+        """Append a piece to its choice, for `whole`."""
         choice = self._choices[index]
         choice["text"] += piece.text
         choice["finish_reason"] = piece.finish_reason
@@ -132,7 +132,7 @@ class Reply:
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI words it."""
+    """An error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -1,7 +1,7 @@
 """Requests as OpenAI's completions API describes them, read from JSON. Pure.
 
-Beside OpenAI's fields stand those that vLLM's clients send. Every refusal names the field it means.
-A field that we do not know, or that asks for something the model cannot do, is refused rather than
+Besides OpenAI's fields, those of vLLM's clients are supported. Every refusal names its field. A
+field that is unknown, or that asks for something the model cannot do, is refused rather than
 ignored.
 """
 
@@ -26,7 +26,7 @@ from grokfetch.serving.neutral import IGNORED, NEUTRAL
 __all__ = ["MOST_STOPS", "MOST_TEXTS", "Completion", "Prompt", "read_completion"]
 
 DEFAULT_TOKENS = 16
-"""What OpenAI generates where `max_tokens` is not given."""
+"""What OpenAI generates if `max_tokens` is not given."""
 
 MOST_STOPS = 16
 """OpenAI takes 4; evaluation harnesses send a few more."""
@@ -38,7 +38,7 @@ MOST_BIASES = 1024
 """Tokens in `logit_bias`; OpenAI takes 300."""
 
 MOST_DIGITS = 20
-"""Of a token id in `logit_bias`; Python refuses to read thousands."""
+"""Digits of a token id in `logit_bias`; Python refuses to parse thousands of digits."""
 
 Prompt = str | tuple[int, ...]
 
@@ -47,11 +47,11 @@ Prompt = str | tuple[int, ...]
 class Completion:
     """A request to `/v1/completions`; fields as OpenAI and vLLM name them.
 
-    max_tokens: None where it was not given. generation: what all its texts have in common; the seed
-    is chosen at random where it was not given. logprobs: as asked for. candidates: texts made for
-    each prompt, of which the `n` best are returned. truncate: None, or how many tokens at the end
-    of a prompt are kept; -1 for as many as leave room for the text. include_usage: a stream ends
-    with the usage. every_usage: each of its chunks has the usage so far.
+    max_tokens: None if it was not given. generation: the settings common to all its texts; the seed
+    is random if it was not given. logprobs: as requested. candidates: texts generated for each
+    prompt, of which the `n` best are returned. truncate: None, or how many tokens at the end of a
+    prompt are kept; -1 for as many as leave room for the text. include_usage: a stream ends with
+    the usage. every_usage: each of its chunks has the usage so far.
     """
 
     prompts: tuple[Prompt, ...]
@@ -68,7 +68,7 @@ class Completion:
     every_usage: bool
 
     def truncated(self, prompt: tuple[int, ...], served: Served) -> tuple[int, ...]:
-        """The end of a prompt, as long as the request wants it."""
+        """The prompt, truncated to its end as requested."""
         if self.truncate is None:
             return prompt
         room = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
@@ -97,14 +97,14 @@ class Completion:
         ]
 
     def _room(self, prompt: tuple[int, ...], served: Served) -> int:
-        """How many tokens a prompt may be continued by."""
+        """How many tokens may follow a prompt."""
         if not prompt:
             raise Refused(
                 "the prompt is empty: the model needs a token to start from", param="prompt"
             )
         if not all(0 <= token < served.vocabulary for token in prompt):
             raise Refused(
-                f"token ids of this model lie between 0 and {served.vocabulary - 1:,}",
+                f"token ids of this model are from 0 to {served.vocabulary - 1:,}",
                 param="prompt",
             )
         room = served.context - len(prompt)
@@ -120,10 +120,10 @@ class Completion:
 
 
 def read_completion(body: object, served: Served) -> Completion:
-    """A request from what its JSON says.
+    """A request from its JSON.
 
     Raises:
-        Refused: it is malformed, or asks for what this server does not do.
+        Refused: it is malformed, or asks for something that this server cannot do.
     """
     if not isinstance(body, dict):
         raise Refused("the body must be a JSON object")
@@ -164,7 +164,7 @@ def _check_model(fields: Fields, served: Served) -> None:
     model = fields.string("model")
     if model not in {None, served.name}:
         raise Refused(
-            f"the model {model!r:.80} is not served here, {served.name!r} is",
+            f"the model {model!r:.80} is not served here, only {served.name!r}",
             param="model",
             code="model_not_found",
             status=404,
@@ -173,7 +173,7 @@ def _check_model(fields: Fields, served: Served) -> None:
 
 
 def _generation(fields: Fields, served: Served, scored: int | None) -> Generation:
-    """What all texts of a request have in common."""
+    """The settings common to all texts of a request."""
     seed = fields.integer("seed", -LARGEST)
     return Generation(
         prompt=(),

@@ -31,7 +31,7 @@ class Stops:
         self.found = False
 
     def push(self, text: str) -> str:
-        """What may be shown now: nothing that could still be the beginning of a stop text."""
+        """The text that may be shown now: nothing that could be the beginning of a stop string."""
         if self.found:
             return ""
         text_held = self._held + text
@@ -44,20 +44,20 @@ class Stops:
         return text_held[: len(text_held) - keep]
 
     def finish(self) -> str:
-        """What was held back, once nothing more comes."""
+        """The text that was held back, after the last token."""
         text_held, self._held = self._held, ""
         return text_held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text that are the beginning of a stop text, not all of it."""
+    """How many characters at the end of a text are a proper prefix of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of the response to one prompt; the fields of OpenAI's choice, `index` apart."""
+    """A part of the response to one prompt; the fields of OpenAI's choice, except `index`."""
 
     text: str
     logprobs: dict[str, list[Any]] | None
@@ -66,11 +66,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shown:
-    """What of its texts a request wants to see.
+    """What a request wants to see of its texts.
 
-    stops: strings that end a text; they are not part of it. logprobs: whether these are returned.
-    special: whether tokens that stand for no text are shown by their names. min_tokens: tokens in
-    which no string of `stops` is looked for.
+    stops: strings that end a text; they are not part of it. logprobs: whether to return these.
+    special: whether to show control tokens by their names. min_tokens: number of tokens in which
+    `stops` are not looked for.
     """
 
     stops: tuple[str, ...] = ()
@@ -80,17 +80,17 @@ class Shown:
 
 
 class Answer:
-    """What one text has come to.
+    """The text generated so far for one prompt.
 
     Args:
         tokenizer: the tokenizer.
         shown: what the request wants to see.
-        prompt: the text of the prompt where it was given as text, to be echoed as it is.
-        before: characters of the prompt, where it is not echoed.
+        prompt: the text of the prompt, if it was given as text, to be echoed unchanged.
+        before: characters of the prompt, if it is not echoed.
 
     Attributes:
-        generated: tokens so far, the one that ended the sequence included.
-        finished: whether nothing more comes, though the model might go on.
+        generated: tokens so far, including the one that ended the sequence.
+        finished: whether the text is complete, even if the model would go on.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
-        """Of the tokens so far; minus infinity where there is none."""
+        """The mean over the tokens so far; minus infinity if there are none."""
         return self._sum / self.generated if self.generated else -math.inf
 
     def take(self, emission: Emission) -> Piece:
         """What an emission adds to the response.
 
-        A token is returned once some of its text is: where a stop string ends the text, the tokens
-        end with it.
+        A token is returned when some of its text is: if a stop string ends the text, the tokens end
+        there, too.
         """
         text, rows = self._echo(emission.prompt) if emission.prompt else ("", [])
         if emission.token is not None:
@@ -148,7 +148,7 @@ class Answer:
         return self._prompt, rows
 
     def _next(self, token: Scored, *, ended: bool) -> str:
-        """The text that a token allows to be shown."""
+        """The text that may be shown after a token."""
         self.generated += 1
         self._sum += token.logprob or 0.0
         part = "" if ended else self._part(token.token)
@@ -181,7 +181,7 @@ def decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 class _Row(NamedTuple):
-    """What OpenAI's `logprobs` say of one token."""
+    """OpenAI's `logprobs` of one token."""
 
     tokens: str
     token_logprobs: float | None
@@ -194,16 +194,16 @@ def _columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
 
 
 class Numbers:
-    """Stands in for a tokenizer where there is none: the text is the token ids."""
+    """Used in place of a tokenizer if there is none: the text is the token ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Refused: nobody knows the ids of a text.
+        """Refused: the ids of a text are not known.
 
         Raises:
             Refused: always.
         """
         raise Refused(
-            f"this server has no tokenizer: token ids are wanted, not the text {text!r:.40}",
+            f"this server has no tokenizer: send token ids instead of the text {text!r:.40}",
             param="prompt",
             code="tokenizer_missing",
         )
@@ -217,7 +217,7 @@ class Numbers:
         return False
 
     def stream(self) -> Numbers:
-        """Ids one after the other need no memory."""
+        """Itself: writing ids needs no state."""
         return self
 
     def push(self, token: int) -> str:
@@ -225,5 +225,5 @@ class Numbers:
         return f" {token}"
 
     def finish(self) -> str:
-        """Nothing: no id is ever incomplete."""
+        """Nothing: an id is never incomplete."""
         return ""

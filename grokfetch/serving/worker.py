@@ -1,7 +1,7 @@
 """The thread that owns the model, and the event loop's side of it.
 
-Orders go to the thread through a queue; after each step what became known goes back to the loop in
-one call. Everything but `_work` and what it calls runs in the loop.
+Orders go to the thread through a queue; after each step, its results go back to the loop in one
+call. Everything except `_work` and what it calls runs in the loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Busy", "Failed", "Worker"]
 LONGEST_WAIT_S = 60
 SMOOTHING = 0.2
 
-FAILED = "a step of the model failed, and all texts at work with it"
+FAILED = "a step of the model failed, and with it all texts in progress"
 
 log = logging.getLogger("grokfetch.serving")
 
@@ -32,7 +32,7 @@ class Busy(Exception):
     """The queue is full.
 
     Args:
-        retry_after: whole seconds after which there may be room.
+        retry_after: seconds after which there may be room; an integer.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -41,19 +41,19 @@ class Busy(Exception):
 
 
 class Failed(Exception):
-    """The model could not go on; the log says why."""
+    """A step of the model failed; the log says why."""
 
 
 class Worker:
-    """Texts at work and in the queue.
+    """The texts in progress and in the queue.
 
     Args:
         model: used by the worker's thread alone.
-        slots: texts at work at once.
-        queue_length: texts that may wait beside them.
+        slots: how many texts are generated at once.
+        queue_length: how many more texts may wait.
 
     Attributes:
-        capacity: texts that can be at work and wait together.
+        capacity: how many texts can be in progress and wait together.
         prefix_cache: the model's.
         working: texts that have a slot, as of the latest step.
         failures: steps that failed.
@@ -74,7 +74,7 @@ class Worker:
 
     @property
     def texts(self) -> int:
-        """Texts at work or in the queue."""
+        """Texts in progress or in the queue."""
         return len(self._texts)
 
     @property
@@ -88,12 +88,12 @@ class Worker:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Have the thread end after its step, and wait for it."""
+        """Tell the thread to end after its step, and wait for it."""
         self._orders.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def open(self, generations: Sequence[Generation]) -> Texts:
-        """Have texts generated, until what is returned is closed.
+        """Generate texts until the returned object is closed.
 
         Raises:
             Busy: there is no room in the queue.
@@ -108,7 +108,7 @@ class Worker:
         return texts
 
     def closed(self, seconds: float) -> None:
-        """Learn how long some texts took, from which the wait for room is estimated."""
+        """Note how long some texts took, to estimate the wait for room."""
         self._seconds += SMOOTHING * (seconds - self._seconds)
 
     def forget(self, number: int) -> None:
@@ -117,7 +117,7 @@ class Worker:
         self._orders.put(functools.partial(self._model.drop, number))
 
     def _patience(self, wanted: int) -> int:
-        """Seconds until some texts may find room, by how long recent requests took."""
+        """Estimated seconds until there is room, from how long recent requests took."""
         rounds = (self.texts + wanted - self.capacity) / self._slots
         return max(1, min(LONGEST_WAIT_S, round(rounds * self._seconds)))
 
@@ -147,7 +147,7 @@ class Worker:
                 ended = self._obey()
                 report = functools.partial(self._tell, self._model.step(), self._model.working)
             except Exception as error:
-                # An error that a person can act on says all; of others the place is worth knowing.
+                # A user can act on our own errors without a traceback; others need one.
                 if isinstance(error, GrokfetchError):
                     log.error("%s: %s", FAILED, error)  # noqa: TRY400
                 else:
@@ -157,7 +157,7 @@ class Worker:
             self._loop.call_soon_threadsafe(report)
 
     def _obey(self) -> bool:
-        """Carry out all orders; where there is nothing to do, wait for one. True: it is over."""
+        """Carry out all orders; if there is nothing to do, wait for one. True: the thread ends."""
         while True:
             try:
                 order = self._orders.get(block=not self._model.busy)
@@ -171,10 +171,10 @@ class Worker:
 
 
 class Texts:
-    """What becomes known of some texts, from `Worker.open`.
+    """The results of some texts, from `Worker.open`.
 
-    Iterating gives each emission with the index of its text, and ends when all have finished or
-    been dropped; it raises `Failed` if the model cannot go on.
+    Iterating yields each emission with the index of its text, and ends when all have finished or
+    been dropped; it raises `Failed` if a step of the model fails.
     """
 
     def __init__(self, worker: Worker, numbers: Sequence[int]) -> None:
@@ -192,25 +192,25 @@ class Texts:
             yield emission.number - self._first, emission
 
     def drop(self, index: int) -> None:
-        """Give a text up; nothing happens if it has finished."""
+        """Cancel a text; does nothing if it has finished."""
         number = self._first + index
         if number in self._open:
             self._open.discard(number)
             self._worker.forget(number)
 
     def close(self) -> None:
-        """Give all of them up that have not finished."""
+        """Cancel all texts that have not finished."""
         for number in tuple(self._open):
             self.drop(number - self._first)
         self._worker.closed(time.monotonic() - self._start)
 
     def take(self, emission: Emission) -> None:
-        """What the worker has to tell."""
+        """Receive an emission from the worker."""
         if emission.finished is not None:
             self._open.discard(emission.number)
         self._emissions.put_nowait(emission)
 
     def fail(self) -> None:
-        """No more will come."""
+        """Have the iteration raise `Failed`."""
         self._open.clear()
         self._emissions.put_nowait(None)

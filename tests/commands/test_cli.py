@@ -106,7 +106,7 @@ def test_a_file_in_the_place_of_a_folder_is_told_with_what_to_do(tmp_path):
     torrent = ROOT / "demo/published/grok-demo.torrent"
     arguments = ["fetch", torrent, "--to", tmp_path / "file/below", "--no-discovery"]
     result = invoke(*arguments, code=errors.StorageFailed.exit_code)
-    assert "a file lies where a folder must be" in result.stderr
+    assert "is a file where a folder is needed" in result.stderr
     assert "choose another folder" in result.stderr
 
 

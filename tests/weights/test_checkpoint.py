@@ -439,5 +439,5 @@ def test_a_hard_limit_that_is_too_low_is_named_with_the_file(tmp_path):
     assert done.returncode != 0
     assert "StorageFailed" in done.stderr
     assert "tensor000" in done.stderr
-    assert "too many files are open to open it" in done.stderr
+    assert "because too many files are open" in done.stderr
     assert "ulimit -Hn" in done.stderr
