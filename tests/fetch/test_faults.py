@@ -217,7 +217,7 @@ def test_a_folder_that_vanishes_ends_the_fetch_and_a_new_one_completes(tmp_path,
 
 def test_a_state_folder_that_vanishes_costs_only_a_rehash(tmp_path):
     state = tmp_path / ".grokfetch"
-    with pytest.raises(StorageFailed, match="has vanished"):
+    with pytest.raises(StorageFailed, match="has disappeared"):
         during(tmp_path, FakeSwarm(TORRENT, dict(FILES)), 30, lambda: shutil.rmtree(state))
     again = run(tmp_path, FakeSwarm(TORRENT, dict(FILES)))
     assert again[-1].rehashed >= 30
