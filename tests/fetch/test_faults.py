@@ -183,7 +183,7 @@ def test_a_disk_that_is_unmounted_under_a_fetch_keeps_its_record(tmp_path):
         at_work = proofs.Proofs(store, store.layout(), TORRENT.info_hash)
         at_work.mark_writing([PurePosixPath("top/c")])
         root.rename(away)
-        with pytest.raises(StorageFailed, match="vanished"):
+        with pytest.raises(StorageFailed, match="disappeared"):
             at_work.save()
     away.rename(root)
     assert len(Store(root, state).record().pieces) == PIECES
