@@ -4,7 +4,7 @@ A shard is what `pickle.dump(tensor, file, protocol=4)` of CPython wrote: a few 
 pickle opcodes around one or two payloads of up to gigabytes. `read_shard` walks those opcodes with
 a closed list of opcodes and a closed list of globals. The values on its stack are plain private
 ones; no global is imported, nothing is called, no payload is read. What comes out are spans: which
-bytes of the file are which array. The file is mapped, or read where its file system cannot map.
+bytes of the file are which array.
 
 The same frame is written by `loader.weights.shard_writer`.
 
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import IO, Final, Protocol
 
 from grokfetch.errors import ShardInvalid, StorageFailed
-from grokfetch.open_files import map_file
-from loader.weights.pages import CANNOT_MAP
 from loader.weights.shard_values import (
     DTYPES,
     GLOBALS,
@@ -52,7 +50,7 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
 
     Raises:
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
-        StorageFailed: it cannot be opened, mapped or read, or is not a regular file.
+        StorageFailed: it cannot be opened or read, or is not a regular file.
     """
     path = Path(path)
     try:
@@ -60,16 +58,8 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
         if not stat.S_ISREG(path.stat().st_mode):
             raise StorageFailed("not a regular file", path=path)
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return read_frame(b"", path)
-            try:
-                mapped = map_file(file)
-            except OSError as error:
-                if error.errno not in CANNOT_MAP:
-                    raise
-                return read_slices(_File(file), path)
-            with mapped:
-                return read_frame(mapped, path)
+            # Not mapped: a mapped page that is gone ends the process without a word.
+            return read_slices(_File(file), path)
     except OSError as error:
         raise StorageFailed(f"cannot be read: {error.strerror or error}", path=path) from error
 
