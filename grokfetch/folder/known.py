@@ -18,6 +18,7 @@ from grokfetch.folder.record import FileProof, Record, Stamp
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest
 from grokfetch.torrent.create import Made
+from grokfetch.torrent.info_dictionary import parse_info
 
 __all__ = ["EXPORT", "keep_published", "made_here"]
 
@@ -28,10 +29,14 @@ EXPORT = "export.json"
 
 
 def made_here(store: Store) -> bool:
-    """Whether the torrent in the state is one that an earlier `keep_published` put there."""
+    """Whether what is in the state is what an earlier `keep_published` put there."""
     torrent = store.torrent()
     made = advisory.read(_mark(store), SCHEMA, _info_hashes) or ()
-    return torrent is not None and any(map(torrent.known_as, made))
+    if torrent is not None:
+        return any(map(torrent.known_as, made))
+    # The torrent was damaged, and was set aside; the manifest tells which it was.
+    manifest = store.manifest_or_none()
+    return manifest is not None and manifest.info_hash in made
 
 
 def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
@@ -46,10 +51,11 @@ def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
         Contradiction: the state is that of a fetch, or of files that came another way.
         StorageFailed: the state folder cannot be written.
     """
-    earlier = store.torrent() if made_here(store) else None
+    again = made_here(store)
+    earlier = store.torrent() if again else None
     begun = store.torrent() is not None or store.manifest_or_none() is not None
     exported = (store.state / EXPORT).is_file()
-    if begun and not exported and earlier is None:
+    if begun and not exported and not again:
         raise Contradiction(
             "this folder is known as what was fetched into it, and stays so",
             path=store.root,
@@ -67,8 +73,8 @@ def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
     store.save_places(places)
     store.save_torrent(made.torrent)
     store.save_manifest(manifest.moved(places))
-    layout = store.layout()
-    assert layout is not None
+    # Of the torrent that was made: what the disk gives back of it may be another one.
+    layout = parse_info(made.torrent.info, made.torrent.piece_layers)
     proofs = {
         places[file.path]: FileProof(Stamp(file.size, file.mtime_ns), file.sha256)
         for file in made.files
