@@ -93,7 +93,7 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def processor() -> str:
-    """The model of the processor and a digest of its instructions, where the system tells them."""
+    """The processor's model and a digest of its instructions, in letters that file names have."""
     model, flags = platform.processor(), ""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
@@ -105,7 +105,8 @@ def processor() -> str:
             elif not key.strip():
                 break  # The others are as the first.
     # Virtual machines of one model name differ in what they let through.
-    return f"{model or platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    text = f"{model or platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
 def _first_error(text: str) -> str:
