@@ -210,12 +210,9 @@ class FanOut:
         start = time.monotonic()
         if self._idle or start < self._turn_at:
             return
-        infos = self._handle.get_peer_info()
-        share = share_of(self._session.peer_id, _peers(infos))
-        if share is not None:
-            self._session.divide(max(float(peer.payload_down_speed) for peer in infos))
-        elif self._share is not None:
-            self._session.divide(None)
+        share = share_of(self._session.peer_id, _peers(self._handle.get_peer_info()))
+        if (share is None) != (self._share is None):
+            self._session.divide(yes=share is not None)
         if share is None and self._share is not None:
             self._prioritize({piece: self._usual[piece] for piece in left})
         self._share = share

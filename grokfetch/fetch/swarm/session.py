@@ -38,13 +38,6 @@ DIVIDING = {"request_queue_time": 1, "whole_pieces_threshold": 0, "initial_picke
 than there are peers, and libtorrent completes these first, whatever their priority; whole pieces of
 one peer make them more still; and the first four pieces it takes without regard to priority."""
 
-QUEUE = "max_out_request_queue"
-BLOCK = 1 << 14
-NEAR_QUEUE_S = 0.4
-"""Seconds' worth of blocks that a peer is asked for at one time where hosts of one network divide a
-seed, at the rate of the fastest peer. All of a seed's peers together fill its link with less, and
-what waits there can neither be taken back nor given to others."""
-
 PREFER_TCP = 0
 NO_LIMIT = -1
 
@@ -167,7 +160,6 @@ class Session:
                 hint="choose an address of this machine and a free port: --listen HOST:PORT",
             )
         self._handles: list[Any] = []
-        self._divided: dict[str, int] = {}
         self._folders = contextlib.ExitStack()
         # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
         # libtorrent itself would hold Ctrl-C back until it returns.
@@ -263,21 +255,12 @@ class Session:
         """Ask a peer for what it sends in so many seconds before it has sent the first of it."""
         self._session.apply_settings({"request_queue_time": seconds})
 
-    def divide(self, rate: float | None) -> None:
-        """Ask peers strictly by priority, for few blocks at a time and by blocks, or as usual.
-
-        Args:
-            rate: of the fastest peer, bytes a second; None for as usual.
-        """
+    def divide(self, *, yes: bool) -> None:
+        """Ask peers strictly by priority, for few blocks at a time and by blocks, or as usual."""
         usual = self._lt.default_settings()
-        by_name = {name: usual[name] for name in (*DIVIDING, QUEUE)}
-        if rate is not None:
-            by_name |= DIVIDING
-            if self._settings.near or self._settings.local:
-                by_name[QUEUE] = min(usual[QUEUE], max(2, int(rate * NEAR_QUEUE_S / BLOCK)))
-        if by_name != self._divided:
-            self._divided = by_name
-            self._session.apply_settings(by_name)
+        self._session.apply_settings(
+            {name: DIVIDING[name] if yes else usual[name] for name in DIVIDING}
+        )
 
     def alerts(self) -> list[Any]:
         """The alerts that there are, after waiting for at least one, but not for long."""
