@@ -34,6 +34,9 @@ SILENCE_S = 20
 GRACE_S = 3
 """How long the main thread may take to notice by itself that another host has given up."""
 
+PARTING_S = 10
+"""How long a host whose main thread cannot end waits for the others before it ends all the same."""
+
 POLL_S = 0.2
 ARRIVED, FAILED = "grokfetch/arrived", "grokfetch/failed"
 
@@ -167,10 +170,25 @@ def _watch(over: threading.Event) -> None:
             check()
         except OutOfReach as error:
             if not over.wait(GRACE_S):
-                _end(error)
+                _depart(error)
         except RuntimeError:
             # Host 0, which keeps what is said, is gone; jax notices too, and aborts.
             return
+
+
+def _depart(error: OutOfReach) -> None:
+    """End the process, but take leave of the others first: they would wait for it at their end."""
+    _Farewell.code = error.exit_code
+    os.write(2, f"error: {error}\n".encode())
+
+    def take_leave() -> None:
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+
+    leaving = threading.Thread(target=take_leave, daemon=True)
+    leaving.start()
+    leaving.join(PARTING_S)
+    os._exit(error.exit_code)
 
 
 def _end(error: OutOfReach) -> None:
