@@ -20,6 +20,7 @@ import httpx
 import pytest
 from support import golden
 from support.fuzzing import CORPUS, SECONDS, try_a_few, try_for_a_while
+from support.patience import wait_for
 from support.raw_requests import MARKS, MOST_HELD, Echo, Endpoint, answers, check_body, parts
 from support.serving import DEADLINE_S, SERVED, Letters, serving
 from support.virtual_time import Clock
@@ -216,7 +217,7 @@ def test_the_treacherous_requests_do_no_harm_on_real_sockets(monkeypatch):
             for told in clients.map(partial(spoken, url), texts):
                 assert b"HTTP/1.1 5" not in told
         assert spoken(url, GOOD).startswith(b"HTTP/1.1 200")
-        assert not worker.texts
+        wait_for(lambda: not worker.texts)
 
 
 def spoken(url, text):

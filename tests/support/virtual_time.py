@@ -8,6 +8,11 @@ import math
 import selectors
 
 
+PATIENCE_S, LOOK_S = 60, 10
+"""Real seconds that a loop waits for another thread, and how often it looks again meanwhile: where
+the machine stands still for a while, no thread has had any time of it."""
+
+
 class Hung(BaseException):
     """Something has not ended in its time, or waits for what never comes."""
 
@@ -55,10 +60,11 @@ class _Selector(selectors.DefaultSelector):
             return ready
         if timeout is None or self._clock.working():
             # Only another thread can have anything to say.
-            ready = super().select(10.0)
-            if not ready:
-                raise Hung("nothing is under way any more, and it waits all the same")
-            return ready
+            for _ in range(PATIENCE_S // LOOK_S):
+                ready = super().select(LOOK_S)
+                if ready:
+                    return ready
+            raise Hung("nothing is under way any more, and it waits all the same")
         self._clock.now += timeout
         if self._clock.now > self._clock.ends:
             self._clock.ends = math.inf
