@@ -183,7 +183,7 @@ def _depart(error: OutOfReach) -> None:
 
     def take_leave() -> None:
         with contextlib.suppress(RuntimeError):
-            jax.distributed.shutdown()
+            jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
     leaving = threading.Thread(target=take_leave, daemon=True)
     leaving.start()

@@ -199,9 +199,10 @@ class Batch:
             job = self._waiting.pop(number)
             text = _Text(number, job, Repeated(job.penalties, job.prompt))
             self._reading[number] = self._read(text)
-        emissions = self._read_on()
-        if self._writing:
-            emissions += self._write_on()
+        with self._engine.turn:
+            emissions = self._read_on()
+            if self._writing:
+                emissions += self._write_on()
         return emissions
 
     def _read_on(self) -> list[Emission]:

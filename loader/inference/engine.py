@@ -55,6 +55,7 @@ class Engine:
         heads: how the devices share a cache `[B, S, K, d]`.
         by_rows: how they share an array `[B, ...]` of a step.
         everywhere: how an array lies that all of them hold.
+        turn: held by a thread while its programs run, where several CPU devices share threads.
     """
 
     def __init__(  # noqa: PLR0913 - each is a choice of its own
@@ -77,6 +78,7 @@ class Engine:
         self._steps = steps_for(config, params, mesh, jnp.dtype(dtype), paging)
         self.heads, self.by_rows = self._steps.heads, self._steps.rows
         self.everywhere = self._steps.everywhere
+        self.turn = self._steps.turn
         self.prefix_cache = PrefixCache(prefix_cache, self.heads, self.by_rows)
         # On every device at once: a step must not fetch them from the first for each layer.
         self._window = jax.jit(window_after, static_argnames="fresh", out_shardings=self.by_rows)
@@ -256,8 +258,8 @@ class Engine:
     @as_written
     def draw(self, logits: Array, choice: Choice) -> Array:
         """The next token of each row by settings of its own, int32 `[B]`, on every device."""
-        drawn: Array = self._draw(logits, choice)
-        return drawn
+        with self.turn:
+            return self._steps.alone(self._draw(logits, choice))
 
     def _stream(self, prompt: Sequence[int], limit: int, sampling: Sampling) -> Iterator[int]:
         if limit < 1:
@@ -306,7 +308,8 @@ class Engine:
     @as_written
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 logits `[B, T, V]`."""
-        return self._steps.logits(x)
+        with self.turn:
+            return self._steps.logits(x)
 
     def places(self, tokens: int) -> int:
         """Places of a cache in which so many tokens of a row have room."""
@@ -328,12 +331,13 @@ class Engine:
         window, lengths = self._window(
             state.visible, state.lengths, counts, shown, fresh=state.longest == 0
         )
-        x, filled = self.prefix_cache.chunk(
-            path,
-            state.cache,
-            state.longest,
-            lambda: self._steps.layers(state.cache, self._steps.embed(tokens), window),
-        )
+        with self.turn:
+            x, filled = self.prefix_cache.chunk(
+                path,
+                state.cache,
+                state.longest,
+                lambda: self._steps.layers(state.cache, self._steps.embed(tokens), window),
+            )
         return x, State(filled, window.visible, lengths, state.longest + int(counts.max()))
 
 

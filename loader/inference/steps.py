@@ -8,7 +8,9 @@ calls each wanted expert once for all the tokens that chose it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +34,8 @@ from loader.weights.partition import RULES
 from loader.weights.schema import GrokConfig
 
 __all__ = ["Steps", "program", "steps_for"]
+
+_TURN = threading.RLock()
 
 KEPT = 64
 """Parts that stay compiled for models to come: of a dozen models of different shapes."""
@@ -59,6 +63,7 @@ class Steps:
         everywhere: how an array lies that all devices hold.
         rows: how an array `[B, ...]` lies of which each device has its rows.
         heads: how a cache `[B, S, K, d]` lies.
+        turn: held by a thread while its programs run, as `alone` explains.
         choices: where the experts chosen are counted, None for nowhere.
         alike_at_any_size: a step gives the same bits whatever the places of its cache: where the C
             program attends, whose sums depend on a token's position alone.
@@ -72,6 +77,10 @@ class Steps:
             {} if tuning is None else {"xla_cpu_prefer_vector_width": tuning.vector_width}
         )
         self._mesh = mesh
+        self._on_cpus = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        self.turn: contextlib.AbstractContextManager[object] = (
+            _TURN if self._on_cpus else contextlib.nullcontext()
+        )
         self._params = params
         embedding, final, self._layer_spec = (
             jax.tree.map(lambda array: array.sharding.spec, part)
@@ -131,16 +140,16 @@ class Steps:
         """All layers over the residual stream; the cache's buffers are used up."""
         filled, layer = [], self._layer[self._few(x.shape[0] * x.shape[1])]
         for number, (weights, entry) in enumerate(zip(self._params.layers, cache, strict=True)):
-            x, kept, chosen = layer(weights, entry, self._alone(x), window)
+            x, kept, chosen = layer(weights, entry, self.alone(x), window)
             filled.append(kept)
             if self.choices is not None:
                 self.choices.add(number, *self._tell(chosen, window.real))
-        return self._alone(x), tuple(filled)
+        return self.alone(x), tuple(filled)
 
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""
         logits = self._logits[self._few(x.shape[0] * x.shape[1])]
-        return self._alone(logits(self._params.embedding, self._params.norm, x))
+        return self.alone(logits(self._params.embedding, self._params.norm, x))
 
     def _few(self, tokens: int) -> bool:
         """Whether each device has so few of so many tokens that reading the weights decides."""
@@ -170,13 +179,14 @@ class Steps:
             function, tuple(settings.items()), self._mesh, (tuple(leaves), tree), donate, options
         )
 
-    def _alone(self, x: Array) -> Array:
+    def alone(self, x: Array) -> Array:
         """Let the next program begin after this one, where two of them might wait for ever.
 
-        CPU devices share threads. With some dozen programs queued, those that wait for the others'
-        part of a sum leave none for the others, and XLA ends the process after 40 s.
+        CPU devices share threads. With some dozen programs under way, be they of one thread or of
+        several, those that wait for the others' part of a sum leave none for the others, and XLA
+        ends the process after 40 s. So a thread waits for its own, and has the `turn` until then.
         """
-        if self._mesh.size > 1 and self._mesh.devices.flat[0].platform == "cpu":
+        if self._on_cpus:
             x.block_until_ready()
         return x
 
@@ -242,7 +252,7 @@ class _OnDemand(Steps):
                 total = self._expert(weights, np.int32(expert), routed, pairs, total)
                 self._paging.used(number, expert, total)
             x = self._close(weights, x, total)
-        return self._alone(x), tuple(filled)
+        return self.alone(x), tuple(filled)
 
     def logits(self, x: Array) -> Array:
         """The residual stream `[B, T, D]` to float32 `[B, T, V]`."""

@@ -7,7 +7,6 @@ import contextlib
 import math
 import selectors
 
-
 PATIENCE_S, LOOK_S = 60, 10
 """Real seconds that a loop waits for another thread, and how often it looks again meanwhile: where
 the machine stands still for a while, no thread has had any time of it."""
