@@ -133,6 +133,22 @@ def test_utp_is_not_called_with_where_all_named_peers_are_in_private_networks(pe
     assert settings.get("enable_outgoing_utp", True) is not near
 
 
+@pytest.mark.parametrize(
+    ("left_out", "near"),
+    [
+        ({"dht": False, "trackers": False}, True),
+        ({"dht": False}, False),
+        ({"trackers": False}, False),
+        ({"dht": False, "trackers": False, "lsd": False}, False),
+        ({"dht": False, "trackers": False, "discovery": False}, False),
+        ({"dht": False, "trackers": False, "peers": ("1.1.1.1:2",)}, False),
+    ],
+)
+def test_utp_is_not_called_with_where_peers_can_only_be_found_in_the_local_network(left_out, near):
+    settings = session_settings(libtorrent, SwarmSettings(**left_out))
+    assert settings.get("enable_outgoing_utp", True) is not near
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")

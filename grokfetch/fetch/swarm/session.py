@@ -103,10 +103,12 @@ class SwarmSettings:
 
     @property
     def near(self) -> bool:
-        """Whether peers are named, all of them by addresses of private networks."""
+        """Whether all peers are on private networks: those that are named, or that can be found."""
         hosts = [it.rpartition(":")[0].removeprefix("[").removesuffix("]") for it in self.peers]
+        looks_here = self.discovery and self.lsd and not self.dht and not self.trackers
         try:
-            return bool(hosts) and all(ipaddress.ip_address(it).is_private for it in hosts)
+            private = all(ipaddress.ip_address(it).is_private for it in hosts)
+            return private and (bool(hosts) or looks_here)
         except ValueError:
             return False
 
