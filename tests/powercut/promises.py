@@ -152,7 +152,8 @@ def outlived(struck: Struck) -> Tried:
         broken.append(f"a run that ended well has said {struck.text}")
     folder = struck.disk / "to"
     try:
-        if fault.action == "flip":
+        # A server's files lie nowhere here.
+        if fault.action == "flip" and folder.is_dir():
             broken += _found_by_verification(struck.recorded, folder)
         if fault.action == "truncated" and struck.recorded.name == "run":
             _refused_until_it_is_back(folder)
