@@ -62,7 +62,6 @@ __all__ = [
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
-MASKED_SCORE = -1e30
 
 SCORES = 2 << 20
 """Bytes of scores that a TPU computes at once where each row has one token."""
@@ -302,12 +301,10 @@ def _attend_block(
     def capped(scores: Array) -> Array:
         return soft_cap(scores * config.attn_output_multiplier)
 
-    def by_softmax(queries: Array, held: KeyValues, allowed: Array) -> Array:
+    def elsewhere(queries: Array, held: KeyValues, allowed: Array) -> Array:
         scores = capped(heads.scores(queries, held.keys))
-        # The cap comes before the mask: after it, a masked score would be no lower than -30.
-        scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
-        return heads.mixed(weights, held.values)
+        weights, sums = _weights(scores, allowed[:, None, None], held.values.dtype)
+        return heads.mixed(weights, held.values) / jnp.moveaxis(sums, -1, 1)[..., None]
 
     def on_gpus(queries: Array, held: KeyValues, allowed: Array) -> Array:
         def weight(scores: Array) -> Array:
@@ -316,8 +313,27 @@ def _attend_block(
         return heads.one_token(queries, held.keys, held.values, allowed, weight)
 
     if queries.shape[1] > 1:
-        return by_softmax(queries, held, allowed)
-    return by_platform(on_gpus, by_softmax, queries, held, allowed)
+        return elsewhere(queries, held, allowed)
+    return by_platform(on_gpus, elsewhere, queries, held, allowed)
+
+
+def _weights(scores: Array, allowed: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """What a softmax over the last axis divides by its sums, zero if not allowed, and these sums.
+
+    Capped scores need no largest one taken off: e^30 is far below the end of float32 and bfloat16.
+    So they are used once, where they are made, and what is written is as wide as the cache. The
+    sums are those of the rounded weights, which costs less precision than to round the quotients.
+    """
+    if dtype == jnp.float16:
+        scores = scores - jnp.max(jnp.where(allowed, scores, -SCORE_CAP), axis=-1, keepdims=True)
+    weights = jnp.where(allowed, jnp.exp(scores), 0.0)
+    if dtype != jnp.float32:
+        # A conversion and back may be dropped by the compiler; this may not.
+        bits = jnp.finfo(dtype)
+        weights = lax.reduce_precision(weights, bits.nexp, bits.nmant)
+    # Of a place outside the cache, as padding has, nothing is allowed.
+    sums = jnp.maximum(jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
+    return weights.astype(dtype), sums
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:
