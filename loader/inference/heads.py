@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from loader.devices.products import in_parts
 
-__all__ = ["mixed", "one_token", "scores"]
+__all__ = ["mixed", "one_token", "scores", "shares"]
 
 SMALLEST = 1e-30
 """Less than any sum of weights of which one is not masked, and no zero to divide by."""
@@ -22,6 +22,34 @@ SMALLEST = 1e-30
 def scores(queries: Array, keys: Array) -> Array:
     """Products of `[B, t, K, g, d]` and `[B, S, K, d]`: float32 `[B, K, g, t, S]`."""
     return _product("btkgd,bskd->bkgts", queries, keys)
+
+
+def shares(scores: Array, allowed: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """What a softmax over places divides by its sums, and these sums.
+
+    Scores are bounded, so that no largest one has to be found first: each is used where it is made,
+    and what is written of it is as wide as the cache. The sums are those of the rounded weights,
+    which costs less precision than to round the quotients.
+
+    Args:
+        scores: float32 `[..., S]`, from -30 to 30.
+        allowed: bool, broadcast to them; the weights of all others are zero.
+        dtype: of the weights.
+
+    Returns:
+        Weights `[..., S]`, and float32 sums `[...]`, above zero even where nothing is allowed.
+    """
+    if dtype == jnp.float16:
+        # Its numbers end at e^11.
+        least = jnp.finfo(jnp.float32).min
+        scores = scores - jnp.max(jnp.where(allowed, scores, least), axis=-1, keepdims=True)
+    weights = jnp.where(allowed, jnp.exp(scores), 0.0)
+    if dtype != jnp.float32:
+        # A conversion and back may be dropped by the compiler; this may not.
+        kind = jnp.finfo(dtype)
+        weights = lax.reduce_precision(weights, kind.nexp, kind.nmant)
+    sums = jnp.maximum(jnp.sum(weights, axis=-1), SMALLEST)
+    return weights.astype(dtype), sums
 
 
 def mixed(weights: Array, values: Array) -> Array:

@@ -303,7 +303,7 @@ def _attend_block(
 
     def elsewhere(queries: Array, held: KeyValues, allowed: Array) -> Array:
         scores = capped(heads.scores(queries, held.keys))
-        weights, sums = _weights(scores, allowed[:, None, None], held.values.dtype)
+        weights, sums = heads.shares(scores, allowed[:, None, None], held.values.dtype)
         return heads.mixed(weights, held.values) / jnp.moveaxis(sums, -1, 1)[..., None]
 
     def on_gpus(queries: Array, held: KeyValues, allowed: Array) -> Array:
@@ -315,25 +315,6 @@ def _attend_block(
     if queries.shape[1] > 1:
         return elsewhere(queries, held, allowed)
     return by_platform(on_gpus, elsewhere, queries, held, allowed)
-
-
-def _weights(scores: Array, allowed: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """What a softmax over the last axis divides by its sums, zero if not allowed, and these sums.
-
-    Capped scores need no largest one taken off: e^30 is far below the end of float32 and bfloat16.
-    So they are used once, where they are made, and what is written is as wide as the cache. The
-    sums are those of the rounded weights, which costs less precision than to round the quotients.
-    """
-    if dtype == jnp.float16:
-        scores = scores - jnp.max(jnp.where(allowed, scores, -SCORE_CAP), axis=-1, keepdims=True)
-    weights = jnp.where(allowed, jnp.exp(scores), 0.0)
-    if dtype != jnp.float32:
-        # A conversion and back may be dropped by the compiler; this may not.
-        bits = jnp.finfo(dtype)
-        weights = lax.reduce_precision(weights, bits.nexp, bits.nmant)
-    # Of a place outside the cache, as padding has, nothing is allowed.
-    sums = jnp.maximum(jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
-    return weights.astype(dtype), sums
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:

@@ -1,4 +1,4 @@
-"""One token's attention as GPUs have it: no largest score is looked for, sums are divided last."""
+"""Attention finds no largest score and divides by its sums last; GPUs have a form of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loader.devices.products import in_parts
-from loader.inference.heads import one_token
+from loader.inference.heads import one_token, shares
 
 CAP = 30.0
 ROWS, PLACES, HEADS, GROUP, SIZE = 3, 1024, 2, 3, 8
@@ -56,3 +56,29 @@ def test_what_is_masked_has_no_part_in_the_result_and_a_row_of_nothing_is_zero()
     np.testing.assert_allclose(found[1, 0], np.repeat(values[1, 0, :, None], GROUP, 1), rtol=1e-5)
     last = [array[2:] for array in (queries, keys, values, allowed)]
     np.testing.assert_allclose(found[2:], attended(*last), rtol=1e-4, atol=1e-4)
+
+
+PRECISION = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
+"""By how much of itself a share may be wrong: its rounding, and that of the sum."""
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("level", [-30, 0, 30])
+def test_shares_are_those_of_a_softmax_at_every_level_of_scores(dtype, level):
+    draw = np.random.default_rng(13)
+    scores = np.clip(level + draw.normal(size=(4, 64)), -30, 30).astype(np.float32)
+    allowed = draw.random((4, 64)) < 0.7
+    weights, sums = shares(jnp.asarray(scores), jnp.asarray(allowed), jnp.dtype(dtype))
+    assert weights.dtype == dtype
+    found = np.asarray(weights, np.float64) / np.asarray(sums, np.float64)[:, None]
+    wanted = np.where(allowed, np.exp(scores.astype(np.float64) - level), 0)
+    wanted /= wanted.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, wanted, rtol=PRECISION[dtype], atol=1e-7)
+    np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_where_nothing_is_allowed_all_shares_are_zero():
+    for dtype in map(jnp.dtype, PRECISION):
+        weights, sums = shares(jnp.full((1, 8), 30.0), jnp.zeros((1, 8), bool), dtype)
+        assert not np.asarray(weights, np.float32).any()
+        assert np.asarray(sums).all()
