@@ -41,12 +41,12 @@ def shares(scores: Array, allowed: Array, dtype: jnp.dtype) -> tuple[Array, Arra
     """
     if dtype == jnp.float16:
         # Its numbers end at e^11.
-        least = jnp.finfo(jnp.float32).min
-        scores = scores - jnp.max(jnp.where(allowed, scores, least), axis=-1, keepdims=True)
+        most = jnp.max(jnp.where(allowed, scores, -jnp.inf), axis=-1, keepdims=True)
+        scores = scores - most
     weights = jnp.where(allowed, jnp.exp(scores), 0.0)
     if dtype != jnp.float32:
         # A conversion and back may be dropped by the compiler; this may not.
-        kind = jnp.finfo(dtype)
+        kind = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
         weights = lax.reduce_precision(weights, kind.nexp, kind.nmant)
     sums = jnp.maximum(jnp.sum(weights, axis=-1), SMALLEST)
     return weights.astype(dtype), sums

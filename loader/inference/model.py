@@ -62,6 +62,7 @@ __all__ = [
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 SCORE_CAP = 30.0
+MASKED_SCORE = -1e30
 
 SCORES = 2 << 20
 """Bytes of scores that a TPU computes at once where each row has one token."""
@@ -306,14 +307,21 @@ def _attend_block(
         weights, sums = heads.shares(scores, allowed[:, None, None], held.values.dtype)
         return heads.mixed(weights, held.values) / jnp.moveaxis(sums, -1, 1)[..., None]
 
-    def on_gpus(queries: Array, held: KeyValues, allowed: Array) -> Array:
+    def by_softmax(queries: Array, held: KeyValues, allowed: Array) -> Array:
+        scores = capped(heads.scores(queries, held.keys))
+        # The cap comes before the mask: after it, a masked score would be no lower than -30.
+        scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
+        return heads.mixed(weights, held.values)
+
+    def of_one(queries: Array, held: KeyValues, allowed: Array) -> Array:
         def weight(scores: Array) -> Array:
             return jnp.exp(capped(scores) - SCORE_CAP)
 
         return heads.one_token(queries, held.keys, held.values, allowed, weight)
 
-    if queries.shape[1] > 1:
-        return elsewhere(queries, held, allowed)
+    # Of several tokens a GPU's compiler writes the weights in float32 besides.
+    on_gpus = of_one if queries.shape[1] == 1 else by_softmax
     return by_platform(on_gpus, elsewhere, queries, held, allowed)
 
 
