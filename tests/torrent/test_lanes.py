@@ -91,21 +91,18 @@ def test_too_many_spans_and_too_small_a_buffer_are_refused(program):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("0x5a827999u", "0x5a827998u"), ("LEFT(x, 1)", "LEFT(x, 2)"), ("~(x)", "(x)")],
-)
-def test_program_that_hashes_otherwise_than_hashlib_is_not_used(
-    tmp_path, monkeypatch, right, wrong, program
-):
+def test_program_that_hashes_otherwise_than_hashlib_is_not_used(tmp_path, monkeypatch):
     text = lanes.SOURCE.read_text()
-    assert right in text
     source = tmp_path / "lanes.c"
-    source.write_text(text)
     monkeypatch.setattr(lanes, "SOURCE", source)
-    assert lanes.build(tmp_path / "right", compiling=True) is not None
-    source.write_text(text.replace(right, wrong))
-    assert lanes.build(tmp_path / "wrong", compiling=True) is None
+    source.write_text(text)
+    if lanes.build(tmp_path / "right", compiling=True) is None:
+        pytest.skip("this processor has no wide vectors")
+    # The first of them spoils SHA-1 alone, the second SHA-256.
+    for right, wrong in (("LEFT(x, 1)", "LEFT(x, 2)"), ("(y >> 10)", "(y >> 11)")):
+        assert right in text
+        source.write_text(text.replace(right, wrong))
+        assert lanes.build(tmp_path / "wrong", compiling=True) is None
 
 
 @needs_compiler
