@@ -1,4 +1,4 @@
-"""JSON values that know their own name, so that every refusal can say which field it means."""
+"""JSON values that know the name of their field, so that every error message can name it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST = 2**63 - 1
 
 
 def parsed(text: bytes, name: str, newest: int) -> Field:
-    """The JSON object that a text holds.
+    """The JSON object in a text.
 
     Args:
         text: the JSON.
@@ -43,13 +43,13 @@ def parsed(text: bytes, name: str, newest: int) -> Field:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Field:
-    """A JSON value that knows its own name, so that every refusal can say which field it means."""
+    """A JSON value that knows the name of its field, so that every error message can name it."""
 
     value: Any
     name: str
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise ManifestInvalid: this field `why`, and what it is instead."""
+        """Raise ManifestInvalid: the name of the field, `why`, and its value."""
         raise ManifestInvalid(f"{self.name} {why}, not {json.dumps(self.value):.80}")
 
     def members(self) -> dict[str, Any]:
@@ -93,5 +93,5 @@ class Field:
         if isinstance(self.value, bool) or not isinstance(self.value, int):
             self.refuse("must be an integer")
         if not minimum <= self.value <= LARGEST:
-            self.refuse(f"must lie between {minimum} and {LARGEST}")
+            self.refuse(f"must be from {minimum} to {LARGEST}")
         return int(self.value)

@@ -1,4 +1,4 @@
-"""Which manifest holds for a torrent. Pure: no I/O here."""
+"""Chooses the manifest for a torrent. Pure: no I/O here."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def in_force(
     undigested = [file for file in manifest.files if file.sha256 is None]
     if named is not None and not torrent.known_as(named) and undigested:
         raise Contradiction(
-            f"the manifest is about torrent {named}, this is {torrent.info_hash}, and the manifest "
-            f"has no sha256 of {undigested[0].path} to tell whether that is the same file"
+            f"the manifest is for torrent {named}, but this is {torrent.info_hash}, and the "
+            f"manifest has no sha256 of {undigested[0].path} to tell whether it is the same file"
         )
     bound = bind(manifest, files)
     if named is None and len(undigested) == len(manifest.files):

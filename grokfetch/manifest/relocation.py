@@ -1,4 +1,4 @@
-"""Files that lie elsewhere than the torrent puts them, and which might be which. Pure: no I/O here.
+"""Files at other paths than the torrent's, and guesses which is which. Pure: no I/O here.
 
 A file's name is its path in the torrent, its place the path where it lies, both below the
 checkpoint folder. Names and sizes only suggest that a file is the torrent's: bytes must prove it.
@@ -33,7 +33,7 @@ __all__ = [
 SCHEMA = 1
 
 Places = Mapping[PurePosixPath, PurePosixPath]
-"""From names to places; a file that is not in it lies where the torrent puts it."""
+"""The path on disk of each file, by its path in the torrent; a file not in it has that path."""
 
 Digests = Mapping[PurePosixPath, str]
 """From names to the sha256 of the whole file, in hexadecimal."""
@@ -52,11 +52,11 @@ BY_DIGEST = re.compile(r"(?:.*\.)?([0-9a-f]{64})(?:\.\w+)?\.incomplete")
 Newer clients put a number behind the digest."""
 
 MOST_GUESSES = 3
-"""Places that are tried for one file."""
+"""How many paths are tried for one file."""
 
 
 def finished_name(path: PurePosixPath) -> PurePosixPath:
-    """The path without what torrent clients append while a file is not complete."""
+    """The path without the ending that programs append while a file is incomplete."""
     ending = next((it for it in UNFINISHED if path.name.endswith(it) and path.name != it), "")
     return path.with_name(path.name.removesuffix(ending))
 
@@ -135,13 +135,13 @@ def beside(places: Places, names: Iterable[PurePosixPath]) -> dict[PurePosixPath
 
 
 def _heads(name: PurePosixPath, place: PurePosixPath) -> tuple[PurePosixPath, PurePosixPath]:
-    """What is left of both without the end they share."""
+    """Both paths without their common end."""
     tail = common_tail(name, place)
     return PurePosixPath(*name.parts[:-tail]), PurePosixPath(*place.parts[:-tail])
 
 
 def in_hub_cache(root: PurePath) -> bool:
-    """Whether an absolute path leads into a snapshot of Hugging Face's cache.
+    """Whether an absolute path is inside a snapshot of Hugging Face's cache.
 
     That is laid out as `models--OWNER--NAME/snapshots/REVISION`.
     """
@@ -155,7 +155,7 @@ def in_hub_cache(root: PurePath) -> bool:
 
 
 def encode(places: Places) -> bytes:
-    """The places as JSON, one line a file."""
+    """The places as JSON, one line per file."""
     rows = ",\n  ".join(
         f"{json.dumps(str(name))}: {json.dumps(str(place))}"
         for name, place in sorted(places.items())

@@ -121,7 +121,7 @@ class Manifest:
         return next((file for file in self.files if file.path == path), None)
 
     def moved(self, places: Mapping[PurePosixPath, PurePosixPath]) -> Manifest:
-        """The same for files that lie elsewhere: whatever it names by path is found there.
+        """The same manifest with other paths for some files.
 
         Args:
             places: from the paths here to the others; a path that is not in it stays.
@@ -145,7 +145,7 @@ class Manifest:
 
 
 def plain(name: str, info_hash: str, magnet: str | None, files: Iterable[ManifestFile]) -> Manifest:
-    """The manifest of a torrent about which nothing is known but its files."""
+    """The manifest of a torrent of which only the files are known."""
     return Manifest(name, tuple(files), info_hash=info_hash, magnet=magnet)
 
 
@@ -182,15 +182,15 @@ def _place(file: ManifestFile, candidates: list[tuple[PurePosixPath, int]]) -> P
     fitting = [path for path, size in candidates if size == file.size]
     if not fitting:
         sizes = " or ".join(f"{size:,}" for _, size in candidates)
-        raise Contradiction(f"{file.path} must have {file.size:,} bytes, and has {sizes} here")
+        raise Contradiction(f"{file.path} must have {file.size:,} bytes, but has {sizes} here")
     ranked = sorted(fitting, key=lambda path: common_tail(path, file.path), reverse=True)
     if len(ranked) > 1 and common_tail(ranked[0], file.path) == common_tail(ranked[1], file.path):
-        raise Contradiction(f"both {ranked[0]} and {ranked[1]} fit {file.path} of the manifest")
+        raise Contradiction(f"both {ranked[0]} and {ranked[1]} match {file.path} of the manifest")
     return ranked[0]
 
 
 def common_tail(one: PurePosixPath, other: PurePosixPath) -> int:
-    """How many parts two paths share, counted from their ends."""
+    """How many parts two paths have in common at their ends."""
     same = 0
     for mine, theirs in zip(reversed(one.parts), reversed(other.parts), strict=False):
         if mine != theirs:
@@ -203,7 +203,7 @@ def common_tail(one: PurePosixPath, other: PurePosixPath) -> int:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as JSON, one line a file and a tensor, so that differences are readable."""
+    """The manifest as JSON, one line per file and tensor, so that diffs are readable."""
     top: dict[str, object] = {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -295,7 +295,7 @@ def _check_tensors(manifest: Manifest) -> None:
             if offset + length > sizes[tensor.file]:
                 raise ManifestInvalid(
                     f"{field}: bytes {offset:,} to {offset + length:,} "
-                    f"lie beyond the {sizes[tensor.file]:,} of {tensor.file}"
+                    f"are beyond the {sizes[tensor.file]:,} of {tensor.file}"
                 )
 
 

@@ -41,10 +41,10 @@ SCHEMA = 2
 """Version 1 knew no extracts."""
 
 Spans = Mapping[PurePosixPath, tuple[tuple[int, int], ...]]
-"""For each file asked for: start and stop of spans in bytes, in order, none touching another."""
+"""For each file asked for: start and stop of spans in bytes, in order and not adjacent."""
 
 ON_DEMAND = "what was read"
-"""What an extract is called that grows with what somebody reads of a checkpoint."""
+"""The name of an extract that grows with what is read from a checkpoint."""
 
 BANDS = 7
 """Levels of urgency, from 7, the most urgent, to 1."""
@@ -77,7 +77,7 @@ class Request:
 
     @property
     def on_demand(self) -> bool:
-        """Whether it is what grows with what is read."""
+        """Whether it grows with what is read."""
         return self.extract is not None and self.extract.what == ON_DEMAND
 
     def __str__(self) -> str:
@@ -95,12 +95,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Selection:
-    """All requests for a folder; together they ask for what any of them does."""
+    """All requests for a folder; together they ask for the union."""
 
     requests: tuple[Request, ...]
 
     def extended(self, request: Request) -> Selection:
-        """With one more request, unless it stands there already."""
+        """The selection with one more request, unless it has it already."""
         if request in self.requests:
             return self
         if request.on_demand and request.extract is not None and self.on_demand:
@@ -113,7 +113,7 @@ class Selection:
         return any(request.on_demand for request in self.requests)
 
     def grown(self, more: Spans) -> Selection:
-        """With more bytes that were read."""
+        """The selection with more bytes that were read."""
         held: dict[PurePosixPath, list[tuple[int, int]]] = {}
         for request in self.requests:
             if request.on_demand and request.extract is not None:
@@ -131,7 +131,7 @@ class Selection:
 def extended(
     earlier: Selection | None, request: Request | None, *, everything: bool
 ) -> Selection | None:
-    """What is asked for by a request beside earlier ones; None for everything.
+    """What a request and the earlier ones ask for together; None for everything.
 
     Args:
         earlier: what was asked for before.
@@ -189,7 +189,7 @@ def spans(manifest: Manifest, selection: Selection) -> Spans:
             matches = True
             parts_by_path.setdefault(path, []).append((start, stop))
         if not matches and not request.on_demand:
-            raise SelectionInvalid(f"nothing of {manifest.name} matches: {request}")
+            raise SelectionInvalid(f"nothing in {manifest.name} matches: {request}")
     return {path: _merged(parts) for path, parts in parts_by_path.items()}
 
 
@@ -231,13 +231,13 @@ def _matching_spans(
 
 
 def layer_of(tensor: ManifestTensor) -> int | None:
-    """The decoder layer that a tensor belongs to, None if it lies outside the layers."""
+    """The decoder layer that a tensor belongs to, None if it is outside of the layers."""
     match = re.search(r"decoder_layer_(\d+)/", tensor.name)
     return None if match is None else int(match[1])
 
 
 def _by_expert(manifest: Manifest, tensor: ManifestTensor) -> bool:
-    """Whether the first axis of a tensor counts the experts."""
+    """Whether the first axis of a tensor is the experts."""
     experts = None if manifest.model is None else manifest.model.get("num_experts")
     return "/moe/" in tensor.name and len(tensor.shape) == 3 and tensor.shape[0] == experts
 
@@ -281,7 +281,9 @@ def _check_extract(manifest: Manifest, extract: Extract) -> None:
     sizes = {file.path: file.size for file in manifest.files}
     for path, parts in extract.spans:
         if max((stop for _, stop in parts), default=1) > sizes.get(path, 0):
-            raise SelectionInvalid(f"{extract.what}: of another checkpoint, {path} ends before")
+            raise SelectionInvalid(
+                f"{extract.what}: belongs to another checkpoint, because {path} is too short here"
+            )
 
 
 def _merged(parts: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -295,7 +297,7 @@ def _merged(parts: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def pieces_of(layout: Layout, asked: Spans) -> frozenset[int]:
-    """The pieces with a byte that is asked for."""
+    """The pieces that contain a byte that is asked for."""
     return frozenset(
         piece
         for file in layout.payload
@@ -305,7 +307,7 @@ def pieces_of(layout: Layout, asked: Spans) -> frozenset[int]:
 
 
 def urgency(manifest: Manifest, layout: Layout, pieces: Iterable[int]) -> dict[int, int]:
-    """How urgent each piece is, 7 to 1: what lies outside the layers first, then layer by layer.
+    """The urgency of each piece, 7 to 1: tensors outside of the layers first, then layer by layer.
 
     So that a part of the model is usable before all of it is there. Without tensors all are equal.
     """

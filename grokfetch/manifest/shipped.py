@@ -28,7 +28,7 @@ def shipped() -> Iterator[Manifest]:
 
 
 def demo_folder() -> Path:
-    """What `grokfetch publish` made of a small Grok-1 that knows a text about grokfetch by heart.
+    """The output of `grokfetch publish` for a small Grok-1 that has memorised a text.
 
     It holds the folder `grok-demo` with the shards, the tokenizer and the text, one sentence a
     line, and beside it `grok-demo.torrent` and the manifest `grok-demo.json`.

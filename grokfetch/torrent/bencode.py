@@ -19,10 +19,10 @@ Value = int | bytes | list["Value"] | dict[bytes, "Value"]
 T = TypeVar("T")
 
 DEEPEST = 64
-"""Nested lists and dictionaries; a path of a v2 torrent costs one a folder."""
+"""Nested lists and dictionaries; in a v2 torrent each folder of a path is one level."""
 
 LARGEST_INPUT = 256 * 1024 * 1024
-"""Bytes; ten times the metadata of the largest torrents known."""
+"""Bytes; ten times the metadata of the largest known torrents."""
 
 _INTEGER = re.compile(rb"i(0|-?[1-9][0-9]{0,18})e")
 _LENGTH = re.compile(rb"(0|[1-9][0-9]{0,9}):")
@@ -32,7 +32,7 @@ def decode(data: bytes) -> Value:
     """The value that `data` encodes.
 
     Raises:
-        TorrentInvalid: naming the byte at which it stops being bencoding.
+        TorrentInvalid: the data is malformed; the message names the byte.
     """
     value, end = _value(data, 0, 0)
     if end != len(data):
@@ -47,7 +47,7 @@ def members(data: bytes) -> dict[bytes, tuple[Value, bytes]]:
         TorrentInvalid: `data` is not a dictionary, or not bencoding.
     """
     if data[:1] != b"d":
-        raise TorrentInvalid("not a torrent: it is not a bencoded dictionary")
+        raise TorrentInvalid("is not a torrent: the data is not a bencoded dictionary")
     found, position = {}, 1
     for key, value, start, position in _members(data, 1, 0):
         found[key] = (value, data[start:position])
@@ -145,10 +145,10 @@ def _members(data: bytes, position: int, depth: int) -> Iterator[tuple[bytes, Va
 
 
 def expect(value: Value | None, kind: type[T], name: str) -> T:
-    """The value, which must be of a kind.
+    """The value, which must be of type `kind`.
 
     Raises:
-        TorrentInvalid: it is not, or there is none; says so of `name`.
+        TorrentInvalid: it is not, or is missing; the message says `name`.
     """
     if not isinstance(value, kind):
         raise TorrentInvalid(f"{name} is missing or malformed")
@@ -159,7 +159,7 @@ def text(value: Value | None, name: str) -> str:
     """The value, which must be a string.
 
     Raises:
-        TorrentInvalid: it is not UTF-8, or there is none; says so of `name`.
+        TorrentInvalid: it is not UTF-8, or is missing; the message says `name`.
     """
     try:
         return expect(value, bytes, name).decode()

@@ -1,10 +1,10 @@
-"""A torrent made of a folder, hybrid or v1 alone, and the sha256 of every file.
+"""Makes a torrent of a folder, hybrid or v1 only, and computes the sha256 of every file.
 
-The same files under the same name with the same piece length give the same info hash, wherever and
-whenever it is made: nothing but names and bytes goes into the info dictionary. Files stand in the
-order of their raw names. In a hybrid each begins a new piece, and pads fill the last piece of each
-for v1, that of the last file too (BEP 52, BEP 47), as in libtorrent. In v1 alone there are no pads:
-a piece may span several files (BEP 3).
+The same files under the same name with the same piece length always give the same info hash: only
+names and bytes go into the info dictionary. Files are in the order of their raw names. In a hybrid
+torrent each file starts a new piece, and for v1 pad files fill the last piece of each file, even of
+the last one (BEP 52, BEP 47), as in libtorrent. A v1-only torrent has no pads: a piece may span
+several files (BEP 3).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, chunks, sha2
 __all__ = ["Made", "MadeFile", "Pieces", "hybrid_info", "make", "suitable_piece_length"]
 
 MOST_PIECES = 20_000
-"""So many hashes make a torrent of about a megabyte."""
+"""This many hashes make a torrent of about a megabyte."""
 SMALLEST_CHOSEN = 64 * 1024
 LARGEST_CHOSEN = 64 << 20
-"""Bytes; what common clients still take."""
+"""Bytes; the largest length that common clients accept."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MadeFile:
     """A file of the torrent: its path, which begins with the torrent's name, bytes, and sha256.
 
-    `mtime_ns` is the time of its last change, before it was read and after.
+    `mtime_ns` is its modification time, the same before and after it was read.
     """
 
     path: PurePosixPath
@@ -67,9 +67,9 @@ class Made:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pieces:
-    """Hashes of consecutive pieces of a file, the first of which is its piece `first`.
+    """Hashes of consecutive pieces of a file, starting with its piece number `first`.
 
-    In v1 alone pieces are counted through all files, and belong to the first one.
+    In a v1-only torrent pieces are numbered over all files, and `file` is 0.
     """
 
     file: int
@@ -81,9 +81,9 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Span:
-    """Bytes of a file that hold whole pieces, or all that is left.
+    """Bytes of a file that are whole pieces, or the rest of the file.
 
-    `width` is the number of leaves of a piece's v2 tree. `padded` says that zeros follow in v1.
+    `width` is the number of leaves of a piece's v2 tree. `padded`: zeros follow in v1.
     """
 
     start: int
@@ -122,21 +122,21 @@ def make(  # noqa: PLR0913  # the folder, and what a publisher may choose by nam
         folder: becomes the torrent's top folder under its own name.
         files: of `list_files`.
         piece_length: bytes, a power of two from 16 KiB on.
-        trackers: where peers can be asked for.
-        web_seeds: HTTP addresses that hold the top folder (BEP 19).
-        v1_only: make no hybrid, for clients that read none.
+        trackers: URLs of trackers.
+        web_seeds: HTTP URLs under which the top folder is found (BEP 19).
+        v1_only: make no hybrid torrent, for clients that cannot read one.
 
     Yields:
         Progress in bytes, then the torrent.
 
     Raises:
-        StorageFailed: a file cannot be read, or changes meanwhile.
-        TorrentInvalid: the piece length is none, a name is too long, or it is too large.
+        StorageFailed: a file cannot be read, or changes while it is read.
+        TorrentInvalid: the piece length is not valid, a name is too long, or it is too large.
     """
     if piece_length < BLOCK or piece_length & (piece_length - 1):
         raise TorrentInvalid(
-            f"the piece length must be a power of two from {BLOCK:,} on",
-            hint="leave --piece-length out for a suitable one",
+            f"the piece length must be a power of two and at least {BLOCK:,}",
+            hint="leave out --piece-length to have a suitable one chosen",
         )
     stamps = [_stamp(folder / path) for path, _ in files]
     whole: list[FileResult] = [FileResult(None)] * len(files)
@@ -180,7 +180,7 @@ def _check_unchanged(
             raise StorageFailed(
                 "it changed while it was read",
                 path=folder / path,
-                hint="run it when nothing writes there",
+                hint="run the command again when no other program writes to this folder",
             )
 
 
@@ -195,7 +195,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _jobs(
     folder: Path, files: Sequence[tuple[PurePosixPath, int]], piece_length: int
 ) -> Iterator[Callable[[memoryview], Pieces | _Whole]]:
-    """A file's digest and its pieces follow each other, so that the disk is read only once."""
+    """A file's digest and its pieces are consecutive jobs, so the disk is read only once."""
     batch = max(piece_length, BATCH)
     for index, (path, size) in enumerate(files):
         yield partial(_hash_whole, folder / path, index)

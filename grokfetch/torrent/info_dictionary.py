@@ -1,6 +1,6 @@
-"""The info dictionary of a torrent, from bytes that strangers sent: its files and pieces. Pure.
+"""Parses the info dictionary of a torrent, from untrusted bytes: its files and pieces. Pure.
 
-Whatever the bytes are, the answer is a value or `TorrentInvalid` naming what is wrong.
+Whatever the bytes are, the result is a value or `TorrentInvalid` with what is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST_TORRENT = 1 << 60
 
 
 class PieceLayerInvalid(TorrentInvalid):
-    """Hashes of v2 pieces, which stand outside the info dictionary, are wrong."""
+    """Hashes of v2 pieces, which are outside of the info dictionary, are wrong."""
 
 
 def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -> Layout:
@@ -36,23 +36,23 @@ def parse_info(info: bytes, piece_layers: Mapping[bytes, bytes] | None = None) -
     Args:
         info: its bytes.
         piece_layers: of a v2 torrent, hashes of the pieces by the root of their file. Those of a
-            file may be missing: nothing of it can be proven until they come.
+            file may be missing: nothing of it can be proven until they arrive.
 
     Raises:
-        TorrentInvalid: it is malformed, unsafe to lay down on a disk, absurdly large, or a piece
-            layer is not the one whose root the info dictionary names.
+        TorrentInvalid: it is malformed, unsafe to write to a disk, absurdly large, or a piece
+            layer does not match its root in the info dictionary.
     """
     return _parsed(info, tuple(sorted((piece_layers or {}).items())))
 
 
-# A fetch asks several times, and thousands of files take a tenth of a second each time.
+# A fetch calls this several times, and with thousands of files it takes a tenth of a second.
 @lru_cache(maxsize=1)
 def _parsed(info: bytes, piece_layers: tuple[tuple[bytes, bytes], ...]) -> Layout:
     value = expect(bencode.decode(info), dict, "info")
     name = _name(value)
     length = expect(value.get(b"piece length"), int, "piece length")
     if not 0 < length <= LARGEST_PIECE:
-        raise TorrentInvalid(f"piece length is {length:,}, at most {LARGEST_PIECE:,} is sane")
+        raise TorrentInvalid(f"piece length is {length:,}, but must be 1 to {LARGEST_PIECE:,}")
     if b"pieces" in value or value.get(b"meta version") != 2:
         layout = _v1(value, name, length)
     else:
@@ -62,9 +62,9 @@ def _parsed(info: bytes, piece_layers: tuple[tuple[bytes, bytes], ...]) -> Layou
 
 
 def right_layers(info: bytes, piece_layers: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Those of the piece layers that are what their roots in the info dictionary promise.
+    """The piece layers that match their roots in the info dictionary.
 
-    Of an info dictionary that `parse_info` refuses anyhow there are none.
+    If `parse_info` would refuse the info dictionary, there are none.
     """
     right: dict[bytes, bytes] = {}
     try:
@@ -103,7 +103,7 @@ def _v1(value: Mapping[bytes, Value], name: str, piece_length: int) -> Layout:
     count = -(-start // piece_length)
     if len(hashes) != 20 * count:
         raise TorrentInvalid(
-            f"pieces holds {len(hashes):,} bytes, not {count:,} hashes of 20 bytes"
+            f"pieces has {len(hashes):,} bytes instead of {count:,} hashes of 20 bytes"
         )
     return Layout(name, 1, piece_length, tuple(files), hashes)
 
@@ -142,7 +142,7 @@ def _v2(
         pad = _is_pad(entry, str(path))
         size = _size(entry, str(path))
         if pad:
-            raise TorrentInvalid(f"{path} is a pad file; v2 has none in its file tree")
+            raise TorrentInvalid(f"{path} is a pad file, which a v2 file tree must not have")
         files.append(LayoutFile(path, size, start))
         count = -(-size // piece_length)
         start += count * piece_length
@@ -183,12 +183,12 @@ def _layer(
         return bytes(32 * count)
     if len(layer) != 32 * count:
         raise PieceLayerInvalid(
-            f"the piece layer of {path} holds {len(layer):,} bytes instead of {32 * count:,}"
+            f"the piece layer of {path} has {len(layer):,} bytes instead of {32 * count:,}"
         )
     leaves = (layer[index : index + 32] for index in range(0, len(layer), 32))
     padding = merkle_root((), piece_length // BLOCK)
     if merkle_root(leaves, power_of_two_above(count), padding) != root:
-        raise PieceLayerInvalid(f"the piece layer of {path} does not have its root")
+        raise PieceLayerInvalid(f"the piece layer of {path} does not match its root")
     return layer
 
 
@@ -196,8 +196,8 @@ def _is_pad(entry: Mapping[bytes, Value], path: str) -> bool:
     attributes = expect(entry.get(b"attr", b""), bytes, f"attr of {path}")
     if b"l" in attributes or b"symlink path" in entry:
         raise TorrentInvalid(
-            f"{path!r:.80} is a symbolic link in the torrent; grokfetch lays down none, because "
-            "a link may lead out of the folder"
+            f"{path!r:.80} is a symbolic link in the torrent; grokfetch does not create links, "
+            "because they may lead out of the folder"
         )
     return b"p" in attributes
 
@@ -223,7 +223,7 @@ def _check_length(path: str, parts: Iterable[str]) -> None:
     longest = max(len(part.encode()) for part in parts)
     if longest > LONGEST_NAME:
         raise TorrentInvalid(
-            f"path {path!r:.80} is unsafe: a part has {longest:,} bytes, and file systems take "
+            f"path {path!r:.80} is unsafe: a part has {longest:,} bytes, and file systems allow "
             f"at most {LONGEST_NAME}"
         )
 
@@ -232,7 +232,7 @@ def _check_extent(files: int, size: int, piece_length: int) -> None:
     if files > MOST_FILES:
         raise TorrentInvalid(f"it has more than {MOST_FILES:,} files")
     if size > LARGEST_TORRENT:
-        raise TorrentInvalid(f"it holds {size:,} bytes, more than any disk")
+        raise TorrentInvalid(f"it has {size:,} bytes, more than any disk")
     if -(-size // piece_length) > MOST_PIECES:
         raise TorrentInvalid(f"it has more than {MOST_PIECES:,} pieces")
 

@@ -1,11 +1,11 @@
 """Arithmetic between pieces and files over a torrent's layout. Pure: no I/O here.
 
-A torrent is a stream of bytes cut into pieces of equal length. In BitTorrent v1 the files follow
-each other without gaps, a piece may span several of them, and its hash is the SHA-1 of its bytes.
-In v2 every file begins a new piece, the last piece of a file is as short as the file leaves it,
-and a piece's hash is the root of a SHA-256 tree over blocks of 16 KiB (BEP 52). A hybrid torrent
-carries both over one stream in which pad files align the others; its v1 hashes are the ones used
-here, and its pads are zeros that never exist on disk.
+A torrent is a stream of bytes divided into pieces of equal length. In BitTorrent v1 the files
+follow each other without gaps, a piece may span several of them, and its hash is the SHA-1 of its
+bytes. In v2 every file starts a new piece, the last piece of a file ends with the file, and a
+piece's hash is the root of a SHA-256 tree over blocks of 16 KiB (BEP 52). A hybrid torrent has both
+hashes over one stream, in which pad files align the others; its v1 hashes are the ones used here,
+and its pads are zeros that never exist on disk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LayoutFile:
     """A file in the stream: path relative to the checkpoint folder, size and start in bytes.
 
     The path includes the torrent's top folder. A pad is zeros and never exists on disk. `known_as`
-    is the torrent's path where the file lies under another one.
+    is the torrent's path if the file has another path on disk.
     """
 
     path: PurePosixPath
@@ -65,7 +65,7 @@ class LayoutFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """The part of a piece that lies in one file: offset in the file, and length, in bytes."""
+    """The part of a piece in one file: offset in the file, and length, in bytes."""
 
     file: LayoutFile
     offset: int
@@ -73,7 +73,7 @@ class Segment:
 
 
 class PieceHasher(Protocol):
-    """What hashes one piece, fed in order."""
+    """Hashes one piece, whose bytes are passed in order."""
 
     def update(self, data: Data, /) -> None:
         """Hash the next bytes."""
@@ -86,8 +86,8 @@ class PieceHasher(Protocol):
 class Layout:
     """A torrent's files in stream order and the hashes of its pieces.
 
-    `hashes` holds the hashes of all pieces one after another, zeros for those still to come.
-    `version` says how they are made; a hybrid torrent has version 1 here.
+    `hashes` has the hashes of all pieces one after another, zeros for those not known yet.
+    `version` says how they are computed; a hybrid torrent has version 1 here.
     """
 
     name: str
@@ -113,15 +113,15 @@ class Layout:
 
     @property
     def payload(self) -> tuple[LayoutFile, ...]:
-        """The files that exist on disk: all but the pads."""
+        """The files that exist on disk: all except the pads."""
         return tuple(self._by_path.values())
 
     def file(self, path: PurePosixPath) -> LayoutFile | None:
-        """The file of that path, None if the torrent has none."""
+        """The file with that path, None if the torrent has none."""
         return self._by_path.get(path)
 
     def moved(self, places: Mapping[PurePosixPath, PurePosixPath]) -> Layout:
-        """The same with some files elsewhere: `places` goes from the torrent's path to ours."""
+        """The same with other paths for some files: `places` maps the torrent's path to ours."""
         return dataclasses.replace(
             self,
             files=tuple(
@@ -138,12 +138,12 @@ class Layout:
         return self.hashes[piece * width : (piece + 1) * width]
 
     def provable(self, piece: int) -> bool:
-        """Whether the hash of a piece is known; of a v2 file it may still be to come."""
+        """Whether the hash of a piece is known; for a v2 file it may still be missing."""
         return self.version == 1 or any(self.expected(piece))
 
     @property
     def unprovable(self) -> tuple[LayoutFile, ...]:
-        """The files of which hashes are still to come."""
+        """The files whose hashes are not known yet."""
         if self.version == 1:
             return ()
         pieces = ((file, self.pieces_over(file)) for file in self.payload)
@@ -166,7 +166,7 @@ class Layout:
         return sum(segment.length for segment in self.segments(piece))
 
     def pieces_over(self, file: LayoutFile, offset: int = 0, length: int | None = None) -> range:
-        """The pieces that hold a span of a file, all of the file by default."""
+        """The pieces that overlap a span of a file, by default all of the file."""
         size = file.size - offset if length is None else length
         if size <= 0:
             return range(0)
@@ -174,12 +174,12 @@ class Layout:
         return range(first // self.piece_length, (first + size - 1) // self.piece_length + 1)
 
     def files_over(self, pieces: Iterable[int]) -> list[LayoutFile]:
-        """The files on disk in which these pieces lie."""
+        """The files on disk that these pieces overlap."""
         parts = (part for piece in pieces for part in self.segments(piece))
         return list(dict.fromkeys(part.file for part in parts if not part.file.pad))
 
     def hasher(self, piece: int) -> PieceHasher:
-        """A fresh hasher for a piece."""
+        """A new hasher for a piece."""
         if self.version == 1:
             return piece_hasher(1, 0)
         segment = next(self.segments(piece))
@@ -251,7 +251,7 @@ def merkle_root(leaves: Iterable[bytes], width: int, padding: bytes = bytes(32))
 
     Args:
         leaves: hashes of 32 bytes.
-        width: the leaves of the full tree, a power of two; those not given equal `padding`.
+        width: the number of leaves of the full tree, a power of two; missing ones are `padding`.
         padding: the hash of a missing leaf.
     """
     layer = list(leaves)
@@ -268,5 +268,5 @@ def merkle_root(leaves: Iterable[bytes], width: int, padding: bytes = bytes(32))
 
 
 def power_of_two_above(count: int) -> int:
-    """The smallest power of two that is not below `count`."""
+    """The smallest power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()

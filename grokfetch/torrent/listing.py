@@ -1,4 +1,4 @@
-"""The files of a folder as a torrent lists them, and what of a folder no torrent can hold."""
+"""Lists the files of a folder as a torrent has them, and refuses what a torrent cannot hold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["leftovers", "list_files"]
 def leftovers(folder: Path) -> list[PurePosixPath]:
     """Files that other programs left beside the payload: a Mac's Finder, Hugging Face's Hub.
 
-    `.DS_Store` is how a folder looked in a window, `._NAME` what other file systems do not keep of
-    NAME, and `.cache/huggingface` what the Hub's client knows of its downloads.
+    `.DS_Store` has the view settings of a folder, `._NAME` the attributes of NAME that the file
+    system cannot store, and `.cache/huggingface` what the Hub's client knows of its downloads.
     """
     paths = (
         PurePosixPath(Path(place).relative_to(folder), name)
@@ -46,8 +46,8 @@ def list_files(
         without: files that are left out.
 
     Raises:
-        StorageFailed: it cannot be read, holds no bytes, or has a name or something in it that no
-            torrent can hold.
+        StorageFailed: it cannot be read, has no bytes, or has a name or an entry that a torrent
+            cannot hold.
     """
 
     def failed(error: OSError) -> None:
@@ -76,11 +76,11 @@ def list_files(
         files.extend(_entry(folder, path) for path in paths if path not in without)
     if not any(size for _, size in files):
         raise StorageFailed(
-            "it holds no bytes to share", path=folder, hint="name a folder with files in it"
+            "contains no bytes to share", path=folder, hint="name a folder with files in it"
         )
     if len(files) == 1 and str(files[0][0]) == folder.name:
         raise StorageFailed(
-            "a folder that holds only a file of its own name looks in a torrent like that file",
+            "contains only a file of its own name, which in a torrent looks like a single file",
             path=folder,
             hint="rename the folder",
         )
@@ -93,8 +93,8 @@ def _entry(folder: Path, relative: PurePosixPath) -> tuple[PurePosixPath, int]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        # It was listed a moment ago.
-        reason = f"it is a link to {str(path.readlink())!r:.100}, which is not there"
+        # It was listed a moment ago, so it is a link.
+        reason = f"it is a link to {str(path.readlink())!r:.100}, which does not exist"
     except OSError as error:
         raise storage_failed(error, path) from error
     else:

@@ -1,7 +1,7 @@
-"""Magnet links, read from text that strangers sent and others have copied. Pure: no I/O here.
+"""Parses magnet links from untrusted, copied text. Pure: no I/O here.
 
-BEP 9 defines the link, BEP 52 `urn:btmh`, BEP 53 `so`. What mail programs, web pages and people do
-to a link is undone: quotes and spaces around it, `&amp;` for `&`, line breaks in it, names in any
+BEP 9 defines the link, BEP 52 `urn:btmh`, BEP 53 `so`. Damage by mail programs, web pages and
+people is undone: quotes and spaces around it, `&amp;` for `&`, line breaks in it, names in any
 case, and a name with spaces or `#` that was not encoded.
 """
 
@@ -23,11 +23,11 @@ MOST_PARAMETERS = 1000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Magnet:
-    """A magnet link: `info_hash` in hexadecimal (v1 where both are given), peers as HOST:PORT.
+    """A magnet link: `info_hash` in hexadecimal (v1 if both are given), peers as HOST:PORT.
 
-    `text` is the link written anew, with what of it can be used. `metadata` are addresses of the
-    torrent file, `files` are numbers of the files that are asked for, counted from 0 in the
-    torrent; none means all. `unusable` says in words what of the link was left out.
+    `text` is the link written again with its usable parts. `metadata` are URLs of the torrent file,
+    `files` are numbers of the files that are asked for, counted from 0 in the torrent; none means
+    all. `unusable` says in words which parts of the link were ignored.
     """
 
     text: str
@@ -50,7 +50,7 @@ def parse_magnet(text: str) -> Magnet:
     """Read a magnet link.
 
     Raises:
-        TorrentInvalid: it is none, or names no info hash.
+        TorrentInvalid: it is not a magnet link, or has no info hash.
     """
     link = re.sub(r"[\r\n\t]", "", unquoted(text)).replace("&amp;", "&").replace("&#38;", "&")
     if not re.match(r"magnet:", link, re.IGNORECASE):
@@ -59,8 +59,8 @@ def parse_magnet(text: str) -> Magnet:
     hashes = sorted(dict.fromkeys(filter(None, map(_topic, _all(pairs, "xt")))), key=len)
     if not hashes:
         raise TorrentInvalid(
-            "the magnet link names no info hash (xt=urn:btih: or urn:btmh:)",
-            hint="copy it whole, and put it in quotes for the shell",
+            "the magnet link has no info hash (xt=urn:btih: or urn:btmh:)",
+            hint="copy the whole link, and put it in quotes for the shell",
         )
     trackers, bad_trackers = _sorted_out(_all(pairs, "tr"), _is_tracker, "tracker (tr=)")
     peers, bad_peers = _sorted_out(_all(pairs, "x.pe"), _is_peer, "peer (x.pe=)")
@@ -91,7 +91,7 @@ def link_of_hash(text: str) -> str | None:
 
 
 def _pairs(link: str) -> list[tuple[str, str]]:
-    """Names, in lower case, and values; a `#` ends nothing here, it belongs to the value."""
+    """Names, in lower case, and values; a `#` is part of a value and does not end the link."""
     pairs = []
     for part in link.partition("?")[2].split("&", MOST_PARAMETERS)[:MOST_PARAMETERS]:
         name, _, value = part.partition("=")
@@ -106,13 +106,13 @@ def _all(pairs: Iterable[tuple[str, str]], key: str) -> list[str]:
 
 
 def _topic(topic: str) -> str | None:
-    """The info hash of one xt, in hexadecimal; None where it is of another kind."""
+    """The info hash of one xt, in hexadecimal; None if it is of another kind."""
     match = re.fullmatch(r"urn:(btih|btmh):([0-9A-Za-z]+)", topic, re.IGNORECASE)
     if match is None:
         return None
     kind, digits = match[1].lower(), match[2].lower()
     if kind == "btmh":
-        # 12 20 says: a SHA-256 of 32 bytes.
+        # The prefix 12 20 stands for a SHA-256 of 32 bytes.
         return digits[4:] if re.fullmatch(r"1220[0-9a-f]{64}", digits) else None
     if re.fullmatch(r"[0-9a-f]{40}", digits):
         return digits
@@ -125,13 +125,13 @@ def _topic(topic: str) -> str | None:
 def _sorted_out(
     values: Iterable[str], sound: Callable[[str], bool], what: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Those that are sound, and a sentence for each of the others."""
+    """The valid values, and a message for each of the others."""
     good, bad = [], []
     for value in values:
         if sound(value):
             good.append(value)
         else:
-            bad.append(f"the magnet link's {what} {value!r:.100} is not an address; it is left out")
+            bad.append(f"the magnet link's {what} {value!r:.100} is not an address; it is ignored")
     return tuple(good), tuple(bad)
 
 
@@ -165,7 +165,9 @@ def _numbers(values: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         for part in value.split(","):
             match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
             if match is None:
-                bad.append(f"the magnet link's selection (so=) {part!r:.40} is left out")
+                bad.append(
+                    f"the magnet link's selection (so=) {part!r:.40} is not valid; it is ignored"
+                )
             else:
                 numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(numbers)), tuple(bad)

@@ -1,7 +1,7 @@
-"""Torrent files, read from bytes that strangers sent. Pure: no I/O here.
+"""Parses torrent files from untrusted bytes. Pure: no I/O here.
 
-Whatever the bytes are, the answer is a value or `TorrentInvalid` naming what is wrong. The info
-hash is computed over the original bytes of the info dictionary, never over a re-encoding.
+Whatever the bytes are, the result is a value or `TorrentInvalid` with what is wrong. The info hash
+is computed over the original bytes of the info dictionary, never over a re-encoding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TorrentFile:
-    """A torrent's metadata: the info dictionary as its original bytes, and what stands around it.
+    """A torrent's metadata: the original bytes of the info dictionary, and the other fields.
 
-    `v1` and `v2` are the info hashes in hexadecimal (40 and 64 digits), None where the torrent has
-    no such version. `piece_layers` maps the root of each v2 file larger than a piece to the hashes
-    of its pieces.
+    `v1` and `v2` are the info hashes in hexadecimal (40 and 64 digits), None if the torrent does
+    not have that version. `piece_layers` maps the root of each v2 file larger than a piece to the
+    hashes of its pieces.
     """
 
     info: bytes = dataclasses.field(repr=False)
@@ -41,7 +41,7 @@ class TorrentFile:
 
     @property
     def info_hash(self) -> str:
-        """The hash by which we call it: v1 where there is one."""
+        """The hash that identifies it here: v1 if there is one."""
         return self.v1 or self.v2 or ""
 
     def known_as(self, info_hash: str | None) -> bool:
@@ -50,7 +50,7 @@ class TorrentFile:
 
 
 SEAL = b"grokfetch info hash"
-"""The key of a sealed file beside `info`; no other program minds it."""
+"""The extra key of a sealed file, beside `info`; other programs ignore it."""
 
 
 # --- torrent files -----------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def parse_torrent(data: bytes) -> TorrentFile:
     """Read a `.torrent` file. Its layout is checked by `parse_info`.
 
     Raises:
-        TorrentInvalid: it is none, its metadata is malformed, or not that which it was sealed with.
+        TorrentInvalid: it is not a torrent, is malformed, or has changed since it was sealed.
     """
     members = bencode.members(data)
     if b"info" not in members:
@@ -77,7 +77,7 @@ def parse_torrent(data: bytes) -> TorrentFile:
         {root: expect(layer, bytes, "a piece layer") for root, layer in layers.items()},
     )
     if top.get(SEAL, torrent.info_hash.encode()) != torrent.info_hash.encode():
-        raise TorrentInvalid("it has changed since it was written: its info hash is another one")
+        raise TorrentInvalid("it has changed since it was written: its info hash differs")
     return torrent
 
 
@@ -88,10 +88,10 @@ def torrent_file(
     trackers: Iterable[str] = (),
     web_seeds: Iterable[str] = (),
 ) -> TorrentFile:
-    """The value for an info dictionary and what is known around it.
+    """The `TorrentFile` of an info dictionary and the other fields.
 
     Raises:
-        TorrentInvalid: the info dictionary is none.
+        TorrentInvalid: the info dictionary is not valid.
     """
     v1, v2 = _info_hashes(bencode.decode(info), info)
     return TorrentFile(
@@ -107,7 +107,7 @@ def torrent_file(
 def encode_torrent(torrent: TorrentFile, *, sealed: bool = False) -> bytes:
     """The `.torrent` file of these values; the info dictionary is kept byte for byte.
 
-    `sealed` has it name its own info hash, so that reading tells if a bit has changed.
+    `sealed` stores its own info hash in it, so that a flipped bit is noticed when it is read.
     """
     around: dict[bytes, Value] = {}
     if sealed:
@@ -126,14 +126,14 @@ def encode_torrent(torrent: TorrentFile, *, sealed: bool = False) -> bytes:
 
 
 def check_info_hash(torrent: TorrentFile, info_hash: str) -> None:
-    """Refuse metadata that is not the one asked for.
+    """Refuse metadata of another torrent.
 
     Raises:
         TorrentInvalid: neither of its hashes is `info_hash`.
     """
     if not torrent.known_as(info_hash):
         raise TorrentInvalid(
-            f"the metadata's info hash is {torrent.info_hash}, asked for was {info_hash}"
+            f"the metadata's info hash is {torrent.info_hash} instead of {info_hash}"
         )
 
 

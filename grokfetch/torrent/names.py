@@ -1,4 +1,4 @@
-"""Which names of files a stranger may give us, and names of our own that fit a file system."""
+"""Which untrusted file names are safe, and names of our own that fit a file system."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import PurePosixPath
 __all__ = ["LONGEST_NAME", "STATE_FOLDER", "look_alikes", "unsafe_name", "with_ending"]
 
 STATE_FOLDER = ".grokfetch"
-"""Our own folder beside the payload; no payload may bear its name."""
+"""Our own folder beside the payload; no payload may have its name."""
 
 LONGEST_NAME = 255
-"""Bytes of a name, UTF-8, that common file systems take."""
+"""Bytes of a name in UTF-8 that common file systems allow."""
 
 
 def unsafe_name(path: str) -> str | None:
-    """Why a relative path could lead out of its folder or into ours; None when it is harmless."""
+    """Why a relative path could lead out of its folder or into ours; None if it is safe."""
     parts = path.split("/")
     reasons = (
         (path.startswith("/"), "it is absolute"),
@@ -39,10 +39,10 @@ def _control(path: str) -> str:
 
 
 def with_ending(name: str, ending: str) -> str:
-    """A file name with something of ours behind it.
+    """A file name with an ending of ours.
 
-    Where both together are too long for a file system, the name is truncated and a part of its
-    sha256 keeps it apart from others that begin alike.
+    If both together are too long for a file system, the name is truncated, and a part of its sha256
+    distinguishes it from others with the same beginning.
     """
     if len(name.encode()) + len(ending.encode()) <= LONGEST_NAME:
         return name + ending
@@ -52,7 +52,7 @@ def with_ending(name: str, ending: str) -> str:
 
 
 def look_alikes(paths: Iterable[PurePosixPath]) -> list[tuple[PurePosixPath, ...]]:
-    """Groups of paths, folders among them, that are one and the same on many file systems.
+    """Groups of paths, including folders, that are the same on many file systems.
 
     They differ only in case, or in how accented characters are composed.
     """

@@ -3,10 +3,10 @@
 One thread hashes one piece, or one whole file; hashlib and preadv release the interpreter lock.
 Where the C program of `grokfetch.torrent.lanes` can be used, a thread hashes several pieces at
 once. Each reads into its own buffer of `CHUNK` bytes, so that memory does not grow with pieces or
-files. What is wrong is a value, never an exception: one bad piece does not end a scan.
+files. Errors are values, never exceptions: one bad piece does not end a scan.
 
-Pages are copied, not mapped: a mapped file that is truncated meanwhile ends the process, and on one
-of two processors hashing through a map was slower besides (`benchmarks/README.md`).
+Files are read, not mapped: if a mapped file is truncated, the process dies, and on one of two
+processors hashing through a map was slower, too (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = [
 T = TypeVar("T")
 
 CHUNK = 1 << 20
-"""Bytes read at once: whole blocks of 16 KiB, and few enough to stay in a core's cache."""
+"""Bytes read at once: whole blocks of 16 KiB that fit into a core's cache."""
 
 BATCH = 4 << 20
-"""Bytes of small pieces that make one job, so that handing out jobs costs nothing to speak of."""
+"""Bytes of small pieces in one job, so that scheduling jobs costs almost nothing."""
 
 TOGETHER = 128 << 20
 """Bytes of pieces that a thread hashes together at most: it ends them first when interrupted."""
@@ -56,9 +56,9 @@ Verdict = Literal["good", "bad", "absent", "unreadable"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PieceResult:
-    """What became of reading one piece back.
+    """The result of reading one piece back.
 
-    `absent` if not all of it is on the disk, or its hash is still to come.
+    `absent` if not all of it is on the disk, or its hash is not known yet.
     """
 
     piece: int
@@ -68,7 +68,7 @@ class PieceResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileResult:
-    """The sha256 of a whole file in hexadecimal; None where it could not be read, and why."""
+    """The sha256 of a whole file in hexadecimal; None if it could not be read, and why."""
 
     sha256: str | None
     detail: str = ""
@@ -78,7 +78,7 @@ class Hashers(Generic[T]):
     """A pool of threads, each with a buffer.
 
     Args:
-        threads: how many; by default one for each core that this process may use.
+        threads: how many; by default one per core that this process may use.
     """
 
     def __init__(self, threads: int | None = None) -> None:

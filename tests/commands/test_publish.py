@@ -191,7 +191,7 @@ def test_a_folder_whose_own_name_others_cannot_lay_down_is_refused_with_the_reas
 
 def test_a_link_that_leads_nowhere_is_refused_as_such(top):
     top.joinpath("link").symlink_to("gone")
-    with pytest.raises(errors.StorageFailed, match="a link to 'gone', which is not there"):
+    with pytest.raises(errors.StorageFailed, match="a link to 'gone', which does not exist"):
         list_files(top)
 
 

@@ -285,7 +285,7 @@ def test_links_are_read_and_never_written_through(tmp_path, swarm):
 
 def test_metadata_of_another_torrent_is_refused(tmp_path, swarm):
     swarm.asked = "0" * 40
-    with pytest.raises(TorrentInvalid, match="asked for was"):
+    with pytest.raises(TorrentInvalid, match="metadata's info hash is"):
         run(tmp_path, swarm)
     assert not (tmp_path / ".grokfetch/metadata.torrent").exists()
 
@@ -299,7 +299,7 @@ def test_another_torrent_in_a_folder_begun_before_is_refused(tmp_path, swarm):
 
 def test_a_torrent_that_contradicts_the_manifest_is_refused_before_a_byte(tmp_path, swarm):
     manifest = manifest_of({**FILES, "b": b"other size"}, swarm.info_hash)
-    with pytest.raises(Contradiction, match="top/b must have 10 bytes, and has 1,000 here"):
+    with pytest.raises(Contradiction, match="top/b must have 10 bytes, but has 1,000 here"):
         run(tmp_path, swarm, manifest=manifest)
     assert swarm.orders == []
     state = {path.name for path in (tmp_path / ".grokfetch").iterdir()}

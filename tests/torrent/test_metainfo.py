@@ -147,7 +147,7 @@ def test_nothing_may_follow_a_torrent():
 def test_metadata_of_another_torrent_is_refused():
     torrent = v1_torrent(FILES, PIECE)
     check_info_hash(torrent, torrent.v1)
-    with pytest.raises(TorrentInvalid, match="asked for was"):
+    with pytest.raises(TorrentInvalid, match="metadata's info hash is"):
         check_info_hash(torrent, "0" * 40)
 
 
