@@ -262,7 +262,7 @@ def test_file_that_only_its_digest_proves_is_asked_for_as_a_whole(swarm, tmp_pat
     [
         (Request(layers=(2, 7, 8)), "has layers 0-2, not 7-8"),
         (Request(experts=(4,)), "has experts 0-3, not 4"),
-        (Request(only=("nothing*",)), "nothing of grok-test matches: nothing"),
+        (Request(only=("nothing*",)), "nothing in grok-test matches: nothing"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_kept(swarm, tmp_path, request_, message):
