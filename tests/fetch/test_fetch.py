@@ -307,7 +307,7 @@ def test_a_torrent_that_contradicts_the_manifest_is_refused_before_a_byte(tmp_pa
 
 
 def test_a_manifest_of_another_torrent_without_digests_is_refused(tmp_path, swarm):
-    with pytest.raises(Contradiction, match="about torrent"):
+    with pytest.raises(Contradiction, match="is for torrent"):
         run(tmp_path, swarm, manifest=manifest_of(FILES, "0" * 40))
 
 
