@@ -50,6 +50,9 @@ PART, PARTIAL_SUMS = 128, 196_608
 FEW = 32
 """Tokens whose products take no longer on an accelerator than the weights take to read."""
 
+FEW_GROUPS = 4
+"""Groups of a matrix whose products of few tokens a TPU may have in memory together."""
+
 LARGE = 8 << 20
 """Bytes of a product from which a GPU sums the groups of its matrix one after the other."""
 
@@ -186,8 +189,10 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
             rows, one = x.reshape(-1, x.shape[-1]), jax.tree.map(lambda part: part[None], weights)
             return stack_product(rows, one, dtype).reshape(*x.shape[:-1], -1)
 
-        # Of a matrix that is cut into groups a GPU's compiler first writes all in another type.
-        return by_platform(at_once, multiplied, x, weights)
+        # Of a matrix that is cut into groups a GPU's compiler first writes all in another type, and
+        # that of a TPU has the products of many groups in memory before it sums them.
+        elsewhere = in_turn if weights.scales.shape[0] > FEW_GROUPS else multiplied
+        return by_platform(at_once, elsewhere, x, weights)
     if 4 * x.size // x.shape[-1] * weights.weight.shape[-1] < LARGE:
         return multiplied(x, weights)
     # A GPU's compiler would have the products of all groups in memory before it sums them.
@@ -326,7 +331,8 @@ def _grouped(
     """The product, group by group; `split`: of both halves of `x`.
 
     in_turn: one group after the other, and the halves are summed at once, so that fewer sums lie in
-    memory together. On TPUs the halves are summed last: summed at once, one v5p needs more memory.
+    memory together. The halves of a prompt are summed last on TPUs: summed at once, one v5p needs
+    more memory.
     """
     x = _halves(x) if split else x.astype(dtype)
     groups, rows = weights.scales.shape[-2], weights.weight.shape[-2] // weights.scales.shape[-2]

@@ -205,10 +205,23 @@ def _gates(routed: Routed, held: int) -> Array:
 
 
 def _one_by_one(x: Array, weights: Layer, gates: Array, dtype: jnp.dtype) -> Array:
-    """Every expert that this device holds over all tokens, one after another."""
+    """Every expert that this device holds over all tokens, one after another.
+
+    One group of scales after the other: a TPU's compiler would have the hidden layer and the
+    products of all groups in memory together.
+    """
+    down = weights.down
+    assert isinstance(down, Quantized)
+    in_groups = x.shape[0] > 1 and down.scales.shape[1] > 1
+
+    def piece(x: Array, matrices: Matrices) -> Array:
+        return feed_forward(x, matrices, dtype)
 
     def add(number: Array, total: Array) -> Array:
-        output = feed_forward(x, _selected(weights, number), dtype)
+        if in_groups:
+            output = each_group(x, weights, number, piece)
+        else:
+            output = piece(x, _selected(weights, number))
         return total + gates[:, number, None] * output
 
     total: Array = lax.fori_loop(0, gates.shape[1], add, jnp.zeros_like(x))
