@@ -7,13 +7,21 @@ d head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from loader.devices.products import in_parts
 
-__all__ = ["mixed", "one_token", "scores", "shares"]
+__all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares"]
+
+CPUS = ("cpu",)
+"""Platforms whose compiler is slow at products of few queries with many keys of several heads, and
+writes the whole cache out in float32 for them."""
+
+BLOCK = 64
+"""Places whose keys and values a CPU converts and multiplies at once, which its caches hold."""
 
 SMALLEST = 1e-30
 """Less than any sum of weights of which one is not masked, and no zero to divide by."""
@@ -95,6 +103,61 @@ def one_token(
     sums = jnp.sum(_product("bpqs,bpsc->bpqc", kept, divided(values)), axis=1)
     own_sums = jnp.einsum("bkgkd->bkgd", sums.reshape(batch, heads, group, heads, size))
     return (own_sums / jnp.maximum(total, SMALLEST))[:, None]
+
+
+def on_cpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
+    """One of two functions of the same result, chosen when the program is compiled."""
+    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(CPUS, there))
+    return result
+
+
+def in_blocks(
+    queries: Array, keys: Array, values: Array, last: Array, weigh: Callable[[Array, Array], Array]
+) -> Array:
+    """Sums of the values of all places up to `last`, over the sums of their weights.
+
+    Args:
+        queries: float32 `[B, t, K, g, d]`.
+        keys: `[B, S, K, d]`; BLOCK divides S.
+        values: likewise.
+        last: int32 `[]`; places behind the block in which it lies are not read.
+        weigh: what float32 scores `[B, K, g, t, BLOCK]` of the places from an int32 `[]` on become:
+            weights, no sum of which overflows.
+
+    Returns:
+        float32 `[B, t, K, g, d]`, zeros where all weights are.
+    """
+    batch, steps, heads, group, size = queries.shape
+    flat = jnp.moveaxis(queries, 1, 3).reshape(batch, heads, group * steps, size)
+
+    def add(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        # What is the same in every round would be converted before the first, as a whole.
+        tied = lax.optimization_barrier(((keys, values), number))  # type: ignore[no-untyped-call]
+        held, number = tied
+        start = number * BLOCK
+        of_keys, of_values = (_block(array, start) for array in held)
+        scores = _product("bkqd,bksd->bkqs", flat, of_keys)
+        shape = batch, heads, group, steps, BLOCK
+        weights = weigh(scores.reshape(shape), start).reshape(scores.shape)
+        mixed = _product("bkqs,bksd->bkqd", weights, of_values)
+        return sums[0] + mixed, sums[1] + jnp.sum(weights, axis=-1, keepdims=True)
+
+    nothing = jnp.zeros_like(flat), jnp.zeros_like(flat[..., :1])
+    count = jnp.clip(last // BLOCK + 1, 0, keys.shape[1] // BLOCK)
+    total, weight = lax.fori_loop(0, count, add, nothing)
+    whole = (total / jnp.where(weight == 0, 1, weight)).reshape(batch, heads, group, steps, size)
+    return jnp.moveaxis(whole, 3, 1)
+
+
+def _block(array: Array, start: Array) -> Array:
+    """BLOCK places of `[B, S, K, d]` as float32 `[B, K, BLOCK, d]`."""
+    if array.dtype == jnp.bfloat16:
+        # XLA's CPU compiler takes bfloat16 for float32 where it cuts, and converts all of it first.
+        array = lax.bitcast_convert_type(array, jnp.uint16)
+    block = lax.dynamic_slice_in_dim(array, start, BLOCK, axis=1)
+    if array.dtype == jnp.uint16:
+        block = lax.bitcast_convert_type(block.astype(jnp.uint32) << 16, jnp.float32)
+    return jnp.swapaxes(block.astype(jnp.float32), 1, 2)
 
 
 def _product(formula: str, given: Array, held: Array) -> Array:

@@ -297,7 +297,6 @@ def _attend_block(
     first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
     alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
     allowed = allowed | alone
-    queries = within(queries, held.keys.dtype)
 
     def capped(scores: Array) -> Array:
         return soft_cap(scores * config.attn_output_multiplier)
@@ -322,7 +321,21 @@ def _attend_block(
 
     # Of several tokens a GPU's compiler writes the weights in float32 besides.
     on_gpus = of_one if queries.shape[1] == 1 else by_softmax
-    return by_platform(on_gpus, elsewhere, queries, held, allowed)
+
+    def at_once(queries: Array, held: KeyValues, allowed: Array) -> Array:
+        queries = within(queries, held.keys.dtype)
+        return by_platform(on_gpus, elsewhere, queries, held, allowed)
+
+    def in_blocks(queries: Array, held: KeyValues, allowed: Array) -> Array:
+        def weigh(scores: Array, start: Array) -> Array:
+            seen = lax.dynamic_slice_in_dim(allowed, start, heads.BLOCK, axis=2)
+            return jnp.where(seen[:, None, None], jnp.exp(capped(scores)), 0.0)
+
+        return heads.in_blocks(queries, held.keys, held.values, jnp.max(positions), weigh)
+
+    if places % heads.BLOCK:
+        return at_once(queries, held, allowed)
+    return heads.on_cpus(in_blocks, at_once, queries, held, allowed)
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:

@@ -21,10 +21,11 @@ from support.reference import Reference
 
 from loader.devices import products
 from loader.devices.placement import load, make_mesh
-from loader.inference import model
+from loader.inference import heads, model
 from loader.inference.engine import Engine
 from loader.inference.experts import route
 from loader.inference.model import KeyValues, Window
+from loader.inference.model import _attend as attend
 from loader.weights.checkpoint import open_folder
 from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig
@@ -109,9 +110,49 @@ def test_the_forms_for_gpus_and_tpus_equal_the_reference(monkeypatch, mesh):
     """All heads, groups of scales or experts at once; the rows of a step one after the other."""
     monkeypatch.setattr(products, "GPUS", ("cpu",))
     monkeypatch.setattr(products, "TPUS", ("cpu",))
+    monkeypatch.setattr(heads, "CPUS", ())
     monkeypatch.setattr(model, "SCORES", 1)
     devices, params = golden.placed(MeshShape(*mesh))
     follow(Engine(golden.CONFIG, golden.for_accelerators(params), devices, "float32"), steps=4)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_attention_in_blocks_of_places_is_that_of_all_places_at_once(
+    monkeypatch, rows, tokens, dtype
+):
+    """Rows of different lengths, with pads, the second row of nothing else."""
+    random, config, places = np.random.default_rng(0), golden.CONFIG, 3 * heads.BLOCK
+    shape = rows, places, config.num_kv_heads, config.key_size
+    keys, values = (np.array(random.standard_normal(shape, np.float32)) for _ in "kv")
+    keys, values = (part.astype(dtype).astype(np.float32) for part in (keys, values))
+    starts = np.array([70, 5, 126])[:rows]
+    positions = (starts[:, None] + np.arange(tokens)).astype(np.int32)
+    visible = random.random((rows, places)) < 0.8
+    visible[1:2] = False
+    window = Window(positions, np.ones(positions.shape, bool), visible, fresh=False)
+    queries = 5 * random.standard_normal((rows, tokens, config.num_q_heads, config.key_size))
+
+    def attended(cpus, keys, values):
+        monkeypatch.setattr(heads, "CPUS", cpus)
+        held = KeyValues(jnp.asarray(keys), jnp.asarray(values))
+        return jax.jit(lambda: attend(jnp.float32(queries), held, window, config))()
+
+    wanted = attended((), keys, values)
+    held = [jnp.asarray(part, dtype) for part in (keys, values)]
+    assert furthest(attended(("cpu",), *held), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_attention_on_a_cpu_never_holds_the_cache_in_another_type(dtype):
+    config, places = golden.CONFIG, 64 * heads.BLOCK
+    shape = 1, places, config.num_kv_heads, config.key_size
+    window = Window(np.full((1, 1), 9), np.ones((1, 1), bool), np.ones((1, places), bool), False)
+    held = KeyValues(*(jax.ShapeDtypeStruct(shape, dtype) for _ in "kv"))
+    queries = jax.ShapeDtypeStruct((1, 1, config.num_q_heads, config.key_size), jnp.float32)
+    step = jax.jit(lambda queries, held: attend(queries, held, window, config))
+    memory = step.lower(queries, held).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < np.prod(shape)
 
 
 @pytest.mark.parametrize(
