@@ -1,10 +1,10 @@
-"""Finding in the checkpoint folder what lies there in another layout than the torrent's.
+"""Finds files in the checkpoint folder that have another layout than the torrent's.
 
-Files come from Hugging Face without the torrent's top folder, from its cache as links, from its
-client begun under their digest, from another client under a name that says they are not complete.
-Each stays where it lies: who put it there still finds it, and a link may not even survive a move.
-Only what is not complete gets its name. A file is adopted when the hash of a piece speaks for it,
-so that no stranger of the same name and size is ever written over.
+Files may come from Hugging Face without the torrent's top folder, from its cache as links, from its
+client as incomplete files named by their digest, or from another client as incomplete files with
+an ending. Each stays where it is: the program that put it there can still find it, and a link might
+not survive a move. Only an incomplete file is renamed. A file is adopted only if the hash of a
+piece matches, so that an unrelated file of the same name and size is never overwritten.
 """
 
 from __future__ import annotations

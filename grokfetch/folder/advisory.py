@@ -1,7 +1,7 @@
-"""Small state files that prove nothing and whose loss harms nobody.
+"""Small state files that prove nothing and whose loss does no harm.
 
-Whatever is wrong with one, it counts as absent, and a disk that does not take one ends nothing;
-`write_first` is for what the next run must find because it refuses to go on without it.
+A damaged one counts as absent, and failing to write one is not an error. `write_first` is for those
+that the next run must find, because it refuses to continue without them.
 """
 
 from __future__ import annotations

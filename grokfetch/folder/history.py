@@ -1,7 +1,7 @@
-"""How the fetches into a folder have gone: samples over time, and who has sent how much.
+"""The history of the fetches into a folder: samples over time, and bytes sent by each peer.
 
-The list goes on from one fetch to the next, so that a fetch of days shows as one however often it
-was interrupted. A convenience, see `advisory`: it proves nothing.
+The list continues from one fetch to the next, so that an interrupted fetch of days appears as one.
+A convenience, see `advisory`: it proves nothing.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ __all__ = [
 SCHEMA = 2
 FILE = "progress.json"
 LIMIT = 240
-"""Samples that are kept at most, evenly over the time at work, however long that is."""
+"""The most samples that are kept, evenly spread over the running time."""
 
 SENDERS = 100
-"""Peers and mirrors that are told apart at most, those that sent most."""
+"""The most peers and mirrors that are listed separately: those that sent most."""
 
 NOT_COUNTED = ("metadata", "checking")
-"""Phases in which what is proven may not have been counted yet: it is what it was."""
+"""Phases in which proven bytes may not be counted yet; the previous number is used."""
 
 INTERVAL_S = 3.0
-"""Seconds between two samples: those between two writings of the record."""
+"""Seconds between two samples, the same as between two writes of the record."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def recorded(
         ended = Ended(time.time(), "interrupted")
         raise
     finally:
-        # What could not begin, for want of the lock say, leaves what is known of the one before.
+        # A fetch that could not start, for example without the lock, keeps the earlier history.
         if before is not None and ended is not None:
             _write(store, dataclasses.replace(history, ended=ended, demanded=()))
 

@@ -1,4 +1,4 @@
-"""What the latest checks of a folder have found, and how the last runs of its model went.
+"""The findings of the latest checks of a folder, and the figures of the last runs of its model.
 
 Kept for `report` and `status`. A convenience, see `advisory`: it proves nothing. Two runs that end
 at the same moment may cost one of them its entry.
@@ -32,12 +32,12 @@ __all__ = [
 CHECKS_SCHEMA = 1
 CHECKS_FILE = "findings.json"
 FINDINGS = 500
-"""Findings of a check that are kept at most; all are counted."""
+"""The most findings of a check that are kept; all are counted."""
 
 RUNS_SCHEMA = 1
 RUNS_FILE = "runs.json"
 RUNS = 20
-"""Runs that are kept at most, the last ones."""
+"""The most runs that are kept: the last ones."""
 
 Command = Literal["fetch", "verify"]
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def checked(
                         findings.append(_found(event))
                 yield event
     finally:
-        # What cannot begin, for want of the lock say, has not checked anything.
+        # A check that could not start, for example without the lock, has checked nothing.
         if begun:
             last = Check(time.time(), count, tuple(findings))
             _write_checks(store, {**checks(store), command: last})
@@ -139,14 +139,13 @@ def note_more(store: Store, command: Command, findings: Sequence[Found]) -> None
 
 
 def standing(check: Check, mended: Callable[[Found], bool]) -> Check:
-    """A check without the findings that have been mended since.
+    """A check without the findings that have been repaired since.
 
-    Of findings that were counted and not kept it is known only that none is left if none of those
-    that were kept is.
+    Findings that were counted but not kept count as repaired if all kept ones are.
 
     Args:
-        check: as it was made.
-        mended: whether a finding has been.
+        check: the original check.
+        mended: whether a finding has been repaired.
     """
     left = tuple(finding for finding in check.findings if not mended(finding))
     unknown = check.count - len(check.findings) if left or not check.findings else 0

@@ -1,10 +1,9 @@
-"""A folder whose torrent was made from its own files becomes one that every command knows.
+"""Saves the state of a published folder, so that every command works on it.
 
-The torrent's top folder is the folder itself, so that each file lies under its path without the
-first part; the proofs are the hashes that made the torrent. What a fetch left in the folder is
-never replaced: a mark in the state, `published.json`, tells which torrents were made here. Without
-it a published folder would pass for a fetched one, and could not be published again once its files
-have changed.
+The torrent's top folder is the folder itself, so each file has its path without the first part; the
+proofs are the hashes that the torrent was made of. The state of a fetch is never replaced: a mark
+in the state, `published.json`, says which torrents were made here. Without it a published folder
+would be taken for a fetched one, and could not be published again after its files have changed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The record at work: what a fetch or a verification has proven so far, and saving it.
+"""The record in memory: what a fetch or a verification has proven so far, and saving it.
 
-Proofs come from reading back only. Data is flushed to the disk before the record claims it, so that
-a power cut cannot leave a claim without its bytes.
+Proofs come only from reading back. Data is flushed to the disk before the record claims it, so that
+after a power cut the record claims no bytes that are lost.
 
-Flushing a second's worth of a fast download takes most of a second. In a thread of its own it keeps
-the disk busy from the first bytes on, and nothing waits for it but the record.
+Flushing a second's worth of a fast download takes most of a second. A thread of its own keeps the
+disk busy from the first bytes on, and only the record waits for it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from grokfetch.torrent.layout import Layout, LayoutFile
 __all__ = ["Proofs", "Saver"]
 
 FLUSH_BYTES = 256 << 20
-"""So many proven bytes are worth a flush of their own."""
+"""After this many proven bytes, data is flushed."""
 
 AFTER_FILE_S = 0.5
-"""How soon after another record one is written because a file has become whole."""
+"""Least seconds since the last record before one is written because a file is complete."""
 
 REST = 10
-"""How much longer than the last record took to write that is put off, for its cost grows with the
-number of files."""
+"""Pause before such a record, in multiples of the time that the last one took to write: the time
+grows with the number of files."""
 
 
 class Proofs:
@@ -68,7 +68,7 @@ class Proofs:
         self._doubt_changed()
 
     def _doubt_changed(self) -> list[PurePosixPath]:
-        """Take their proofs from files that have changed; the paths of those that had any."""
+        """Drop the proofs of files that have changed; returns the paths of those that had any."""
         now = {file.path: self._store.stamp(file.path) for file in self._layout.payload}
         record = Record(self._info_hash, frozenset(self.pieces), self._files)
         proven = Proven(record, now, self._layout)
@@ -83,7 +83,7 @@ class Proofs:
         return spoilt
 
     def _look(self, path: PurePosixPath, now: Stamp | None) -> None:
-        """Let the proofs of a file rest on how it looks now, and on no sha256."""
+        """Tie the proofs of a file to its current stamp, without a sha256."""
         self._files.pop(path, None)
         if now is not None:
             self._files[path] = FileProof(now)
@@ -115,7 +115,7 @@ class Proofs:
         self.whole_file |= not left
 
     def remove(self, pieces: Iterable[int]) -> None:
-        """Doubt pieces that do not read right any more."""
+        """Drop the proofs of pieces that no longer read correctly."""
         doubtful = set(pieces)
         self.pieces -= doubtful
         self._unflushed -= doubtful
@@ -123,12 +123,12 @@ class Proofs:
         self._left.clear()
 
     def forget_digests(self) -> None:
-        """Doubt the digests of whole files."""
+        """Drop the digests of whole files."""
         for path, proof in self._files.items():
             self._files[path] = dataclasses.replace(proof, sha256=None)
 
     def mark_writing(self, paths: Iterable[PurePosixPath]) -> None:
-        """Say on disk, before it happens, that we shall write these files.
+        """Record on disk, before it happens, that we will write these files.
 
         Raises:
             StorageFailed: the record cannot be written.
@@ -189,7 +189,7 @@ class Proofs:
     def end_flush(self, *, well: bool) -> None:
         """Count the pieces as flushed for which `begin_flush` named the files.
 
-        Where that failed they are doubted: the system says only once that data was lost.
+        If that failed, their proofs are dropped: the system reports lost data only once.
         """
         if not well:
             self.remove(self._flushing)
@@ -215,7 +215,7 @@ class Proofs:
             raise gone(self._store.root)
         for path, proof in list(self._files.items()):
             file = self._layout.file(path) if proof.writing else None
-            # Of what has no proof it does not matter how it looks.
+            # Without a proof, the stamp of a file does not matter.
             if file is not None and (end := self._proven_end(file)):
                 now, inode = self._store.stamp_and_inode(path)
                 stamp = now or Stamp(0, 0)

@@ -24,9 +24,9 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Overview:
-    """What is proven and missing, who is at work, how fetches, checks and runs have gone.
+    """What is proven and missing, which processes are active, and past fetches, checks and runs.
 
-    Of checks only the findings that still stand.
+    Checks have only the findings that still hold.
     """
 
     folder: Path

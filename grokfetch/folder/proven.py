@@ -1,6 +1,6 @@
-"""The one rule of proof: what of a checkpoint is proven now. Pure: no I/O here.
+"""The only place that decides what is proven now. Pure: no I/O here.
 
-Whoever reads, reports, fetches or verifies asks `Proven` and decides nothing for himself.
+All code that reads, reports, fetches or verifies asks `Proven`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["Proven", "of_torrent", "piece_hashes_decide"]
 class Proven:
     """Decides whether a piece, a span of a file, or a whole file is proven now.
 
-    Bytes are proven if they were read back from this disk, were what a hash demands, and nobody has
-    touched them since. The rules:
+    Bytes are proven if they were read back from this disk, matched a hash, and have not been
+    changed since. The rules:
 
     - **A changed file** has nothing proven. A proof belongs to the stamp (size, mtime_ns) that the
       file had when it was read; a file with another stamp, without a proof or gone is changed.
@@ -28,10 +28,10 @@ class Proven:
       Our writing changes the stamp, so its pieces stay proven unless the file has shrunk. Its
       sha256 does not count.
     - **A shared piece** is proven only while none of its files is changed, though the bytes of the
-      others may be untouched. Its hash speaks for all of its bytes together and the record keeps no
-      half of a piece, so the next fetch or verification must drop the piece: whoever believed in
-      half of it until then would give two answers about the same bytes. Padding is not a file.
-    - **A piece reaches as far as its files do**: it is not proven where one of them ends before it.
+      others may be untouched. Its hash covers all of its bytes together and the record cannot hold
+      half a piece, so the next fetch or verification must drop the piece: accepting half of it
+      until then would give two answers about the same bytes. Padding is not a file.
+    - **A piece needs all its bytes**: it is not proven if one of its files ends too early.
     - **Pieces of another torrent**, or with numbers that the torrent does not have, prove nothing
       (`of_torrent`, which `Store.record` applies).
     - **Piece hash or sha256.** The piece hashes prove a file if the manifest names their torrent or

@@ -1,4 +1,4 @@
-"""Read everything back although a record says that it is right, and doubt what is not."""
+"""Reads everything back, even what the record says is proven, and drops wrong proofs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["read_again"]
 def read_again(
     store: Store, layout: Layout, proofs: Proofs
 ) -> Iterator[Finding | PiecesProven | Progress]:
-    """Prove every piece anew, with the store's exclusive lock held.
+    """Prove every piece again, with the store's exclusive lock held.
 
     A piece keeps its proof until it reads wrong, so that an interruption costs none.
 

@@ -1,8 +1,8 @@
 """The folder of our own state files: each read whole or not at all, and replaced in one step.
 
-Every file of ours but the lock is written beside its target, flushed, renamed over it, and its
-folder is flushed. A reader meets the old or the new one, never half of either. One that is damaged,
-truncated, foreign or from a later version counts as absent, with a warning; whoever holds the
+Every file of ours except the lock is written beside its target, flushed, renamed over it, and its
+folder is flushed. A reader sees the old or the new one, never half of either. One that is damaged,
+truncated, foreign or from a later version counts as absent, with a warning; the holder of the
 exclusive lock renames it out of the way.
 """
 

@@ -1,7 +1,7 @@
-"""One checkpoint directory as the commands see it: who may write, and the one door to its bytes.
+"""One checkpoint directory as the commands see it: its lock, and the only access to its bytes.
 
-The package, `grokfetch.folder`, says what lies where. How state files are replaced, and what
-becomes of a damaged one, is `state_files`' business.
+The package docstring of `grokfetch.folder` lists the files. `state_files` replaces state files and
+handles damaged ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Read everything back and say what is proven, what is wrong and what is unknown.
+"""Reads everything back and reports what is proven, what is wrong and what is unknown.
 
-Findings are values: the scan goes on after each, and whoever called decides what they mean. Each
-byte is read once, by the hash that speaks for it: the torrent's piece hashes, or the manifest's
-sha256 where the manifest does not name that torrent. What counts as proven `Proven` decides.
+Findings are values: the scan continues after each one, and the caller decides what they mean. Each
+byte is read once, and checked by the hash that can prove it: the torrent's piece hashes, or the
+manifest's sha256 if the manifest does not name that torrent. `Proven` decides what is proven.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ def verify(store: Store) -> Generator[VerifyEvent, None, None]:
         StateLocked: another process uses the folder.
     """
     if not store.state.is_dir():
-        # Says what is missing; the lock would leave a state folder where nobody asked for one.
+        # Raises if there is no manifest; the lock would create a state folder that is not wanted.
         store.manifest()
     with contextlib.ExitStack() as stack:
         recording = True
         try:
             stack.enter_context(store.lock())
         except (StateLocked, StorageFailed):
-            # Others who read keep writers out, and need not keep out who only reads.
+            # Other readers keep writers out, but need not keep out a reader.
             stack.enter_context(store.lock(exclusive=False))
             recording = False
         yield from _Verification(store, recording=recording).run()
 
 
 class TensorIndex:
-    """Which tensors lie where in a manifest's files."""
+    """Finds the tensors in a span of a manifest's files."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._of: defaultdict[PurePosixPath, list[ManifestTensor]] = defaultdict(list)
