@@ -296,7 +296,7 @@ try:
     while time.monotonic() < deadline:
         pass
 except interruption.Interrupted as error:
-    print("raised", error.exit_code)
+    print("raised", interruption.honour(error))
 """
 
 
