@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ __all__ = [
     "stack_product",
     "table_rows",
 ]
+
+R = TypeVar("R")
 
 GPUS = ("cuda", "rocm")
 """Platforms whose compiler copies a matrix out of its stack before it multiplies with it."""
@@ -199,11 +201,9 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
     return by_platform(in_turn, multiplied, x, weights)
 
 
-def by_platform(
-    on_gpus: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any
-) -> Array:
+def by_platform(on_gpus: Callable[..., R], elsewhere: Callable[..., R], *args: Any) -> R:
     """One of two functions of the same result, chosen when the program is compiled."""
-    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
+    result: R = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
     return result
 
 

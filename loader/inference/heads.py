@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from loader.devices.products import in_parts
 
-__all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares"]
+__all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares", "within"]
 
 CPUS = ("cpu",)
 """Platforms whose compiler is slow at products of few queries with many keys of several heads, and
@@ -22,6 +22,11 @@ writes the whole cache out in float32 for them."""
 
 BLOCK = 64
 """Places whose keys and values a CPU converts and multiplies at once, which its caches hold."""
+
+AT_ONCE = 1600 << 10
+"""Bytes of weights, of all rows and queries, that a GPU holds at once: twice, and a little more."""
+
+LARGEST_HALF = 65_504.0
 
 SMALLEST = 1e-30
 """Less than any sum of weights of which one is not masked, and no zero to divide by."""
@@ -66,43 +71,84 @@ def mixed(weights: Array, values: Array) -> Array:
 
 
 def one_token(
-    queries: Array, keys: Array, values: Array, allowed: Array, weight: Callable[[Array], Array]
+    queries: Array,
+    held: tuple[Array, Array],
+    step: tuple[Array, Array],
+    allowed: tuple[Array, Array],
+    weight: Callable[[Array], Array],
 ) -> Array:
-    """One token a row over the cache, for GPUs: float32 `[B, 1, K, g, d]`.
+    """One token a row over the cache and over itself, for GPUs: float32 `[B, 1, K, g, d]`.
 
     Scores are bounded, so that no largest one has to be found before the weights: these are all
-    that is written of the scores, and the sums are divided at the end. All heads of a row are one
-    product: for products of single heads a GPU's compiler copies the cache to another order, and
-    back. As one matrix a row it is read where it lies; products with the heads of others are zero,
-    or dropped. The division of the sum over places is ours.
+    that is written of the scores, block by block of places, and the sums are divided at the end.
+    A product takes a block in where it lies only if the program was given the cache as it is: the
+    token is to be written into it afterwards, and has a term of its own.
 
     Args:
-        queries: `[B, 1, K, g, d]`, of the cache's dtype.
-        keys: `[B, S, K, d]`.
-        values: `[B, S, K, d]`.
-        allowed: bool `[B, 1, S]`, the places that are attended to.
+        queries: float32 `[B, 1, K, g, d]`.
+        held: keys and values of earlier tokens, `[B, S, K, d]`, as the program was given them.
+        step: keys and values of this token, float32 `[B, 1, K, d]`.
+        allowed: bool `[B, 1, S]`, earlier places that are attended to; `[B, 1]`, whether it is.
         weight: what softmax divides by its sum, of float32 scores: at most 1, and above 1e-28.
     """
+    batch, _, heads, group, _ = queries.shape
+    places = held[0].shape[1]
+    most, blocks = AT_ONCE // (batch * heads * group * held[0].dtype.itemsize), 1
+    while places // blocks > most and places % (2 * blocks) == 0:
+        blocks *= 2
+    parts = in_parts(places, batch * heads * queries.shape[-1]) if blocks == 1 else 1
+
+    own = jnp.sum(queries[:, 0] * step[0][:, 0, :, None], axis=-1, keepdims=True)
+    total = jnp.where(allowed[1][..., None, None], weight(own), 0)
+    sums = total * step[1][:, 0, :, None]
+    rounded = within(queries, held[0].dtype)
+    for number in range(blocks):
+        start, stop = number * places // blocks, (number + 1) * places // blocks
+        keys, values = (lax.slice_in_dim(array, start, stop, axis=1) for array in held)
+        mask = lax.slice_in_dim(allowed[0], start, stop, axis=2)
+        more, weights = _some_places(rounded, (keys, values), mask, weight, parts)
+        sums, total = sums + more, total + weights
+        # One block after another, so that their weights do not lie in memory together.
+        rounded, sums, total = lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            (rounded, sums, total)
+        )
+    return (sums / jnp.maximum(total, SMALLEST))[:, None]
+
+
+def _some_places(
+    queries: Array,
+    held: tuple[Array, Array],
+    allowed: Array,
+    weight: Callable[[Array], Array],
+    parts: int,
+) -> tuple[Array, Array]:
+    """Some places: sums of weighted values, `[B, K, g, d]`, and of weights, `[B, K, g, 1]`.
+
+    All heads of a row are one product: for products of single heads a GPU's compiler copies the
+    cache to another order, and back. As one matrix a row it is read where it lies; products with
+    the heads of others are zero, or dropped. parts: into which the sum over places is divided.
+    """
     batch, _, heads, group, size = queries.shape
-    places = keys.shape[1]
-    parts = in_parts(places, batch * heads * size)
-
-    def divided(array: Array) -> Array:
-        return array.reshape(batch, parts, places // parts, heads * size)
-
+    keys, values = (array.reshape(batch, parts, -1, heads * size) for array in held)
     own = jnp.eye(heads, dtype=queries.dtype)[:, None, :, None]
     spread = (queries[:, 0, :, :, None] * own).reshape(batch, 1, heads * group, heads * size)
     every = jnp.broadcast_to(spread, (batch, parts, *spread.shape[2:]))
-    weights = weight(_product("bpqc,bpsc->bpqs", every, divided(keys)))
+    weights = weight(_product("bpqc,bpsc->bpqs", every, keys))
     # Float16 has no numbers so small.
     kept = weights.astype(jnp.float32 if values.dtype == jnp.float16 else values.dtype)
     # Masked only here: with the mask the compiler would write the scores before it.
     kept = lax.optimization_barrier(kept)  # type: ignore[no-untyped-call]
     kept = jnp.where(allowed.reshape(batch, parts, 1, -1), kept, 0)
     total = jnp.sum(kept.astype(jnp.float32), axis=(1, 3)).reshape(batch, heads, group, 1)
-    sums = jnp.sum(_product("bpqs,bpsc->bpqc", kept, divided(values)), axis=1)
-    own_sums = jnp.einsum("bkgkd->bkgd", sums.reshape(batch, heads, group, heads, size))
-    return (own_sums / jnp.maximum(total, SMALLEST))[:, None]
+    sums = jnp.sum(_product("bpqs,bpsc->bpqc", kept, values), axis=1)
+    return jnp.einsum("bkgkd->bkgd", sums.reshape(batch, heads, group, heads, size)), total
+
+
+def within(array: Array, dtype: jnp.dtype) -> Array:
+    """Float32 numbers in another dtype; of those too large for float16 the largest that it has."""
+    if dtype == jnp.float16:
+        array = jnp.clip(array, -LARGEST_HALF, LARGEST_HALF)
+    return array.astype(dtype)
 
 
 def on_cpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:

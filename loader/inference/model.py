@@ -56,7 +56,6 @@ __all__ = [
     "norm",
     "rotate",
     "soft_cap",
-    "within",
 ]
 
 NORM_EPSILON = 1e-5
@@ -66,7 +65,6 @@ MASKED_SCORE = -1e30
 
 SCORES = 2 << 20
 """Bytes of scores that a TPU computes at once where each row has one token."""
-LARGEST_HALF = 65_504.0
 
 
 @jax.tree_util.register_dataclass
@@ -217,9 +215,21 @@ def attention(  # noqa: PLR0913 - a step is all of these
         mixed, cache = _by_native(queries, cache, step, window, config)
         partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
         return sum_over(partial, "model"), cache
-    cache = _store(cache, step, window)
-    # A first step needs no cache: its own keys are all there are, and are not rounded yet.
-    mixed = _attend(queries, step if window.fresh else cache, window, config)
+
+    def written_first(
+        queries: Array, cache: KeyValues, step: KeyValues, window: Window
+    ) -> tuple[Array, KeyValues]:
+        cache = _store(cache, step, window)
+        # A first step needs no cache: its own keys are all there are, and are not rounded yet.
+        return _attend(queries, step if window.fresh else cache, window, config), cache
+
+    def read_first(
+        queries: Array, cache: KeyValues, step: KeyValues, window: Window
+    ) -> tuple[Array, KeyValues]:
+        return _attend_once(queries, cache, step, window, config)
+
+    on_gpus = read_first if x.shape[1] == 1 and not window.fresh else written_first
+    mixed, cache = by_platform(on_gpus, written_first, queries, cache, step, window)
     partial = product(mixed.reshape(*x.shape[:2], -1), weights.output, dtype)
     return sum_over(partial, "model"), cache
 
@@ -239,6 +249,30 @@ def _by_native(
     scale = config.attn_output_multiplier
     mixed, keys, values = native.attention(asked, cache.keys, cache.values, scale, SCORE_CAP)
     return mixed, KeyValues(keys, values)
+
+
+def _attend_once(
+    queries: Array, cache: KeyValues, step: KeyValues, window: Window, config: GrokConfig
+) -> tuple[Array, KeyValues]:
+    """One token a row, which is written into the cache when that has been read; for GPUs."""
+    # Of one token here: otherwise what both are computed from is kept.
+    step = lax.optimization_barrier(step)  # type: ignore[no-untyped-call]
+    places = cache.keys.shape[1]
+    allowed = _allowed(window.positions, window, places)
+    here = jnp.arange(places) == window.positions[:, :, None]
+
+    def weight(scores: Array) -> Array:
+        return jnp.exp(soft_cap(scores * config.attn_output_multiplier) - SCORE_CAP)
+
+    mixed = heads.one_token(
+        group_queries(queries, cache.keys.shape[2]),
+        (cache.keys, cache.values),
+        (step.keys, step.values),
+        (allowed & ~here, jnp.any(allowed & here, axis=-1)),
+        weight,
+    )
+    cache, mixed = lax.optimization_barrier((cache, mixed))  # type: ignore[no-untyped-call]
+    return mixed, _store(cache, step, window)
 
 
 def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig) -> Array:
@@ -289,14 +323,7 @@ def _attend_block(
     queries: Array, positions: Array, held: KeyValues, window: Window, config: GrokConfig
 ) -> Array:
     """Some tokens' queries, `[B, t, K, Q / K, d]` at `[B, t]`, over everything that is held."""
-    places = held.keys.shape[1]
-    causal = jnp.arange(places) <= positions[:, :, None]
-    visible = window.visible[:, None, :places]
-    allowed = visible & causal
-    # A query that may see nothing, as in a prompt of pad ids, sees itself.
-    first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
-    alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
-    allowed = allowed | alone
+    allowed = _allowed(positions, window, held.keys.shape[1])
 
     def capped(scores: Array) -> Array:
         return soft_cap(scores * config.attn_output_multiplier)
@@ -307,24 +334,16 @@ def _attend_block(
         return heads.mixed(weights, held.values) / jnp.moveaxis(sums, -1, 1)[..., None]
 
     def by_softmax(queries: Array, held: KeyValues, allowed: Array) -> Array:
-        scores = capped(heads.scores(queries, held.keys))
         # The cap comes before the mask: after it, a masked score would be no lower than -30.
+        scores = capped(heads.scores(queries, held.keys))
         scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
         weights = jax.nn.softmax(scores, axis=-1).astype(held.values.dtype)
         return heads.mixed(weights, held.values)
 
-    def of_one(queries: Array, held: KeyValues, allowed: Array) -> Array:
-        def weight(scores: Array) -> Array:
-            return jnp.exp(capped(scores) - SCORE_CAP)
-
-        return heads.one_token(queries, held.keys, held.values, allowed, weight)
-
-    # Of several tokens a GPU's compiler writes the weights in float32 besides.
-    on_gpus = of_one if queries.shape[1] == 1 else by_softmax
-
     def at_once(queries: Array, held: KeyValues, allowed: Array) -> Array:
-        queries = within(queries, held.keys.dtype)
-        return by_platform(on_gpus, elsewhere, queries, held, allowed)
+        # Of several tokens a GPU's compiler writes the weights in float32 besides.
+        queries = heads.within(queries, held.keys.dtype)
+        return by_platform(by_softmax, elsewhere, queries, held, allowed)
 
     def in_blocks(queries: Array, held: KeyValues, allowed: Array) -> Array:
         def weigh(scores: Array, start: Array) -> Array:
@@ -333,16 +352,19 @@ def _attend_block(
 
         return heads.in_blocks(queries, held.keys, held.values, jnp.max(positions), weigh)
 
-    if places % heads.BLOCK:
+    if held.keys.shape[1] % heads.BLOCK:
         return at_once(queries, held, allowed)
     return heads.on_cpus(in_blocks, at_once, queries, held, allowed)
 
 
-def within(array: Array, dtype: jnp.dtype) -> Array:
-    """Float32 numbers in another dtype; of those too large for float16 the largest that it has."""
-    if dtype == jnp.float16:
-        array = jnp.clip(array, -LARGEST_HALF, LARGEST_HALF)
-    return array.astype(dtype)
+def _allowed(positions: Array, window: Window, places: int) -> Array:
+    """Which places tokens at positions `[B, t]` attend to: bool `[B, t, places]`."""
+    causal = jnp.arange(places) <= positions[:, :, None]
+    visible = window.visible[:, None, :places]
+    # A query that may see nothing, as in a prompt of pad ids, sees itself.
+    first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
+    alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
+    return (visible & causal) | alone
 
 
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
@@ -351,6 +373,6 @@ def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
     rows = jnp.arange(places.shape[0])[:, None]
 
     def write(into: Array, new: Array) -> Array:
-        return into.at[rows, places].set(within(new, into.dtype), mode="drop")
+        return into.at[rows, places].set(heads.within(new, into.dtype), mode="drop")
 
     return KeyValues(write(cache.keys, step.keys), write(cache.values, step.values))

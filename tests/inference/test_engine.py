@@ -19,7 +19,7 @@ from grokfetch.errors import PromptInvalid
 from loader.devices.compile_clock import CompileClock
 from loader.inference import engine as engines
 from loader.inference.engine import Engine
-from loader.inference.model import within
+from loader.inference.heads import within
 from loader.inference.sampling import Choice, Sampling, draw
 from loader.inference.steps import program
 from loader.weights import limits
