@@ -22,8 +22,8 @@ import numpy as np
 from jax import Array
 from kernels import read_rate
 
+from grokfetch.cache_folder import cache_folder
 from loader.devices import native
-from loader.devices.cache_folder import cache_folder
 from loader.devices.xla_setup import processor
 from loader.inference.model import KeyValues, Window
 from loader.inference.model import _attend as attend
