@@ -1,6 +1,7 @@
 """Hashes of several streams at once are those of hashlib, or are not used."""
 
 import hashlib
+import os
 import random
 import shutil
 import tempfile
@@ -204,6 +205,26 @@ def test_pieces_of_a_file_that_is_gone_do_not_spoil_those_of_another(tmp_path, u
     (tmp_path / A).unlink()
     results = check_pieces(tmp_path, layout, range(16), memoryview(bytearray(1 << 20)))
     assert [result.verdict for result in results] == ["absent"] * 8 + ["good"] * 8
+
+
+@needs_compiler
+def test_pieces_that_the_disk_has_to_bring_are_read_one_after_another(tmp_path, monkeypatch, used):
+    layout = laid_down(tmp_path, (8 * PIECE, 8 * PIECE))
+    real = os.preadv
+
+    def preadv(handle, buffers, offset, flags=0):
+        # As for a file whose second half is not in memory.
+        if flags & os.RWF_NOWAIT and offset >= 4 * PIECE:
+            raise BlockingIOError
+        return real(handle, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    monkeypatch.setattr(os, "preadv", preadv)
+    for pieces, together in ((range(16), 0), ([0, 1, 2, 3, 8, 9, 10, 11], 8)):
+        used.clear()
+        results = check_pieces(tmp_path, layout, pieces, memoryview(bytearray(1 << 20)))
+        assert {result.verdict for result in results} == {"good"}
+        assert len(used) == together
 
 
 @needs_compiler
