@@ -56,9 +56,9 @@ def keep_published(store: Store, made: Made, manifest: Manifest) -> None:
     exported = (store.state / EXPORT).is_file()
     if begun and not exported and not again:
         raise Contradiction(
-            "this folder is known as what was fetched into it, and stays so",
+            "this folder holds the state of a fetch, which publish does not replace",
             path=store.root,
-            hint="keep what is published apart, for seed and the others too: --state DIR",
+            hint="keep the state of what you publish in another folder, for seed too: --state DIR",
         )
     places = {file.path: PurePosixPath(*file.path.parts[1:]) for file in made.files}
     # Ended half-way, an earlier state must not pass for this one, and both torrents are from here.

@@ -81,7 +81,7 @@ def _acquire(
     except OSError as error:
         without = f"this file system has no locks ({error.strerror})"
         if not exclusive:
-            warn(f"{folder}: {without}, so nobody is kept from changing files while they are read")
+            warn(f"{folder}: {without}, so another process may change files while they are read")
             return
         raise StorageFailed(
             without, path=folder, hint="keep the state on another file system: --state DIR"

@@ -49,7 +49,7 @@ def overview(store: Store) -> Overview:
         raise StateMissing(
             f"{owner} is at work here and has not received the torrent's metadata yet",
             path=store.root,
-            hint="look again in a while",
+            hint="run this command again in a minute",
         )
     surveyed = survey(store)
     return Overview(

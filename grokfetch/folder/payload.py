@@ -56,9 +56,9 @@ def refuse_linked_folders(store: Store, path: Path) -> None:
     link = behind_link(store.root, path)
     if link is not None:
         raise StorageFailed(
-            "a symbolic link to a folder, and bytes below it must be fetched; links are only read",
+            "a symbolic link to a folder in which files are missing; links are only read",
             path=link,
-            hint="replace it by a folder, with copies in it or with links to the files themselves, "
+            hint="replace it with a folder of copies of its files, or of links to each of them, "
             "and run the same command again",
         )
 
@@ -100,7 +100,7 @@ def _tell_apart(root: Path, trial: Path, paths: Iterable[PurePosixPath]) -> None
                 f"the torrent has {str(other)!r:.80} and {str(path)!r:.80}, "
                 "which are the same name on this file system",
                 path=root,
-                hint="choose a folder on a file system that tells upper from lower case: --to DIR",
+                hint="choose a folder on a case-sensitive file system: --to DIR",
             ) from None
         tried[path.name] = path
 

@@ -153,7 +153,7 @@ class Store(Documents):
                 reason,
                 path=self.payload(path),
                 hint=f"run: grokfetch verify {self.root}, "
-                f"and where it finds something missing or bad: {rest}",
+                f"and if it finds missing or bad bytes: {rest}",
             )
 
 

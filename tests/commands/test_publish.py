@@ -377,7 +377,7 @@ def test_what_was_fetched_into_a_folder_stays_in_force_when_it_is_published(top,
     folder = tmp_path / "other"
     grokfetch("fetch", tmp_path / "x.torrent", "--to", folder, *LOOPBACK)
     kept = folder.joinpath(".grokfetch/metadata.torrent").read_bytes()
-    assert "stays so" in invoke("publish", folder).stderr
+    assert "does not replace" in invoke("publish", folder).stderr
     assert folder.joinpath(".grokfetch/metadata.torrent").read_bytes() == kept
     publish(folder, "--seed", code=errors.Contradiction.exit_code)
 
