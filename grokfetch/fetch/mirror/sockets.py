@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import re
 import select
@@ -46,10 +47,12 @@ class Sockets(httpcore.AsyncNetworkBackend):
         """
         assert local_address is None
         assert socket_options is None
+        # A race of one address would leave its socket open if it is cancelled as it is won.
+        delay = None if _is_address(host) else NEXT_ADDRESS_S
         with _connecting():
             async with asyncio.timeout(timeout):
                 _, protocol = await asyncio.get_running_loop().create_connection(
-                    _Protocol, host, port, happy_eyeballs_delay=NEXT_ADDRESS_S
+                    _Protocol, host, port, happy_eyeballs_delay=delay
                 )
         return _Socket(protocol)
 
@@ -187,6 +190,14 @@ class _Socket(httpcore.AsyncNetworkStream):
             protocol = self._protocol
             return protocol.over or bool(protocol.chunks) or bool(self._poll.poll(0))
         return None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
