@@ -5,7 +5,6 @@
    Source: FIPS 180-4. */
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
@@ -36,7 +35,7 @@
 
 #if LANES
 
-enum { BLOCK = 64, RUN = 1 << 20 }; /* Bytes: of a step of both hashes; of a lane announced at once. */
+enum { BLOCK = 64 }; /* Bytes of a step of both hashes. */
 
 typedef uint32_t vector __attribute__((vector_size(4 * LANES)));
 
@@ -159,15 +158,6 @@ void grokfetch_sha256(const uint8_t *data, int64_t length, uint8_t *digests) {
     sha256_end(h, data + length / BLOCK * BLOCK, length, length, digests);
 }
 
-/* Has the system bring what the lanes read next, so that a disk has many requests at a time. */
-static void announce(const int *files, const int64_t *offsets, int64_t done, int64_t length) {
-#ifdef POSIX_FADV_WILLNEED
-    int64_t run = length - done < RUN ? length - done : RUN;
-    for (int lane = 0; lane < LANES && run > 0; lane++)
-        if (files[lane] >= 0) posix_fadvise(files[lane], offsets[lane] + done, run, POSIX_FADV_WILLNEED);
-#endif
-}
-
 /* Whether all bytes could be read. */
 static int filled(int file, uint8_t *buffer, int64_t bytes, int64_t offset) {
     for (int64_t have = 0; have < bytes;) {
@@ -186,9 +176,7 @@ void grokfetch_sha1(int *files, const int64_t *offsets, int64_t length, uint8_t 
     vector h[5];
     int64_t stride = room / LANES / BLOCK * BLOCK, part = 0;
     sha1_start(h);
-    announce(files, offsets, 0, length);
-    for (int64_t done = 0, announced = 0; done < length; done += part) {
-        if (done >= announced) announce(files, offsets, announced += RUN, length);
+    for (int64_t done = 0; done < length; done += part) {
         part = length - done < stride ? length - done : stride;
         for (int lane = 0; lane < LANES; lane++)
             if (files[lane] >= 0 && !filled(files[lane], buffer + lane * stride, part, offsets[lane] + done))

@@ -1,9 +1,9 @@
 """Read bytes back from the disk and hash them, on all cores with bounded memory.
 
 One thread hashes one piece, or one whole file; hashlib and preadv release the interpreter lock.
-Where the C program of `grokfetch.torrent.lanes` can be used, a thread hashes several pieces at
-once. Each reads into its own buffer of `CHUNK` bytes, so that memory does not grow with pieces or
-files. Errors are values, never exceptions: one bad piece does not end a scan.
+Where the C program of `grokfetch.torrent.lanes` can be used, a thread hashes several pieces of the
+page cache at once. Each thread reads into its own buffer of `CHUNK` bytes, so that memory does not
+grow with pieces or files. Errors are values, never exceptions: one bad piece does not end a scan.
 
 Files are read, not mapped: if a mapped file is truncated, the process dies, and on one of two
 processors hashing through a map was slower, too (`benchmarks/README.md`).
@@ -179,7 +179,7 @@ def _good_together(root: Path, layout: Layout, pieces: list[int], buffer: memory
             paths = dict.fromkeys(root / segment.file.path for _, segment in group)
             handles = {path: stack.enter_context(_reading(path)) for path in paths}
             spans = [(handles[root / part.file.path], part.offset) for _, part in group]
-            # A disk is read faster one piece after another, and slower than one core hashes.
+            # A disk is read faster one piece after another, and hashlib on all cores keeps up.
             if not all(_cached(handle, offset) for handle, offset in spans):
                 continue
             digests = program.sha1(spans, layout.piece_length, buffer)
