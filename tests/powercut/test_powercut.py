@@ -123,7 +123,7 @@ def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
         ("export", "writes", 20, "short"),
         ("swarm", "writes", 20, "flip"),
         ("repair", "reads", 5, "flip"),
-        ("publish", "writes", 6, "flip"),
+        ("publish", "writes", 7, "flip"),
         ("manifest", "reads", 1, "short"),
         pytest.param("run", "reads", 20, "sector", marks=pytest.mark.slow),
         pytest.param("run", "reads", 20, "truncated", marks=pytest.mark.slow),
