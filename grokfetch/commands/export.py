@@ -8,6 +8,8 @@ import datetime as dt
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,8 @@ from grokfetch.commands.options import (
 from grokfetch.commands.streaming import Meanwhile, meanwhile_options, reading
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.value_types import Size
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import Damaged, StorageFailed, storage_failed
+from grokfetch.events import Event, Finding
 from grokfetch.fetch.preflight import Check, checks, nearest, need, probe
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from loader.export.layout import Origin, Plan
     from loader.export.matrices import ElementType
     from loader.export.safetensors import Names
+    from loader.export.writing import Export
     from loader.weights.checkpoint import Checkpoint
 
 TYPES: dict[str, ElementType] = {"q8_0": "Q8_0", "bf16": "BF16", "f16": "F16", "f32": "F32"}
@@ -258,6 +262,7 @@ def _as_safetensors(store: Store, names: Names, split: int | None, tokenizer: Pa
 
 def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
     """Rebuild the official shards from a GGUF."""
+    from loader.export.checksums import read_back
     from loader.export.restoring import FOLDER, open_exported, write_shards
     from loader.weights.inventory import expected
 
@@ -274,7 +279,7 @@ def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
             with reporter("export") as sink:
                 for event in write_shards(exported, target):
                     sink.take(event)
-            _read_back(target, described)
+            _read_back(target, described, partial(read_back, target, written={}))
     seconds = time.perf_counter() - start
     ended(
         f"{out / FOLDER}: {len(files)} shards, {bytes_text(described.size)}"
@@ -286,18 +291,25 @@ def _shards(folder: Path, out: Path, start: float, *, dry_run: bool) -> None:
     )
 
 
-def _read_back(target: Store, described: Manifest) -> None:
-    """Read the written files back from the disk and hash them; from then on they are proven."""
-    from loader.export.writing import read_back
+def _read_back(
+    target: Store, described: Manifest, read_back: Callable[[Manifest], Iterable[Event]]
+) -> bool:
+    """Read the written files back from the disk and hash them; from then on they are proven.
 
+    Returns:
+        Whether all of them are as they were written; if not, nothing is proven.
+    """
     described = dataclasses.replace(
         described,
         name=target.root.resolve().name,
         measured=f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
     )
     with reporter("hash") as sink:
-        for event in read_back(target, described):
+        findings = 0
+        for event in read_back(described):
             sink.take(event)
+            findings += isinstance(event, Finding)
+    return not findings
 
 
 def _list(plan: Plan, out: Path, seconds: float) -> None:
@@ -357,12 +369,26 @@ def _write(plan: Plan, checkpoint: Checkpoint, store: Store, target: Store) -> t
         if job.whole:
             return f"{target.root / names}: already complete, nothing was written", kept
         _require_room(target.root, job.missing, _coming(store, target.root))
-        with reporter("export") as sink:
-            for event in job.write():
-                # A terminal has one last line; it shows the slower of the two.
-                if lines() or not isinstance(store, Arriving) or store.over:
-                    sink.take(event)
         files = (ManifestFile(PurePosixPath(file.name), file.size) for file in plan.files)
-        _read_back(target, Manifest("", tuple(files), licence=store.manifest().licence))
+        described = Manifest("", tuple(files), licence=store.manifest().licence)
+        _write_missing(job, store)
+        if not _read_back(target, described, job.read_back):
+            notice("note: what does not read back as it was written is written again")
+            _write_missing(job, store)
+            if not _read_back(target, described, job.read_back):
+                raise Damaged(
+                    "the disk does not give back what was written, nor when it is written again",
+                    path=target.root,
+                    hint="check the disk and the memory, or choose an OUT on another disk; the "
+                    "same command writes again what is wrong",
+                )
     text = f"{target.root / names}: {len(plan.parts)} tensors, {bytes_text(plan.size)}"
     return text + (f", {kept} of them written before" if kept else ""), kept
+
+
+def _write_missing(job: Export, store: Store) -> None:
+    with reporter("export") as sink:
+        for event in job.write():
+            # A terminal has one last line; it shows the slower of the two.
+            if lines() or not isinstance(store, Arriving) or store.over:
+                sink.take(event)

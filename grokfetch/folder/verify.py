@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -104,17 +104,26 @@ def corrupt(layout: Layout, result: PieceResult, tensors: TensorIndex) -> Iterat
 
 
 def hash_files(
-    store: Store, files: Iterable[ManifestFile], *, keep: bool = True
+    store: Store,
+    files: Iterable[ManifestFile],
+    *,
+    keep: bool = True,
+    beside: Mapping[PurePosixPath, Callable[[memoryview], object]] | None = None,
 ) -> Iterator[tuple[ManifestFile, Stamp | None, FileResult]]:
     """Hash whole files: each with how it looked before it was read, and the result.
 
-    `keep` is whether what is read may stay in the page cache.
+    Args:
+        store: their folder.
+        files: which.
+        keep: whether what is read may stay in the page cache.
+        beside: by file, what else is given its bytes, as of `sha256_of`.
     """
 
     def job(
         file: ManifestFile, buffer: memoryview
     ) -> tuple[ManifestFile, Stamp | None, FileResult]:
-        return file, store.stamp(file.path), sha256_of(store.payload(file.path), buffer, keep=keep)
+        path, other = store.payload(file.path), (beside or {}).get(file.path)
+        return file, store.stamp(file.path), sha256_of(path, buffer, keep=keep, beside=other)
 
     with Hashers[tuple[ManifestFile, Stamp | None, FileResult]]() as hashers:
         yield from hashers.run(partial(job, file) for file in files)

@@ -7,9 +7,10 @@
         record.json          and that it was
         export.json          schema (`SCHEMA`), the plan's digest, and by name the tensors that are
                              on the disk, each with size and mtime_ns of the shard it was made from
+                             and with what was written: first byte, length and CRC-32 of each span
 
-A tensor is recorded after its bytes have been forced to the disk. Losing `export.json` costs time
-only: what it does not name is written again.
+A tensor is recorded after its bytes have been forced to the disk. What `export.json` does not name
+is written again, and so is what does not read back as it was written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -29,27 +32,38 @@ from grokfetch.errors import (
     StorageFailed,
     storage_failed,
 )
-from grokfetch.events import Progress
+from grokfetch.events import Finding, Progress
 from grokfetch.folder import advisory
 from grokfetch.folder.atomic import flush
 from grokfetch.folder.known import EXPORT
-from grokfetch.folder.record import FileProof, Record, Stamp
+from grokfetch.folder.record import Stamp
 from grokfetch.folder.store import Store
-from grokfetch.folder.verify import hash_files
 from grokfetch.manifest.schema import Manifest
 from grokfetch.process_limits import cores
+from loader.export.checksums import Written, read_back
 from loader.export.jobs import Job, Work, encoded, rows_of
 from loader.export.layout import Part, Plan
-from loader.export.matrices import float16_scales
+from loader.export.matrices import bytes_of, float16_scales
 from loader.export.target_file import TargetFile
 from loader.weights.checkpoint import Checkpoint
 
-__all__ = ["Export", "check_scales", "read_back"]
+__all__ = ["Export", "check_scales"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+WITHOUT_CHECKSUMS: Final = 1
+"""The schema before: what it names cannot be compared, and is written again."""
+
 MOST_THREADS: Final = 24
 MOST_COPIES: Final = 2
 """Matrices that are in memory at a time where files cannot be mapped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    """A tensor that is on the disk: the stamp of its shard, and what was written of it."""
+
+    stamp: Stamp
+    written: tuple[Written, ...]
 
 
 class Export:
@@ -76,6 +90,7 @@ class Export:
         self._copies = threading.Semaphore(MOST_COPIES)
         self._stopped = threading.Event()
         self._done = self._begun()
+        self._changed = False
 
     @property
     def missing(self) -> list[tuple[PurePosixPath, int]]:
@@ -107,12 +122,14 @@ class Export:
             return False
         return True
 
-    def _begun(self) -> dict[str, Stamp]:
-        """The tensors that are on the disk, each with the stamp of its shard.
+    def _begun(self) -> dict[str, _Kept]:
+        """The tensors that are on the disk.
 
         Where their file has gone, or the shard has changed since, they do not count.
         """
-        known = advisory.read(self._state, SCHEMA, _decoded)
+        known = advisory.read(self._state, SCHEMA, _decoded) or advisory.read(
+            self._state, WITHOUT_CHECKSUMS, lambda fields: (str(fields["plan"]), {})
+        )
         if known is None:
             for path in (*self._paths, *self._partial):
                 if path.exists():
@@ -138,7 +155,7 @@ class Export:
             if part.name in done
             and here[part.file]
             and self._checkpoint.arrived(part.spec.name)
-            and done[part.name] == self._stamp(part)
+            and done[part.name].stamp == self._stamp(part)
         }
 
     def _stamp(self, part: Part) -> Stamp:
@@ -149,13 +166,16 @@ class Export:
         return Stamp(status.st_size, status.st_mtime_ns)
 
     def _fields(self) -> dict[str, Any]:
-        done = {name: [stamp.size, stamp.mtime_ns] for name, stamp in self._done.items()}
+        done = {
+            name: [kept.stamp.size, kept.stamp.mtime_ns, [it.fields for it in kept.written]]
+            for name, kept in self._done.items()
+        }
         return {"plan": self._plan.digest, "done": done}
 
     # --- writing ----------------------------------------------------------------------------------
 
     def write(self) -> Iterator[Progress]:
-        """Write what is missing and give the files their names.
+        """Write what is missing, or has changed on its way, and give the files their names.
 
         Yields:
             How far it is, in bytes of the shards.
@@ -166,7 +186,8 @@ class Export:
             GrokfetchError: as asking the checkpoint for a tensor raises, or what ended its fetch.
         """
         left = [part for part in self._plan.parts if part.name not in self._done]
-        if left:
+        if left or self._changed:
+            self._changed = False
             # Without it the next export would take our own files for somebody else's.
             advisory.write_first(self._state, SCHEMA, self._fields())
             with contextlib.ExitStack() as opened:
@@ -191,6 +212,7 @@ class Export:
                 path.replace(partial)
             files.append(opened.enter_context(TargetFile(partial, file.size)))
             files[-1].write(file.head, 0)
+            files[-1].flush()
         # What is recorded as written must not lose its name in a power cut.
         flush(self._store.root)
         return files
@@ -198,11 +220,12 @@ class Export:
     def _write(self, left: list[Part], files: Sequence[TargetFile]) -> Iterator[Progress]:
         total = sum(part.source_bytes for part in self._plan.parts)
         done = total - sum(part.source_bytes for part in left)
-        work, written = Work(self._checkpoint, left), list[Part]()
+        work, written = Work(self._checkpoint, left), dict[str, tuple[Written, ...]]()
+        spans = defaultdict[str, list[Written]](list)
         threads = min(cores(), MOST_THREADS)
         with ThreadPoolExecutor(threads, "export") as pool, ThreadPoolExecutor(1, "flush") as saver:
-            saving = saver.submit(self._keep, [], files)
-            running: dict[Future[None], Job] = {}
+            saving = saver.submit(self._keep, {}, files)
+            running: dict[Future[Written], Job] = {}
             try:
                 while work.left or running:
                     for job in work.take(2 * threads - len(running)):
@@ -212,15 +235,15 @@ class Export:
                     ended, _ = wait(running, work.patience_s, FIRST_COMPLETED)
                     for future in ended:
                         job = running.pop(future)
-                        future.result()
+                        spans[job.part.name].append(future.result())
                         if work.ends(job):
-                            written.append(job.part)
+                            written[job.part.name] = tuple(spans.pop(job.part.name))
                             done += job.part.source_bytes
                     yield Progress(done, total, "exporting")
                     if written and saving.done():
                         saving.result()
                         saving = saver.submit(self._keep, written, files)
-                        written = []
+                        written = {}
                 saving.result()
                 self._keep(written, files)
             except BaseException:
@@ -230,60 +253,73 @@ class Export:
                 saver.submit(self._keep, written, files)
                 raise
 
-    def _keep(self, parts: list[Part], files: Sequence[TargetFile]) -> None:
-        """Record tensors once their bytes are on the disk."""
-        if not parts:
+    def _keep(
+        self, written: Mapping[str, tuple[Written, ...]], files: Sequence[TargetFile]
+    ) -> None:
+        """Record tensors, by name what was written of each, once their bytes are on the disk."""
+        if not written:
             return
-        stamps = {part.name: self._stamp(part) for part in parts}
+        parts = [part for part in self._plan.parts if part.name in written]
+        kept = {part.name: _Kept(self._stamp(part), written[part.name]) for part in parts}
         for index in {part.file for part in parts}:
             try:
                 files[index].flush()
             except OSError as error:
                 raise storage_failed(error, self._partial[index]) from error
-        self._done |= stamps
+        self._done |= kept
         advisory.write(self._state, SCHEMA, self._fields())
 
-    def _run(self, job: Job, files: Sequence[TargetFile]) -> None:
+    def _run(self, job: Job, files: Sequence[TargetFile]) -> Written:
+        """Write the bytes of a job, which lie one after the other."""
         # A mapping of its own, which goes with the job: those of all shards together would have
         # page tables of half a gigabyte.
         tensor = dataclasses.replace(self._checkpoint[job.part.spec.name])
         path = self._partial[job.part.file]
+        first, stop, crc32 = None, 0, 0
         with contextlib.nullcontext() if tensor.mappable else self._copies:
             matrix = rows_of(tensor, job.rows)
             try:
-                for offset, data in encoded(job, tensor, matrix):
+                for offset, encoded_data in encoded(job, tensor, matrix):
                     if self._stopped.is_set():
-                        return
-                    files[job.part.file].write(data, job.part.offset + offset)
+                        # Whatever has ended the export: nobody asks for the result.
+                        break
+                    data, start = bytes_of(encoded_data), job.part.offset + offset
+                    crc32 = zlib.crc32(data, crc32)
+                    files[job.part.file].write(data, start)
+                    first = start if first is None else first
+                    stop = start + len(data)
             except Inexact as error:
                 raise Inexact(error.what, path=tensor.path, hint=error.hint) from None
             except OSError as error:
                 raise storage_failed(error, path) from error
+        first = stop if first is None else first
+        return Written(first, stop - first, crc32)
 
+    # --- reading back -----------------------------------------------------------------------------
 
-def read_back(store: Store, described: Manifest) -> Iterator[Progress]:
-    """Hash files as they stand on the disk, and make their folder one that `verify` knows.
+    def read_back(self, described: Manifest) -> Iterator[Progress | Finding]:
+        """Hash the files as `read_back` does; what has changed on its way is then to be written.
 
-    Args:
-        store: the folder, its exclusive lock held.
-        described: its manifest, the files without sha256.
+        Raises:
+            StorageFailed: a file cannot be read, or the state folder not be written.
+        """
+        for event in read_back(self._store, described, self._written()):
+            if isinstance(event, Finding):
+                self._changed = True
+                self._done.pop(event.tensor or "", None)
+            yield event
 
-    Raises:
-        StorageFailed: a file cannot be read, or the state folder not be written.
-    """
-    digests, proofs, done = {}, {}, 0
-    for file, stamp, result in hash_files(store, described.files, keep=False):
-        if result.sha256 is None or stamp is None or stamp != store.stamp(file.path):
-            raise StorageFailed(
-                f"cannot be read back: {result.detail}", path=store.payload(file.path)
-            )
-        digests[file.path] = result.sha256
-        proofs[file.path] = FileProof(stamp, result.sha256)
-        done += file.size
-        yield Progress(done, described.size, "hashing")
-    files = (dataclasses.replace(it, sha256=digests[it.path]) for it in described.files)
-    store.save_manifest(dataclasses.replace(described, files=tuple(files)))
-    store.save_record(Record(files=proofs))
+    def _written(self) -> dict[PurePosixPath, dict[Written, str | None]]:
+        """What was written of each file, with its tensor."""
+        names = [PurePosixPath(file.name) for file in self._plan.files]
+        written: dict[PurePosixPath, dict[Written, str | None]] = {
+            name: {Written.of(file.head): None}
+            for name, file in zip(names, self._plan.files, strict=True)
+        }
+        for part in self._plan.parts:
+            of_tensor = dict.fromkeys(self._done[part.name].written, part.name)
+            written[names[part.file]].update(of_tensor)
+        return written
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
@@ -302,8 +338,11 @@ def check_scales(checkpoint: Checkpoint) -> None:
                 raise Inexact(error.what, path=tensor.path, hint=error.hint) from None
 
 
-def _decoded(fields: dict[str, Any]) -> tuple[str, dict[str, Stamp]]:
-    done = {name: Stamp(int(size), int(mtime)) for name, (size, mtime) in fields["done"].items()}
+def _decoded(fields: dict[str, Any]) -> tuple[str, dict[str, _Kept]]:
+    done = {
+        name: _Kept(Stamp(int(size), int(mtime)), tuple(map(Written.from_fields, written)))
+        for name, (size, mtime, written) in fields["done"].items()
+    }
     return str(fields["plan"]), done
 
 

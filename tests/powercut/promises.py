@@ -352,7 +352,10 @@ def _has_run(folder: Path, kept: frozenset[object]) -> Iterator[str]:
 
 def _exported(folder: Path, kept: frozenset[object]) -> Iterator[str]:
     result = invoke(*exporting(folder), "--json")
-    (end,) = [it for it in map(json.loads, result.stdout.splitlines()) if "kept" in it]
+    events = list(map(json.loads, result.stdout.splitlines()))
+    if lost := [it["tensor"] for it in events if it["event"] == "finding"]:
+        yield f"{lost} were recorded and are not on the disk"
+    (end,) = [it for it in events if "kept" in it]
     if end["kept"] < len(kept):
         yield f"{len(kept)} tensors were flushed and recorded, {end['kept']} are kept"
     invoke("verify", folder)
