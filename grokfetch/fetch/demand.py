@@ -1,7 +1,7 @@
-"""Which pieces somebody waits for: named by readers, heeded by the fetch and its sources.
+"""Which pieces readers wait for: readers name them, the fetch and its sources heed them.
 
-A value that the threads of readers, of the fetch and of its sources share. It knows numbers of
-pieces only, and decides nothing but their order.
+The threads of readers, of the fetch and of its sources share this value. It knows only the numbers
+of pieces, and decides only their order.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ __all__ = ["Demand"]
 
 
 class Demand:
-    """The urgent pieces of a fetch, those that were asked for first in front.
+    """The urgent pieces of a fetch, in the order in which they were asked for.
 
-    Two kinds are told apart: pieces that somebody waits for now, and behind all of them pieces
-    that somebody will need next. A piece leaves when it is proven, and only then: who has waited
-    for it may have gone, and has wanted it all the same.
+    There are two kinds: pieces that a reader waits for now and, after all of these, pieces that a
+    reader will need next. A piece is removed only when it is proven, even if its reader has stopped
+    waiting.
 
     Args:
-        answered: called when pieces are proven that somebody waits for; None where nobody will.
-        stays: whether more may be asked for as long as the fetch is not ended: then it and its
-            sources stay when all is there.
+        answered: called when pieces that a reader waits for are proven; None if there are no
+            readers.
+        stays: whether more may be asked for until the fetch is ended: then the fetch and its
+            sources keep running when everything is there.
 
     Attributes:
         stays: as it was given.
-        readers: whether somebody may ask for pieces while the fetch runs.
+        readers: whether readers may ask for pieces while the fetch runs.
     """
 
     def __init__(self, answered: Callable[[], None] | None = None, *, stays: bool = False) -> None:
@@ -44,12 +45,12 @@ class Demand:
 
     @property
     def version(self) -> int:
-        """A number that another one takes the place of with every change."""
+        """A number that differs after every change."""
         return self._version
 
     @property
     def waited(self) -> tuple[int, ...]:
-        """The pieces that somebody waits for, in the order in which they were asked for."""
+        """The pieces that readers wait for, in the order in which they were asked for."""
         with self._lock:
             return tuple(self._waited)
 
@@ -61,11 +62,11 @@ class Demand:
 
     @property
     def admitted(self) -> frozenset[int]:
-        """The pieces that sources are to bring beside those of their order."""
+        """The pieces that sources should bring in addition to their order."""
         return self._admitted
 
     def admit(self, pieces: Iterable[int]) -> None:
-        """Have sources bring pieces beside those of their order; the folder is ready for them."""
+        """Have sources bring pieces in addition to their order; the folder is ready for them."""
         with self._lock:
             self._admitted = self._admitted.union(pieces)
             self._version += 1
@@ -74,7 +75,7 @@ class Demand:
             ring()
 
     def ask(self, pieces: Iterable[int], *, ahead: bool = False) -> None:
-        """Ask for pieces that are not proven, behind all that were asked for before.
+        """Ask for unproven pieces, after all that were asked for before.
 
         Args:
             pieces: what is needed, in this order.
@@ -100,15 +101,15 @@ class Demand:
                 ring()
 
     def follow(self, holds: Callable[[int], bool]) -> None:
-        """Learn from a fetch which pieces are proven, written down in the record or not."""
+        """Learn from a fetch which pieces are proven, whether or not the record has them yet."""
         self._holds = holds
 
     def proven(self, pieces: Iterable[int]) -> frozenset[int]:
-        """Those of some pieces that the fetch has proven by now."""
+        """The pieces among these that the fetch has proven so far."""
         return frozenset(filter(self._holds, pieces))
 
     def answer(self, pieces: Iterable[int]) -> None:
-        """Take out pieces that are proven."""
+        """Remove proven pieces."""
         with self._lock:
             done = [piece for piece in pieces if piece in self._waited or piece in self._ahead]
             waited = [piece for piece in done if self._waited.pop(piece, 0) is None]
@@ -120,7 +121,7 @@ class Demand:
 
     @contextlib.contextmanager
     def bell(self, ring: Callable[[], None]) -> Iterator[None]:
-        """Have `ring` called, in the thread of who asks, when more is asked for."""
+        """Have `ring` called, in the asking thread, when more is asked for."""
         with self._lock:
             self._bells.append(ring)
         try:

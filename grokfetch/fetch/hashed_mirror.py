@@ -1,9 +1,8 @@
-"""A checkpoint on a web server is hashed as it streams by, and what is hashed is kept.
+"""Hash a checkpoint on a web server as it streams by, and keep the hashes.
 
-What is kept of an interrupted run is whole files: the state of a sha256 in the middle of a file
-cannot be written down, so that the files that were under way are streamed again from their
-beginning. That costs as many files as there are connections. Within a run, a connection that
-breaks costs nothing.
+An interrupted run keeps only whole files: the state of a sha256 in the middle of a file cannot be
+saved, so the files under way are streamed again from the start. That costs as many files as there
+are connections. Within a run, a broken connection costs nothing.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mirrored:
-    """What is to be hashed, and where from.
+    """What to hash, and where it comes from.
 
     Attributes:
         address: of the mirror, a template with `{path}`.
         piece_length: bytes.
-        lengths: of the files; their paths begin with the torrent's top folder, and stand in the
-            order of the torrent.
-        expected: the sha256 that files must have, as far as it is known.
-        frames: bytes that are kept of files, from each start up to each stop.
+        lengths: of the files, in bytes; their paths begin with the torrent's top folder, and are in
+            the order of the torrent.
+        expected: the sha256 that files must have, where it is known.
+        frames: the bytes of files to keep, from each start up to each stop.
     """
 
     address: str
@@ -60,20 +59,19 @@ def hash_mirror(
     progress: Callable[[int], None],
     say: Callable[[Notice], None],
 ) -> dict[PurePosixPath, FileHashes]:
-    """Hash all files; what an earlier call in the same folder has hashed is not read again.
+    """Hash all files, except those that an earlier call in the same folder has hashed.
 
     Args:
-        mirrored: what.
-        folder: where the state is kept, locked; below it, in `frames`, sparse files with the
-            frames alone.
+        mirrored: what to hash.
+        folder: where the state is kept, locked; below it, in `frames`, sparse files with only the
+            frames.
         settings: how to treat the mirror.
-        progress: is told of bytes that are hashed, those of earlier calls first.
-        say: is told what is waited for.
+        progress: called with the bytes hashed, those of earlier calls first.
+        say: called with what is being waited for.
 
     Raises:
-        Contradiction: a file has changed in the middle.
-        Damaged: a file has not the sha256 that it must have, or what was kept of one is not
-            there as it came.
+        Contradiction: a file changed while it was read.
+        Damaged: a file has the wrong sha256, or what was kept of one has changed.
         OutOfReach: the mirror does not have a file, or does not answer.
         Stalled: it has limited us for too long.
         StorageFailed: what is kept cannot be written.
@@ -120,7 +118,7 @@ def hash_mirror(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Done:
-    """Of a file that is hashed, its hashes and the sha256 of its frame."""
+    """The hashes of a hashed file, and the sha256 of its frame."""
 
     hashes: FileHashes
     frame: str
@@ -173,13 +171,13 @@ class _Hashing:
 
     def end(self) -> None:
         if self.frame:
-            # The state is about to say that it is there.
+            # The state is about to claim that it is there.
             flush([self.path], self.folder)
         self.ended(self.hasher.result(), self.kept.hexdigest())
 
 
 def _earlier(mirrored: Mirrored, folder: Path) -> dict[PurePosixPath, _Done]:
-    """What was hashed of the files as they are now."""
+    """The files that were hashed before and have not changed since."""
 
     def decode(fields: dict[str, Any]) -> dict[PurePosixPath, _Done]:
         origin, rows = fields["of"], fields["files"]
@@ -198,7 +196,7 @@ def _earlier(mirrored: Mirrored, folder: Path) -> dict[PurePosixPath, _Done]:
 
 
 def _frame_holds(mirrored: Mirrored, folder: Path, path: PurePosixPath, sha256: str) -> bool:
-    """Whether the frame of a file is there as it came."""
+    """Whether the frame of a file is still there unchanged."""
     spans = [it for it in mirrored.frames.get(path, ()) if it[0] < it[1]]
     found = hashlib.sha256()
     try:
@@ -230,7 +228,7 @@ def _save(mirrored: Mirrored, folder: Path, done: Mapping[PurePosixPath, _Done])
 
 
 def _sha256(origin: Sequence[object], rows: Mapping[str, object]) -> str:
-    """Of what is kept: a bit that changes on the disk would be published."""
+    """The sha256 of what is kept: a bit that flips on the disk would be published."""
     return hashlib.sha256(json.dumps([origin, rows]).encode()).hexdigest()
 
 
@@ -239,5 +237,5 @@ def _frame(mirrored: Mirrored, path: PurePosixPath) -> list[list[int]]:
 
 
 def _origin(mirrored: Mirrored) -> Sequence[object]:
-    """What hashes depend on beside the files themselves."""
+    """What the hashes depend on besides the files themselves."""
     return [mirrored.address, mirrored.piece_length, len(mirrored.lengths) > 1]

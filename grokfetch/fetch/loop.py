@@ -1,4 +1,4 @@
-"""Pieces to the disk, each read back and hashed, until all that is asked for is proven."""
+"""Bring pieces to the disk, and read back and hash each, until all that is asked for is proven."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from grokfetch.units import count_text
 __all__ = ["Limits", "fetch"]
 
 NOTICES = 3
-"""Notices of the source, the last ones, that the error at the end repeats."""
+"""How many of the source's last notices the error at the end repeats."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """How long, in seconds, to wait for what; how often a piece is asked for in vain.
+    """How long to wait, in seconds, and how often to ask for a piece in vain.
 
-    `metadata_s` without metadata and `stall_s` without a byte end the fetch. `save_s` passes
-    between two writings of the record. `attempts` rounds without one new piece end the fetch too.
+    The fetch ends after `metadata_s` without metadata, after `stall_s` without a byte, and after
+    `attempts` rounds without a new piece. The record is written every `save_s`.
     """
 
     metadata_s: float = 300.0
@@ -64,8 +64,8 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
 ) -> Generator[FetchEvent, None, None]:
     """Bring a checkpoint to the disk and prove every byte of it.
 
-    How it goes, and what it finds, is recorded in the folder for `status` and `report` on the way.
-    Close the generator (`contextlib.closing`) to end early; what is proven is recorded first.
+    Progress and findings are recorded in the folder for `status` and `report` along the way. Close
+    the generator (`contextlib.closing`) to end early; what is proven is recorded first.
 
     Args:
         store: where to.
@@ -74,10 +74,10 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
             holds.
         limits: patience.
         repair: trust nothing that was proven before: read everything back first.
-        request: what of the checkpoint is wanted, beside what earlier fetches into this folder
-            asked for; an empty one is all of it. By default just what they asked for, or all of it
-            if there was none.
-        demand: pieces that others wait for, before all the others.
+        request: which part of the checkpoint is wanted, in addition to what earlier fetches into
+            this folder asked for; an empty one means all of it. By default only what they asked
+            for, or all of it if there was none.
+        demand: pieces that readers wait for; they come before all others.
         clock: monotonic seconds.
 
     Yields:
@@ -87,7 +87,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
         TorrentInvalid: the metadata is not the one asked for, or unsafe.
         SelectionInvalid: the request names what the checkpoint does not have.
         Contradiction: the torrent is not what the manifest says, or not the one begun here.
-        Stalled: no metadata, or not a byte, for too long.
+        Stalled: no metadata, or no byte, for too long.
         StateLocked: another process uses the folder.
         StorageFailed: the disk is full, read-only, gone or failing.
     """
@@ -131,7 +131,7 @@ def fetch(  # noqa: PLR0913  # store and source, and what a caller may choose by
 
 
 class _Bringing:
-    """A prepared fetch under way, and the source that it has pieces brought by."""
+    """A prepared fetch under way, and the source that brings its pieces."""
 
     def __init__(
         self,
@@ -210,8 +210,8 @@ class _Bringing:
             try:
                 yield from self._follow(stream, hashers)
             finally:
-                # Only when nobody writes any more may the proofs be tied to the files as they look;
-                # if closing fails, the marks stay, and the next fetch trusts what was saved.
+                # The proofs may be tied to the files' size and time only when nobody writes any
+                # more; if closing fails, the marks stay, and the next fetch trusts what was saved.
                 stream.close()
                 while hashers.busy:
                     for result in chain.from_iterable(hashers.take(None)):
@@ -232,7 +232,7 @@ class _Bringing:
             self._standing.admit(self._saver)
             idle = self._standing.done >= self._standing.total
             if idle:
-                # Nothing is missing, so that nothing can stall.
+                # Nothing is missing, so nothing can stall.
                 alive = self._clock()
             if isinstance(event, Notice):
                 self._notices.append(event.text)
@@ -255,7 +255,7 @@ class _Bringing:
     def _read_back(
         self, event: Arrived, hashers: Hashers[list[PieceResult]], traffic: Traffic
     ) -> Generator[FetchEvent, None, bool]:
-        """Have pieces read back; whether one that is waited for was wrong, and is needed anew."""
+        """Have pieces read back; return whether an awaited one was wrong and is needed again."""
         self._standing.fetched += len(event.pieces)
         for batch in in_batches(self._layout, event.pieces):
             hashers.submit(partial(check_pieces, self._store.root, self._layout, batch))

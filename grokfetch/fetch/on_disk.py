@@ -1,4 +1,4 @@
-"""What a fetch reads of the disk by itself: pieces before the first comes, digests in the end."""
+"""What a fetch reads from the disk on its own: pieces at the start, digests at the end."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def find_pieces(standing: Standing, saver: Saver) -> Iterator[FetchEvent]:
 
 
 def _urgent_first(demand: Demand, pieces: Iterable[int]) -> Iterator[int]:
-    """The pieces in order, but whatever is waited for by then comes next."""
+    """The pieces in order, except that pieces that a reader waits for come next."""
     left = dict.fromkeys(pieces)
     version = -1
     while left:
@@ -69,10 +69,10 @@ def _urgent_first(demand: Demand, pieces: Iterable[int]) -> Iterator[int]:
 
 
 def check_digests(standing: Standing) -> Iterator[FetchEvent]:
-    """Hash whole files where the manifest's sha256 decides and not the torrent.
+    """Hash whole files where the manifest's sha256 decides, not the torrent.
 
     Raises:
-        Contradiction: one has another sha256, though it is as the torrent has it.
+        Contradiction: a file matches the torrent but has another sha256.
     """
     store, proofs = standing.plan.store, standing.proofs
     asked = store.asked()

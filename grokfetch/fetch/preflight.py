@@ -1,6 +1,6 @@
-"""Whether a fetch can work here, before its first byte: disk, inodes, limits, the right to write.
+"""Whether a fetch can work here, before its first byte: disk, inodes, limits, write permission.
 
-`probe` looks at the place, `checks` decides; what is on the disk already counts as there.
+`probe` looks at the folder, `checks` decides. What is on the disk already need not be written.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ __all__ = [
 ]
 
 STATE_INODES = 16
-"""Files and folders of our own, those that are being replaced among them."""
+"""Files and folders of our own, including those being replaced."""
 
 FILE_LIMITS = {"vfat": 2**32 - 1, "msdos": 2**32 - 1, "hfs": 2**31 - 1}
-"""The longest file in bytes of file systems on which a file cannot be long without being full."""
+"""The longest file, in bytes, on file systems that have no sparse files."""
 
 UNLIMITED = 2**63 - 1
 
 TRIAL = ".grokfetch-trial-"
-"""What the name of a file begins with that is made only to see whether one can be."""
+"""The prefix of the name of a file that is made only to see whether one can be made."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
     """What is still to be written: bytes, new files and folders, the longest file and its bytes.
 
-    `denied` is the first file or folder there that must be written and may not be.
+    `denied` is the first existing file or folder that must be written but may not be.
     """
 
     bytes: int
@@ -68,8 +68,8 @@ class Place:
     """What a folder offers: free bytes and inodes, the longest file in bytes, files open at once.
 
     `inodes` is None on a file system that does not count them. `refused` says why nothing can be
-    written at all, and is empty if something can. `sparse` is whether a file takes only the room
-    that has been written of it.
+    written at all, and is empty if something can. `sparse` is whether a file takes only as much
+    room as has been written to it.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that is needed: how much of it, how much is there, and what to do if it is short.
+    """One requirement: how much is needed, how much is there, and what to do if it is short.
 
     `needed` and `there` are None where they are not numbers.
     """
@@ -153,7 +153,7 @@ def check(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
 
 
 def check_early(root: Path, files: Sequence[tuple[PurePosixPath, int]]) -> None:
-    """The same before it is known where the files will lie: what lies in the folder may be theirs.
+    """The same before the files' places are known: any file in the folder may be one of them.
 
     Raises:
         StorageFailed: what is short, and what to do.
@@ -178,7 +178,7 @@ def _files_below(root: Path) -> Iterator[os.stat_result]:
 
 
 def asked_bytes(manifest: Manifest, asked: Spans | None) -> list[tuple[PurePosixPath, int]]:
-    """The files in which something is asked for, None for everything, with its bytes. Pure."""
+    """The files in which something is asked for (None: everything), with its bytes. Pure."""
     if asked is None:
         return [(file.path, file.size) for file in manifest.files]
     return [
@@ -187,10 +187,10 @@ def asked_bytes(manifest: Manifest, asked: Spans | None) -> list[tuple[PurePosix
 
 
 def refuse(checks: Sequence[Check], folder: Path) -> None:
-    """Refuse to begin what cannot end.
+    """Refuse to start what cannot finish.
 
     Raises:
-        StorageFailed: of the first check that is not passed: what is short, and what to do.
+        StorageFailed: for the first failed check: what is short, and what to do.
     """
     for check in checks:
         if not check.ok:
@@ -198,11 +198,11 @@ def refuse(checks: Sequence[Check], folder: Path) -> None:
 
 
 def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
-    """What files, path below `root` and size in bytes, still need; looks at those there."""
+    """What files (path below `root`, size in bytes) still need; looks at existing ones."""
     wanted = list(files)
     missing = 0
     new: set[Path] = set()
-    # Thousands of files may lie in one folder.
+    # One folder may hold thousands of files.
     absent, denied_at = cache(_absent), cache(_denied)
     denied: Path | None = None
     for path, size in wanted:
@@ -215,7 +215,7 @@ def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
             new.add(target)
             new.update(absent(place))
         else:
-            # What a link leads to is not written; a copy takes its place.
+            # A link's target is never written; a copy replaces the link.
             link = stat.S_ISLNK(status.st_mode)
             missing += max(0, size - (0 if link else status.st_blocks * 512))
             place = place if link else target
@@ -225,7 +225,7 @@ def need(root: Path, files: Iterable[tuple[PurePosixPath, int]]) -> Need:
 
 
 def _absent(folder: Path) -> list[Path]:
-    """The folder and those above it, as far as they are not there."""
+    """The folder and those above it that do not exist."""
     return [it for it in (folder, *folder.parents) if not it.exists()]
 
 
@@ -235,21 +235,21 @@ def _denied(path: Path) -> Path | None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself if it is there, else the nearest folder above it that is."""
+    """The path itself if it exists, else the nearest folder above it that does."""
     return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
 
 
 def probe(folder: Path, longest: int) -> Place:
     """Look at the place of a folder that need not exist yet.
 
-    Leaves no trace, and removes that of a look that a power cut or SIGKILL has met.
+    Leaves no trace, and removes the trace of an earlier look cut short by a power cut or SIGKILL.
 
     Args:
         folder: the checkpoint folder.
-        longest: bytes of the longest file that it is to hold.
+        longest: bytes of the longest file that it will hold.
 
     Raises:
-        StorageFailed: the place cannot even be looked at.
+        StorageFailed: the folder cannot even be examined.
     """
     place = nearest(folder)
     try:
@@ -285,9 +285,9 @@ def _soft(kind: int) -> int:
 
 
 def _try_file(folder: Path, longest: int) -> tuple[bool, bool]:
-    """Whether files may have holes here, and whether one of `longest` bytes can be.
+    """Whether files may be sparse here, and whether one of `longest` bytes can exist.
 
-    The second is tried only where holes cost nothing; elsewhere the file would be written in full.
+    The second is tried only if files are sparse; otherwise the file would be written in full.
 
     Raises:
         OSError: no file can be made.
@@ -309,14 +309,14 @@ def _try_file(folder: Path, longest: int) -> tuple[bool, bool]:
 def _nameless(folder: Path) -> int:
     """An open file that has no name, so that nobody has to remove it.
 
-    Where a file system has none without a name, it loses its name at once; a power cut or SIGKILL
-    between the two leaves one, which the next look removes.
+    Where a file system has no unnamed files, the file is unlinked at once; a power cut or SIGKILL
+    between the two leaves it behind, and the next look removes it.
 
     Raises:
         OSError: no file can be made.
     """
     for left in folder.glob(f"{TRIAL}*"):
-        # In a folder of many people it may be somebody else's.
+        # In a shared folder it may belong to somebody else.
         with contextlib.suppress(OSError):
             left.unlink()
     if hasattr(os, "O_TMPFILE"):
@@ -334,7 +334,7 @@ def _nameless(folder: Path) -> int:
 
 
 def _file_system(place: Path) -> str:
-    """The type of the file system that holds a path, as the system names it; "unknown" if not."""
+    """The type of the file system that holds a path, as the system names it, or "unknown"."""
     absolute = place.resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((mounts[at] for at in (absolute, *absolute.parents) if at in mounts), "unknown")

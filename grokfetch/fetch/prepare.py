@@ -1,4 +1,4 @@
-"""What is settled before the first piece: metadata, manifest, request, where files lie."""
+"""What is settled before the first piece: metadata, manifest, request, locations of files."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from grokfetch.units import count_text
 __all__ = ["Asked", "Prepared", "prepare", "selected"]
 
 Asked = Request | Callable[[Manifest, Layout], Request]
-"""A request, or what makes one of the manifest in force and the length of a piece in bytes."""
+"""A request, or a function that makes one from the manifest in force and the piece length."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepared:
-    """A fetch into a locked folder, with everything known that it needs to bring pieces.
+    """A fetch into a locked folder, with everything that it needs to bring pieces.
 
     Attributes:
         store: the folder.
         torrent: its metadata.
-        layout: its files, where they lie in this folder.
-        tensors: which tensors lie where in them.
+        layout: its files, with their places in this folder.
+        tensors: where the tensors are in them.
         weights: payload bytes of each piece.
-        asked: the pieces that are asked for, those of earlier fetches included.
+        asked: the pieces that are asked for, including those of earlier fetches.
         urgency: which of them are wanted earlier or later, as in `Order`.
     """
 
@@ -72,7 +72,7 @@ class Prepared:
         return sum(self.weights[piece] for piece in pieces)
 
     def room(self, files: Iterable[LayoutFile]) -> list[tuple[PurePosixPath, int]]:
-        """Some files with the bytes that are asked for of each."""
+        """These files, with the bytes asked for from each."""
         room = dict.fromkeys((file.path for file in files), 0)
         for piece in self.asked:
             for part in self.layout.segments(piece):
@@ -90,13 +90,13 @@ def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose
     metadata_s: float,
     clock: Callable[[], float],
 ) -> Iterator[Status | Notice | Metadata | Finding | Prepared]:
-    """Settle what is to be fetched into a folder; `Prepared` is the last value.
+    """Settle what will be fetched into a folder; the last value is `Prepared`.
 
     Args:
         store: the folder, locked.
         source: where from.
-        manifest: what a person says it must be.
-        request: what is asked for beside what was before; None for nothing more.
+        manifest: what the user says it must be.
+        request: what is asked for in addition to earlier requests; None for nothing more.
         metadata_s: patience without metadata, in seconds.
         clock: monotonic seconds.
 
@@ -131,7 +131,7 @@ def prepare(  # noqa: PLR0913  # store and source, and what a fetch may choose
 
 
 def _prepared(store: Store, torrent: TorrentFile) -> Prepared:
-    """What follows from the manifest and the selection that are in force now."""
+    """What follows from the manifest and the selection now in force."""
     layout = store.layout()
     assert layout is not None
     every = range(layout.piece_count)
@@ -154,7 +154,7 @@ def _prepared(store: Store, torrent: TorrentFile) -> Prepared:
 def _expected_files(
     manifest: Manifest, request: Asked | None
 ) -> Sequence[tuple[PurePosixPath, int]]:
-    """The files that a fresh fetch of this will write, with their bytes, as far as it is known."""
+    """The files that a new fetch of this will write, with their bytes, as far as known."""
     if callable(request):
         return ()
     if request is None or request == Request():
@@ -162,7 +162,7 @@ def _expected_files(
     try:
         return asked_bytes(manifest, spans(manifest, Selection((request,))))
     except SelectionInvalid:
-        # A pattern may match names of files that lie elsewhere, which the metadata will tell.
+        # A pattern may match names of files in other places, which only the metadata tells.
         return ()
 
 
@@ -175,10 +175,10 @@ def _metadata(  # noqa: PLR0913  # and how to tell what is enough of it
     *,
     lacking: Callable[[TorrentFile], list[PurePosixPath]],
 ) -> Iterator[Status | Notice | TorrentFile]:
-    """The torrent that the folder was begun with or the source gives; it is the last value.
+    """The torrent of the folder or, if it has none, of the source; it is the last value.
 
-    Of a v2 torrent the hashes of files that nobody asks for may still be to come: `lacking` are
-    those that are asked for.
+    A v2 torrent may still lack the hashes of files that are not asked for: `lacking` returns those
+    that are asked for.
     """
     known = store.torrent()
     asked = source.info_hash
@@ -247,7 +247,7 @@ def _with_layers(torrent: TorrentFile, other: TorrentFile) -> TorrentFile:
 def _without_hashes(
     store: Store, manifest: Manifest | None, request: Asked | None, torrent: TorrentFile
 ) -> list[PurePosixPath]:
-    """The files that are asked for and of which hashes are still to come."""
+    """The files that are asked for and whose hashes are still missing."""
     layout = parse_info(torrent.info, torrent.piece_layers).moved(store.places())
     lacking = [file.path for file in layout.unprovable]
     if not lacking:
@@ -271,7 +271,7 @@ def _settle(
     wanted: Manifest | None,
     request: Asked | None,
 ) -> Iterator[Status]:
-    """Put the manifest in force, and only then keep the torrent: a contradiction keeps neither."""
+    """Put the manifest in force, then keep the torrent; on a contradiction, keep neither."""
     begun = store.layout()
     layout = begun or parse_info(torrent.info, torrent.piece_layers)
     if begun is None:
@@ -280,7 +280,7 @@ def _settle(
     manifest = None
     if wanted is not None or earlier is None or begun is None:
         manifest = in_force(wanted or earlier, torrent, layout, magnet)
-    # What was asked for before names files by where they lie, which must then stay.
+    # Earlier requests name files by their places, so these must stay the same.
     if store.selection() is None:
         names = {place: name for name, place in store.places().items()}
         known = manifest or (earlier and earlier.moved(names))
@@ -301,12 +301,12 @@ def _settle(
 
 
 def selected(store: Store, request: Request | None, *, everything: bool) -> Selection | None:
-    """What is asked for now: the request beside what earlier ones have asked for.
+    """What is asked for now: the request and all earlier ones.
 
     Args:
         store: the folder.
         request: of this fetch.
-        everything: where no selection is kept, all was asked for.
+        everything: if no selection is kept, whether all was asked for.
     """
     earlier = store.selection()
     if request is not None and request != Request():
@@ -316,7 +316,7 @@ def selected(store: Store, request: Request | None, *, everything: bool) -> Sele
 
 
 def _rename(store: Store) -> None:
-    """Give files that are asked for now their names, and their proofs with them."""
+    """Rename the files that are asked for now to their real names, and carry over their proofs."""
     layout = store.layout()
     assert layout is not None
     renamed = name_asked_files(store, layout)

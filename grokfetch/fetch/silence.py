@@ -1,4 +1,4 @@
-"""What is said when nobody answers: that BitTorrent may be blocked, and what else works. No I/O."""
+"""What to say when nobody answers: that BitTorrent may be blocked, and what else works. No I/O."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HUGGING_FACE = re.compile(r"//huggingface\.co/([^/]+/[^/]+)/")
 
 
 class Silence:
-    """Waits for a first peer or byte, and says once what to do where none comes.
+    """Waits for a first peer or byte, and says once what to do if none comes.
 
     Args:
         ways: what else works, from `other_ways`.
@@ -31,7 +31,7 @@ class Silence:
         self._due: float | None = clock() + QUIET_S
 
     def after(self, traffic: Traffic) -> Iterator[Notice]:
-        """What to say now that this is how the source is doing."""
+        """What to say, given how the source is doing."""
         if traffic.peers or traffic.received:
             self._due = None
         elif self._due is not None and self._clock() >= self._due:
@@ -43,12 +43,12 @@ class Silence:
 
 
 def other_ways(root: Path, manifest: Manifest | None, *, metadata: bool) -> str:
-    """What to do where no peer is found.
+    """What to do if no peer is found.
 
     Args:
         root: the checkpoint folder.
         manifest: what is fetched, if that is known.
-        metadata: whether the torrent's metadata is there already.
+        metadata: whether the torrent's metadata is already there.
     """
     ways = ["a peer that you know (--peer HOST:PORT)", "a proxy (--proxy socks5://HOST:PORT)"]
     if not metadata:

@@ -1,4 +1,4 @@
-"""The seam between a fetch and the outside: what brings pieces, and how it says so. Pure."""
+"""The interface between a fetch and what brings its pieces. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Order", "PieceSource"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Order:
-    """What a source is to bring: the pieces of `want`, into the files below `root`.
+    """What a source must bring: the pieces of `want`, into the files below `root`.
 
     The pieces of `have` are on the disk and proven; the source may share them and must not write
-    them. All others are neither to be fetched nor to be trusted. `urgency` says from 7 down to 1
-    which pieces are wanted earlier; the others are in the middle. Those of `demand` come before all
-    of them, in its order, which changes while the source is at work; what that admits is
-    brought as if it stood in `want`, and where it stays the source does not end.
+    them. It must neither fetch nor trust any others. `urgency`, from 7 down to 1, says which pieces
+    are wanted earlier; pieces without one are in the middle. The pieces of `demand` come before all
+    these, in its order, which changes while the source works; pieces that `demand` admits are
+    brought as if they were in `want`, and if `demand.stays`, the source does not end.
     """
 
     torrent: TorrentFile
@@ -36,20 +36,21 @@ class Order:
 
 
 class PieceSource(Protocol):
-    """Where metadata and pieces come from. Foreign exceptions become ours inside."""
+    """Where metadata and pieces come from. It turns foreign exceptions into ours."""
 
     @property
     def info_hash(self) -> str:
-        """Of the torrent it is about, 40 or 64 hexadecimal digits."""
+        """The info hash of its torrent, 40 or 64 hexadecimal digits."""
 
     @property
     def magnet(self) -> str | None:
-        """The magnet link it was made from, None if it was another thing."""
+        """The magnet link it was made from, or None if it was made from something else."""
 
     def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
         """Look for the metadata: traffic at least every second, then the torrent, then the end.
 
-        A v2 torrent comes again whenever more of its piece hashes have, and the end once all have.
+        A v2 torrent comes again whenever more of its piece hashes have arrived, and the end comes
+        once all have.
         """
 
     def download(self, order: Order) -> Generator[Arrived | Traffic | Notice, None, None]:

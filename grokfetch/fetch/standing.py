@@ -1,4 +1,4 @@
-"""How a fetch stands: what is asked for, which of it is proven, and what is told of that."""
+"""The state of a fetch: what is asked for, how much of it is proven, and the status shown."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from grokfetch.torrent.read_back import PieceResult
 __all__ = ["Standing"]
 
 MOST_DEMANDED = 100
-"""Demanded pieces that are told at most."""
+"""How many demanded pieces a status lists at most."""
 
 
 class Standing:
-    """What a prepared fetch has reached; grows with every proof, and with what readers demand.
+    """How far a prepared fetch has come; grows with every proof, and with what readers demand.
 
     Args:
         prepared: the fetch.
         demand: what readers wait for.
 
     Attributes:
-        plan: the fetch, with all that is asked for by now.
+        plan: the fetch, with all that is asked for so far.
         demand: what readers wait for.
         proofs: what is proven.
         total: payload bytes of the pieces that are asked for.
@@ -58,7 +58,7 @@ class Standing:
         return [piece for piece in self.proofs.missing if piece in self.plan.asked]
 
     def recount(self) -> None:
-        """Count what is proven anew, some of which may be in doubt now."""
+        """Count again what is proven; some of it may be in doubt now."""
         self.done = self.plan.weight(self.proofs.pieces & self.plan.asked)
 
     def count(self, result: PieceResult) -> None:
@@ -69,10 +69,10 @@ class Standing:
             self.demand.answer((result.piece,))
 
     def admit(self, saver: Saver) -> None:
-        """Take in what somebody asks for beyond what was asked for, and remember it.
+        """Add the pieces that readers demand beyond what was asked for, and remember them.
 
         Args:
-            saver: at work on the proofs.
+            saver: what saves the proofs.
 
         Raises:
             StorageFailed: there is no room for it, or the state folder cannot be written.
@@ -102,7 +102,7 @@ class Standing:
         self.demand.admit(new)
 
     def status(self, phase: Phase) -> Status:
-        """All of it, as of now."""
+        """The status now."""
         if self.demand.version != self._told:
             self._told = self.demand.version
             self._demanded = self.demand.waited[:MOST_DEMANDED]
@@ -120,5 +120,5 @@ class Standing:
         )
 
     def outcome(self) -> Outcome:
-        """What it has come to."""
+        """The result."""
         return Outcome(self.total, self.fetched, self.rehashed)

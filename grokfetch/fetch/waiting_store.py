@@ -1,9 +1,8 @@
-"""A checkpoint that is read while it is being fetched: where readers wait for the swarm.
+"""A checkpoint that is read while it is fetched: readers wait here for the swarm.
 
-The fetch runs in a thread of its own and holds the folder's lock; what reads in the same process
-does so under that lock, through `Store.require`, which here waits until the record says that the
-bytes are proven, and meanwhile has them brought before all others. Nothing else about a reader
-changes.
+The fetch runs in a thread of its own and holds the folder's lock; readers in the same process read
+under that lock, through `Store.require`. Here it waits until the record says that the bytes are
+proven, and meanwhile has them brought before all others. Nothing else about a reader changes.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class Arriving(Store):
     Args:
         root: the checkpoint folder; need not exist yet.
         state: where our own files are; `root/.grokfetch` by default.
-        watch: called every second where somebody waits; what it raises ends the waiting.
-        on_demand: whether what is required is to be asked for, too, where nobody has; the fetch
-            then stays until the block of `filled` ends.
+        watch: called every second while somebody waits; an exception from it ends the wait.
+        on_demand: whether to ask for what is required even if no request has; the fetch then keeps
+            running until the block of `filled` ends.
 
     Attributes:
-        demand: what is waited for, for the fetch to heed.
+        demand: what readers wait for; the fetch heeds it.
     """
 
     def __init__(
@@ -63,9 +62,9 @@ class Arriving(Store):
     def filled(self, events: Generator[FetchEvent, None, None]) -> Iterator[None]:
         """Follow a fetch into this folder in a thread, and hold its lock, while the block runs.
 
-        Until it is known what the folder is to hold the fetch runs in the thread of the caller:
-        what is asked for may depend on devices, which the main thread alone sets up. A block that
-        ends well waits for the end of the fetch. One that does not ends the fetch, and what is
+        Until it is known what the folder will hold, the fetch runs in the caller's thread: what is
+        asked for may depend on devices, which only the main thread sets up. A block that ends
+        normally waits for the end of the fetch. An exception in the block ends the fetch; what is
         proven is recorded first.
 
         Args:
@@ -96,7 +95,7 @@ class Arriving(Store):
             for event in events:
                 if isinstance(event, Outcome):
                     self._tell(over=True)
-                    # The lock goes with the last event.
+                    # The lock is released with the last event.
                     left.wait()
                 if early.is_set():
                     return
@@ -136,7 +135,7 @@ class Arriving(Store):
             if asked:
                 self.await_news(seen)
             else:
-                # Whatever is proven before it was asked for wakes nobody: look once more.
+                # A piece proven before it was asked for wakes nobody: look once more.
                 self.demand.ask(self._pieces(path, start, length))
                 asked = True
 
@@ -166,20 +165,20 @@ class Arriving(Store):
     def expect(
         self, path: PurePosixPath, start: int, length: int, *, at_once: bool = False
     ) -> None:
-        """Have a span of a payload file brought before what nobody has asked for.
+        """Have a span of a payload file brought before anything that no reader has asked for.
 
         Args:
             path: as in the manifest.
             start: the first byte.
             length: how many bytes.
-            at_once: whether it is to come before what will be needed later, too.
+            at_once: whether it should also come before what will be needed later.
         """
         pieces = self._pieces(path, start, length)
         there = self.record().pieces
         self.demand.ask((piece for piece in pieces if piece not in there), ahead=not at_once)
 
     def _pieces(self, path: PurePosixPath, start: int, length: int | None) -> range:
-        """The pieces over a span of a payload file; none if it is not one of the torrent's."""
+        """The pieces that hold a span of a payload file; none if the torrent lacks the file."""
         layout = self.layout()
         file = None if layout is None else layout.file(path)
         if layout is None or file is None:
@@ -188,7 +187,7 @@ class Arriving(Store):
 
     @property
     def over(self) -> bool:
-        """Whether the fetch has ended, well or not."""
+        """Whether the fetch has ended, successfully or not."""
         with self._changed:
             return self._over
 
@@ -199,13 +198,13 @@ class Arriving(Store):
             return self._told
 
     def await_news(self, seen: int) -> None:
-        """Return when `news` is beyond what was seen, or the fetch has ended."""
+        """Return when `news` is greater than `seen`, or the fetch has ended."""
         with self._changed:
             while not self._changed.wait_for(lambda: self._told > seen or self._over, WATCH_S):
                 self._watch()
 
     def save_record(self, record: Record) -> None:
-        """Keep what is proven, and let those who wait for it look again.
+        """Keep what is proven, and wake the readers that wait for it.
 
         Raises:
             StorageFailed: the state folder cannot be written.
@@ -222,7 +221,7 @@ class Arriving(Store):
 
 @contextlib.contextmanager
 def _before_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Have `act` called at Ctrl-C or SIGTERM, which else only the main thread would learn of."""
+    """Have `act` called at Ctrl-C or SIGTERM, which otherwise only the main thread would notice."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a SOURCE stands for: a torrent or a magnet link, what it must be, and who brings it."""
+"""What a SOURCE means: a torrent or a magnet link, what it must be, and who brings it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HUGGING_FACE = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*?)(?:/tree/[^/]+)?/?(?<!\.torrent)(?<!\.json)",
     re.ASCII,
 )
-"""A repository's name, OWNER/NAME, alone or as its address."""
+"""A repository's name, OWNER/NAME, alone or in its web address."""
 
 KINDS = (
     (b"<!doctype html", "a web page"),
@@ -52,15 +52,15 @@ KINDS = (
     (b"[", "a JSON list"),
     (b"magnet:", "a text with a magnet link, which can be SOURCE itself"),
 )
-"""What files that are given for a torrent by mistake begin with, in lower case."""
+"""The first bytes, in lower case, of files that users give for a torrent by mistake."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Network:
     """Whom to ask for pieces: how to take part in a swarm, and which mirrors to use.
 
-    Of the swarm's settings the proxy and the limit of the download hold for mirrors too. `mirrors`
-    is whether to use HTTP at all, `web_seeds` are mirrors named by hand.
+    The proxy and the download limit in the swarm's settings also apply to mirrors. `mirrors` is
+    whether to use HTTP at all, `web_seeds` are mirrors named by the user.
     """
 
     swarm: SwarmSettings
@@ -68,11 +68,11 @@ class Network:
     web_seeds: tuple[str, ...] = ()
 
     def bring_tokenizer(self, store: Store) -> Notice | None:
-        """Fetch the tokenizer that the manifest names, if the right one is not there."""
+        """Fetch the tokenizer that the manifest names, unless the right one is there."""
         return bring_tokenizer(store, self.mirror_settings()) if self.mirrors else None
 
     def mirror_settings(self) -> MirrorSettings:
-        """How mirrors are to be treated: through the same proxy, with the same limit."""
+        """How to treat mirrors: through the same proxy, with the same limit."""
         proxy = self.swarm.proxy
         return MirrorSettings(
             environment=environment(os.environ),
@@ -85,12 +85,12 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
-    """Where the pieces come from, and what they must be if that is known.
+    """Where the pieces come from and, if known, what they must be.
 
     Without an `origin` mirrors bring whole files, whose sha256 the manifest gives.
-    `begun` is the folder of an earlier fetch if SOURCE is one. `peers` are known beside those of
-    the origin, `request` is what part SOURCE itself asks for, `warnings` say what of it is left
-    out.
+    `begun` is the folder of an earlier fetch if SOURCE is one. `peers` are known in addition to
+    those of the origin, `request` is the part that SOURCE itself asks for, and `warnings` say which
+    parts of SOURCE are ignored.
     """
 
     origin: Magnet | TorrentFile | None
@@ -101,7 +101,7 @@ class Wanted:
     warnings: tuple[str, ...] = ()
 
     def pieces(self, store: Store, network: Network) -> PieceSource | Mirrors:
-        """The swarm together with every mirror that somebody names.
+        """The swarm together with every named mirror.
 
         Args:
             store: the folder to fetch into; its manifest may name mirrors if there is no other.
@@ -132,13 +132,13 @@ def resolve(
         source: a magnet link or a bare info hash; the path or web address of a torrent or a
             manifest; the path of a folder; a repository on Hugging Face that a shipped manifest
             names; None for Grok-1.
-        manifest: what a person says the payload must be.
-        state: where the state of a folder lies, if it is not in the folder.
+        manifest: what the user says the payload must be.
+        state: where the state of a folder is, if it is not in the folder.
         network: how the web is reached.
 
     Raises:
         SourceInvalid: it is none of these.
-        OutOfReach: it is an address from which nothing comes.
+        OutOfReach: it is an address that delivers nothing.
         TorrentInvalid, ManifestInvalid: it is one, but malformed.
     """
     network = network or Network(SwarmSettings())
@@ -170,7 +170,7 @@ def resolve(
 
 
 def _meant(path: Path) -> str:
-    """What a SOURCE that is not there may be meant for."""
+    """What a SOURCE that does not exist may mean."""
     if path.suffix in {".torrent", ".json"} or "://" in str(path) or _exists(path):
         return SourceInvalid.next_step
     return f"{SourceInvalid.next_step}, as in: grokfetch fetch --to {path}"
@@ -180,7 +180,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A link is longer than the name of a file may be.
+        # A link is longer than a file name may be.
         return False
 
 
@@ -208,7 +208,7 @@ def _from_magnet(magnet: Magnet, manifest: Manifest | None, network: Network) ->
 
 
 def _files_request(numbers: Sequence[int], _manifest: Manifest, layout: Layout) -> Request:
-    """The files of these numbers in the torrent, as `so` counts them."""
+    """The files with these numbers in the torrent, as `so` counts them."""
     missing = [number for number in numbers if number >= len(layout.files)]
     if missing:
         raise SelectionInvalid(
@@ -220,7 +220,7 @@ def _files_request(numbers: Sequence[int], _manifest: Manifest, layout: Layout) 
 
 
 def _from_repository(name: str, manifest: Manifest | None, source: str) -> Wanted:
-    """What stands for a repository on Hugging Face: the manifest that we ship for it."""
+    """What to fetch for a repository on Hugging Face: the manifest that we ship for it."""
     part = f"huggingface.co/{name}/".lower()
     fitting = (it for it in shipped() if any(part in mirror.lower() for mirror in it.mirrors))
     of_repository = next(fitting, None)
@@ -251,7 +251,7 @@ def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
 
 
 def _kind(data: bytes) -> str:
-    """What a file is, in words, as far as its first bytes tell."""
+    """What kind of file it is, in words, judged by its first bytes."""
     head = data[:512].lstrip().lower()
     if not head:
         return "an empty file"
@@ -262,7 +262,7 @@ def _kind(data: bytes) -> str:
 
 
 def begun_in(store: Store, manifest: Manifest | None = None) -> Wanted:
-    """What a fetch that was begun in a folder stands for.
+    """What a fetch that was begun in a folder wants.
 
     Raises:
         SourceInvalid: none was.
@@ -300,13 +300,13 @@ def describe(source: str, manifest: Manifest | None, state: Path | None) -> Mani
     """What a SOURCE holds, without asking a peer.
 
     Args:
-        source: as of `resolve`; a manifest without a magnet link will do.
-        manifest: what a person says it must be.
-        state: as of `resolve`.
+        source: as for `resolve`; a manifest without a magnet link is enough.
+        manifest: what the user says it must be.
+        state: as for `resolve`.
 
     Raises:
-        SourceInvalid: it is none, or nobody but a peer knows what it holds.
-        OutOfReach, ManifestInvalid, TorrentInvalid: as of `resolve`.
+        SourceInvalid: it is none, or only peers know what it holds.
+        OutOfReach, ManifestInvalid, TorrentInvalid: as for `resolve`.
         Contradiction: a torrent is not what the manifest says.
     """
     path = Path(source)

@@ -1,9 +1,9 @@
 """Whole files from mirrors alone, where a manifest gives their sha256 and there is no torrent.
 
-A file that is not whole lies under another name (`part_name`), and none of its bytes is proven: the
-next fetch goes on at its end. Once it is whole it is read back, and gets its own name only if its
-sha256 is the manifest's. A file that is wrong is reported with the mirror that sent it, and is
-brought again from its beginning, by another mirror where there is one.
+An incomplete file has another name (`part_name`), and none of its bytes is proven; the next fetch
+continues at its end. Once it is complete it is read back, and gets its own name only if its sha256
+is the manifest's. A wrong file is reported with the mirror that sent it, and is fetched again from
+the start, from another mirror if there is one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from grokfetch.torrent.read_back import CHUNK, sha256_of
 __all__ = ["bring_whole"]
 
 MOST_WRONG = 2
-"""So many times one mirror may send a wrong file."""
+"""How many times one mirror may send a wrong file."""
 
 
 def bring_whole(  # noqa: PLR0913  # store and source, and what a fetch may choose
@@ -61,7 +61,7 @@ def bring_whole(  # noqa: PLR0913  # store and source, and what a fetch may choo
         store: the folder, locked.
         mirrors: where from.
         manifest: what they must be; by default the manifest in force.
-        request: what is asked for, as of `grokfetch.fetch.fetch`; files are brought whole.
+        request: what is asked for, as for `grokfetch.fetch.fetch`; files are brought whole.
         repair: read back first what was proven before.
         stall_s: patience without a byte, in seconds.
         clock: monotonic seconds.
@@ -70,7 +70,7 @@ def bring_whole(  # noqa: PLR0913  # store and source, and what a fetch may choo
         Contradiction: the folder was begun with a torrent, or every mirror sends wrong files.
         SourceInvalid: there is no mirror, or a file has no sha256.
         OutOfReach: no mirror has a file.
-        Stalled: not a byte came for too long.
+        Stalled: no byte came for too long.
         StorageFailed: the disk does not take them.
     """
     _settle(store, mirrors, manifest, request)
@@ -113,8 +113,9 @@ def _settle(
 class _File:
     """A file under way.
 
-    `senders` have sent what there is of it, `earlier` is whether some came in an earlier fetch.
-    `wrong` counts how often it was wrong by mirror, and `refused` are those that do not have it.
+    `senders` have sent what is there of it, `earlier` is whether some of it came in an earlier
+    fetch. `wrong` counts, for each mirror, how often it sent the file wrong, and `refused` are the
+    mirrors that do not have it.
     """
 
     entry: ManifestFile
@@ -153,7 +154,7 @@ class _File:
         self.senders.clear()
 
     def mirrors(self, addresses: tuple[str, ...]) -> list[str]:
-        """Those that may still have it right, the best first."""
+        """The mirrors that may still have the right file, the best first."""
         able = [it for it in addresses if it not in self.refused and self.wrong[it] < MOST_WRONG]
         return sorted(able, key=lambda address: self.wrong[address])
 
@@ -180,7 +181,7 @@ class _Bringing:
         self.fetched = self.rehashed = 0
 
     def status(self, phase: Phase, rate: float = 0.0) -> Status:
-        """How far it is: proven files, and what there is of others."""
+        """The progress: proven files, and what is there of others."""
         return Status(
             phase,
             self._proven + sum(file.done for file in self._open.values()),
@@ -194,7 +195,7 @@ class _Bringing:
     # --- what is there ------------------------------------------------------------------------
 
     def look(self, *, repair: bool) -> Iterator[FetchEvent]:
-        """Take what is proven, read back what may be whole, and list the rest."""
+        """Accept what is proven, read back what may be complete, and list the rest."""
         proven = self._store.proven()
         for file in self._files:
             path = self._store.payload(file.path)
@@ -227,7 +228,7 @@ class _Bringing:
     # --- bringing -----------------------------------------------------------------------------
 
     def bring(self, stall_s: float) -> Generator[FetchEvent, None, None]:
-        """Have the files brought in rounds, until each is right or nobody is left to ask."""
+        """Have the files brought in rounds, until each is right or no mirror is left to ask."""
         for file in list(self._open.values()):
             if file.done == file.size:
                 yield from self._whole(file)
@@ -258,7 +259,7 @@ class _Bringing:
         def tell(address: str, path: PurePosixPath, what: Told) -> None:
             happened.put((address, work[address][path], what))
 
-        # Of a mirror that only has us wait another is asked for its files, before all is given up.
+        # If a mirror only makes us wait, another is asked for its files before we give up.
         settings = self._mirrors.settings
         settings = dataclasses.replace(settings, limited_s=min(settings.limited_s, stall_s))
         alive = started = self._clock()
@@ -291,7 +292,7 @@ class _Bringing:
             running.result()
 
     def _whole(self, file: _File) -> Iterator[FetchEvent]:
-        """Read a file back that has come to its end."""
+        """Read back a complete file."""
         entry = file.entry
         if self._prove(entry, file.part):
             self.fetched += 1
@@ -308,7 +309,7 @@ class _Bringing:
         file.restart()
 
     def _prove(self, entry: ManifestFile, path: Path) -> bool:
-        """Whether a file is the manifest's; if so it has its name, and the record says so."""
+        """Whether a file is the manifest's; if so, give it its name and record it."""
         try:
             if entry.size == 0 and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The steps of a model compiled for devices that need not be here, and what the compiler says.
+"""A model's steps compiled for devices that need not be present, and what the compiler reports.
 
-Nothing is run and no weight is read: arrays are described by shape, dtype and sharding alone.
+Nothing is run and no weight is read: arrays are described only by shape, dtype and sharding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Load:
 
     @property
     def fresh(self) -> bool:
-        """Whether it is the first step of a prompt, as all with several tokens are here."""
+        """Whether it is the first step of a prompt; here, every step of several tokens is."""
         return self.tokens > 1
 
 
@@ -46,7 +46,7 @@ class Load:
 class Program:
     """One compiled part of a step: `embed`, `layer` or `logits`; bytes on each device.
 
-    arguments: what it is given. temporaries: what it holds beside arguments and results. text: HLO.
+    arguments: its inputs. temporaries: what it holds besides arguments and results. text: HLO.
     """
 
     name: str
@@ -83,7 +83,7 @@ def compiled(
     Args:
         config: the model.
         mesh: the devices, which may be those of `loader.devices.absent`.
-        load: of the step.
+        load: the step.
         dtype: of cache and products; bfloat16 if None.
     """
     dtype = jnp.dtype(jnp.bfloat16) if dtype is None else dtype
@@ -122,10 +122,10 @@ def compiled(
 class Counts:
     """What the compiler makes of one part of a step; bytes on one device.
 
-    arguments and temporaries: as of `Program`. read: from main memory, each operand of each
-    operation counted once. needed: the bytes that must be read, None where that depends on the
-    tokens. loops: those of unknown length. exchanges, exchanged: how often devices exchange
-    something, and bytes of the results.
+    arguments and temporaries: as in `Program`. read: from main memory, each operand of each
+    operation counted once. needed: the bytes that must be read, None if that depends on the tokens.
+    loops: loops of unknown length. exchanges, exchanged: how often devices exchange something, and
+    bytes of the results.
     """
 
     arguments: int
@@ -140,18 +140,18 @@ class Counts:
 def counts(
     config: GrokConfig, kind: Accelerator, shape: MeshShape, load: Load
 ) -> dict[str, Counts]:
-    """A step compiled for devices that need not be here: its `layer`, and the `logits`.
+    """A step compiled for devices that need not be present: its `layer`, and the `logits`.
 
     `loader.devices.absent.prepare` must have been called before jax was first used.
 
     Raises:
-        OutOfReach: the compiler is not installed, or knows no slice of so many devices.
+        OutOfReach: the compiler is not installed, or does not support a slice of so many devices.
     """
     devices = list(absent(kind, shape.devices))[: shape.devices]
     mesh = make_mesh(config, shape, devices)
     least = reads(Use(config, shape, load.places), load.rows)
     needed = {"layer": None if load.fresh else least.layer, "logits": least.logits}
-    # A loop of unknown length is taken to run once for each expert that may have to be read.
+    # A loop of unknown length is assumed to run once for each expert that may have to be read.
     held = config.num_experts // shape.expert
     trips = min(load.rows * load.tokens * config.num_selected_experts, held)
     made = {}

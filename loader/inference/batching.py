@@ -1,8 +1,8 @@
 """Many texts at once: each joins the shared decoding step once its prompt is read.
 
 `Batch.step` does one bounded piece of work: at most one chunk of one prompt, then one token for
-every text that is being continued. So a long prompt does not hold the others up, and whoever calls
-may take in or drop texts between any two steps.
+every text that is being continued. So a long prompt does not delay the others, and the caller may
+add or drop texts between any two steps.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ SCORED_AT_ONCE = 64
 class Job:
     """A prompt to continue.
 
-    prompt: token ids. max_tokens: at most so many are generated. logprobs: None, or how many of the
-    most probable tokens, `loader.inference.sampling.MOST_RANKED` at most, are returned beside each
-    token. echo: the prompt's own tokens are returned too. penalties: how logits are changed before
-    a token is chosen; log-probabilities are those of the model all the same. min_tokens: so many
-    come before the end of the sequence may. ignore_eos: it ends nothing.
+    prompt: token ids. max_tokens: the most tokens to generate. logprobs: None, or how many of the
+    most probable tokens, `loader.inference.sampling.MOST_RANKED` at most, are returned with each
+    token. echo: whether the prompt's own tokens are returned too. penalties: how logits are changed
+    before a token is chosen; log-probabilities are still those of the model. min_tokens: how many
+    tokens must come before an end of sequence. ignore_eos: whether an end of sequence does not end
+    the text.
     """
 
     prompt: Sequence[int]
@@ -56,10 +57,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scored:
-    """A token and what the model thought of it, before any temperature.
+    """A token and its probability in the model, before any temperature.
 
-    logprob: natural logarithm of its probability; None for a prompt's first token, and where it was
-    not asked for. best: the most probable tokens with theirs, best first.
+    logprob: natural logarithm of its probability; None for a prompt's first token, and if not asked
+    for. best: the most probable tokens with their logprobs, best first.
     """
 
     token: int
@@ -69,11 +70,11 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Emission:
-    """What became known of one text.
+    """News of one text.
 
-    prompt: all its tokens, once, where they were asked for. token: the next one. finished: this is
-    the last of it; "stop" after the end-of-sequence id, which is then `token`, "length" at
-    `max_tokens` or where the context is full.
+    prompt: all its tokens, once, if asked for. token: the next one. finished: set in the last
+    emission: "stop" after the end-of-sequence id, which is then `token`, "length" at `max_tokens`
+    or when the context is full.
     """
 
     number: int
@@ -99,12 +100,12 @@ class Batch:
 
     Args:
         engine: the model.
-        slots: texts at work at once, rounded up to a power of two on each copy of the weights;
+        slots: texts processed at once, rounded up to a power of two on each copy of the weights;
             others wait for their turn.
-        chunk: most tokens of a prompt that are read in one step, a power of two.
+        chunk: the most tokens of a prompt to read in one step, a power of two.
 
     Attributes:
-        slots: texts at work at once.
+        slots: texts processed at once.
         prefix_cache: the engine's.
     """
 
@@ -128,7 +129,7 @@ class Batch:
 
     @property
     def waiting(self) -> int:
-        """Texts for which no slot is free yet."""
+        """Texts that wait for a free slot."""
         return len(self._waiting)
 
     @property
@@ -138,11 +139,11 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Rows of the shared decoding step, taken or free: few of their numbers are compiled."""
+        """Rows of the shared decoding step, taken or free; it takes few values, each compiled."""
         return len(self._rows.lengths)
 
     def add(self, number: int, job: Job) -> None:
-        """Take in a text under a number that no other text has now.
+        """Add a text under a number that no other text has now.
 
         Raises:
             PromptInvalid: the prompt is empty, has unknown ids, or leaves no room for `max_tokens`.
@@ -172,18 +173,18 @@ class Batch:
         self._rows.reset()
 
     def warm_up(self, seconds: float) -> int:
-        """Compile what short texts need, by continuing some that nobody asked for.
+        """Compile what short texts need, by continuing some dummy texts.
 
-        One text alone, then two, four and so on up to the slots; no more of them once that has
-        taken `seconds`. Nothing else may be at work.
+        One text alone, then two, four and so on up to the slots; stops once that has taken
+        `seconds`. No other text may be in the batch.
 
         Returns:
-            How many texts at once find their steps compiled.
+            For how many texts at once the steps are compiled.
         """
         start, count = time.monotonic(), 1
         while True:
             for number in range(count):
-                # The first still goes on when the last has been read.
+                # The first must still be running when the last has been read.
                 self.add(number, Job([self._engine.config.bos_token], count + 1))
             while self.busy:
                 self.step()
@@ -206,7 +207,7 @@ class Batch:
         return emissions
 
     def _read_on(self) -> list[Emission]:
-        """A piece of the prompt whose turn it is."""
+        """Read a chunk of the prompt whose turn it is."""
         if not self._reading:
             return []
         number = next(iter(self._reading))
@@ -220,7 +221,7 @@ class Batch:
         return []
 
     def _read(self, text: _Text) -> Generator[None, None, list[Emission]]:
-        """Read a prompt piece by piece, and have it continued; what is known of it by then."""
+        """Read a prompt chunk by chunk, then let it join decoding; return its first emissions."""
         job, last = text.job, None
         scores = job.echo and job.logprobs is not None
         scored = [Scored(token) for token in job.prompt[: 1 if scores else None]]
@@ -244,12 +245,12 @@ class Batch:
         return [*emissions, first]
 
     def _score(self, job: Job, part: Part, known: int) -> Iterator[list[Scored]]:
-        """What a chunk says of the prompt's tokens from number `known` on, some at a time."""
+        """Scores from a chunk for the prompt's tokens from index `known` on, some at a time."""
         assert job.logprobs is not None
         size = math.gcd(part.x.shape[1], SCORED_AT_ONCE)
         until = min(part.state.longest + 1, len(job.prompt))
         for at in range(0, until - known, size):
-            # The stream at a token tells the one after it, and the chunk begins one before `known`.
+            # The stream at a token predicts the next one, and the chunk begins one before `known`.
             tokens = job.prompt[known + at : min(known + at + size, until)]
             x = self._cut(part.x, at, slice_size=size, axis=1)
             filled = np.pad(np.array(tokens, np.int32), (0, size - len(tokens)))
@@ -273,7 +274,7 @@ class Batch:
         return emissions
 
     def _choose(self, logits: Array, texts: Sequence[_Text | None]) -> list[Emission]:
-        """The next token of each text from logits `[len(texts), V]`; None is nobody's row."""
+        """The next token of each text from logits `[len(texts), V]`; None is an unused row."""
         jobs = [None if text is None else text.job for text in texts]
         choice = Choice.of(
             [_NOTHING if job is None else job.sampling for job in jobs],
@@ -300,7 +301,7 @@ class Batch:
         return emissions
 
     def _changes(self, text: _Text) -> dict[int, tuple[float, float]]:
-        """Whose logits change for a text's next token, and how."""
+        """The tokens whose logits change for a text's next token, and how."""
         early = text.made < text.job.min_tokens
         return text.repeated.changes(self._engine.config.eos_token if early else None)
 

@@ -43,18 +43,18 @@ class Engine:
         params: from `loader.devices.placement.load` or `share`, on `mesh`.
         mesh: from `loader.devices.placement.make_mesh`.
         dtype: of the products; sums and activations are float32 either way.
-        paging: told what mapped weights will be touched; None leaves it to the system.
-        prefix_cache: bytes of all devices for the beginnings of prompts; 0 keeps none, and reads
-            prompts in larger steps.
-        cache: dtype of the cache; None for that of the products.
+        paging: told which mapped weights will be used; None leaves paging to the system.
+        prefix_cache: bytes on all devices together for the beginnings of prompts; 0 keeps none, and
+            reads prompts in larger steps.
+        cache: dtype of the cache; None for the dtype of the products.
 
     Attributes:
         dtype: of the cache.
         prefix_cache: the beginnings of prompts that were read one by one.
-        open_tokenizer: finds what turns texts into token ids, when the first text comes.
+        open_tokenizer: finds the tokenizer when the first text comes.
         heads: how the devices share a cache `[B, S, K, d]`.
         by_rows: how they share an array `[B, ...]` of a step.
-        everywhere: how an array lies that all of them hold.
+        everywhere: the sharding of an array that all of them hold.
         turn: held by a thread while its programs run, where several CPU devices share threads.
     """
 
@@ -80,7 +80,7 @@ class Engine:
         self.everywhere = self._steps.everywhere
         self.turn = self._steps.turn
         self.prefix_cache = PrefixCache(prefix_cache, self.heads, self.by_rows)
-        # On every device at once: a step must not fetch them from the first for each layer.
+        # On every device: otherwise each layer would fetch them from the first device.
         self._window = jax.jit(window_after, static_argnames="fresh", out_shardings=self.by_rows)
         self._draw = jax.jit(draw, out_shardings=self.everywhere)
         self._pick = jax.jit(last_of, out_shardings=self.by_rows)
@@ -90,14 +90,14 @@ class Engine:
         """What turns texts into token ids.
 
         Raises:
-            TokenizerMissing: there is none, or another one than the manifest names.
+            TokenizerMissing: there is none, or it is not the one that the manifest names.
         """
         return self.open_tokenizer()
 
     def hold(self, params: Params, paging: Paging | None = None) -> None:
-        """Go on with other weights of the same shapes on the same mesh, more layers perhaps.
+        """Switch to other weights of the same shapes on the same mesh, perhaps with more layers.
 
-        Nothing is compiled anew; a state from before is of no use any more.
+        Nothing is compiled again; earlier states become useless.
         """
         self.params, self._paging = params, paging
         self._steps.hold(params, paging)
@@ -105,23 +105,23 @@ class Engine:
 
     @as_written
     def warm_up(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
-        """Compile what continuing such a prompt takes, before anybody waits for it.
+        """Compile what continuing such a prompt needs, before anybody waits for it.
 
-        The first layer is run alone: all layers run the same programs. Where weights are mapped,
-        an expert that is given a number of tokens not met in it is still compiled later.
+        Only the first layer is run: all layers run the same programs. With mapped weights, an
+        expert that later gets a number of tokens not seen in it is compiled then.
 
         Raises:
             PromptInvalid: as `prefill`.
         """
         params, paging, choices = self.params, self._paging, self._steps.choices
         if choices is not None:
-            # The programs are those of a step that counts; what they count here is nobody's text.
+            # The programs of a counting step are needed; the counts of this dummy text are not.
             self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
         self.hold(dataclasses.replace(params, layers=params.layers[:1]), paging)
         try:
             logits, state = self.prefill([prompt])
             token = self.sample(logits, sampling or Sampling(), 0)
-            # To take it from its row is a program, too.
+            # Taking it from its row is a program, too.
             token[0].block_until_ready()
             if state.longest < self.config.sequence_len:
                 self.decode(state, token)[0].block_until_ready()
@@ -131,12 +131,12 @@ class Engine:
 
     @as_written
     def prefill(self, prompts: Sequence[Ids]) -> tuple[Array, State]:
-        """Read prompts, which may differ in length, as the rows of one batch.
+        """Prefill: read prompts, which may differ in length, as the rows of one batch.
 
         Pad ids inside a prompt are never attended to, then or later.
 
         Returns:
-            float32 logits `[B, V]` after each prompt's last token, and the state to go on from.
+            float32 logits `[B, V]` after each prompt's last token, and the state to continue from.
 
         Raises:
             PromptInvalid: if there is no prompt, or one is empty, too long, or has unknown ids.
@@ -152,10 +152,10 @@ class Engine:
 
     @as_written
     def full_logits(self, prompts: Sequence[Ids]) -> Array:
-        """Logits after every token, float32 `[B, T, V]`, from nothing but the tokens.
+        """Logits after every token, float32 `[B, T, V]`, without a state.
 
-        T is the longest prompt padded to the size of a step; what stands beyond a prompt's length
-        is meaningless.
+        T is the longest prompt padded to the size of a step; values beyond a prompt's length are
+        meaningless.
 
         Raises:
             PromptInvalid: as `prefill`.
@@ -171,14 +171,14 @@ class Engine:
     ) -> tuple[Array, State]:
         """Append one token to every row.
 
-        A generated token is attended to whatever its id. The reference masks the whole step when it
-        generates the pad id.
+        A generated token is attended to whatever its id. (The reference masks the whole step when
+        it generates the pad id.)
 
         Args:
             state: used up by the call; its buffers become the new state's.
-            tokens: int32 `[b]`, of all rows or the first b, the others being no prompt's.
-            live: bool `[b]`; the other rows stay as they are, cost no expert, and have logits that
-                mean nothing. None for all.
+            tokens: int32 `[b]`, of all rows, or of the first b if the others belong to no prompt.
+            live: bool `[b]`; the other rows stay unchanged, use no expert, and have meaningless
+                logits. None for all.
 
         Returns:
             float32 logits `[b, V]`, and the new state.
@@ -215,9 +215,9 @@ class Engine:
     def generate(
         self, prompt: str | Ids, max_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[str] | Iterator[int]:
-        """What follows a prompt: of a text the text, piece by piece, of token ids the next ids.
+        """The continuation of a prompt: pieces of text for a text, token ids for token ids.
 
-        Ends before the end-of-sequence id, after `max_tokens`, or where the context is full.
+        Ends before the end-of-sequence id, after `max_tokens`, or when the context is full.
 
         Raises:
             PromptInvalid: as `prefill`, or if the prompt leaves no room for a token.
@@ -235,10 +235,10 @@ class Engine:
         return self._stream(ids, min(max_tokens, room), sampling or Sampling())
 
     def count_experts(self) -> Choices:
-        """Count from now on how often each layer chooses each expert, for tokens that are read.
+        """Count from now on how often each layer chooses each expert for a token.
 
-        Where weights are mapped the host knows that anyway. Otherwise the devices send it to the
-        host, which takes time in every step.
+        With mapped weights the host knows the choices anyway. Otherwise the devices send them to
+        the host, which takes time in every step.
         """
         self._steps.choices = Choices(self.config.num_layers, self.config.num_experts)
         return self._steps.choices
@@ -250,14 +250,15 @@ class Engine:
         Args:
             logits: of the model.
             sampling: how to choose.
-            step: how many tokens were chosen before; with the seed it fixes the random numbers.
+            step: how many tokens were chosen before; this and the seed determine the random
+                numbers.
         """
         rows = logits.shape[0]
         return self.draw(logits, Choice.of([sampling] * rows, [step] * rows))
 
     @as_written
     def draw(self, logits: Array, choice: Choice) -> Array:
-        """The next token of each row by settings of its own, int32 `[B]`, on every device."""
+        """The next token of each row by its own settings, int32 `[B]`, on every device."""
         with self.turn:
             return self._steps.alone(self._draw(logits, choice))
 
@@ -278,8 +279,8 @@ class Engine:
         """Chunks of the prompts, one step each; the state of one is used up by the next.
 
         Args:
-            prompts: as `check_prompts` wants them.
-            most: tokens of a prompt in a step at most, a power of two; None for what is usual.
+            prompts: as `check_prompts` requires.
+            most: the most tokens of a prompt in a step, a power of two; None for the default.
         """
         cached = self.prefix_cache.most > 0
         most = most or (SHARED_STEP if cached else LONGEST_STEP)
@@ -288,7 +289,7 @@ class Engine:
         places = 0 if self._steps.alike_at_any_size else shape[1]
         known = keys(prompts[0], most, places) if cached and len(prompts) == 1 else []
         for number, chunk in enumerate(chunks(self.config, prompts, shape[0], most), start=1):
-            # Pad ids in a prompt are not keys; padding tokens are not either, by their count.
+            # Pad ids in a prompt are not keys; nor are padding tokens, which `counts` excludes.
             shown = chunk.tokens != self.config.pad_token
             path = known[:number] if number <= len(known) else ()
             x, state = self._advance(state, chunk.tokens, chunk.counts, shown, path=path)
@@ -312,11 +313,11 @@ class Engine:
             return self._steps.logits(x)
 
     def places(self, tokens: int) -> int:
-        """Places of a cache in which so many tokens of a row have room."""
+        """Places of a cache that has room for so many tokens of a row."""
         return cache_length(self.config, tokens)
 
     def rows(self, count: int) -> int:
-        """Rows of a batch in which so many texts have room: alike on each copy of the weights."""
+        """Rows of a batch with room for so many texts: equally many on each copy of the weights."""
         copies: int = self.mesh.shape["data"]
         return count + -count % copies
 
@@ -326,7 +327,7 @@ class Engine:
     ) -> tuple[Array, State]:
         """One step of `[B, T]` tokens, `counts` of them real.
 
-        Where a `path` of keys is given the step is not computed if its result is known.
+        If a `path` of keys is given, a step whose result is known is not computed.
         """
         window, lengths = self._window(
             state.visible, state.lengths, counts, shown, fresh=state.longest == 0

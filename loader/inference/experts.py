@@ -1,7 +1,7 @@
 """Routing and experts: few tokens read each expert once, many are sorted into blocks.
 
 Like `loader.inference.model`, all of this runs on each device of a mesh, over its own experts and
-its part of each. Letters in shapes: N tokens of a step, D width, E experts.
+its slice of each. Letters in shapes: N tokens of a step, D width, E experts.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ __all__ = [
 ]
 
 LARGEST_BLOCK = 128
-"""Most tokens that one pass over an expert's weights serves; bounds the padding of small groups."""
+"""The most tokens in one pass over an expert's weights; limits the padding of small groups."""
 
 FEW_HELD = 2
-"""Experts of a device whose stack is multiplied at once, where one after another would do."""
+"""At most so many experts of a device are multiplied at once instead of one after another."""
 
 MANY_GROUPS = 4
-"""Groups of a down projection from which a copy of the whole expert is too large for a GPU."""
+"""From so many groups of a down projection on, a copied expert is too large for a GPU."""
 
 TOGETHER = 3 << 20
-"""Bytes that hidden layers and outputs take from which a GPU serves fewer experts at once."""
+"""From so many bytes of hidden layers and outputs on, a GPU computes fewer experts at once."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Routed:
-    """What the experts of a layer are to do, for the N = B * T tokens of a step.
+    """The work of a layer's experts for the N = B * T tokens of a step.
 
-    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32
-    `[N, chosen]`, what each chosen expert's output is weighted with.
+    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32 `[N,
+    chosen]`, the weight of each chosen expert's output.
     """
 
     x: Array
@@ -69,7 +69,7 @@ class Routed:
 
 
 def sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
-    """What the devices along some axes of the mesh have in part, summed on each of them."""
+    """The sum, on every device, of the devices' partial results along some axes of the mesh."""
     total: Array = lax.psum(partial, axes)  # type: ignore[no-untyped-call]
     return total
 
@@ -77,8 +77,8 @@ def sum_over(partial: Array, axes: str | tuple[str, ...]) -> Array:
 def route(x: Array, router: Array, chosen: int) -> tuple[Array, Array]:
     """The experts of each token and the weight of their outputs.
 
-    The weights are the probabilities of a softmax over all experts, used as they are: they are not
-    made to sum to one over the chosen experts.
+    The weights are the probabilities of a softmax over all experts; they are not normalised to sum
+    to one over the chosen experts.
 
     Args:
         x: float32 `[N, D]`.
@@ -116,14 +116,14 @@ def feed_forward(x: Array, matrices: Matrices, dtype: jnp.dtype, *, halves: bool
 
 
 def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: jnp.dtype) -> Array:
-    """What one expert gives the tokens that chose it, weighted.
+    """The weighted output of one expert for the tokens that chose it.
 
     Args:
         weights: the layer, with all experts on every device and part of each.
         number: int32 scalar, the expert.
         routed: all tokens of the step.
-        pairs: int32 `[n]`, indices of `routed.choices` taken flat; those beyond its end count for
-            nothing.
+        pairs: int32 `[n]`, indices into the flattened `routed.choices`; those beyond its end are
+            ignored.
         dtype: of the products.
 
     Returns:
@@ -131,7 +131,7 @@ def expert(weights: Layer, number: Array, routed: Routed, pairs: Array, dtype: j
     """
     rows = pairs // routed.choices.shape[1]
     output = feed_forward(
-        # Zeros beyond the pairs' end: the C program leaves tokens of zeros out.
+        # Zeros beyond the pairs' end: the C program skips tokens of zeros.
         routed.x.at[rows].get(mode="fill", fill_value=0),
         _selected(weights, number),
         dtype,
@@ -146,12 +146,13 @@ def experts(
 ) -> Array:
     """Each token's chosen experts, weighted and summed.
 
-    An accelerator reads few tokens' experts for longer than it multiplies: each is read once, by a
-    loop whose length is known when it is compiled. Otherwise pairs of token and choice are sorted
-    by expert and cut into blocks, and no weights of an expert that nobody chose are read.
+    For a few tokens an accelerator spends more time reading experts than multiplying: each is read
+    once, in a loop whose length is known at compile time. Otherwise pairs of token and choice are
+    sorted by expert and cut into blocks, and the weights of experts that no token chose are not
+    read.
 
     Args:
-        weights: the layer; this device holds some of the experts, and part of each.
+        weights: the layer; this device holds some of the experts, and a slice of each.
         routed: the tokens and their choices.
         real: bool `[B, T]`; padding tokens get no expert.
         config: the hyperparameters.
@@ -184,7 +185,7 @@ def _selected(weights: Layer, number: Array) -> Matrices:
 
 
 def _by_pairs(weights: Layer, routed: Routed, dtype: jnp.dtype) -> Array:
-    """One trip for each pair of token and choice; those of other devices count for nothing."""
+    """One trip for each pair of token and choice; those of other devices are ignored."""
     numbers, gates = routed.choices.reshape(-1), routed.gates.reshape(-1)
     chosen = routed.choices.shape[1]
 
@@ -199,7 +200,7 @@ def _by_pairs(weights: Layer, routed: Routed, dtype: jnp.dtype) -> Array:
 
 
 def _gates(routed: Routed, held: int) -> Array:
-    """What each token weights each expert of this device with, `[N, held]`: zero if not chosen."""
+    """The weight of each expert of this device for each token, `[N, held]`: zero if not chosen."""
     taken = routed.choices[..., None] == jnp.arange(held)
     return jnp.sum(jnp.where(taken, routed.gates[..., None], 0.0), axis=1)
 
@@ -207,8 +208,8 @@ def _gates(routed: Routed, held: int) -> Array:
 def _one_by_one(x: Array, weights: Layer, gates: Array, dtype: jnp.dtype) -> Array:
     """Every expert that this device holds over all tokens, one after another.
 
-    One group of scales after the other: a TPU's compiler would have the hidden layer and the
-    products of all groups in memory together.
+    One group of scales after another: otherwise a TPU's compiler would hold the hidden layer and
+    the products of all groups in memory together.
     """
     down = weights.down
     assert isinstance(down, Quantized)
@@ -252,11 +253,11 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
             parts *= 2
         if parts * groups == 1 or parts * groups > len(EXACT) or held % parts:
             return together(x, weights, gates)
-        # A GPU takes few tokens' numbers apart within the product, of whatever type they are.
+        # For few tokens a GPU splits the numbers within the product, whatever their type.
         some = pieces(weights, parts, jnp.dtype(jnp.float32))
         return by_pieces(x, gates, some, all_outputs)
 
-    # In a loop a TPU would fetch a stack of few experts whole, again for each of them.
+    # In a loop a TPU would fetch a whole stack of few experts again for each of them.
     elsewhere = together if held <= FEW_HELD else one
     on_gpus = one if routed.x.shape[0] == 1 else in_pieces
     return by_platform(on_gpus, elsewhere, routed.x, weights, _gates(routed, held))
@@ -265,7 +266,7 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
 def _alone(x: Array, matrices: Matrices, dtype: jnp.dtype) -> Array:
     """`feed_forward` of a piece of one expert, for a prompt on GPUs: `[1, N, D]`."""
     gate, up, down = jax.tree.map(lambda part: part[0], matrices)
-    # Of the same tokens a GPU would multiply both at once, and write both matrices for that.
+    # With the same tokens a GPU would merge both products, and write out both matrices for that.
     again = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     hidden = jax.nn.gelu(product(x, gate, dtype, halves=False), approximate=True)
     hidden = hidden * product(again, up, dtype, halves=False)
@@ -275,17 +276,17 @@ def _alone(x: Array, matrices: Matrices, dtype: jnp.dtype) -> Array:
 def _by_blocks(
     weights: Layer, routed: Routed, held: int, config: GrokConfig, dtype: jnp.dtype
 ) -> Array:
-    """Blocks of pairs of one expert each; how many there are is known only at run time.
+    """Blocks of pairs, each for one expert; their number is known only at run time.
 
     A GPU's host would wait for every trip of a loop of unknown length, and each block copies its
-    expert out of the stack. There the blocks are larger, and as many as there may be; where a
-    device holds only some of the experts those would be several times what is needed, and each of
-    its experts takes all tokens instead.
+    expert out of the stack. So on GPUs the blocks are larger, and the loop runs for the greatest
+    possible number; if a device holds only some of the experts, that would be several times the
+    number needed, so each of its experts takes all tokens instead.
     """
     size = block_size(routed.choices.size, config.num_experts)
 
     def whole(x: Array, weights: Layer, number: Array) -> Array:
-        # Here arithmetic takes the time, most of a prompt's: docs/explanation/precision.md.
+        # This arithmetic takes most of a prompt's time: docs/explanation/precision.md.
         return feed_forward(x, _selected(weights, number), dtype, halves=False)
 
     def by_groups(x: Array, weights: Layer, number: Array) -> Array:
@@ -307,7 +308,7 @@ def _by_blocks(
 
         def block(index: Array, total: Array) -> Array:
             expert, pairs, live = _block(blocks, index, size)
-            # Places beyond the group's end point outside: they read some row and add to none.
+            # Entries beyond the group's end point outside: they read some row and add to none.
             rows = jnp.where(live, pairs // routed.choices.shape[1], routed.x.shape[0])
             x = routed.x.at[rows].get(mode="fill", fill_value=0)
             output = forward(x, weights, expert)
@@ -320,7 +321,7 @@ def _by_blocks(
 
     def on_gpus(weights: Layer, routed: Routed) -> Array:
         if held < config.num_experts:
-            # Rounded once, and not for each piece.
+            # Rounded once, not for each piece.
             x, gates = routed.x.astype(dtype), _gates(routed, held)
             forward = functools.partial(_alone, dtype=dtype)
             return by_pieces(x, gates, pieces(weights, held, dtype), forward)
@@ -342,7 +343,7 @@ def block_size(pairs: int, num_experts: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """Pairs sorted by expert, and where each expert's pairs start, how many, and its last block."""
+    """Pairs sorted by expert; for each expert, where its pairs start, how many, its last block."""
 
     order: Array
     starts: Array
@@ -354,7 +355,7 @@ class Plan:
 def plan(choices: Array, held: int, size: int) -> Plan:
     """Divide choices of `held` experts, int32 `[pairs]`, into blocks of at most `size` pairs.
 
-    A choice of `held` or more is nobody's.
+    A choice of `held` or more belongs to no expert here.
     """
     counts = jnp.sum(choices[:, None] == jnp.arange(held), axis=0)
     blocks = -(-counts // size)
@@ -368,7 +369,7 @@ def plan(choices: Array, held: int, size: int) -> Plan:
 
 
 def _block(plan: Plan, index: Array, size: int) -> tuple[Array, Array, Array]:
-    """A block's expert (scalar), its pairs `[size]`, and which of those are the expert's at all."""
+    """A block's expert (scalar), its pairs `[size]`, and which of those are really the expert's."""
     # Blocks beyond the last have no live pair.
     expert = jnp.minimum(jnp.sum(plan.ends <= index), plan.ends.size - 1)
     first = index - (plan.ends - plan.blocks)[expert]

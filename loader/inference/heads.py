@@ -1,4 +1,4 @@
-"""Queries with the keys of their heads, and what follows from it with the values.
+"""Products of queries with keys, and of the resulting weights with values.
 
 Letters in shapes: B rows, t tokens, S places in the cache, K key/value heads, g queries of a head,
 d head size.
@@ -18,18 +18,18 @@ __all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares", "wi
 
 CPUS = ("cpu",)
 """Platforms whose compiler is slow at products of few queries with many keys of several heads, and
-writes the whole cache out in float32 for them."""
+writes out the whole cache in float32 for them."""
 
 BLOCK = 64
-"""Places whose keys and values a CPU converts and multiplies at once, which its caches hold."""
+"""Places whose keys and values a CPU converts and multiplies at once; they fit its caches."""
 
 AT_ONCE = 1600 << 10
-"""Bytes of weights, of all rows and queries, that a GPU holds at once: twice, and a little more."""
+"""Bytes of weights of a block on a GPU, all rows and queries; it holds a bit over twice that."""
 
 LARGEST_HALF = 65_504.0
 
 SMALLEST = 1e-30
-"""Less than any sum of weights of which one is not masked, and no zero to divide by."""
+"""Less than any sum of weights with one unmasked; avoids a division by zero."""
 
 
 def scores(queries: Array, keys: Array) -> Array:
@@ -38,27 +38,27 @@ def scores(queries: Array, keys: Array) -> Array:
 
 
 def shares(scores: Array, allowed: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """What a softmax over places divides by its sums, and these sums.
+    """The numerators of a softmax over places, and the sums that divide them.
 
-    Scores are bounded, so that no largest one has to be found first: each is used where it is made,
-    and what is written of it is as wide as the cache. The sums are those of the rounded weights,
-    which costs less precision than to round the quotients.
+    Scores are bounded, so the largest one need not be found first: each is used where it is made,
+    and written only as a weight of the cache's width. The sums are those of the rounded weights,
+    which costs less precision than rounding the quotients.
 
     Args:
         scores: float32 `[..., S]`, from -30 to 30.
-        allowed: bool, broadcast to them; the weights of all others are zero.
+        allowed: bool, broadcast to the scores; the weights of all others are zero.
         dtype: of the weights.
 
     Returns:
         Weights `[..., S]`, and float32 sums `[...]`, above zero even where nothing is allowed.
     """
     if dtype == jnp.float16:
-        # Its numbers end at e^11.
+        # Float16 ends at e^11.
         most = jnp.max(jnp.where(allowed, scores, -jnp.inf), axis=-1, keepdims=True)
         scores = scores - most
     weights = jnp.where(allowed, jnp.exp(scores), 0.0)
     if dtype != jnp.float32:
-        # A conversion and back may be dropped by the compiler; this may not.
+        # The compiler may drop a conversion there and back, but not this.
         kind = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
         weights = lax.reduce_precision(weights, kind.nexp, kind.nmant)
     sums = jnp.maximum(jnp.sum(weights, axis=-1), SMALLEST)
@@ -79,17 +79,18 @@ def one_token(
 ) -> Array:
     """One token a row over the cache and over itself, for GPUs: float32 `[B, 1, K, g, d]`.
 
-    Scores are bounded, so that no largest one has to be found before the weights: these are all
-    that is written of the scores, block by block of places, and the sums are divided at the end.
-    A product takes a block in where it lies only if the program was given the cache as it is: the
-    token is to be written into it afterwards, and has a term of its own.
+    Scores are bounded, so the largest one need not be found before the weights: only weights are
+    written, one block of places after another, and the sums are divided at the end. A product reads
+    a block in place only if the cache is an unchanged argument of the program, so the token is
+    written into it afterwards, and has a term of its own.
 
     Args:
         queries: float32 `[B, 1, K, g, d]`.
         held: keys and values of earlier tokens, `[B, S, K, d]`, as the program was given them.
         step: keys and values of this token, float32 `[B, 1, K, d]`.
-        allowed: bool `[B, 1, S]`, earlier places that are attended to; `[B, 1]`, whether it is.
-        weight: what softmax divides by its sum, of float32 scores: at most 1, and above 1e-28.
+        allowed: bool `[B, 1, S]`, earlier places that are attended to; `[B, 1]`, whether this token
+            is.
+        weight: the softmax numerators of float32 scores: at most 1, and above 1e-28.
     """
     batch, _, heads, group, _ = queries.shape
     places = held[0].shape[1]
@@ -108,7 +109,7 @@ def one_token(
         mask = lax.slice_in_dim(allowed[0], start, stop, axis=2)
         more, weights = _some_places(rounded, (keys, values), mask, weight, parts)
         sums, total = sums + more, total + weights
-        # One block after another, so that their weights do not lie in memory together.
+        # One block after another, so that their weights are not in memory together.
         rounded, sums, total = lax.optimization_barrier(  # type: ignore[no-untyped-call]
             (rounded, sums, total)
         )
@@ -125,8 +126,9 @@ def _some_places(
     """Some places: sums of weighted values, `[B, K, g, d]`, and of weights, `[B, K, g, 1]`.
 
     All heads of a row are one product: for products of single heads a GPU's compiler copies the
-    cache to another order, and back. As one matrix a row it is read where it lies; products with
-    the heads of others are zero, or dropped. parts: into which the sum over places is divided.
+    cache to another order and back. As one matrix per row it is read in place; products of
+    different heads are zero, or dropped. parts: the number of parts into which the sum over places
+    is divided.
     """
     batch, _, heads, group, size = queries.shape
     keys, values = (array.reshape(batch, parts, -1, heads * size) for array in held)
@@ -134,9 +136,9 @@ def _some_places(
     spread = (queries[:, 0, :, :, None] * own).reshape(batch, 1, heads * group, heads * size)
     every = jnp.broadcast_to(spread, (batch, parts, *spread.shape[2:]))
     weights = weight(_product("bpqc,bpsc->bpqs", every, keys))
-    # Float16 has no numbers so small.
+    # Float16 cannot hold such small numbers.
     kept = weights.astype(jnp.float32 if values.dtype == jnp.float16 else values.dtype)
-    # Masked only here: with the mask the compiler would write the scores before it.
+    # Masked only here: with the mask above, the compiler would write out the scores before it.
     kept = lax.optimization_barrier(kept)  # type: ignore[no-untyped-call]
     kept = jnp.where(allowed.reshape(batch, parts, 1, -1), kept, 0)
     total = jnp.sum(kept.astype(jnp.float32), axis=(1, 3)).reshape(batch, heads, group, 1)
@@ -145,14 +147,14 @@ def _some_places(
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:
-    """Float32 numbers in another dtype; of those too large for float16 the largest that it has."""
+    """Float32 numbers in another dtype; those too large for float16 become its largest number."""
     if dtype == jnp.float16:
         array = jnp.clip(array, -LARGEST_HALF, LARGEST_HALF)
     return array.astype(dtype)
 
 
 def on_cpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
-    """One of two functions of the same result, chosen when the program is compiled."""
+    """One of two functions with the same result, chosen when the program is compiled."""
     result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(CPUS, there))
     return result
 
@@ -166,9 +168,9 @@ def in_blocks(
         queries: float32 `[B, t, K, g, d]`.
         keys: `[B, S, K, d]`; BLOCK divides S.
         values: likewise.
-        last: int32 `[]`; places behind the block in which it lies are not read.
-        weigh: what float32 scores `[B, K, g, t, BLOCK]` of the places from an int32 `[]` on become:
-            weights, no sum of which overflows.
+        last: int32 `[]`; places after its block are not read.
+        weigh: turns float32 scores `[B, K, g, t, BLOCK]` of the places from an int32 `[]` on into
+            weights whose sums do not overflow.
 
     Returns:
         float32 `[B, t, K, g, d]`, zeros where all weights are.
@@ -177,7 +179,8 @@ def in_blocks(
     flat = jnp.moveaxis(queries, 1, 3).reshape(batch, heads, group * steps, size)
 
     def add(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        # What is the same in every round would be converted before the first, as a whole.
+        # Without this tie, loop-invariant arrays would be converted as a whole before the first
+        # round.
         tied = lax.optimization_barrier(((keys, values), number))  # type: ignore[no-untyped-call]
         held, number = tied
         start = number * BLOCK
@@ -198,7 +201,7 @@ def in_blocks(
 def _block(array: Array, start: Array) -> Array:
     """BLOCK places of `[B, S, K, d]` as float32 `[B, K, BLOCK, d]`."""
     if array.dtype == jnp.bfloat16:
-        # XLA's CPU compiler takes bfloat16 for float32 where it cuts, and converts all of it first.
+        # XLA's CPU compiler slices bfloat16 as float32, and converts all of it first.
         array = lax.bitcast_convert_type(array, jnp.uint16)
     block = lax.dynamic_slice_in_dim(array, start, BLOCK, axis=1)
     if array.dtype == jnp.uint16:

@@ -1,6 +1,6 @@
-"""One way to a model that is ready: devices, placement, tuning, memory and read-ahead, in order.
+"""The steps to a ready model, in order: devices, placement, tuning, memory and read-ahead.
 
-`load_model` is the whole way; the commands go it in two steps, because they must know the devices
+`load_model` does all of it; the commands do it in two parts, because they must know the devices
 before they know which bytes to fetch.
 """
 
@@ -35,7 +35,7 @@ from loader.weights.tensor import Index
 __all__ = ["Report", "load_as_it_comes", "load_model", "load_onto"]
 
 Report = Callable[[LoadEvent], object]
-"""Is called with what happens while a model is loaded."""
+"""Called with what happens while a model is loaded."""
 
 
 def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
@@ -53,30 +53,30 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
 ) -> Engine:
     """The model of a checkpoint on this machine's devices, ready to generate.
 
-    What the devices are, how they have the weights, which products suit the processor and what is
-    read ahead is decided here, as the command `run` does. Call it in the main thread.
+    It chooses the devices, how they hold the weights, which products suit the processor and what is
+    read ahead, as the command `run` does. Call it in the main thread.
 
     Args:
         checkpoint: the tensors in their files; it must stay open while the model is in use.
         placement: "mapped" leaves the weights in their files, for CPUs; "sharded" copies them to
             the devices; None for what suits the devices.
-        mesh: how many devices stand along each axis; None for all devices.
+        mesh: how many devices are along each axis; None for all devices.
         memory: bytes that mapped weights, cache and work may take together; None for what is free.
         dtype: of the products; weights stay int8.
-        cache: dtype of the KV cache; None for that of the products.
-        tokens: the longest context that will be generated, for which there must be memory.
+        cache: dtype of the KV cache; None for the dtype of the products.
+        tokens: the longest context that will be generated; there must be memory for it.
         prefix_cache: bytes for the beginnings of prompts, at most half of what the model leaves
-            free: a prompt that begins as an earlier one is read from where they differ, in steps of
-            `SHARED_STEP` tokens. 0 keeps none.
+            free: a prompt that begins like an earlier one is read from where they differ, in steps
+            of `SHARED_STEP` tokens. 0 keeps none.
         tokenizer: a SentencePiece model for prompts that are texts; None for the one beside the
             weights, which is looked for when the first text comes.
-        report: is called with `Progress` while weights are copied, with `Notice` of what is worth
+        report: called with `Progress` while weights are copied, with `Notice` of what is worth
             knowing, and at the end with `Loaded`.
 
     Raises:
         MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: weights, cache and work take more memory than there is, or mapped weights are
-            to be used by devices that are not CPUs.
+        OutOfReach: weights, cache and work need more memory than there is, or mapped weights were
+            asked for on devices that are not CPUs.
         StorageFailed: a file cannot be mapped or read.
         TokenizerMissing: there is none at `tokenizer`.
     """
@@ -93,7 +93,7 @@ def load_model(  # noqa: PLR0913 - each is a choice of its own, by name
 def load_onto(
     arrangement: Arrangement, checkpoint: Checkpoint, report: Report | None = None
 ) -> Engine:
-    """The same onto devices that are set up already."""
+    """The same, onto devices that are already set up."""
     params, paging = _place(arrangement, checkpoint, report or _silent)
     engine = _engine(arrangement, checkpoint.config, params, paging)
     if checkpoint.store is not None:
@@ -111,18 +111,18 @@ def load_as_it_comes(
 ) -> Engine:
     """The weights as their bytes arrive, and the model compiled before the last of them.
 
-    What lies outside the layers and the first layer come first. With them a model of one layer is
-    compiled, and compiled code serves every layer. Weights that are copied lie on the devices twice
-    until the rest is there. Of a checkpoint that is read by parts mapped weights are waited for
-    when a token needs them, and no sooner: what every token needs is asked for in the order of the
-    layers, experts when they have been chosen.
+    The weights outside the layers and the first layer come first. With them a model of one layer is
+    compiled, and the compiled code serves every layer. Copied weights are on the devices twice
+    until the rest is there. If the checkpoint is read in parts, mapped weights are waited for only
+    when a token needs them: what every token needs is asked for in the order of the layers, experts
+    once they have been chosen.
 
     Args:
         arrangement: the devices.
         checkpoint: from `expect_checkpoint`, of a folder that waits for bytes that are required.
-        prompt: what will be asked, for the size of the steps.
+        prompt: what will be asked; it determines the size of the steps.
         sampling: how tokens will be chosen.
-        report: as of `load_model`.
+        report: as for `load_model`.
     """
     report = report or _silent
     config, mesh = checkpoint.config, arrangement.mesh
@@ -164,7 +164,7 @@ def _engine(
 def _announce(checkpoint: Checkpoint) -> None:
     """Ask for what every token needs, in the order in which the first one does.
 
-    Of mixtures of experts that is the frames, of the embedding its rows first.
+    For mixtures of experts that is the frames; for the embedding, its rows first.
     """
     specs = by_layer(checkpoint.config)
     tables = [spec.name for spec in specs if spec.axes[0] == "vocab"]
@@ -182,7 +182,7 @@ def _announce(checkpoint: Checkpoint) -> None:
 def _place(
     arrangement: Arrangement, checkpoint: Checkpoint, report: Report
 ) -> tuple[Params, Managed | None]:
-    """The weights where the devices have them, and who brings their pages."""
+    """The weights, placed for the devices, and what reads their pages."""
     start = time.perf_counter()
     mesh, total = arrangement.mesh, checkpoint.nbytes
     tuning = _tuning(arrangement, checkpoint, report)
@@ -212,7 +212,7 @@ def _copy(
 
 
 def _paging(checkpoint: Checkpoint, arrangement: Arrangement, report: Report) -> Managed:
-    """What keeps the pages of mapped weights within the memory that there is; says what stays."""
+    """What keeps the pages of mapped weights within memory; reports which of them stay."""
     config, loading = checkpoint.config, arrangement.loading
     memory = available_memory() if loading.memory is None else loading.memory
     cache = cache_bytes_per_token(config, loading.itemsize) * config.sequence_len
@@ -240,7 +240,7 @@ def _paging(checkpoint: Checkpoint, arrangement: Arrangement, report: Report) ->
 
 
 def _tuning(arrangement: Arrangement, checkpoint: Checkpoint, report: Report) -> Tuning | None:
-    """What suits the processor, where the devices are CPUs."""
+    """What suits the processor, if the devices are CPUs."""
     if arrangement.platform != "CPU":
         return None
     return suited(checkpoint.nbytes, lambda text: report(Notice(text)))

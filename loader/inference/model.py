@@ -3,18 +3,18 @@
 Every function runs on each device of a mesh with the axes `data`, `expert` and `model` (under
 `jax.shard_map`) and sees that device's blocks: some of the rows of the batch, some of the heads,
 its slice of each of its experts, its part of the vocabulary. The residual stream of its rows is
-the same on every device along `expert` and `model`; what those compute in part is summed over them.
+the same on every device along `expert` and `model`; their partial results are summed over them.
 One device is a mesh of size one.
 
-Activations are float32 between the products. `dtype` is that of what the products multiply, the
-cache's where it is None; in bfloat16 the reference rounds activations too, and then near ties of
-its router fall the other way.
+Activations are float32 between the products. `dtype` is the type of the products' operands, that of
+the cache if None; in bfloat16 the reference also rounds activations, and then near ties in its
+router fall the other way.
 
 Letters in shapes: B rows, T tokens of this step, S places in the cache, D width, Q query heads, K
 key/value heads, d head size, E experts, V vocabulary; of B, Q, K, E and V it is this device's
 share.
 
-Source of the formulas and of everything unusual: xai-org/grok-1 `model.py`.
+Source of the formulas, including everything unusual: xai-org/grok-1 `model.py`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SCORE_CAP = 30.0
 MASKED_SCORE = -1e30
 
 SCORES = 2 << 20
-"""Bytes of scores that a TPU computes at once where each row has one token."""
+"""Bytes of scores that a TPU computes at once if each row has one token."""
 
 
 @jax.tree_util.register_dataclass
@@ -79,10 +79,10 @@ class KeyValues:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:
-    """Where this step's tokens stand; rows may have different lengths.
+    """The positions of this step's tokens; rows may have different lengths.
 
     positions: int32 `[B, T]`, each token's place in its row and in the cache.
-    real: bool `[B, T]`, False for the tokens that only fill up the step.
+    real: bool `[B, T]`, False for padding tokens.
     visible: bool `[B, S]`, the places of the cache that may be attended to, this step's included.
     fresh: the cache held nothing before, so every row starts at position 0.
     """
@@ -103,7 +103,7 @@ def embed(table: Table, tokens: Array, config: GrokConfig, dtype: jnp.dtype) -> 
 
 
 def _rounded(multiplier: float, dtype: jnp.dtype) -> Array:
-    """A multiplier as the model was trained with it: rounded to bf16, 78.38 is 78.5."""
+    """A multiplier as in the model's training: rounded to bfloat16, 78.38 is 78.5."""
     return jnp.asarray(multiplier, dtype).astype(jnp.float32)
 
 
@@ -118,8 +118,8 @@ def layer(  # noqa: PLR0913 - a step is all of these
 ) -> tuple[Array, KeyValues, Array]:
     """One decoder layer over the residual stream, float32 `[B, T, D]`.
 
-    Each half is normed twice, before it and after it, so what is added to the stream has the size
-    that the second norm's scale gives it.
+    Each half is normalised twice, before and after, so the second norm's scale sets the size of
+    what is added to the stream.
 
     Returns:
         The stream, the cache, and the experts that each token chose, int32 `[B * T, chosen]`.
@@ -138,7 +138,7 @@ def attend(  # noqa: PLR0913 - a step is all of these
     *,
     dtype: jnp.dtype | None = None,
 ) -> tuple[Array, KeyValues, Routed]:
-    """The first half of a layer, and what its router wants of the second."""
+    """The first half of a layer, and what its router asks of the second."""
     before = norm(x, weights.before_attention)
     attended, cache = attention(weights, cache, before, window, config, dtype=dtype)
     x = x + norm(attended, weights.after_attention)
@@ -185,7 +185,7 @@ def group_queries(queries: Array, kv_heads: int) -> Array:
 
 
 def soft_cap(scores: Array) -> Array:
-    """Attention scores squeezed smoothly into -30 to 30, as the model was trained."""
+    """Attention scores squeezed smoothly into -30 to 30, as in the model's training."""
     return SCORE_CAP * jnp.tanh(scores / SCORE_CAP)
 
 
@@ -220,7 +220,7 @@ def attention(  # noqa: PLR0913 - a step is all of these
         queries: Array, cache: KeyValues, step: KeyValues, window: Window
     ) -> tuple[Array, KeyValues]:
         cache = _store(cache, step, window)
-        # A first step needs no cache: its own keys are all there are, and are not rounded yet.
+        # A first step needs no cache: its own keys are the only ones, and are not rounded yet.
         return _attend(queries, step if window.fresh else cache, window, config), cache
 
     def read_first(
@@ -237,7 +237,7 @@ def attention(  # noqa: PLR0913 - a step is all of these
 def _by_native(
     queries: Array, cache: KeyValues, step: KeyValues, window: Window, config: GrokConfig
 ) -> tuple[Array, KeyValues]:
-    """The same by the C program, which writes the step into the cache where it lies."""
+    """The same by the C program, which writes the step into the cache in place."""
     asked = native.Step(
         queries,
         step.keys,
@@ -254,8 +254,8 @@ def _by_native(
 def _attend_once(
     queries: Array, cache: KeyValues, step: KeyValues, window: Window, config: GrokConfig
 ) -> tuple[Array, KeyValues]:
-    """One token a row, which is written into the cache when that has been read; for GPUs."""
-    # Of one token here: otherwise what both are computed from is kept.
+    """One token a row, written into the cache after the cache has been read; for GPUs."""
+    # Both of one token only, computed here: otherwise their inputs are kept.
     step = lax.optimization_barrier(step)  # type: ignore[no-untyped-call]
     places = cache.keys.shape[1]
     allowed = _allowed(window.positions, window, places)
@@ -299,7 +299,7 @@ def _attend(queries: Array, held: KeyValues, window: Window, config: GrokConfig)
 def _attend_by_rows(
     queries: Array, held: KeyValues, window: Window, config: GrokConfig, most: int
 ) -> Array:
-    """One token a row, at most so many rows at a time: their scores stay in a TPU's fast memory."""
+    """One token a row, a few rows at a time: their scores stay in a TPU's fast memory."""
     batch = queries.shape[0]
     size = next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
 
@@ -341,7 +341,7 @@ def _attend_block(
         return heads.mixed(weights, held.values)
 
     def at_once(queries: Array, held: KeyValues, allowed: Array) -> Array:
-        # Of several tokens a GPU's compiler writes the weights in float32 besides.
+        # For several tokens a GPU's compiler also writes the weights in float32.
         queries = heads.within(queries, held.keys.dtype)
         return by_platform(by_softmax, elsewhere, queries, held, allowed)
 
@@ -361,14 +361,14 @@ def _allowed(positions: Array, window: Window, places: int) -> Array:
     """Which places tokens at positions `[B, t]` attend to: bool `[B, t, places]`."""
     causal = jnp.arange(places) <= positions[:, :, None]
     visible = window.visible[:, None, :places]
-    # A query that may see nothing, as in a prompt of pad ids, sees itself.
+    # A query that may attend to nothing, as in a prompt of pad ids, attends to itself.
     first = jnp.min(jnp.where(visible, jnp.arange(places), places), axis=-1)
     alone = (first > positions)[:, :, None] & (jnp.arange(places) == positions[:, :, None])
     return (visible & causal) | alone
 
 
 def _store(cache: KeyValues, step: KeyValues, window: Window) -> KeyValues:
-    # A place outside the cache is dropped, so that padding tokens leave no trace in it.
+    # Writes to a place outside the cache are dropped, so padding tokens leave no trace in it.
     places = jnp.where(window.real, window.positions, cache.keys.shape[1])
     rows = jnp.arange(places.shape[0])[:, None]
 

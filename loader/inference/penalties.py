@@ -1,7 +1,7 @@
-"""What a text shall not repeat, and which tokens it shall prefer: logits changed before the choice.
+"""Penalties on repetition and bias towards tokens: logits changed before a token is chosen.
 
-A text that asks for nothing costs nothing. What is changed is sent to the devices as the few tokens
-that it concerns, not as a row of the vocabulary.
+A text without penalties costs nothing. The devices get the changes for the few tokens concerned,
+not for a row of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import Array
 __all__ = ["Changes", "Penalties", "Repeated", "changed"]
 
 SMALLEST = 64
-"""Tokens a row that are changed at least; their number is a power of four times this, so that few
+"""The fewest changed tokens in a row; their number is this times a power of four, so that few
 programs are compiled."""
 
 
@@ -28,8 +28,8 @@ class Penalties:
 
     First the logits of all tokens of the prompt and the text so far are divided by `repetition`
     where they are positive, and multiplied by it elsewhere (Keskar et al. 2019). Then `presence` is
-    taken off for each token that the text holds, `frequency` for each time that it does, and `bias`
-    is added (OpenAI's API reference).
+    subtracted for each token in the text, `frequency` for each of its occurrences, and `bias` is
+    added (OpenAI's API reference).
     """
 
     presence: float = 0.0
@@ -41,8 +41,8 @@ class Penalties:
 class Changes(NamedTuple):
     """Changes of B rows of logits, for up to K tokens each.
 
-    tokens: int32 `[B, K]`; a negative one means none. factor: float32 `[B, K]`, the penalty of
-    repetition. plus: float32 `[B, K]`, what is added.
+    tokens: int32 `[B, K]`; a negative one means none. factor: float32 `[B, K]`, the repetition
+    penalty. plus: float32 `[B, K]`, what is added.
     """
 
     tokens: Any
@@ -73,7 +73,7 @@ class Changes(NamedTuple):
 
 
 class Repeated:
-    """The tokens of one text so far, as far as its penalties want to know them.
+    """The tokens of one text so far, as far as its penalties need them.
 
     Args:
         penalties: of the text.
@@ -87,12 +87,12 @@ class Repeated:
         self._watches = bool(penalties.presence or penalties.frequency or penalties.repetition != 1)
 
     def add(self, token: int) -> None:
-        """Learn of the next token."""
+        """Record the next token."""
         if self._watches:
             self._counts[token] += 1
 
     def changes(self, banned: int | None) -> dict[int, tuple[float, float]]:
-        """Each token whose logit changes, with the factor of repetition and what is added.
+        """Each token whose logit changes, with its repetition factor and what is added.
 
         Args:
             banned: a token that must not be chosen now; None for none.

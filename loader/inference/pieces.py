@@ -1,4 +1,4 @@
-"""Experts of a GPU piece by piece, so that less is copied or lies in memory together.
+"""Experts of a GPU piece by piece, so that less is copied or in memory at once.
 
 Letters in shapes as in `loader.inference.experts`: N tokens of a step, D width, E experts.
 """
@@ -22,10 +22,10 @@ Matrices: TypeAlias = tuple[Weights, Weights, Weights]
 
 
 def pieces(weights: Layer, parts: int, dtype: jnp.dtype) -> Iterator[tuple[slice, Matrices]]:
-    """A GPU's experts in pieces that are read where they lie, and which experts each is of.
+    """A GPU's experts in pieces that are read in place, and which experts each belongs to.
 
-    A piece is one of so many parts of the experts, and of these the rows of the down projection
-    that share a scale, with the columns that feed them. dtype: what is multiplied.
+    The experts are divided into `parts`; a piece is, for the experts of one part, the rows of the
+    down projection that share a scale, with the columns that feed them. dtype: of the operands.
     """
     down = weights.down
     assert isinstance(down, Quantized)
@@ -50,13 +50,13 @@ def by_pieces(
     those: Iterable[tuple[slice, Matrices]],
     forward: Callable[[Array, Matrices], Array],
 ) -> Array:
-    """All tokens through all experts of a GPU, piece by piece: hidden layers do not lie together.
+    """All tokens through all experts of a GPU, one piece's hidden layer in memory at a time.
 
     Args:
         x: `[N, D]`, of a type that `forward` takes.
         gates: float32 `[N, E]`.
-        those: as of `pieces`.
-        forward: of a piece, with stacks of e matrices: float32 `[e, N, D]`.
+        those: as from `pieces`.
+        forward: computes a piece, with stacks of e matrices: float32 `[e, N, D]`.
 
     Returns:
         float32 `[N, D]`.
@@ -73,8 +73,9 @@ def each_group(
 ) -> Array:
     """One expert over `[N, D]`, with the rows of its down projection that share a scale at a time.
 
-    A GPU copies what it multiplies with out of the stack at an index known at run time; so it holds
-    a copy of one group's rows, and of the columns that feed them. number: int32 scalar, the expert.
+    If an index is known only at run time, a GPU copies that operand out of the stack; this way the
+    copy has only one group's rows, and the columns that feed them. number: int32 scalar, the
+    expert.
     """
     down = weights.down
     assert isinstance(down, Quantized)

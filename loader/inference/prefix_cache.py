@@ -1,8 +1,9 @@
-"""The beginnings of prompts that were read, kept for prompts that begin alike.
+"""The beginnings of earlier prompts, kept for prompts that begin in the same way.
 
-A prompt is read in chunks. What a whole chunk leaves, its keys and values and its residual stream,
-depends on its tokens, on those before it and on the program that read it, and is kept under a hash
-of these. A later prompt gets it instead of reading the chunk: bit for bit what reading it gives.
+A prompt is read in chunks. The results of a whole chunk, its keys and values and its residual
+stream, depend on its tokens, on those before it and on the program that read it, and are kept under
+a hash of these. A later prompt gets them instead of reading the chunk: bit for bit what reading it
+gives.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Kept:
 
 
 class PrefixCache:
-    """Chunks of prompts, those used last, in bounded memory.
+    """The most recently used chunks of prompts, in bounded memory.
 
     Args:
         most: bytes that they may take on all devices together; 0 keeps nothing.
@@ -54,7 +55,7 @@ class PrefixCache:
         self.most = most
         self.nbytes = self.hits = self.tokens = 0
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
-        # All devices need the stream whole, but need not keep it whole.
+        # All devices need the whole stream, but need not keep all of it.
         batch = heads.spec[0]
         spread = NamedSharding(heads.mesh, PartitionSpec(batch, ("expert", "model")))  # type: ignore[no-untyped-call]
         self._cut = jax.jit(_cut, static_argnames="size", out_shardings=(heads, spread))
@@ -63,10 +64,10 @@ class PrefixCache:
     def chunk(
         self, path: Sequence[bytes], cache: tuple[KeyValues, ...], start: int, read: Read
     ) -> tuple[Array, tuple[KeyValues, ...]]:
-        """What reading a chunk of a prompt gives; it is read if it is not known.
+        """The result of reading a chunk of a prompt; it is read only if that is not known.
 
         Args:
-            path: the keys of the chunks up to this one, empty if nothing is to be kept.
+            path: the keys of the chunks up to this one, empty to keep nothing.
             cache: of the prompt; used up.
             start: tokens of the prompt before the chunk.
             read: reads it.
@@ -80,7 +81,7 @@ class PrefixCache:
             self.hits += len(path) == 1
             self.tokens += known.x.shape[1]
             filled, x = self._paste(cache, (known.cache, known.x), np.int32(start))
-            # As in `steps`: CPU devices that wait for one another do it in one program at a time.
+            # As in `steps`: CPU devices may wait for one another only within one program at a time.
             return jax.block_until_ready((x, filled))  # type: ignore[no-any-return, no-untyped-call]
         x, filled = read()
         if path:
@@ -90,7 +91,7 @@ class PrefixCache:
     def _keep(
         self, path: Sequence[bytes], cache: tuple[KeyValues, ...], x: Array, start: int
     ) -> None:
-        """Keep a chunk that has just been read, and let go of others if there is no room."""
+        """Keep a chunk that has just been read, and drop others if there is no room."""
         blocks, stream = self._cut(cache, x, np.int32(start), size=x.shape[1])
         nbytes = sum(map(_nbytes, jax.tree.leaves((blocks, stream))))
         self._kept[path[-1]] = _Kept(blocks, stream, nbytes)
@@ -101,12 +102,12 @@ class PrefixCache:
             self.nbytes -= dropped.nbytes
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop everything."""
         self._kept.clear()
         self.nbytes = 0
 
     def _touch(self, path: Sequence[bytes]) -> None:
-        """Have a chunk used last, and those before it later still: without them it is no use."""
+        """Mark a chunk as just used, and those before it as used even later: it needs them."""
         for key in reversed(path):
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -118,8 +119,8 @@ def keys(prompt: Sequence[int], chunk: int, places: int) -> list[bytes]:
     Args:
         prompt: token ids.
         chunk: tokens of a chunk.
-        places: of the cache into which it is read, where another size is another program whose
-            sums may be rounded otherwise; 0 where it makes no difference.
+        places: of the cache into which it is read, if another size means another program whose sums
+            may be rounded differently; 0 if it makes no difference.
     """
     tokens, chain = np.array(prompt, np.int32), [b"%d" % places]
     for start in range(0, len(tokens) // chunk * chunk, chunk):

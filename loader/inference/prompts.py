@@ -1,4 +1,4 @@
-"""What may stand for a prompt, and the chunks in which prompts are read. Pure."""
+"""What may be a prompt, and the chunks in which prompts are read. Pure."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def check_room(config: GrokConfig, prompt: Sequence[int]) -> int:
 class Chunk:
     """The tokens of one step: the next ones of each prompt.
 
-    tokens: int32 `[B, T]`, pad ids behind those of a row. counts: int32 `[B]`, how many of them are
-    the row's. ends: int32 `[B]`, where in the chunk each row ends, negative where the row has ended
-    before, or beyond.
+    tokens: int32 `[B, T]`, followed by pad ids in each row. counts: int32 `[B]`, how many of them
+    are the row's. ends: int32 `[B]`, where in the chunk each row ends, negative or beyond it if the
+    row ends before or after.
     """
 
     tokens: np.ndarray[Any, Any]
@@ -96,13 +96,13 @@ class Chunk:
 def chunks(
     config: GrokConfig, prompts: Sequence[Sequence[int]], rows: int, most: int
 ) -> Iterator[Chunk]:
-    """What is read of prompts, step by step.
+    """The tokens of prompts that are read in each step.
 
     Args:
         config: the hyperparameters.
-        prompts: as `check_prompts` wants them.
-        rows: of each step; those that are no prompt's have no token.
-        most: tokens of a prompt in a step at most, a power of two.
+        prompts: as `check_prompts` requires.
+        rows: of each step; rows without a prompt have no token.
+        most: the most tokens of a prompt in a step, a power of two.
     """
     lengths = np.zeros(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]

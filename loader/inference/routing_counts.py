@@ -13,8 +13,8 @@ __all__ = ["Choices"]
 class Choices:
     """Counts what routers choose.
 
-    Choices may still be under way on a device when they are handed in: they are looked at when the
-    next step begins, or when the counts are asked for, so that counting makes nothing wait.
+    Choices may still be in computation on a device when they are added; they are read when the next
+    step begins, or when the counts are asked for, so counting never makes anything wait.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
@@ -22,7 +22,7 @@ class Choices:
         self._later: list[tuple[int, Any, Any]] = []
 
     def add(self, number: int, choices: Any, real: Any) -> None:
-        """Take in a layer's choices, int32 `[N, chosen]`, for N tokens, bool `real` in order."""
+        """Add a layer's choices, int32 `[N, chosen]`, for N tokens; bool `real` in order."""
         if number == 0:
             self._look()
         self._later.append((number, choices, real))

@@ -1,6 +1,6 @@
-"""How the next token is chosen from logits, each row by settings and random numbers of its own.
+"""How the next token is chosen from logits, each row with its own settings and random numbers.
 
-A row's token depends on its logits, its seed and its step alone, never on the other rows: the same
+A row's token depends only on its logits, its seed and its step, never on the other rows: the same
 seed gives the same text alone and in a batch.
 """
 
@@ -21,10 +21,10 @@ from jax import Array, lax
 __all__ = ["MOST_RANKED", "Choice", "Ranked", "Sampling", "draw", "rank"]
 
 COLDEST = 1e-30
-"""Lowest temperature that float32 can still divide by safely."""
+"""The lowest temperature that float32 can still safely divide by."""
 
 MOST_RANKED = 20
-"""Most probable tokens whose probabilities can be returned beside the chosen one's."""
+"""How many of the most probable tokens can be returned with the chosen one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class Sampling:
     temperature: 0 takes the most probable token; higher is more random. top_k: only the k most
     probable tokens count, None for all. top_p: of those, the most probable ones that together
     reach this share. seed: the same seed gives the same tokens; its low 32 bits count. min_p: only
-    tokens count whose probability is at least this share of the most probable one's.
+    tokens with at least this share of the most probable token's probability count.
 
     Raises:
-        ValueError: a value is out of its bounds; names it.
+        ValueError: a value is out of bounds; the message names it.
         TypeError: a value is not a number, or not an integer where one is needed.
     """
 
@@ -71,8 +71,8 @@ def _check(
 class Choice(NamedTuple):
     """`Sampling` of B rows as arrays `[B]`, so that one compiled function serves all its values.
 
-    step: how many tokens the row chose before; with the seed it fixes the random numbers. top_k: at
-    least the vocabulary for all tokens.
+    step: how many tokens the row chose before; this and the seed determine the random numbers.
+    top_k: the vocabulary's size or more means all tokens.
     """
 
     seed: Any
@@ -84,7 +84,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], steps: Sequence[int]) -> Choice:
-        """The choice that rows make with these settings after `steps` tokens each."""
+        """The choice of rows with these settings after `steps` tokens each."""
         everything = np.iinfo(np.int32).max
         ks = [everything if row.top_k is None else min(row.top_k, everything) for row in samplings]
         return cls(
@@ -101,8 +101,7 @@ def draw(logits: Array, choice: Choice) -> Array:
     """The next token of each row: the best, or sampled by temperature, min p, top k, nucleus.
 
     The most probable token is always among the candidates. Nucleus sampling: Holtzman et al. 2020.
-    Where no row samples nothing is drawn, and where no row restricts its candidates nothing is
-    sorted.
+    If no row samples, nothing is drawn; if no row restricts its candidates, nothing is sorted.
 
     Args:
         logits: float32 `[B, V]`.
@@ -160,7 +159,7 @@ class Ranked(NamedTuple):
 
 
 def rank(logits: Array, tokens: Array) -> Ranked:
-    """What the model thought of tokens: the log-softmax of float32 `[N, V]` at int32 `[N]`."""
+    """The model's log-probabilities: the log-softmax of float32 `[N, V]` at int32 `[N]`."""
     scores = jax.nn.log_softmax(logits, axis=-1)
     best, ids = lax.top_k(scores, min(MOST_RANKED, scores.shape[-1]))
     return Ranked(jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0], best, ids)

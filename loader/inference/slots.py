@@ -1,7 +1,7 @@
-"""The rows of a decoding step as slots that texts come into and leave between the steps.
+"""The rows of a decoding step as slots, which texts enter and leave between steps.
 
 On each copy of the weights the number of slots is a power of two, so that few steps are compiled. A
-free slot costs no expert.
+free slot uses no expert.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loader.inference.state import State
 __all__ = ["Slots", "doubled"]
 
 SPARE = 4
-"""Slots, or places, are given up where a fourth of them would do: each change copies the cache."""
+"""Slots, or places, are given up when a fourth would be enough: each change copies the cache."""
 
 
 class Slots:
@@ -28,7 +28,7 @@ class Slots:
 
     Args:
         engine: the model.
-        most: slots at most; from `doubled`.
+        most: the most slots; from `doubled`.
 
     Attributes:
         lengths: of each slot, how many tokens its cache holds; 0 for a free one.
@@ -50,7 +50,7 @@ class Slots:
 
     @property
     def live(self) -> int:
-        """Slots that are taken."""
+        """How many slots are taken."""
         return sum(length > 0 for length in self.lengths)
 
     def join(self, state: State) -> int:
@@ -77,7 +77,7 @@ class Slots:
         return slot
 
     def leave(self, slot: int) -> None:
-        """Free a slot; the last one to be freed gives the memory back."""
+        """Free a slot; freeing the last one releases the memory."""
         self.lengths[slot] = 0
         if not any(self.lengths):
             self.reset()
@@ -89,7 +89,7 @@ class Slots:
         self._state, self.lengths = None, []
 
     def shrink(self) -> dict[int, int]:
-        """Give up slots and places where far fewer are needed.
+        """Give up slots and places if far fewer are needed.
 
         Returns:
             Where each taken slot is now.
@@ -122,7 +122,7 @@ class Slots:
         return logits
 
     def _arrange(self, rows: list[int], places: int) -> None:
-        """Have slot i hold what slot `rows[i]` held, nothing where that is -1."""
+        """Give slot i the contents of slot `rows[i]`, or nothing if that is -1."""
         assert self._state is not None
         if len(rows) == len(self.lengths) and places == self._state.visible.shape[1]:
             return
@@ -131,7 +131,7 @@ class Slots:
         layers, visible = list(self._state.cache), self._state.visible
         longest, self._state = self._state.longest, None
         take, small = self._take[self._engine.heads], self._take[self._engine.by_rows]
-        # A layer at a time, each let go of before the next: not two whole caches at once.
+        # One layer at a time, freed before the next: never two whole caches at once.
         cache = [take(layers.pop(0), index, places=places) for _ in range(len(layers))]
         self.lengths = [self.lengths[row] if row >= 0 else 0 for row in rows]
         visible = small(visible, index, places=places)
@@ -160,7 +160,7 @@ def doubled(count: int, smallest: int) -> int:
 
 
 def _taken(arrays: Any, rows: Array, *, places: int) -> Any:
-    """Rows of arrays `[B, S, ...]`, cut or filled up with zeros to `[len(rows), places, ...]`."""
+    """Rows of arrays `[B, S, ...]`, truncated or zero-padded to `[len(rows), places, ...]`."""
 
     def one(array: Array) -> Array:
         taken = array[:, :places].at[rows].get(mode="fill", fill_value=0)
@@ -171,7 +171,7 @@ def _taken(arrays: Any, rows: Array, *, places: int) -> Any:
 
 
 def _put(arrays: Any, row: Any, slot: Array) -> Any:
-    """Arrays `[B, S, ...]` with the first row of others at the start of a slot, zeros behind it."""
+    """Arrays `[B, S, ...]` with the first row of others at the start of a slot, then zeros."""
 
     def one(array: Array, new: Array) -> Array:
         filled = jnp.zeros_like(array[:1])

@@ -22,12 +22,12 @@ __all__ = ["Part", "State", "empty", "grown", "last_of", "window_after"]
 class State:
     """What decoding continues from, for B rows.
 
-    The first rows are the prompts'. Where rows are split over copies of the weights there may be
-    more, which hold no token and make their number divide.
+    The first rows belong to the prompts. If rows are split over copies of the weights, there may be
+    more rows without a token, so that their number divides evenly.
 
-    cache: one entry a layer. visible: bool `[B, S]`, the places that hold a token that may be
-    attended to. lengths: int32 `[B]`, tokens of each row so far. longest: their largest, known to
-    the host.
+    cache: one entry per layer. visible: bool `[B, S]`, the places with a token that may be attended
+    to. lengths: int32 `[B]`, tokens of each row so far. longest: the largest length, known to the
+    host.
     """
 
     cache: tuple[KeyValues, ...]
@@ -37,9 +37,9 @@ class State:
 
 
 class Part(NamedTuple):
-    """A chunk read: its residual stream `[B, T, D]`, where in it each row ends, and the state.
+    """A chunk that was read: its residual stream `[B, T, D]`, where each row ends, and the state.
 
-    ends: int32 `[B]`, negative where the row has ended before, or beyond.
+    ends: int32 `[B]`, negative or beyond the chunk if the row ends before or after it.
     """
 
     x: Array
@@ -65,7 +65,7 @@ def empty(
 
 
 def grown(state: State, places: int, heads: NamedSharding) -> State:
-    """The state with so many places, zeros in those that are new."""
+    """The state with so many places, zeros in the new ones."""
     more = places - state.visible.shape[1]
 
     def pad(array: Array) -> Array:
@@ -83,7 +83,7 @@ def grown(state: State, places: int, heads: NamedSharding) -> State:
 def window_after(
     visible: Array, lengths: Array, counts: Array, shown: Array, *, fresh: bool
 ) -> tuple[Window, Array]:
-    """Where a step's tokens stand after rows of `lengths`, and the lengths after it."""
+    """The positions of a step's tokens after rows of `lengths`, and the lengths after it."""
     batch, width = shown.shape
     steps = jnp.arange(width)
     real = steps < counts[:, None]
@@ -94,6 +94,6 @@ def window_after(
 
 
 def last_of(x: Array, ends: Array, before: Array) -> Array:
-    """Each row's last token if it lies in this chunk: `[B, T, D]` to `[B, 1, D]`."""
+    """Each row's last token if it is in this chunk: `[B, T, D]` to `[B, 1, D]`."""
     last = x[jnp.arange(x.shape[0]), jnp.maximum(ends, 0)][:, None]
     return jnp.where(ends[:, None, None] < 0, before, last)

@@ -1,9 +1,9 @@
 """The model's parts compiled for a mesh and called one after another, layer by layer.
 
-Every part is compiled once and called for each layer, so that compile time does not grow with their
-number. Where all experts are resident a layer is one program. Where weights are mapped, a layer is
-cut where its router has spoken: the host learns which experts are wanted, has their pages read, and
-calls each wanted expert once for all the tokens that chose it.
+Every part is compiled once and called for each layer, so compile time does not grow with the number
+of layers. If all experts are resident, a layer is one program. With mapped weights, a layer is cut
+after its router: the host learns which experts are wanted, has their pages read, and calls each
+wanted expert once for all the tokens that chose it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = ["Steps", "program", "steps_for"]
 _TURN = threading.RLock()
 
 KEPT = 64
-"""Parts that stay compiled for models to come: of a dozen models of different shapes."""
+"""Parts that stay compiled for later models: enough for a dozen models of different shapes."""
 
 
 def steps_for(
     config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype, paging: Paging | None
 ) -> Steps:
-    """The steps that suit the way in which the weights are held."""
+    """The steps that suit how the weights are held."""
     if isinstance(params.layers[0].gate, Mapped):
         return _OnDemand(config, params, mesh, dtype, paging or Paging())
     return Steps(config, params, mesh, dtype)
@@ -60,13 +60,13 @@ class Steps:
         dtype: of the products; the cache may have another.
 
     Attributes:
-        everywhere: how an array lies that all devices hold.
-        rows: how an array `[B, ...]` lies of which each device has its rows.
-        heads: how a cache `[B, S, K, d]` lies.
+        everywhere: the sharding of an array that all devices hold.
+        rows: the sharding of an array `[B, ...]` of which each device has its rows.
+        heads: the sharding of a cache `[B, S, K, d]`.
         turn: held by a thread while its programs run, as `alone` explains.
-        choices: where the experts chosen are counted, None for nowhere.
-        alike_at_any_size: a step gives the same bits whatever the places of its cache: where the C
-            program attends, whose sums depend on a token's position alone.
+        choices: where the chosen experts are counted, None for nowhere.
+        alike_at_any_size: whether a step gives the same bits whatever the places of its cache: true
+            if the C program computes attention, as its sums depend only on a token's position.
     """
 
     def __init__(self, config: GrokConfig, params: Params, mesh: Mesh, dtype: jnp.dtype) -> None:
@@ -86,8 +86,8 @@ class Steps:
             jax.tree.map(lambda array: array.sharding.spec, part)
             for part in (params.embedding, params.norm, params.layers[0])
         )
-        # Without copies of the weights all rows are everywhere: one name for one thing, lest jax
-        # compiles for both.
+        # Without copies of the weights all rows are everywhere: the same sharding must have one
+        # name, or jax compiles for both.
         split = "data" if mesh.shape["data"] > 1 else None
         self._nothing, self._heads = _spec(), _spec(split, None, "model", None)
         self._rows = self._nothing if split is None else _spec(split)
@@ -107,7 +107,7 @@ class Steps:
         self._compile_layer(config, dtype)
 
     def _compile_layer(self, config: GrokConfig, dtype: jnp.dtype) -> None:
-        # The cache is donated: each layer's keys and values are written where they lie.
+        # The cache is donated: each layer's keys and values are written in place.
         self._layer = self._spread_by_tokens(
             model.layer,
             (self._layer_spec, self._heads, self._rows, self._rows),
@@ -118,7 +118,7 @@ class Steps:
         )
 
     def programs(self, tokens: int) -> Mapping[str, Any]:
-        """The jitted parts of a step of so many tokens, as `loader.inference.ahead` has them."""
+        """The jitted parts of a step of so many tokens, for `loader.inference.ahead`."""
         return {
             "embed": self._embed,
             "layer": self._layer[self._few(tokens)],
@@ -152,13 +152,13 @@ class Steps:
         return self.alone(logits(self._params.embedding, self._params.norm, x))
 
     def _few(self, tokens: int) -> bool:
-        """Whether each device has so few of so many tokens that reading the weights decides."""
+        """Whether each device gets so few of these tokens that reading weights dominates."""
         return tokens <= FEW * int(self._mesh.shape["data"])
 
     def _spread_by_tokens(
         self, function: Callable[..., Any], given: Any, result: Any, **settings: Any
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Compiled for many tokens and for few, which is the same but on GPUs."""
+        """Compiled for many tokens and for few; only on GPUs do these differ."""
         many = self._spread(function, given, result, **settings)
         if self._mesh.devices.flat[0].platform != "gpu":
             return many, many
@@ -180,11 +180,12 @@ class Steps:
         )
 
     def alone(self, x: Array) -> Array:
-        """Let the next program begin after this one, where two of them might wait for ever.
+        """Let the next program begin only after this one, where two might deadlock.
 
-        CPU devices share threads. With some dozen programs under way, be they of one thread or of
-        several, those that wait for the others' part of a sum leave none for the others, and XLA
-        ends the process after 40 s. So a thread waits for its own, and has the `turn` until then.
+        CPU devices share threads. With a few dozen programs under way, from one thread or several,
+        those that wait for the others' part of a sum leave no threads for the others, and XLA ends
+        the process after 40 s. So a thread waits for its own program, and holds the `turn` until
+        then.
         """
         if self._on_cpus:
             x.block_until_ready()
@@ -192,7 +193,7 @@ class Steps:
 
 
 class _OnDemand(Steps):
-    """The same over mapped weights: experts are called when the host knows which are wanted."""
+    """The same over mapped weights: experts are called once the host knows which are wanted."""
 
     def __init__(
         self,
@@ -206,7 +207,7 @@ class _OnDemand(Steps):
         super().__init__(config, params, mesh, dtype)
 
     def hold(self, params: Params, paging: Paging | None) -> None:
-        """Use other weights of the same shapes, and who brings their pages, from now on."""
+        """From now on use other weights of the same shapes, and what reads their pages."""
         super().hold(params, paging)
         self._paging = paging or Paging()
 
@@ -269,22 +270,23 @@ def program(  # noqa: PLR0913, PLR0917 - all that a compiled part depends on
     donate: tuple[int, ...],
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Any]:
-    """A part of the model jitted for a mesh, the same for the same arguments.
+    """A part of the model jitted for a mesh; the same object for the same arguments.
 
-    A model that is loaded again in a process, or another of its shapes, is not compiled again.
+    A model that is loaded again in the process, or another of the same shapes, is not compiled
+    again.
 
     Args:
         function: the part, of this module or of those that it calls.
-        settings: its other arguments by name, which are no arrays.
+        settings: its other arguments by name, which are not arrays.
         mesh: the devices.
-        specs: leaves and tree of how its arguments and results lie.
+        specs: leaves and tree of the shardings of its arguments and results.
         donate: the arguments whose buffers are used up.
         options: of XLA.
     """
     leaves, tree = specs
     given, result = jax.tree.unflatten(tree, leaves)
     named = dict(settings)
-    # The check of what is equal on all devices cannot follow a loop of unknown length.
+    # jax's check of what is equal on all devices cannot follow a loop of unknown length.
     spread = jax.shard_map(
         lambda *arrays: function(*arrays, **named),
         mesh=mesh,
@@ -311,8 +313,8 @@ def expert_groups(
         real: `[N]`; the others get no expert.
 
     Yields:
-        The expert, and indices of `choices` taken flat, `[n]`, filled up with an index beyond the
-        end to one of few lengths.
+        The expert, and indices into the flattened `choices`, `[n]`, padded to one of a few lengths
+        with an index beyond the end.
     """
     flat = np.where(real[:, None], choices, -1).reshape(-1)
     for expert in np.unique(flat[flat >= 0]):
@@ -324,7 +326,7 @@ def expert_groups(
 
 
 def padded(count: int) -> int:
-    """A length for `count` tokens of one expert, of few; beyond 8 at most a quarter more."""
+    """One of a few lengths, for `count` tokens of one expert; beyond 8 at most a quarter more."""
     power = 1 << (count - 1).bit_length()
     step = power // 8
     return -(-count // step) * step if power > 8 else power

@@ -1,7 +1,7 @@
 """SentencePiece: text to token ids, and ids back to text as they arrive.
 
-The reference puts no begin-of-sequence id before a prompt, and neither does this. The end of a
-sequence is the model config's business.
+The reference puts no begin-of-sequence id before a prompt, and neither does this. The model config
+defines the end of a sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grokfetch.manifest.schema import Manifest, TokenizerSource
 __all__ = ["TextStream", "Tokenizer", "decoded", "is_named", "tokenizer_of"]
 
 USUAL_NAME = "tokenizer.model"
-"""Of a tokenizer that no manifest names."""
+"""File name of a tokenizer that no manifest names."""
 
 EntryKind = Literal["normal", "unknown", "control", "unused", "byte"]
 
@@ -49,7 +49,7 @@ class Tokenizer:
         if not serialized:
             raise TokenizerMissing("the file is empty", path=path)
         with warnings.catch_warnings():
-            # The types that SWIG generates lack __module__, which Python 3.12 deprecates.
+            # SWIG's types lack __module__, which Python 3.12 deprecates.
             warnings.filterwarnings("ignore", "builtin type .*", DeprecationWarning)
             from sentencepiece import SentencePieceProcessor
         try:
@@ -66,7 +66,7 @@ class Tokenizer:
         """Token ids of a text, without begin- or end-of-sequence ids.
 
         Raises:
-            PromptInvalid: it holds half a character, as a wrong encoding or a cut one leaves it.
+            PromptInvalid: it has half a character, left by a wrong encoding or truncation.
         """
         try:
             text.encode()
@@ -78,20 +78,20 @@ class Tokenizer:
         return [int(token) for token in self._processor.encode(text)]
 
     def piece(self, token: int) -> str:
-        """What a token is called: its text with spaces, `<0xE2>` for a byte, `</s>` for an end."""
+        """A token's name: its text with spaces, `<0xE2>` for a byte, `</s>` for an end."""
         if token >= self.size:
             return f"<{token}>"
         name: str = self._processor.id_to_piece(token)
         return name.replace(SPACE, " ")
 
     def special(self, token: int) -> bool:
-        """Whether a token stands for no text, as the end of a sequence does."""
+        """Whether a token stands for no text, like the end of a sequence."""
         return token < self.size and bool(self._processor.is_control(token))
 
     def entries(self) -> Iterator[tuple[str, float, EntryKind]]:
         """Every token by its id: its piece as the model spells it, its score, and its kind.
 
-        Pieces that the model's trainer has defined by hand count as normal: they have the score 0.
+        User-defined pieces count as normal: they have the score 0.
         """
         kinds: tuple[tuple[EntryKind, Any], ...] = (
             ("unknown", self._processor.is_unknown),
@@ -112,7 +112,7 @@ class Tokenizer:
 class TextStream:
     """Decodes ids one by one into the text that continues a prompt.
 
-    Unlike decoding a sequence of its own, it keeps the first piece's leading space. A character
+    Unlike the decoder of a separate sequence, it keeps the first piece's leading space. A character
     that spans several byte pieces appears once it is complete.
     """
 
@@ -145,7 +145,7 @@ class TextStream:
 
 
 def decoded(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text that continues a prompt, in pieces none of which is empty."""
+    """The text that continues a prompt, in non-empty pieces."""
     stream = tokenizer.stream()
     for token in tokens:
         text = stream.push(token)
@@ -161,10 +161,10 @@ def tokenizer_of(store: Store, alternative: str = "") -> Tokenizer:
 
     Args:
         store: the folder of a model.
-        alternative: what else the caller may do where there is none, as the end of a sentence.
+        alternative: what else the user may do if there is none, as the end of a sentence.
 
     Raises:
-        TokenizerMissing: there is none, or another one than the manifest names.
+        TokenizerMissing: there is none, or it is not the one that the manifest names.
         StateMissing: the folder has no manifest.
     """
     manifest = store.manifest()

@@ -1,4 +1,4 @@
-"""HTTP mirrors: pieces and the tokenizer from web servers that are trusted in nothing.
+"""HTTP mirrors: pieces and the tokenizer from web servers, which are never trusted.
 
 `Together` makes one `PieceSource` of a swarm and mirrors; `read_document` gets a torrent or a
 manifest. Only this package imports httpx.

@@ -1,6 +1,6 @@
-"""Addresses of mirrors: which are usable, and where a mirror would have a file. Pure: no I/O here.
+"""Addresses of mirrors: which are usable, and where a mirror has a file. Pure: no I/O here.
 
-Two forms are understood. A web seed (BEP 19) is a folder: a file lies at
+Two forms are understood. A web seed (BEP 19) is a folder: a file is at
 `<address>/<torrent name>/<path>`, and where a torrent is one file and the address does not end in a
 slash, the address is the file. A template holds `{path}`, which stands for the file's path with or
 without the torrent's top folder; without is tried first, as Hugging Face has it.
@@ -25,8 +25,9 @@ def unusable(address: str, *, stranger: bool) -> str | None:
 
     Args:
         address: as it was given.
-        stranger: whether it stood in a torrent or a magnet link. Such a one must not make this
-            machine call its own or its neighbours' services by a query, as libtorrent has it too.
+        stranger: whether it came from a torrent or a magnet link. Such an address must not make
+            this machine send a query to its own or its neighbours' services; libtorrent has the
+            same rule.
     """
     if not re.fullmatch(r"https?://[^\s/?#]\S*", address, re.IGNORECASE):
         return "it is not an http or https address"
@@ -67,7 +68,7 @@ def zone(host: str) -> Zone:
 
 
 def label(address: str) -> str:
-    """The address as it is shown to people: without user, password, query and fragment."""
+    """The address as shown to users: without user, password, query and fragment."""
     parts = urlsplit(address)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

@@ -1,4 +1,4 @@
-"""What the answers of servers mean, and their failures. Pure: no I/O, and no httpx, here."""
+"""What the answers and failures of servers mean. Pure: no I/O and no httpx here."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ LIMITING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Refused(Exception):
-    """The mirror does not have this file, or another one in its place."""
+    """The mirror does not have this file, or has another one in its place."""
 
 
 class Changed(Refused):
-    """What the mirror has there is not what it was, or not as long as it should be."""
+    """The file on the mirror has changed, or does not have the right length."""
 
 
 class Faulty(Exception):
-    """The mirror is of no use at all: what it does cannot be right."""
+    """The mirror is of no use at all: its behaviour cannot be right."""
 
 
 class Failed(Exception):
@@ -45,7 +45,7 @@ class Failed(Exception):
 
 
 class Limited(Failed):
-    """The server wants fewer requests, and none for `rest_s`, or does not say for how long."""
+    """The server wants fewer requests, and none for `rest_s` seconds (None: it does not say)."""
 
     def __init__(self, what: str, rest_s: float | None) -> None:
         super().__init__(what)
@@ -53,12 +53,12 @@ class Limited(Failed):
 
 
 class Short(Failed):
-    """The answer ended before its time; what has come of it is good."""
+    """The answer ended too early; what has come of it is good."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes from `start` up to `stop` of a file of `size` bytes, and of that ETag if given."""
+    """The bytes from `start` up to `stop` of a file of `size` bytes, with that ETag if given."""
 
     start: int
     stop: int
@@ -67,17 +67,17 @@ class Span:
 
 
 def quoted(text: str) -> str:
-    """What a server wrote, for people: short, and without what a terminal would obey."""
+    """What a server wrote, to show to users: shortened, and without terminal control codes."""
     return "".join(one if one.isprintable() else "\ufffd" for one in f"{text:.80}")
 
 
 def check(status: int, headers: Mapping[str, str], span: Span | None) -> None:
-    """Make sure that an answer holds the beginning of the span that was asked for, or all.
+    """Make sure that an answer holds the start of the requested span, or everything.
 
     Args:
         status: of the answer.
         headers: of the answer, their names in lower case.
-        span: None if all was asked for.
+        span: None if everything was asked for.
 
     Raises:
         Refused, Faulty, Failed: it does not.

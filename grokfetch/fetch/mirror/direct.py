@@ -1,8 +1,8 @@
-"""HTTP/1.1 to servers without a proxy, for less than a whole client costs for each request.
+"""HTTP/1.1 to servers without a proxy, at a lower cost for each request than a whole client.
 
-For a file of a few kilobytes the client's own work is what takes the time. Connecting, TLS and
-timeouts are asyncio's, the protocol is h11's; what stands here keeps connections open and takes
-the one used last for the next request.
+For a file of a few kilobytes, the client's own work takes most of the time. asyncio handles
+connecting, TLS and timeouts, and h11 the protocol; this module keeps connections open and uses the
+most recently used one for the next request.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from grokfetch.fetch.mirror.sockets import Sockets
 __all__ = ["Direct"]
 
 OPEN_S = 5.0
-"""After so long without a request a connection is not used again: servers close such ones."""
+"""After so many seconds without a request a connection is not used again: servers close it."""
 
 READ = 256 << 10
-"""Bytes that are read at once."""
+"""Bytes read at once."""
 
 LONGEST_HEAD = 100 << 10
-"""Bytes that the head of an answer may have."""
+"""The most bytes in the head of an answer."""
 
 KINDS = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
 
@@ -37,12 +37,12 @@ Origin = tuple[str, str, int]
 
 
 class Direct:
-    """Requests without bodies to servers that are reached without a proxy.
+    """Requests without bodies, to servers reached without a proxy.
 
     Args:
-        connections: how many at most are kept open while nothing is asked of them.
-        timeout: how long to wait for what.
-        context: gives what certificates are checked by; making it takes a while.
+        connections: the most idle connections to keep open.
+        timeout: how long to wait for each operation.
+        context: returns the SSL context that checks certificates; making it takes a while.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Direct:
         self._idle: dict[Origin, list[_Connection]] = {}
 
     async def answer(self, asked: Asked) -> Answer:
-        """The head of the answer, and its body to be read and closed.
+        """The head of the answer, and its body, which the caller reads and closes.
 
         Raises:
             httpx.TransportError: there is none.
@@ -78,7 +78,7 @@ class Direct:
         )
 
     async def aclose(self) -> None:
-        """Close the connections of which nothing is asked."""
+        """Close the idle connections."""
         for connections in self._idle.values():
             while connections:
                 await connections.pop().aclose()
@@ -104,7 +104,7 @@ class Direct:
         return _Connection(stream, self._timeout)
 
     def _keep(self, origin: Origin, connection: _Connection) -> bool:
-        """Keep a connection for the next request; whether there was room for it."""
+        """Keep a connection for the next request; return whether there was room for it."""
         if sum(map(len, self._idle.values())) >= self._most or not connection.renew():
             return False
         self._idle.setdefault(origin, []).append(connection)
@@ -122,7 +122,7 @@ class _Connection:
 
     @property
     def open(self) -> bool:
-        """Whether it may be used again: of an idle one nothing but its end can be read."""
+        """Whether it may be used again: an idle connection becomes readable only at its end."""
         fresh = time.monotonic() - self._renewed_at < OPEN_S
         return fresh and not self.stream.get_extra_info("is_readable")
 
@@ -133,7 +133,7 @@ class _Connection:
             data = (self._protocol.send(request) or b"") + (
                 self._protocol.send(h11.EndOfMessage()) or b""
             )
-            # A server may answer and close before it has read all.
+            # A server may answer and close before it has read everything.
             with contextlib.suppress(httpcore.WriteError):
                 await self.stream.write(data, timeout=self._timeout.write)
             while isinstance(event := await self._event(), h11.InformationalResponse):
@@ -157,9 +157,9 @@ class _Connection:
         return event
 
     def renew(self) -> bool:
-        """Make ready for the next request; False if the answer was not read to its end."""
+        """Prepare for the next request; False if the answer was not read to its end."""
         ours, theirs = self._protocol.our_state, self._protocol.their_state
-        # What has come after an answer is no answer to the next request.
+        # Bytes after an answer are not an answer to the next request.
         if ours is not h11.DONE or theirs is not h11.DONE or self._protocol.trailing_data[0]:
             return False
         self._protocol.start_next_cycle()
@@ -191,7 +191,7 @@ class _Body(httpx.AsyncByteStream):
 
 @contextlib.contextmanager
 def _as_of_httpx() -> Iterator[None]:
-    """Errors as httpx has them, by the same names."""
+    """Turn httpcore's errors into httpx's of the same names."""
     try:
         yield
     except (*KINDS, h11.ProtocolError) as error:

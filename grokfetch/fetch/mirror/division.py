@@ -1,7 +1,7 @@
-"""The two ways in which a swarm and mirrors divide pieces: by turns, or side by side for a while.
+"""The two ways in which a swarm and mirrors divide pieces: in turns, or side by side for a while.
 
-What is divided, and anew when one side is idle, is `together`'s; here a division runs, and says
-when it is time for the next.
+`together` decides how to divide, and divides again when one side is idle; here a division runs, and
+says when it is time for the next.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 __all__ = ["Event", "Patience", "Round", "Turn"]
 
 ON_DEMAND_S = 0.02
-"""How long to wait for mirrors when a demand may come at any moment."""
+"""Seconds to wait for mirrors when a demand may come at any moment."""
 
 WAIT_S = 0.2
-"""How long to wait for mirrors when there is nothing else to wait for."""
+"""Seconds to wait for mirrors when there is nothing else to wait for."""
 
 LONG_S = 20.0
-"""If one side needs more than this for its rest while the other is idle, it is divided anew. Ending
-a swarm costs the blocks of its unfinished pieces and the search for peers."""
+"""If one side needs more seconds than this for its rest while the other is idle, the rest is
+divided again. Ending a swarm costs the blocks of its unfinished pieces and the search for peers."""
 
 QUIET_S = 10.0
-"""So long without a byte, and a swarm does not keep idle mirrors waiting."""
+"""After so many seconds without a byte a swarm's pieces go to idle mirrors."""
 
 DEMAND_QUIET_S = 2.0
-"""So long without a byte, and what somebody waits for is not left to a swarm."""
+"""After so many seconds without a byte, awaited pieces are not left to a swarm."""
 
 PIECES_TOO_LATE, TOO_LATE_S = 4, 60.0
-"""Nor is it when nothing of it comes though other pieces do: for so much longer than so many pieces
-take, and for no longer than that."""
+"""Nor are they if other pieces come but none of them for `DEMAND_QUIET_S` plus the time that so
+many pieces take, but at most so many seconds more."""
 
 FAIR_S = 5.0
-"""Before this nothing is known of how fast mirrors are."""
+"""Seconds before the rate of mirrors is known."""
 
 RATE_INTERVAL_S = 0.5
 
@@ -52,7 +52,7 @@ Event = Arrived | Traffic | Notice
 
 
 class Turn:
-    """Either side at work for those who read on demand, until the other should take over.
+    """One side at work for readers on demand, until the other should take over.
 
     Attributes:
         arrived: pieces that are there.
@@ -73,7 +73,7 @@ class Turn:
         return set(wanted.intersection(self._order.demand.waited) - self.arrived)
 
     def of_swarm(self, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """Until somebody has waited too long for what a mirror may have."""
+        """Run the swarm until a reader has waited too long for what a mirror may have."""
         patience, rate = Patience(self._order.layout.piece_length), 0.0
         with contextlib.closing(swarm):
             for event in swarm:
@@ -93,7 +93,7 @@ class Turn:
     def of_mirrors(
         self, mirrors: list[Mirror], settings: MirrorSettings, *, alone: bool
     ) -> Generator[Event, None, None]:
-        """Until none is left, or none may have what somebody waits for.
+        """Run mirrors until none is left, or none may have what a reader waits for.
 
         Args:
             mirrors: which.
@@ -111,7 +111,7 @@ class Turn:
                 waited = self._waited
                 if waited and not alone and not self._can_help(order.layout, waited):
                     return
-                # Who listens has to learn of demands before anything can be done.
+                # The caller must learn of demands before anything can be done.
                 for event in pool.take(0.0 if order.demand.version != version else ON_DEMAND_S):
                     if isinstance(event, Arrived):
                         self.arrived.update(event.pieces)
@@ -122,7 +122,7 @@ class Turn:
 
 
 class Patience:
-    """How long somebody has waited in vain for what a swarm should bring. Pure: no clock.
+    """How long readers have waited in vain for what a swarm should bring. Pure: no clock.
 
     Args:
         piece_length: in bytes.
@@ -135,7 +135,7 @@ class Patience:
         self._moved_at = self._served_at = 0.0
 
     def ends(self, now: float, waited: set[int], received: int, rate: float) -> bool:
-        """Whether it has been too long: not a byte came, or enough of what nobody waits for.
+        """Whether it has been too long: no byte came, or only other pieces did.
 
         Args:
             now: monotonic seconds.
@@ -161,7 +161,7 @@ class Round:
         arrived: pieces that are there.
         received: payload bytes since the order, of both sides.
         swarm_moved: whether the swarm has brought a byte, or had nothing to bring.
-        late: pieces of the swarm's that somebody waited for in vain; mirrors may have them.
+        late: the swarm's pieces that a reader waited for in vain; mirrors may have them.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Round:
         self.late: set[int] = set()
 
     def run(self, pool: Pool, swarm: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """Run until both are done, or until it is better to divide the rest anew."""
+        """Run until both are done, or until it is better to divide the rest again."""
         with contextlib.closing(swarm):
             for event in swarm:
                 yield from self._from_mirrors(pool, 0.0)
@@ -240,7 +240,7 @@ class Round:
     def _swarm_is_slow(self) -> bool:
         """Whether mirrors, idle now, should take pieces over."""
         quiet = time.monotonic() - self._moved_at > QUIET_S
-        # Mirrors that were given nothing, for being slow, help only against silence.
+        # Mirrors that got no share because they are slow help only against silence.
         slow = quiet or (self._shared and self._long(self._swarm_left, self._theirs))
         if not slow or not self._can_help(self._order.layout, self._swarm_left):
             return False
@@ -248,7 +248,7 @@ class Round:
         return True
 
     def _swarm_keeps_waiting(self) -> bool:
-        """Whether somebody waits in vain for a piece of the swarm's that a mirror may have."""
+        """Whether a reader waits in vain for one of the swarm's pieces that a mirror may have."""
         now, waited = time.monotonic(), self._swarm_left.intersection(self._order.demand.waited)
         ends = self._patience.ends(now, waited, self._swarm.received, self._swarm.rate)
         if not ends or not self._can_help(self._order.layout, waited):
@@ -275,7 +275,7 @@ class Round:
 
     @property
     def next_share(self) -> float:
-        """Of the pieces that are left, how many the mirrors should get, by the rates seen."""
+        """The share of the remaining pieces that the mirrors should get, by the rates seen."""
         both = self._swarm_bytes + self._mirror_bytes
         return self._mirror_bytes / both if both else 0.5
 

@@ -12,18 +12,18 @@ from grokfetch.fetch.mirror.state import MirrorSettings
 __all__ = ["read_document"]
 
 LARGEST = 64 << 20
-"""Bytes; no torrent and no manifest is larger, whatever a server sends."""
+"""Bytes; no torrent or manifest is larger, whatever a server sends."""
 
 LONGEST_S = 300.0
 
 
 def read_document(url: str, settings: MirrorSettings, *, stranger: bool = False) -> bytes:
-    """What lies at a web address.
+    """The document at a web address.
 
     Args:
         url: http or https.
         settings: patience and proxy.
-        stranger: whether it stood in a magnet link, as of `unusable`.
+        stranger: whether it came from a magnet link, as for `unusable`.
 
     Raises:
         SourceInvalid: it is not an address that can be used.

@@ -1,4 +1,4 @@
-"""What the environment says of HTTP: proxies, certificates, the Hub. Whatever it holds, no failure.
+"""What the environment says about HTTP: proxies, certificates, the Hub. Nothing in it is an error.
 
 `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` (or in lower case) are read as curl reads
 them, networks and `[::1]` in `NO_PROXY` included; `SSL_CERT_FILE`, `SSL_CERT_DIR`,
@@ -30,20 +30,20 @@ CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_
 
 
 class ProxyUnusable(Exception):
-    """A variable names a proxy that cannot be used, and it should be gone through."""
+    """A variable names a proxy for this host, and the proxy cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Environment:
-    """What holds for HTTP.
+    """The settings for HTTP.
 
     Attributes:
-        proxies: by scheme of the address ("http", "https", "all"): the variable, and its value.
+        proxies: for each scheme ("http", "https", "all"), the variable and its value.
         bypass: the entries of `NO_PROXY`.
-        certificates: a file or folder of certificates to trust instead of those that httpx brings.
-        hub: the address in whose place `HUB` stands in manifests.
-        token: what the Hub is sent, and nobody else.
-        notices: what a person should know.
+        certificates: a file or folder of certificates to trust instead of those of httpx.
+        hub: the address that replaces `HUB` in manifests.
+        token: sent to the Hub and to nobody else.
+        notices: what the user should know.
     """
 
     proxies: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
@@ -54,7 +54,7 @@ class Environment:
     notices: tuple[str, ...] = ()
 
     def proxy(self, scheme: str, host: str, port: int | None) -> str | None:
-        """The address of the proxy for a host; None to go without one.
+        """The address of the proxy for a host; None for no proxy.
 
         Raises:
             ProxyUnusable: the one that is named cannot be used.
@@ -68,7 +68,7 @@ class Environment:
         return address
 
     def at_hub(self, address: str) -> str:
-        """The address, at the endpoint that the environment names if it is one of the Hub."""
+        """The address; one of the Hub is moved to the endpoint that the environment names."""
         inside = address == HUB or address.startswith(f"{HUB}/")
         return self.hub + address[len(HUB) :] if inside else address
 
@@ -84,7 +84,7 @@ class Environment:
 
 
 def environment(variables: Mapping[str, str]) -> Environment:
-    """What the variables of the environment say; looks at the certificates that they name."""
+    """What the environment variables say; looks at the certificates that they name."""
     notices: list[str] = []
     proxies = {}
     for scheme in ("http", "https", "all"):
@@ -130,7 +130,7 @@ def _unusable_proxy(address: str) -> str | None:
 
 
 def bypassed(entries: tuple[str, ...], host: str, port: int | None) -> bool:
-    """Whether `NO_PROXY` excepts a host: by name, domain, address, prefix or network."""
+    """Whether `NO_PROXY` exempts a host: by name, domain, address, prefix or network."""
     return any(_excepts(entry.lower(), host.lower().rstrip("."), port) for entry in entries)
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a server, and what it answers, for less than httpx's own objects cost."""
+"""Requests to a server and its answers, cheaper than httpx's own objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grokfetch.fetch.mirror.environment import Environment
 __all__ = ["Answer", "Asked", "Asking", "named"]
 
 PLAIN = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*")
-"""Names that stand in an address as they are."""
+"""Names that need no quoting in an address."""
 
 REDIRECTS = (
     HTTPStatus.MOVED_PERMANENTLY,
@@ -32,7 +32,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
-    """A request: to which host, for which path and query, with which headers."""
+    """A request: the host, the path and query, and the headers."""
 
     url: str
     scheme: str
@@ -44,10 +44,10 @@ class Asked:
 
 @dataclasses.dataclass(slots=True)
 class Answer:
-    """The head of an answer, and its body, to be read and closed.
+    """The head of an answer, and its body, which the caller reads and closes.
 
-    `url` is what was asked for, `headers` by names in lower case. `server` is the address that it
-    came from, host first, or None where a proxy has it.
+    `url` is what was asked for, `headers` are by name in lower case. `server` is the address that
+    it came from, host first, or None if a proxy hides it.
     """
 
     url: str
@@ -58,12 +58,12 @@ class Answer:
 
     @property
     def redirects(self) -> bool:
-        """Whether it says where else to ask."""
+        """Whether it redirects."""
         return self.status in REDIRECTS and "location" in self.headers
 
 
 def named(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Headers by name in lower case; those that came more than once, with commas between."""
+    """Headers by name in lower case; repeated ones are joined by commas."""
     found: dict[str, str] = {}
     for name, value in headers:
         key, text = name.decode("latin-1").lower(), _text(value)
@@ -79,7 +79,7 @@ def _text(value: bytes) -> str:
 
 
 class Asking:
-    """Makes requests. What those for files of one folder have in common is made once.
+    """Makes requests. What requests for files of one folder share is made only once.
 
     Args:
         headers: of all requests.
@@ -92,7 +92,7 @@ class Asking:
         self._folder = lru_cache(64)(self._parsed)
 
     def asked(self, url: str, span: Span | None) -> Asked:
-        """A request for a span of what lies at an address, or for all.
+        """A request for a span of the file at an address, or for all of it.
 
         Raises:
             httpx.InvalidURL: the address cannot be used.

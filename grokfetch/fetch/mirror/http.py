@@ -1,8 +1,8 @@
-"""Ranges of files over HTTP: redirects, and what the answers of servers mean.
+"""Ranges of files over HTTP: redirects, and the meaning of servers' answers.
 
-Nothing that a server says is trusted further than it can be checked here; its bytes are hashed by
-the caller. Foreign exceptions become one of ours: the mirror has not got this file (`Refused`), it
-cannot serve us at all (`Faulty`), or it may do better next time (`Failed`, `Limited`, `Short`).
+Nothing that a server says is trusted unless it is checked here; the caller hashes its bytes.
+Foreign exceptions become one of ours: the mirror does not have this file (`Refused`), it cannot
+serve us at all (`Faulty`), or it may do better next time (`Failed`, `Limited`, `Short`).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Http:
     Args:
         connections: how many at most are kept open.
         patience_s: how long a server may be silent.
-        proxy: through which everything goes; otherwise those of the environment are heeded.
-        environment: proxies, certificates, and what the Hub is sent.
+        proxy: for everything; without it, those of the environment are used.
+        environment: proxies, certificates, and the token for the Hub.
     """
 
     def __init__(
@@ -70,13 +70,12 @@ class Http:
     ) -> None:
         environment = environment or Environment()
         self._asking = Asking(HEADERS, environment)
-        # Not through httpx's client, which costs more than the answer where files are small, and
-        # keeps cookies.
+        # Not httpx's client: for small files it costs more than the answer, and it keeps cookies.
         connect_s = min(patience_s, CONNECT_TIMEOUT_S)
         timeout = httpx.Timeout(patience_s, connect=connect_s, pool=None)
         self._routes = Routes(connections, environment, proxy, timeout)
         self._patience_s = patience_s
-        # Where redirects led, so that not every range goes the long way.
+        # Where redirects led, so that later ranges skip them.
         self._direct: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
@@ -92,22 +91,22 @@ class Http:
 
     @contextlib.asynccontextmanager
     async def opened(self, url: str, span: Span) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The bytes of a span as they come; fewer or more of them is for the caller to notice.
+        """The bytes of a span as they come; the caller must check their number.
 
         Raises:
-            Refused, Faulty, Failed: here, or while the bytes are read (of these only `Short`, or
-                `Failed` for silence).
+            Refused, Faulty, Failed: here; while the bytes are read, only `Short`, or `Failed` for
+                silence.
         """
         answer = await self._open(url, span)
         try:
-            # One that is left to the garbage collector costs a task of its own.
+            # A generator left to the garbage collector costs a task of its own.
             async with contextlib.aclosing(self._chunks(answer)) as chunks:
                 yield chunks
         finally:
             await answer.body.aclose()
 
     async def document(self, url: str, largest: int) -> bytes:
-        """All that lies at an address.
+        """Everything at an address.
 
         Raises:
             Refused, Faulty, Failed: there is nothing, or more than `largest` bytes.
@@ -124,10 +123,10 @@ class Http:
         return bytes(data)
 
     async def length(self, url: str) -> tuple[int, str | None]:
-        """Bytes of what lies at an address, and its ETag; nothing of it is read.
+        """The size in bytes of the file at an address, and its ETag; nothing of it is read.
 
         Raises:
-            Refused, Faulty, Failed: there is nothing, or it is not said how long it is.
+            Refused, Faulty, Failed: there is nothing, or the server does not say its size.
         """
         answer = await self._ask(url, None)
         await answer.body.aclose()
@@ -159,8 +158,8 @@ class Http:
             except Limited:
                 raise
             except (Refused, Faulty, Failed):
-                # Signed addresses expire, some with a page instead of an error; the way to them is
-                # asked again.
+                # Signed addresses expire, some with a page instead of an error, so the redirect is
+                # asked for again.
                 self._direct.pop(url, None)
         answer = await self._ask(url, span)
         if answer.url != url:
@@ -183,7 +182,7 @@ class Http:
         raise Failed(f"it redirects more than {MOST_REDIRECTS} times")
 
     async def _send(self, asked: Asked) -> Answer:
-        # What httpx bounds is the time between two bytes.
+        # httpx only limits the time between two bytes.
         async with asyncio.timeout(CONNECT_TIMEOUT_S + self._patience_s):
             try:
                 return await self._routes.answer(asked)
@@ -208,7 +207,7 @@ class Http:
 
 
 class _Stream:
-    """The bytes of an answer as they come, waited for as long as patience lasts."""
+    """The bytes of an answer as they come, each waited for no longer than `patience_s`."""
 
     def __init__(self, body: httpx.AsyncByteStream, patience_s: float) -> None:
         self._chunks = aiter(body)
@@ -217,11 +216,11 @@ class _Stream:
         self._waited_s = 0.0
 
     async def next(self) -> bytes:
-        """The next of them; none at the end.
+        """The next bytes; none at the end.
 
         Raises:
             TimeoutError: none came.
-            Failed: so few come that it would never end.
+            Failed: they come too slowly.
         """
         began = time.monotonic()
         async with asyncio.timeout(self._patience_s):
@@ -238,7 +237,7 @@ class _Broken(Failed):
 
 
 def _meaning(error: httpx.HTTPError) -> Exception:
-    """What an error of a connection means, by what caused it."""
+    """What a connection error means, judged by its cause."""
     cause: BaseException | None = error
     text = str(error) or "the connection ended"
     while cause is not None:
@@ -287,6 +286,6 @@ def redirected(url: str, location: str, server: tuple[Any, ...] | None) -> str:
 
 
 def _zone(host: str, server: tuple[Any, ...] | None) -> Zone:
-    """Where the host is that has answered: by its name, or by its address if that is known."""
+    """Where the answering host is: by its name or, if that is public, by its known address."""
     by_name = zone(host)
     return by_name if by_name != "world" or server is None else zone(str(server[0]))

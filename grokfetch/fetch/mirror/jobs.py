@@ -15,16 +15,16 @@ from grokfetch.torrent.layout import Layout, PieceHasher
 __all__ = ["Begun", "Job", "Jobs"]
 
 SPAN = 16 << 20
-"""Bytes of pieces that follow each other and are asked for by one request."""
+"""Bytes of consecutive pieces that one request asks for."""
 
 MOST_ANSWERS = 40
-"""Answers cut short, of which one piece may be made, before that counts against the mirror: enough
-where every answer ends half-way."""
+"""How many truncated answers may make up one piece before that counts against the mirror: enough if
+every answer ends half-way."""
 
 
 @dataclasses.dataclass(slots=True)
 class Begun:
-    """A piece of which the first `done` bytes came from one mirror, in so many answers.
+    """A piece whose first `done` bytes came from one mirror, in so many answers.
 
     `brought` is whether the latest of them has brought anything.
     """
@@ -38,15 +38,15 @@ class Begun:
 
     @property
     def useful(self) -> bool:
-        """Whether the latest answer brought something, and the piece does not take too many."""
+        """Whether the latest answer brought something, and there were not too many answers."""
         return self.brought and self.answers < MOST_ANSWERS
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Job:
-    """Pieces that follow each other and are still to come, and the files they lie in.
+    """Consecutive pieces that are still to come, and the files that hold them.
 
-    `urgent` is whether somebody waits for them.
+    `urgent` is whether a reader waits for them.
     """
 
     left: deque[int]
@@ -56,14 +56,14 @@ class Job:
 
 
 class Jobs:
-    """The jobs that nobody does yet, in the order in which they should be done.
+    """The jobs not yet started, in the order in which they should be done.
 
     Args:
         layout: the torrent's.
-        pieces: what is to be brought, in order.
-        workers: connections among which jobs are shared out.
-        demand: which of them come before the others, and which are to be brought beside them.
-        have: what the demand may have admitted before, and is there.
+        pieces: the pieces to bring, in order.
+        workers: the number of connections that share the jobs.
+        demand: which pieces come before the others, and which to bring in addition.
+        have: pieces that are there, though the demand may have admitted them before.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Jobs:
         self._jobs = deque(self._runs(pieces))
 
     def first(self, serves: Callable[[frozenset[PurePosixPath]], bool]) -> Job | None:
-        """The job that comes first of those whose files `serves` accepts, None without one."""
+        """The first job whose files `serves` accepts, None without one."""
         self._heed()
         behind = len(self._places)
         return min(
@@ -97,11 +97,11 @@ class Jobs:
         self._jobs.remove(job)
 
     def put_back(self, job: Job, lacking: PurePosixPath | None = None) -> None:
-        """Put what is left of a job in front.
+        """Put the rest of a job first.
 
         Args:
             job: what could not be done.
-            lacking: a file that shall not hold the others back; its pieces become other jobs.
+            lacking: a file that must not hold the others back; its pieces become separate jobs.
         """
         parts = [job]
         if lacking is not None:
@@ -114,7 +114,7 @@ class Jobs:
         self._jobs.clear()
 
     def _heed(self) -> None:
-        """Make jobs of their own of demanded pieces, as many as there are connections."""
+        """Make separate jobs of demanded pieces, as many as there are connections."""
         if self._heeded == self._demand.version:
             return
         self._heeded = self._demand.version
@@ -141,7 +141,7 @@ class Jobs:
         self._jobs = deque(parted)
 
     def _split(self, job: Job, inside: Callable[[int], bool]) -> list[Job]:
-        """The rest of a job in runs that are inside something or are not."""
+        """The rest of a job in runs of pieces that are all inside, or all outside."""
         parts = [self._job(run) for _, run in groupby(job.left, inside)]
         for part in parts:
             part.urgent = job.urgent

@@ -1,4 +1,4 @@
-"""Whole files of one web server as they pass by, several at a time; no byte is written here."""
+"""Whole files streamed from one web server, several at a time; no byte is written here."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ __all__ = [
 ]
 
 BUFFER = 1 << 20
-"""Bytes that are handed on together."""
+"""Bytes handed on together."""
 
 Length = tuple[int, str | None]
-"""Bytes of a file on the server, and the ETag that goes with them."""
+"""The size in bytes of a file on the server, and its ETag."""
 
 Told = int | Notice | GrokfetchError | None
-"""Bytes of a file that have come, what is waited for, why the file does not come; None if it is
-whole."""
+"""The bytes of a file that have come, what is being waited for, or why the file does not come; None
+if the file is complete."""
 
 Work = Callable[["Http", Mirror, PurePosixPath], Awaitable[None]]
 
@@ -66,12 +66,12 @@ class Mirrors:
 
 
 def mirror_name(address: str) -> str:
-    """How a mirror is shown to people."""
+    """The name of a mirror as shown to users."""
     return label(address)
 
 
 class Receiver(Protocol):
-    """Takes one file, in order; is called in other threads, never twice at a time."""
+    """Takes one file, in order; called in other threads, never twice at the same time."""
 
     @property
     def done(self) -> int:
@@ -81,7 +81,7 @@ class Receiver(Protocol):
         """The next bytes."""
 
     def end(self) -> None:
-        """The file has come to its end; called in the thread of `pass_by`."""
+        """The file is complete; called in the thread of `pass_by`."""
 
 
 def lengths(
@@ -90,7 +90,7 @@ def lengths(
     settings: MirrorSettings,
     say: Callable[[Notice], None],
 ) -> dict[PurePosixPath, Length]:
-    """How long files are on a server.
+    """The lengths of files on a server.
 
     Args:
         address: as of a mirror.
@@ -118,19 +118,19 @@ def pass_by(
     progress: Callable[[int], None],
     say: Callable[[Notice], None],
 ) -> None:
-    """Let files pass by from beginning to end, each on one connection.
+    """Stream files from beginning to end, each on one connection.
 
-    A connection that breaks is made again, and the file goes on where it stopped.
+    A broken connection is made again, and the file continues where it stopped.
 
     Args:
         address: as of a mirror.
-        files: path with the torrent's top folder, length as of `lengths`, and who takes it.
+        files: path with the torrent's top folder, length from `lengths`, and receiver.
         settings: how many connections, and how patient.
-        progress: is told of bytes that have come.
+        progress: called with the bytes that have come.
         say: is told what is waited for.
 
     Raises:
-        Contradiction: a file has another length or ETag there now.
+        Contradiction: a file now has another length or ETag there.
         OutOfReach: the server does not have one any more, or does not answer.
         Stalled: it has limited us for too long.
     """
@@ -145,19 +145,19 @@ def pass_by(
 
 
 class Delivery(Protocol):
-    """A file that is to be written from `done` on."""
+    """A file to be written from `done` on."""
 
     done: int
 
     @property
     def size(self) -> int:
-        """Bytes that it must have."""
+        """The bytes that it must have."""
 
     def take(self, data: memoryview) -> None:
-        """The next bytes; called in other threads, never twice at a time."""
+        """The next bytes; called in other threads, never twice at the same time."""
 
     def restart(self) -> None:
-        """Begin anew: the server sends files from their beginning only."""
+        """Start again: the server sends files only from their beginning."""
 
 
 def deliver(
@@ -166,14 +166,14 @@ def deliver(
     tell: Callable[[str, PurePosixPath, Told], None],
     ready: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Have several mirrors bring whole files at the same time, going on where each ends.
+    """Have several mirrors bring whole files at the same time, each from where it stopped.
 
     Args:
-        work: by the address of the mirror, the files by their paths.
+        work: for the address of each mirror, the files by path.
         settings: how to treat them.
-        tell: is told, in this thread, of bytes that have come, of a file that is whole (None), of
-            what a mirror does not bring, and of what is waited for.
-        ready: is given what ends all this, to be called from another thread.
+        tell: called, in this thread, with the bytes that have come, None for a complete file, what
+            a mirror does not bring, and what is being waited for.
+        ready: called with a function that ends all this and may be called from another thread.
     """
 
     async def all_mirrors() -> None:
@@ -225,7 +225,7 @@ async def _delivered(
 
 
 class _Server:
-    """Does something for each of several files, on as many connections as a server is to have."""
+    """Does something for each of several files, on several connections to one server."""
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class _Server:
         return None
 
     def _limit(self, began: float, error: Limited, rest_s: float) -> None:
-        """Wait as long as the server says, unless that is too long altogether."""
+        """Wait as long as the server says, unless all waits together would be too long."""
         mirror = self._mirror
         news = mirror.note(str(error))
         mirror.dropped = mirror.limit(began, rest_s, self._settings) or mirror.dropped
@@ -303,7 +303,7 @@ class _Server:
             self._say(Notice(f"mirror {mirror.name}: {error} and asks us to wait {rest_s:.0f} s"))
 
     def _stalled(self, path: PurePosixPath) -> Stalled:
-        """The error for a file that a server withholds which does nothing but limit us."""
+        """The error for a file of a server that only limits us."""
         fault, patience = next(reversed(self._mirror.faults)), self._settings.limited_s
         return Stalled(
             f"{path}: {fault}, and has us wait for {seconds_text(patience)} or more",
@@ -314,7 +314,7 @@ class _Server:
 
 
 async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
-    """How long a file is, at whichever of its addresses there is one."""
+    """The length of a file, at the first of its addresses that has it."""
     candidates = places(mirror.address, path)
     for form in sorted(range(len(candidates)), key=lambda form: form != mirror.form):
         try:
@@ -329,7 +329,7 @@ async def _length(http: Http, mirror: Mirror, path: PurePosixPath) -> Length:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Passage:
-    """A file on its way from a mirror: where from, its length, and who is told of bytes."""
+    """A file on its way from a mirror: its address, its length, and who takes the bytes."""
 
     http: Http
     mirror: Mirror
@@ -339,7 +339,7 @@ class _Passage:
     pace: Pace
 
     async def to_the_end(self, receiver: Receiver | Delivery) -> None:
-        """Hand on all that is left of the file, over as many answers as that takes."""
+        """Hand on the rest of the file, over as many answers as that takes."""
         while receiver.done < self.length[0]:
             before = receiver.done
             try:

@@ -20,16 +20,16 @@ from grokfetch.torrent.read_back import sha256_of
 __all__ = ["bring_tokenizer"]
 
 LARGEST = 256 << 20
-"""Bytes; what is called a tokenizer and is larger is not fetched into memory."""
+"""Bytes; a larger tokenizer is not fetched into memory."""
 
 LONGEST_S = 300.0
 
 
 def bring_tokenizer(store: Store, settings: MirrorSettings | None = None) -> Notice | None:
-    """Fetch the tokenizer that the manifest in force names, unless the right one lies there.
+    """Fetch the tokenizer that the manifest in force names, unless the right one is there.
 
-    It replaces what lay there in one step, and only if size and sha256 are the manifest's. Nothing
-    of it is interpreted or executed.
+    It replaces the existing file atomically, and only if size and sha256 are the manifest's.
+    Nothing of it is interpreted or executed.
 
     Args:
         store: the checkpoint folder.

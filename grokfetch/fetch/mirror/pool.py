@@ -1,9 +1,9 @@
 """Connections to mirrors: pieces over HTTP, hashed as they come and written where they belong.
 
-One thread runs an event loop with several connections to each mirror, so that ending it is a matter
-of milliseconds however silent a server is, and afterwards nothing is written any more. A mirror
-whose bytes have a wrong hash is dropped; who sent a piece is certain, because no piece comes from
-two. The fetch reads everything back and believes none of this.
+One thread runs an event loop with several connections to each mirror, so that it ends within
+milliseconds however silent a server is, and nothing is written afterwards. A mirror whose bytes
+have a wrong hash is dropped; it is certain which mirror sent a piece, because no piece comes from
+two. The fetch reads everything back and trusts none of this.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ZEROS = bytes(1 << 20)
 
 
 class Pool:
-    """Brings pieces from mirrors while its block runs; afterwards nothing is written any more.
+    """Brings pieces from mirrors while its block runs; nothing is written afterwards.
 
     Args:
-        mirrors: where from; what is learned about them is kept there.
+        mirrors: where pieces come from; what is learned about the mirrors is kept in them.
         layout: the torrent's.
         root: the checkpoint folder.
         pieces: what to bring, in order.
@@ -85,7 +85,7 @@ class Pool:
     def __enter__(self) -> Self:
         self._thread = ThreadPoolExecutor(1, "mirrors")
         self._future = self._thread.submit(lambda: asyncio.run(self._main()))
-        # Whoever waits for something to happen is to learn of the end.
+        # Whoever waits for an event must learn of the end.
         self._future.add_done_callback(lambda _: self._events.put(Arrived(())))
         self._begun.wait()
         self._heeding = contextlib.ExitStack()
@@ -103,7 +103,7 @@ class Pool:
         return not self._future.done()
 
     def retire(self) -> None:
-        """Begin no more pieces; what has been begun is still brought."""
+        """Start no more pieces; those that were started are still brought."""
         self._tell(self._retire)
 
     def _retire(self) -> None:
@@ -117,7 +117,7 @@ class Pool:
             self._loop.call_soon_threadsafe(what)
 
     def take(self, timeout_s: float) -> Iterator[Arrived | Notice]:
-        """What has happened; waits so long for something to happen.
+        """What has happened; waits at most `timeout_s` for something to happen.
 
         Raises:
             StorageFailed: the disk does not take the pieces.
@@ -200,11 +200,11 @@ class Pool:
                 self._wake()
 
     async def _next(self, mirror: Mirror, *, urgent: bool) -> Job | None:
-        """Something that this mirror may have; None if nothing is left for it.
+        """A job for this mirror; None if nothing is left for it.
 
         Args:
             mirror: which one.
-            urgent: only what somebody waits for, by one connection more than is usual.
+            urgent: only what a reader waits for, on one connection more than usual.
         """
         while not mirror.dropped:
             rest_s = mirror.rests_until - time.monotonic()
@@ -234,7 +234,7 @@ class Pool:
             self._drop(mirror, f"it lacks all of the first {MOST_REFUSALS} files asked for")
 
     def _note_failure(self, mirror: Mirror, error: Failed, began: float) -> None:
-        """Wait, ask less, or drop the mirror: what follows from a request that has failed."""
+        """After a failed request: wait, ask less, or drop the mirror."""
         text = str(error)
         if isinstance(error, Limited) and error.rest_s is not None:
             mirror.limit(began, error.rest_s, self._settings)
@@ -258,7 +258,7 @@ class Pool:
         self._events.put(Notice(f"mirror {text}"))
 
     async def _bring(self, mirror: Mirror, http: Http, job: Job) -> None:
-        """Bring pieces that follow each other; `job.left` loses each that has arrived."""
+        """Bring consecutive pieces; each that arrives is removed from `job.left`."""
         size = len(job.left) * self._layout.piece_length
         longest_s = self._settings.patience_s + size / self._least_rate
         stop = (job.left[-1] + 1) * self._layout.piece_length
@@ -282,7 +282,7 @@ class Pool:
             raise Failed(f"it sent less than {size:,} bytes in {longest_s:.0f} s") from None
 
     def _others_wait(self, mirror: Mirror) -> bool:
-        """Whether there is something more urgent than what nobody waits for."""
+        """Whether a reader waits for other pieces that this mirror may have."""
         first = self._jobs.first(mirror.serves) if self._demand.waited else None
         return first is not None and first.urgent
 

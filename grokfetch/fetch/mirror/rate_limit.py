@@ -1,8 +1,8 @@
-"""How long a server asks to be left alone, by the headers of its answer. Pure.
+"""How long a server asks us to wait, by the headers of its answer. Pure.
 
 `Retry-After` (RFC 9110, 10.2.3) gives seconds or a date; `RateLimit` (draft-ietf-httpapi-ratelimit-
-headers, versions 3 to 10) the seconds until a quota that is used up is there again, as Hugging Face
-says it; `RateLimit-Reset` and `X-RateLimit-Reset` the same, as seconds or as seconds since 1970.
+headers, versions 3 to 10) the seconds until an exhausted quota is renewed, as Hugging Face sends
+it; `RateLimit-Reset` and `X-RateLimit-Reset` the same, as seconds or as seconds since 1970.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from email.utils import parsedate_to_datetime
 __all__ = ["LONGEST_REST_S", "rest_asked_for"]
 
 LONGEST_REST_S = 600.0
-"""A server that wants to be left alone for longer than this is asked again all the same."""
+"""A server that asks for a longer wait than this is asked again anyway."""
 
 EPOCH = 1e9
-"""A reset that is larger than this is a time and no number of seconds."""
+"""A reset larger than this is a time, not a number of seconds."""
 
 
 def rest_asked_for(headers: Mapping[str, str], now: float) -> float | None:
@@ -25,7 +25,7 @@ def rest_asked_for(headers: Mapping[str, str], now: float) -> float | None:
 
     Args:
         headers: of the answer, their names in lower case.
-        now: seconds since 1970, where the answer bears no date of its own.
+        now: seconds since 1970, used if the answer has no date of its own.
     """
     now = _date(headers.get("date", ""), now)
     rest_s = _after(headers.get("retry-after", "").strip(), now)
@@ -51,7 +51,7 @@ def _after(text: str, now: float) -> float | None:
 
 
 def _quota(text: str) -> float | None:
-    """The longest time among the quotas that are used up."""
+    """The longest time among the exhausted quotas."""
     times = []
     for quota in text.split(";") if "remaining=" in text else text.split(","):
         left = re.search(r"\br\s*=\s*(\d{1,9})", quota)

@@ -1,4 +1,4 @@
-"""The way of a request: by the proxy that is meant for its host, or directly."""
+"""The route of a request: through the proxy for its host, or directly."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ProxyServer = tuple[str, str, int, str, str]
 
 
 class Routes:
-    """Sends each request by the proxy that is meant for its host, or by none.
+    """Sends each request through the proxy for its host, or directly.
 
     Args:
         connections: how many at most are kept open.
         environment: proxies and certificates.
-        proxy: through which everything goes, whatever the environment says.
-        timeout: how long to wait for what.
+        proxy: for everything, whatever the environment says.
+        timeout: how long to wait for each operation.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Routes:
         return _context(self._environment)
 
     async def answer(self, asked: Asked) -> Answer:
-        """The answer, its body still to be read.
+        """The answer; its body is still to be read.
 
         Raises:
             ProxyUnusable: the environment names a proxy that cannot be used.
@@ -79,7 +79,7 @@ class Routes:
         )
 
     async def aclose(self) -> None:
-        """Close all connections of which nothing is asked."""
+        """Close all idle connections."""
         await self._direct.aclose()
         for transport in self._proxied.values():
             await transport.aclose()
@@ -95,6 +95,6 @@ def _context(environment: Environment) -> ssl.SSLContext:
 
 
 def _proxy(scheme: str, host: str, port: int, user: str, password: str) -> httpx.Proxy:
-    # The proxy looks names up, so that nobody else learns even those.
+    # The proxy looks up names, so that nobody else learns them.
     address = f"[{host}]" if ":" in host else host
     return httpx.Proxy(f"{scheme}://{address}:{port}", auth=(user, password) if user else None)

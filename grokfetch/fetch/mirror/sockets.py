@@ -1,8 +1,7 @@
-"""Connections on asyncio's own transports, by the interface that httpcore has for them.
+"""Connections on asyncio's own transports, with httpcore's interface.
 
-Those of httpcore ask the event loop to begin and to end reading around every read, and give way
-to others before every write; where an answer is a file of a few kilobytes, that is a good part of
-what it costs.
+httpcore's own connections start and stop reading in the event loop around every read, and yield to
+other tasks before every write; for a file of a few kilobytes that is much of the cost.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import httpcore
 __all__ = ["Sockets"]
 
 HELD = 256 << 10
-"""Bytes that have come and were not asked for, above which no more are read."""
+"""Bytes received but not yet taken, above which reading pauses."""
 
 NEXT_ADDRESS_S = 0.25
-"""So long after one address of a host has been tried the next one is tried beside it."""
+"""Seconds after which the next address of a host is tried in parallel."""
 
 
 class Sockets(httpcore.AsyncNetworkBackend):
@@ -47,7 +46,7 @@ class Sockets(httpcore.AsyncNetworkBackend):
         """
         assert local_address is None
         assert socket_options is None
-        # A race of one address would leave its socket open if it is cancelled as it is won.
+        # A race with a single address would leave its socket open if cancelled just as it connects.
         delay = None if _is_address(host) else NEXT_ADDRESS_S
         with _connecting():
             async with asyncio.timeout(timeout):
@@ -58,7 +57,7 @@ class Sockets(httpcore.AsyncNetworkBackend):
 
 
 class _Protocol(asyncio.Protocol):
-    """What has come on a connection and was not yet read."""
+    """What has come on a connection and has not been read yet."""
 
     transport: asyncio.Transport
 
@@ -141,7 +140,7 @@ class _Socket(httpcore.AsyncNetworkStream):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109
-        """Send bytes, or have them sent: requests are too small to be waited for.
+        """Send bytes, or queue them: requests are too small to wait for.
 
         Raises:
             httpcore.WriteError: the connection has ended.
@@ -163,7 +162,7 @@ class _Socket(httpcore.AsyncNetworkStream):
         """The same connection, encrypted from now on.
 
         Raises:
-            httpcore.ConnectError, httpcore.ConnectTimeout: that is not possible; it has ended.
+            httpcore.ConnectError, httpcore.ConnectTimeout: that failed; the connection has ended.
         """
         try:
             with _connecting():
@@ -202,14 +201,14 @@ def _is_address(host: str) -> bool:
 
 @contextlib.contextmanager
 def _connecting() -> Iterator[None]:
-    """Errors as httpcore has them, by what caused them."""
+    """Turn connection errors into httpcore's, by their cause."""
     try:
         yield
     except TimeoutError as error:
         kind = httpcore.ConnectTimeout if error.errno is None else httpcore.ConnectError
         raise kind(str(error)) from error
     except OSError as error:
-        # Where several addresses have failed, asyncio says so in a text alone.
+        # If several addresses have failed, asyncio gives the error number only in the text.
         number = re.search(r"\[Errno (\d+)\]", str(error)) if error.errno is None else None
         cause = error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
         raise httpcore.ConnectError(str(error)) from cause

@@ -1,4 +1,4 @@
-"""How mirrors are to be treated, and what is known of one. No I/O here but the clock."""
+"""How to treat mirrors, and what is known of each. No I/O here except the clock."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from grokfetch.fetch.mirror.environment import Environment
 __all__ = ["LONG_REST_S", "Mirror", "MirrorSettings", "Pace"]
 
 LONGEST_PAUSE_S = 60.0
-"""The longest rest that a mirror gets which does not say itself how long it should be."""
+"""The longest rest of a mirror that does not say how long it should be, in seconds."""
 
 LONG_REST_S = 10.0
-"""A rest that a server asks for is said if it is longer than this."""
+"""A rest that a server asks for is reported if it is longer than this, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MirrorSettings:
     """How to treat mirrors.
 
-    `connections` go to each of them. After `patience_s` of silence a request has failed; after a
-    failure a mirror rests for `rest_s`, twice as long after each further one, and after `attempts`
-    failures without a piece between them it is dropped. One that limits us and says for how long is
-    waited for instead; one that is to bring whole files is given up if that would make `limited_s`
-    without anything else. `proxy` is scheme, host, port, user and password of a proxy, `down` the
-    most bytes a second from all mirrors together, None for no bound. `environment` is what holds
-    for HTTP without that proxy.
+    Each mirror gets `connections`. A request fails after `patience_s` of silence. After a failure a
+    mirror rests for `rest_s`, twice as long after each further one; after `attempts` failures
+    without a piece in between it is dropped. If a mirror limits us and says for how long, we wait
+    instead; a mirror of whole files is given up if that would make `limited_s` with nothing else.
+    `proxy` is scheme, host, port, user and password of a proxy; `down` is the most bytes a second
+    from all mirrors together, None for no limit. `environment` applies to HTTP without that proxy.
     """
 
     connections: int = 6
@@ -43,14 +42,14 @@ class MirrorSettings:
 
 
 class Pace:
-    """Lets so many bytes a second come to all who share it; any number with None."""
+    """Limits all who share it to `down` bytes a second; None for no limit."""
 
     def __init__(self, down: int | None) -> None:
         self._down = down
         self._free_at = 0.0
 
     async def wait(self, count: int) -> None:
-        """Wait until so many bytes more are allowed."""
+        """Wait until so many more bytes are allowed."""
         if self._down is not None:
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + count / self._down
@@ -61,10 +60,10 @@ class Pace:
 class Mirror:
     """What is known of a mirror; lives as long as the fetch.
 
-    `address` is where it is asked, `name` how it is shown to people. `lacks` are files that it
-    does not have, `form` the form of its addresses that answered last, `received` the payload bytes
-    that came from it, `faults` what was wrong with it, the latest last. `active` requests are under
-    way, and at most `allowed` may be. Since `limited_since` it has limited us, no more.
+    `address` is where it is asked, `name` is what users see. `lacks` are files that it does not
+    have, `form` is the form of address that answered last, `received` the payload bytes that came
+    from it, `faults` what was wrong with it, the latest last. `active` requests are under way, and
+    at most `allowed` may be. Since `limited_since` it has done nothing but limit us.
     """
 
     address: str
@@ -84,11 +83,11 @@ class Mirror:
     rests_until: float = 0.0
 
     def serves(self, files: Iterable[PurePosixPath]) -> bool:
-        """Whether there is hope that it has all these files."""
+        """Whether it may have all these files."""
         return not self.dropped and self.lacks.isdisjoint(files)
 
     def note(self, fault: str) -> bool:
-        """Keep what is wrong; whether that is news."""
+        """Keep what is wrong; return whether it is new."""
         news = fault not in self.faults
         self.faults.pop(fault, None)
         self.faults[fault] = None
@@ -100,11 +99,11 @@ class Mirror:
         self.limited_since = None
 
     def grow(self, connections: int) -> None:
-        """Allow more again after a request that went well: one more after two of them."""
+        """Allow more requests again after a good one: one more after every two."""
         self.allowed = min(connections, self.allowed + 0.5)
 
     def strike(self, began: float, settings: MirrorSettings, *, fewer: bool = False) -> bool:
-        """Count a failure of a request begun at `began`; several at one time count once.
+        """Count a failure of a request begun at `began`; simultaneous failures count once.
 
         Args:
             began: when, in monotonic seconds.
@@ -112,7 +111,7 @@ class Mirror:
             fewer: whether it wants fewer requests.
 
         Returns:
-            Whether it was one too many.
+            Whether that was one failure too many.
         """
         if began >= self.struck_at:
             self.strikes += 1
@@ -120,7 +119,7 @@ class Mirror:
         return self.strikes >= settings.attempts
 
     def limit(self, began: float, rest_s: float, settings: MirrorSettings) -> bool:
-        """Take in that it wants fewer requests, and none for so many seconds; no strike.
+        """Note that it wants fewer requests, and none for `rest_s` seconds; this is no failure.
 
         Returns:
             Whether that would make more than `limited_s` without anything delivered.

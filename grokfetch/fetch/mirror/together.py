@@ -1,14 +1,14 @@
-"""A swarm and mirrors as one `PieceSource`, at work at the same time on pieces that are disjoint.
+"""A swarm and mirrors as one `PieceSource`, working at the same time on disjoint pieces.
 
-The pieces are divided before anything runs: the swarm is told of the first ones only, mirrors bring
-the last ones. So no piece can be written by both, whatever either does late: a block that a slow
-peer sends after all cannot spoil what a mirror brought, because libtorrent never asked for it. (To
-take a piece away from libtorrent while it runs would not be as safe: of a request that timed out
-the block may still come, and is written before its hash is known.) Nobody knows beforehand how to
-divide, so it is done in rounds. The first gives half to each side; when one has finished and the
-other would need long for the rest, that rest is divided anew, by the rates seen. What somebody
-waits for in vain goes from the swarm to mirrors so, too. A swarm that brought nothing gets nothing
-in the next round, and mirrors that are dropped leave all to the swarm.
+The pieces are divided before anything runs: the swarm knows only of the first ones, mirrors bring
+the last ones. So no piece can be written by both, however late: a late block from a slow peer
+cannot spoil what a mirror brought, because libtorrent never asked for it. (Taking a piece away from
+libtorrent while it runs would be less safe: the block of a timed-out request may still come, and is
+written before its hash is known.) Nobody knows beforehand how to divide, so it is done in rounds.
+The first gives half to each side; when one has finished and the other would need long for the rest,
+that rest is divided again, by the rates seen. Pieces that a reader waits for in vain also go from
+the swarm to mirrors in this way. A swarm that brought nothing gets nothing in the next round, and
+when mirrors are dropped, everything goes to the swarm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Together:
 
     Args:
         swarm: where metadata comes from, and what mirrors do not have.
-        addresses: of mirrors, believed to be meant by the person or the manifest.
+        addresses: of mirrors, named by the user or the manifest.
         strange: of mirrors, from a magnet link; those of the torrent are added.
         settings: how to treat mirrors.
     """
@@ -78,9 +78,9 @@ class Together:
             OutOfReach: the swarm cannot be joined, and mirrors do not have everything.
             Stalled: there is no way to find a peer, and mirrors do not have everything.
             StorageFailed: the disk does not take them.
-            TorrentInvalid: the swarm understands the torrent otherwise than we do.
+            TorrentInvalid: the swarm reads the torrent differently than we do.
         """
-        # httpx takes a tenth of a second to import, which only those pay who ask a mirror.
+        # httpx takes a tenth of a second to import; only fetches from mirrors pay for it.
         from grokfetch.fetch.mirror.pool import Pool
 
         yield from self.meet(order.torrent)
@@ -110,7 +110,7 @@ class Together:
             late = a_round.late
 
     def _in_turn(self, order: Order) -> Iterator[Event]:
-        """What is asked for while it runs: by the swarm, or what that does not bring by mirrors."""
+        """Bring what is asked for while it runs: from the swarm, and from mirrors what it lacks."""
         received, by_swarm = 0, True
         while True:
             turn = Turn(order, received, self._can_help)
@@ -142,7 +142,7 @@ class Together:
             raise type(error)(failures, path=error.path, hint=error.hint) from None
 
     def _with_senders(self, event: Event) -> Event:
-        """Traffic with the mirrors, and who has sent how much, in earlier rounds too."""
+        """Traffic including the mirrors, and how much each has sent, also in earlier rounds."""
         if not isinstance(event, Traffic):
             return event
         self._from_peers = event.sent or self._from_peers
@@ -153,7 +153,7 @@ class Together:
         return dataclasses.replace(event, sent=sent, mirrors=len(self.alive))
 
     def meet(self, torrent: TorrentFile) -> Iterator[Notice]:
-        """Take in the addresses, once each, and say what of the environment cannot be used."""
+        """Add each address once, and report what in the environment cannot be used."""
         if not self._mirrors and (self._addresses or self._strange or torrent.web_seeds):
             yield from map(Notice, self._settings.environment.notices)
         addresses = [(address, False) for address in self._addresses]
@@ -168,17 +168,17 @@ class Together:
                     yield Notice(f"mirror {address:.200} is not used: {why}")
 
     def _mirror(self, address: str, *, stranger: bool) -> Mirror:
-        # A stranger's address goes where it says.
+        # A stranger's address is never moved to another endpoint.
         here = address if stranger else self._settings.environment.at_hub(address)
         return Mirror(here, label(here), self._settings.connections)
 
     @property
     def alive(self) -> list[Mirror]:
-        """The mirrors that are of use, as far as is known."""
+        """The mirrors that may still be of use."""
         return [it for it in self._mirrors.values() if it is not None and not it.dropped]
 
     def _share(self, layout: Layout, left: set[int], share: float, late: set[int]) -> list[int]:
-        """The pieces for the mirrors, of those that one may have: the late ones and the last."""
+        """The pieces for the mirrors, of those that one may have: the late ones, then the last."""
         mirrors = self.alive
         able = [
             piece
@@ -195,7 +195,7 @@ class Together:
         return any(it.serves(_files(layout, piece)) for piece in pieces for it in mirrors)
 
     def _join(self, order: Order, *, stays: bool = False) -> Generator[Event, None, None]:
-        """The swarm; where it cannot be joined at all, that is said and mirrors go on alone."""
+        """The swarm; if it cannot be joined, say so and go on with mirrors alone."""
         if not order.want and not stays:
             return
         try:
@@ -215,7 +215,7 @@ def _files(layout: Layout, piece: int) -> list[PurePosixPath]:
 
 
 def _shifted(events: Iterator[Event], received: int) -> Iterator[Event]:
-    """The same events, with the bytes counted on from those received before."""
+    """The same events, with the bytes received before added."""
     for event in events:
         if isinstance(event, Traffic):
             yield dataclasses.replace(event, received=event.received + received)

@@ -1,4 +1,4 @@
-"""One stretch of pieces on its way: read from a mirror, written into files."""
+"""A run of pieces in transit: read from a mirror, written into files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Lacking(Exception):
 
 
 class Reader:
-    """Reads parts of files from one mirror, by one request for all that follow each other.
+    """Reads parts of files from one mirror, with one request for consecutive parts.
 
     Args:
-        mirror: which one.
+        mirror: the mirror.
         http: the client.
         stop: the byte of the torrent's stream up to which parts will be asked for.
     """
@@ -50,7 +50,7 @@ class Reader:
         await self._open.aclose()
 
     async def read(self, part: Segment) -> AsyncIterator[memoryview]:
-        """The bytes of a part as they come, exactly as many as it has.
+        """The bytes of a part as they come, exactly its length.
 
         Raises:
             Lacking: the mirror does not have the file.
@@ -91,7 +91,7 @@ class Reader:
 
 
 class Writer:
-    """Writes into files at offsets, making them, and the folders above them, where need be.
+    """Writes into files at offsets; makes them, and the folders above them, if needed.
 
     One file is open at a time: a job may hold thousands of small ones.
     """
@@ -110,7 +110,7 @@ class Writer:
             self._file = None
 
     def write(self, file: LayoutFile, offset: int, data: memoryview) -> None:
-        """Write at an offset in bytes; a link in the file's place is refused.
+        """Write at an offset in bytes; refuses a link in place of the file.
 
         Raises:
             StorageFailed: the disk does not take it.

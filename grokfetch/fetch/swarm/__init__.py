@@ -1,8 +1,8 @@
 """The BitTorrent swarm as a `PieceSource`, and seeds and torrents for others.
 
-Only this package imports libtorrent, and only when a swarm is joined. What libtorrent 2.1 says is
-not taken at its word: a finished piece is reported only after the cache was flushed, its own check
-of files and resume data is never used, and the layout that it makes of a torrent must be ours.
+Only this package imports libtorrent, and only when a swarm is joined. libtorrent 2.1 is not simply
+trusted: a finished piece is reported only after the cache was flushed, its own check of files and
+resume data is never used, and its layout of a torrent must equal ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`PieceSource` over libtorrent: metadata from peers, pieces that are on the disk when named."""
+"""`PieceSource` over libtorrent: metadata from peers, pieces that are on disk when reported."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
 __all__ = ["Swarm", "file_error", "paths_by_index"]
 
 FLUSH_INTERVAL_S = 0.05
-"""How often finished pieces are flushed, so that they can be read back; a kill costs the rest."""
+"""How often finished pieces are flushed, so that they can be read back; a kill loses the rest."""
 
 TRAFFIC_INTERVAL_S = 0.5
 
 GIVE_UP_S = 20.0
-"""After so long without a byte those peers that a session has banned are tried once more."""
+"""After so long without a byte, peers that a session has banned are tried once more."""
 
 NOWHERE = "/dev/null/nowhere"
 """A place where nothing can be written, not even by root."""
@@ -65,9 +65,9 @@ class Swarm:
         return self._origin.text if isinstance(self._origin, Magnet) else None
 
     def metadata(self) -> Generator[Traffic | Notice | TorrentFile, None, None]:
-        """Ask peers for the metadata; a torrent that is known already is handed out at once.
+        """Ask peers for the metadata; a known torrent is returned at once.
 
-        Of a v2 torrent it is handed out again whenever more piece hashes have come.
+        A v2 torrent is returned again whenever more piece hashes have come.
 
         Raises:
             OutOfReach: libtorrent is not installed.
@@ -87,7 +87,7 @@ class Swarm:
             try:
                 yield from Inquiry(lt, session, handle).run()
             finally:
-                # Their addresses spare the download another search.
+                # Their addresses save the download another search.
                 self._peers = list(dict.fromkeys((*self._peers, *_callable_peers(lt, handle))))
 
     def _metadata_params(self, lt: Any, origin: Magnet | TorrentFile) -> Any:
@@ -103,13 +103,13 @@ class Swarm:
         return params
 
     def download(self, order: Order) -> Generator[Arrived | Traffic | Notice, None, None]:
-        """Bring the wanted pieces; each is flushed before it is said to have arrived.
+        """Bring the wanted pieces; each is flushed before it is reported as arrived.
 
         Raises:
             OutOfReach: libtorrent is not installed.
             Stalled: no peer is known, and there is no way to find any.
             StorageFailed: the disk does not take them.
-            TorrentInvalid: libtorrent understands the torrent otherwise than we do.
+            TorrentInvalid: libtorrent reads the torrent differently than we do.
         """
         lt = libtorrent()
         peers, received, once_more = self._peers, 0, True
@@ -129,7 +129,7 @@ class Swarm:
             received, once_more = download.received, bool(arrived)
 
     def _until_wanted(self, order: Order, trackers: Sequence[str]) -> Iterator[Traffic]:
-        """Where nobody can be found, wait until that matters: until something is to be brought."""
+        """If no peer can be found, wait until that matters: until something must be brought."""
         rung = threading.Event()
         alone = not self._peers and not self._settings.finds_peers(trackers)
         idle = order.demand.stays and alone
@@ -152,14 +152,14 @@ class Swarm:
         except RuntimeError as error:
             raise TorrentInvalid(f"libtorrent refuses it: {error}") from None
         pieces = range(order.layout.piece_count)
-        # Together these say: what is proven is there, nothing else is, and no file is to be read.
+        # Together these say: what is proven is there, nothing else is, and read no file.
         params.have_pieces = [piece in order.have for piece in pieces]
         params.flags |= lt.torrent_flags.no_verify_files
         params.piece_priorities = [
             priority(order.urgency.get(piece, 4)) if piece in order.want else 0 for piece in pieces
         ]
         params.renamed_files = paths_by_index(params.ti, order.layout)
-        # Web seeds are the business of `mirror`; what both fetch would be fetched twice.
+        # `mirror` handles web seeds; otherwise their pieces would be fetched twice.
         params.url_seeds = []
         if isinstance(self._origin, Magnet):
             params.trackers = list(dict.fromkeys((*params.trackers, *self._origin.trackers)))
@@ -169,14 +169,14 @@ class Swarm:
 class _Download:
     """One order under way in one session.
 
-    A session does not forget whom it has banned. If a piece had blocks from a liar and from others
-    it cannot always tell whose were wrong, and may be left without a good peer: then it gives up,
-    and a fresh one tries them all once more.
+    A session does not forget which peers it has banned. If a piece had blocks from a liar and from
+    others, it cannot always tell whose were wrong, and may be left without a good peer: then it
+    gives up, and a new session tries all peers once more.
 
     Attributes:
-        received: payload bytes since the order, those of earlier sessions included.
-        arrived: pieces that have.
-        banned: addresses of the peers that were.
+        received: payload bytes since the order, including earlier sessions.
+        arrived: pieces that have arrived.
+        banned: addresses of banned peers.
     """
 
     def __init__(self, lt: Any, session: Session, handle: Any, order: Order, tally: Tally) -> None:
@@ -219,7 +219,7 @@ class _Download:
         demand, version = self._order.demand, 0
         while self._left or demand.stays:
             if demand.stays and demand.version != version:
-                # Who listens has to learn of it before anything can be done.
+                # The caller must learn of it before anything can be done.
                 version, self._traffic_at = demand.version, 0.0
             new = demand.admitted - self._known
             if new:
@@ -249,7 +249,7 @@ class _Download:
     def _traffic(self) -> Traffic:
         status = self._handle.status()
         if status.is_finished and not self._finished and not self._flushing:
-            # An alert may have been dropped from a queue that had run full.
+            # An alert may have been dropped when the queue was full.
             had = self._handle.status(self._lt.torrent_handle.query_pieces).pieces
             self._finished = {piece for piece in self._left if had[piece]}
         received = self._before + status.total_payload_download
@@ -289,18 +289,18 @@ class _Download:
 
 
 def _callable_peers(lt: Any, handle: Any) -> list[tuple[str, int]]:
-    """The addresses of the peers that we have called ourselves."""
+    """The addresses of peers to which we opened the connection."""
     ours = lt.peer_info.outgoing_connection
     return [peer.ip for peer in handle.get_peer_info() if peer.flags & ours]
 
 
 def paths_by_index(theirs: Any, ours: Layout) -> dict[int, str]:
-    """Where libtorrent must put each of its files so that they lie where our layout has them.
+    """Where libtorrent must put each of its files so that they are where our layout has them.
 
-    Left alone, libtorrent takes formatting characters and control characters out of names,
-    truncates parts of more than 240 bytes, and renames files that are equal but for case, the last
-    of which only becomes visible after the torrent was added. Files are therefore matched by their
-    order, size and start, never by name, and each is given its path.
+    By default libtorrent removes formatting and control characters from names, truncates parts of
+    more than 240 bytes, and renames files whose names differ only in case; this last change shows
+    only after the torrent was added. So files are matched by order, size and start, never by name,
+    and each is given its path.
 
     Args:
         theirs: libtorrent's `torrent_info`.
@@ -326,7 +326,7 @@ def paths_by_index(theirs: Any, ours: Layout) -> dict[int, str]:
 
 
 def file_error(alert: Any) -> GrokfetchError:
-    """The error of ours that says what an alert about a file means."""
+    """Our error for an alert about a file."""
     number = alert.error.value()
     path = Path(alert.filename())
     if number in errno.errorcode:

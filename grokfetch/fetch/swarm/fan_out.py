@@ -1,10 +1,10 @@
 """How hosts that fetch from one seed divide it, so that it sends each piece about once.
 
-By itself libtorrent has every host ask the seed for whatever it lacks, at any time: the seed then
-sends most pieces more than once, and all wait for it. Here each host asks it for a share of its
-own, and for other pieces only when another host has them; a host whose share has come helps others
-with theirs. Hosts agree on the shares without a word, by the order of the ids under which they know
-each other, and nobody waits for one that does not do its part.
+By default libtorrent lets every host ask the seed for whatever it lacks, at any time: the seed then
+sends most pieces more than once, and all wait for it. Here each host asks the seed for its own
+share, and for other pieces only when another host has them; a host whose share is complete helps
+others with theirs. Hosts agree on the shares without messages, by the order of their peer ids, and
+nobody waits for a host that does not do its part.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from grokfetch.fetch.swarm.urgent import priority
 __all__ = ["FanOut", "Peer", "Share", "priorities", "share_of"]
 
 TURN_S = 0.1
-"""How often the pieces that may be asked for are determined; less often where that takes long."""
+"""How often to compute which pieces may be asked for; less often if that takes long."""
 
 BUSY = 0.02
-"""The part of the time that determining them may take."""
+"""The share of the time that computing them may take."""
 
 UNDER_WAY = 1
-"""So many pieces of its own, the first ones to come, an owner is probably being sent already."""
+"""The seed is probably already sending an owner so many of its own pieces, the next to come."""
 
 FEW = 3
-"""A host that has fewer pieces of its own to come than this helps others."""
+"""A host with fewer of its own pieces left than this helps others."""
 
 SOON = 2
-"""So many of the pieces that are a host's to ask for come before the next so many, and these before
-the rest."""
+"""So many of the pieces that a host may ask for come before the next so many, and these before the
+rest."""
 
 PATIENCE_S = 2.0
-"""Where nothing comes from the seed for so long, or longer than it has taken before, others ask for
-what a host has begun."""
+"""If nothing comes from the seed for so long, or for longer than ever before, others ask for what a
+host has begun."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class Peer:
     """A connected peer.
 
     Attributes:
-        id: by which others know it.
+        id: its peer id.
         seeds: whether it has everything.
-        divides: whether it fetches, and by this program.
+        divides: whether it fetches with this program.
     """
 
     id: bytes
@@ -58,20 +58,20 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """What one host of several asks the seed for: each piece is one host's own."""
+    """What one of several hosts asks the seed for: each piece has one host as owner."""
 
     rank: int
     hosts: int
 
     def owner(self, piece: int) -> int:
-        """The rank of the host whose own a piece is."""
+        """The rank of the host that owns a piece."""
         return piece % self.hosts
 
     def turn(self, piece: int, rank: int) -> int:
-        """How many others come before a host with a piece; 0 is the owner's.
+        """How many other hosts come before a host for a piece; 0 for the owner.
 
-        Over the hosts the turns of a piece are all different, so that those who help do not all
-        help with the same.
+        The turns of a piece differ between hosts, so that helpers do not all help with the same
+        piece.
         """
         owner = self.owner(piece)
         if owner == rank:
@@ -81,13 +81,13 @@ class Share:
 
 
 def share_of(own: bytes, peers: Collection[Peer]) -> Share | None:
-    """What this host asks the only seed for, None where there is nothing to divide.
+    """What this host asks the only seed for, None if there is nothing to divide.
 
-    Where there are several seeds, or none that says so, the rate of one is not what all wait for.
+    With several seeds, or none that announces itself, not everyone waits for one seed's rate.
 
     Args:
         own: this host's id.
-        peers: that it is connected to.
+        peers: those it is connected to.
     """
     hosts = sorted({own, *(peer.id for peer in peers if peer.divides and not peer.seeds)})
     if sum(peer.seeds for peer in peers) != 1 or len(hosts) == 1:
@@ -104,22 +104,22 @@ def priorities(  # noqa: PLR0913  # all that a host sees, each by name
     *,
     patient: bool = True,
 ) -> dict[int, int]:
-    """The priority of each piece that is still to come, 0 where it is not to be asked for yet.
+    """The priority of each piece that is still to come, 0 if it must not be asked for yet.
 
-    What only the seed has comes first, as far as it is this host's to ask for: its own share in a
-    fixed order, and where little of that is left, what it helps others with. It helps with what an
-    owner comes to last, and not with what the owner is probably being sent already: near the end
-    that is all there is, and each piece that is sent twice then keeps everybody waiting. What is
-    usually earlier stays so. What others have comes behind.
+    Pieces that only the seed has come first, if this host may ask for them: its own share in a
+    fixed order and, when little of that is left, pieces of other hosts that it helps. It helps with
+    the pieces that an owner would ask for last, not with those that the owner is probably being
+    sent already: near the end only these are left, and each piece sent twice then keeps everybody
+    waiting. The usual order is kept within this. Pieces that other hosts have come last.
 
     Args:
-        pieces: that are still to come.
-        usual: the priority by piece, from 1 to 6, where nothing is divided.
+        pieces: those still to come.
+        usual: the priority by piece, from 1 to 6, if nothing is divided.
         copies: how many peers have a piece, by piece.
         share: of this host.
         begun: the pieces of which this host has asked for a part.
-        patient: whether to leave to others what they are probably being sent; False where they
-            have not got anything for a while.
+        patient: whether to leave to others what they are probably being sent; False if they have
+            received nothing for a while.
     """
     left = sorted(pieces, key=lambda piece: (-usual[piece], piece))
     lone = [piece for piece in left if copies[piece] < 2]
@@ -139,7 +139,7 @@ def priorities(  # noqa: PLR0913  # all that a host sees, each by name
 def _help(
     shares: Sequence[Sequence[int]], share: Share, begun: Collection[int], *, patient: bool
 ) -> list[int]:
-    """What a host asks for of the shares of others, first what it has begun."""
+    """What a host asks for from the shares of others, first what it has begun."""
     helpers = [rank for rank, own in enumerate(shares) if len(own) < FEW]
     chosen = []
     for owner, own in enumerate(shares):
@@ -154,7 +154,7 @@ def _help(
 
 
 class Patience:
-    """Whether to go on leaving to others what the seed is probably sending them.
+    """Whether to keep leaving to others what the seed is probably sending them.
 
     Args:
         now: the time, in seconds.
@@ -166,7 +166,7 @@ class Patience:
         self._longest_s = PATIENCE_S
 
     def lasts(self, lone: int, now: float) -> bool:
-        """Whether the last piece that left the seed did so not too long ago.
+        """Whether the last new piece from the seed came recently enough.
 
         Args:
             lone: how many pieces only the seed has.
@@ -175,25 +175,25 @@ class Patience:
         waited = now - self._since
         patient = waited <= self._longest_s
         if lone != self._lone:
-            # No more than twice as long, for that one of them has stood still is no measure.
+            # At most twice as long, because one host that stood still is no measure.
             self._longest_s = max(self._longest_s, min(waited, 2 * self._longest_s))
             self._lone, self._since = lone, now
         return patient
 
 
 class FanOut:
-    """Divides the only seed with the other hosts, in one session; does nothing where it is not so.
+    """Divides the only seed with the other hosts, in one session; otherwise does nothing.
 
     Args:
         session: of libtorrent.
         handle: libtorrent's, of the torrent.
-        order: what is to be brought.
+        order: what to bring.
     """
 
     def __init__(self, session: Session, handle: Any, order: Order) -> None:
         self._session = session
         self._handle = handle
-        # Demands decide themselves what may be asked for.
+        # With demands, these decide what may be asked for.
         self._idle = order.demand.readers or order.demand.stays
         self._usual = [priority(order.urgency.get(i, 4)) for i in range(order.layout.piece_count)]
         self._share: Share | None = None
@@ -202,7 +202,7 @@ class FanOut:
         self._patience = Patience(time.monotonic())
 
     def heed(self, left: Collection[int]) -> None:
-        """Take in who is there and what they have; called at each turn.
+        """Note which peers are there and what they have; called at each turn.
 
         Args:
             left: the pieces that are still to come.
@@ -232,7 +232,7 @@ class FanOut:
 
 
 def _peers(infos: Iterable[Any]) -> list[Peer]:
-    """Those of libtorrent's peers with which the handshake is done."""
+    """The peers of libtorrent that have completed the handshake."""
     lt = libtorrent().peer_info
     absent = lt.connecting | lt.handshake
     return [

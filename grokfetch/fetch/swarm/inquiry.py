@@ -1,4 +1,4 @@
-"""The search for metadata: the info dictionary, and the v2 hashes that stand beside it."""
+"""The search for metadata: the info dictionary, and the v2 hashes beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grokfetch.torrent.metainfo import TorrentFile, torrent_file
 __all__ = ["PAD", "Inquiry", "complete"]
 
 PAD = 1
-"""libtorrent's flag of a pad file."""
+"""libtorrent's flag for a pad file."""
 
 
 class Inquiry:
@@ -34,7 +34,7 @@ class Inquiry:
         self._asked = False
 
     def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
-        """Traffic, and the torrent, again whenever more hashes have come, until all have."""
+        """Traffic, and the torrent; this again whenever more hashes come, until all have."""
         handed_out: TorrentFile | None = None
         while True:
             for alert in self._session.alerts():
@@ -57,10 +57,10 @@ class Inquiry:
             yield Traffic(0, 0.0, status.num_peers)
 
     def _torrent(self, params: Any) -> TorrentFile:
-        """The metadata, with the link's trackers and web seeds, and those v2 hashes there are.
+        """The metadata, with the link's trackers and web seeds, and the v2 hashes so far.
 
-        A hybrid torrent is fetched by its v1 hashes, for peers of its v1 swarm send no others: of
-        its piece layers all are kept, or none.
+        A hybrid torrent is fetched by its v1 hashes, because peers of its v1 swarm send no others;
+        either all of its piece layers are kept, or none.
         """
         info, files = params.ti.info_section(), params.ti.layout()
         layers = right_layers(info, self._layers(params, files))
@@ -74,10 +74,10 @@ class Inquiry:
         return torrent_file(info, layers, trackers=params.trackers, web_seeds=params.url_seeds)
 
     def _layers(self, params: Any, files: Any) -> dict[bytes, bytes]:
-        """The piece layers that have come whole, by the root of their file.
+        """The complete piece layers, by the root of their file.
 
-        libtorrent asks for them once it has the info dictionary, writes a torrent only when it has
-        all, and shows before in its resume data the trees of hashes, with a mask of those it has.
+        libtorrent asks for them once it has the info dictionary, and writes a torrent only when it
+        has all; before that, its resume data has the hash trees, with a mask of the hashes it has.
         """
         layers = {}
         length = params.ti.piece_length()
@@ -86,7 +86,7 @@ class Inquiry:
             size, hashes = files.file_size(index), tree[b"hashes"]
             if size <= length or not hashes:
                 continue
-            # The root is node 0; the hashes of the pieces stand in one row.
+            # The root is node 0; the hashes of the pieces are in one row.
             width = power_of_two_above(-(-size // BLOCK)) * BLOCK // length
             mask = tree.get(b"mask", bytes([255]) * (len(hashes) // 32 // 8 + 1))
             have = "".join(f"{byte:08b}" for byte in mask)
@@ -98,7 +98,7 @@ class Inquiry:
 
 
 def complete(torrent: TorrentFile) -> bool:
-    """Whether no hash of a piece is missing, or it is not a torrent for other reasons."""
+    """Whether no piece hash is missing; also true of a torrent invalid for other reasons."""
     try:
         return not parse_info(torrent.info, torrent.piece_layers).unprovable
     except TorrentInvalid:

@@ -1,4 +1,4 @@
-"""Seeds: sharing what is proven of a folder with others."""
+"""Seeds: sharing the proven pieces of a folder with others."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def seed(
         torrent: a `.torrent`.
         root: the folder that holds the torrent's top folder.
         settings: how to take part.
-        have: the pieces to share, known to be right. By default all of them are believed to be
-            there, and libtorrent hashes each one before it first sends it.
-        layout: where the files lie, if not all lie as the torrent says.
+        have: the pieces to share, known to be right. By default all are assumed to be there, and
+            libtorrent hashes each one before it first sends it.
+        layout: where the files are, if not all are where the torrent says.
 
     Raises:
         OutOfReach: libtorrent is not installed.
         SourceInvalid: a peer of the settings is not HOST:PORT.
-        TorrentInvalid: it is not a torrent, or not one that can be laid down.
+        TorrentInvalid: it is not a torrent, or its files cannot be stored.
     """
     lt = libtorrent()
     known = parse_torrent(torrent)
@@ -98,12 +98,12 @@ def seed(
         if have is None or len(have) == count:
             params.flags |= lt.torrent_flags.seed_mode
         else:
-            # What is not there is neither looked for on the disk nor asked for.
+            # Missing pieces are neither looked for on the disk nor asked for.
             params.have_pieces = [piece in have for piece in range(count)]
             params.piece_priorities = [0] * count
             params.flags |= lt.torrent_flags.no_verify_files | lt.torrent_flags.upload_mode
         handle = session.add(params, peers, root)
-        # Before that a peer would be turned away, and try again only seconds later.
+        # Before that a peer would be refused, and would try again only seconds later.
         while not any(isinstance(alert, lt.torrent_checked_alert) for alert in session.alerts()):
             pass
         yield Seeder(session, handle)

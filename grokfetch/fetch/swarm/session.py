@@ -1,4 +1,4 @@
-"""A libtorrent session: settings, waiting for alerts, and an end after which nothing is written."""
+"""A libtorrent session: settings, waiting for alerts, and an end with nothing written after it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from grokfetch.errors import (
 __all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent", "session_settings"]
 
 WAIT_S = 0.2
-"""Longest wait for an alert: the delay of Ctrl-C, and of a caller's own clock."""
+"""The longest wait for an alert, which delays Ctrl-C and a caller's own clock."""
 
 CLOSE_TIMEOUT_S = 60.0
 """How long the disk may take to finish writing."""
 
 CLIENT = "grokfetch"
-"""The name that peers are told."""
+"""The client name sent to peers."""
 
 DIVIDING = {"request_queue_time": 1, "whole_pieces_threshold": 0, "initial_picker_threshold": 0}
-"""Settings where hosts divide a seed. With three seconds' worth of requests more pieces are begun
-than there are peers, and libtorrent completes these first, whatever their priority; whole pieces of
-one peer make them more still; and the first four pieces it takes without regard to priority."""
+"""Settings while hosts divide a seed. With three seconds' worth of requests, more pieces are begun
+than there are peers, and libtorrent completes these first, whatever their priority; whole pieces
+from one peer add even more; and it takes the first four pieces without regard to priority."""
 
 PREFER_TCP = 0
 NO_LIMIT = -1
@@ -61,7 +61,7 @@ def libtorrent() -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proxy:
-    """A SOCKS5 or HTTP proxy; without a `user` it asks for none.
+    """A SOCKS5 or HTTP proxy; without a `user` it needs none.
 
     It looks up names itself. An HTTP proxy carries TCP only.
     """
@@ -77,12 +77,12 @@ class Proxy:
 class SwarmSettings:
     """How to take part in a swarm.
 
-    `listen` holds interfaces and port, comma-separated, as `0.0.0.0:6881`; port 0 is any free one.
+    `listen` has interfaces and ports, comma-separated, like `0.0.0.0:6881`; port 0 is any free one.
     `discovery` looks for peers beyond the torrent's trackers: by DHT and among local peers, each of
-    which can be left out, and by a way through the router (UPnP, NAT-PMP). `peers` are more peers,
-    as HOST:PORT. `up` and `down` are the most payload and protocol bytes a second, None for no
-    bound. With a `proxy` peers and trackers are reached through it; where that carries no UDP,
-    neither DHT nor trackers by UDP are asked.
+    which can be turned off, and by opening a port on the router (UPnP, NAT-PMP). `peers` are more
+    peers, as HOST:PORT. `up` and `down` limit payload and protocol bytes a second, None for no
+    limit. With a `proxy`, peers and trackers are reached through it; if it carries no UDP, neither
+    DHT nor UDP trackers are used.
     """
 
     listen: str = "0.0.0.0:6881,[::]:6881"
@@ -103,7 +103,7 @@ class SwarmSettings:
 
     @property
     def near(self) -> bool:
-        """Whether all peers are on private networks: those that are named, or that can be found."""
+        """Whether all peers, named or found, are on private networks."""
         hosts = [it.rpartition(":")[0].removeprefix("[").removesuffix("]") for it in self.peers]
         looks_here = self.discovery and self.lsd and not self.dht and not self.trackers
         try:
@@ -114,17 +114,17 @@ class SwarmSettings:
 
     @property
     def udp(self) -> bool:
-        """Whether UDP is sent: past an HTTP proxy it would lead to others directly."""
+        """Whether UDP is sent: it would bypass an HTTP proxy."""
         return self.proxy is None or self.proxy.kind == "socks5"
 
     def finds_peers(self, trackers: Sequence[str]) -> bool:
-        """Whether peers that nobody has named can be found, or can find us.
+        """Whether unnamed peers can be found, or can find us.
 
         Args:
             trackers: of the torrent.
         """
         looks = self.discovery and ((self.dht and self.udp) or self.lsd)
-        # Others may know a port that a person has chosen; nobody knows one that the system gives.
+        # Others may know a port that the user has chosen, but not one chosen by the system.
         known_port = any(not it.endswith(":0") for it in self.listen.split(","))
         asks = bool(self.asked(trackers))
         return looks or asks or (known_port and self.proxy is None)
@@ -140,13 +140,13 @@ class SwarmSettings:
 
 
 class Session:
-    """A libtorrent session that ends, with all its writing, when its block ends.
+    """A libtorrent session; when its block ends, it ends and nothing more is written.
 
     Attributes:
         peer_id: the 20 bytes by which peers know it.
 
     Raises:
-        OutOfReach: libtorrent is not installed, or there is no listening where the settings say.
+        OutOfReach: libtorrent is not installed, or cannot listen where the settings say.
     """
 
     def __init__(self, settings: SwarmSettings) -> None:
@@ -154,7 +154,7 @@ class Session:
         self._settings = settings
         by_name = session_settings(self._lt, settings)
         self._session = self._lt.session(by_name)
-        # What is given here in full is the id under which peers know us.
+        # A full-length fingerprint is the id by which peers know us.
         self.peer_id = by_name["peer_fingerprint"].encode()
         if settings.proxy is None and not self.port:
             raise OutOfReach(
@@ -163,8 +163,8 @@ class Session:
             )
         self._handles: list[Any] = []
         self._folders = contextlib.ExitStack()
-        # The descriptor becomes readable when the queue of alerts ceases to be empty. Waiting in
-        # libtorrent itself would hold Ctrl-C back until it returns.
+        # The descriptor becomes readable when the alert queue is no longer empty. Waiting in
+        # libtorrent itself would delay Ctrl-C until it returns.
         self._wake, self._signal = socket.socketpair()
         self._wake.setblocking(False)
         self._signal.setblocking(False)
@@ -206,12 +206,12 @@ class Session:
     def add(
         self, params: Any, peers: Sequence[tuple[str, int]] = (), root: Path | None = None
     ) -> Any:
-        """Add a torrent that runs at once, whatever else the session does.
+        """Add a torrent that starts at once, whatever else the session does.
 
         Args:
             params: libtorrent's.
             peers: to begin with.
-            root: the checkpoint folder; None to leave the place that `params` name.
+            root: the checkpoint folder; None to keep the one in `params`.
 
         Raises:
             TorrentInvalid: libtorrent refuses it.
@@ -222,7 +222,7 @@ class Session:
         flags = self._lt.torrent_flags
         params.flags &= ~(flags.paused | flags.auto_managed)
         params.peers = [*params.peers, *peers]
-        # The session's own limits would except peers on the local network.
+        # The session's own limits would exempt peers on the local network.
         params.upload_limit = self._settings.up or NO_LIMIT
         params.download_limit = self._settings.down or NO_LIMIT
         params.trackers = self._settings.asked(params.trackers)
@@ -234,7 +234,7 @@ class Session:
         return handle
 
     def _name_of(self, root: Path) -> str:
-        """A name of a folder for libtorrent, which takes only what is UTF-8."""
+        """A name of a folder for libtorrent, which accepts only UTF-8."""
         try:
             str(root).encode()
         except UnicodeEncodeError:
@@ -249,23 +249,23 @@ class Session:
 
     def wake(self) -> None:
         """Have `alerts` return at once; any thread may call it."""
-        # A socket that is full wakes as well.
+        # A full socket wakes it as well.
         with contextlib.suppress(BlockingIOError):
             self._signal.send(b"!")
 
     def set_queue_time(self, seconds: int) -> None:
-        """Ask a peer for what it sends in so many seconds before it has sent the first of it."""
+        """Keep requests for so many seconds of a peer's data open at it."""
         self._session.apply_settings({"request_queue_time": seconds})
 
     def divide(self, *, yes: bool) -> None:
-        """Ask peers strictly by priority, for few blocks at a time and by blocks, or as usual."""
+        """Ask peers strictly by priority, for a few single blocks at a time, or as usual."""
         usual = self._lt.default_settings()
         self._session.apply_settings(
             {name: DIVIDING[name] if yes else usual[name] for name in DIVIDING}
         )
 
     def alerts(self) -> list[Any]:
-        """The alerts that there are, after waiting for at least one, but not for long."""
+        """The current alerts, after a short wait for at least one."""
         alerts = self._session.pop_alerts()
         if not alerts:
             select.select([self._wake], [], [], WAIT_S)
@@ -276,7 +276,7 @@ class Session:
 
 
 def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
-    """The settings of a libtorrent session, by libtorrent's names, that mean what ours do."""
+    """Our settings as those of a libtorrent session, by libtorrent's names."""
     category = lt.alert_category
     by_name: dict[str, Any] = {
         "user_agent": CLIENT,
@@ -284,7 +284,7 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
         "listen_interfaces": settings.listen,
         "enable_dht": settings.discovery and settings.dht and settings.udp,
         "enable_lsd": settings.discovery and settings.lsd,
-        # A way through the router would lead past the proxy.
+        # A port opened on the router would bypass the proxy.
         "enable_upnp": settings.discovery and settings.proxy is None,
         "enable_natpmp": settings.discovery and settings.proxy is None,
         "mixed_mode_algorithm": PREFER_TCP,
@@ -311,9 +311,9 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
     if not settings.discovery:
         by_name["webtorrent_stun_server"] = ""
     if settings.near:
-        # uTP gives way where a link is busy, and the links of hosts that share one are.
+        # uTP yields on a busy link, and hosts that share a link keep it busy.
         by_name["enable_outgoing_utp"] = False
-        # Two hosts that call each other at once may both hang up.
+        # Two hosts that connect to each other at the same time may both close.
         by_name["min_reconnect_time"] = 2
     if settings.local:
         # Here several peers share one address, and a lost one is worth trying again at once.
@@ -326,7 +326,7 @@ def session_settings(lt: Any, settings: SwarmSettings) -> dict[str, Any]:
 
 
 def peer_id(lt: Any) -> str:
-    """A new id for this peer, 20 characters: libtorrent's usual beginning, the rest by chance."""
+    """A new id for this peer, 20 characters: libtorrent's usual prefix, the rest random."""
     beginning = str(lt.default_settings()["peer_fingerprint"])
     return beginning + secrets.token_hex(20)[: 20 - len(beginning)]
 
@@ -367,7 +367,7 @@ def address(peer: str) -> tuple[str, int]:
     """The numeric address and the port of a HOST:PORT.
 
     Raises:
-        SourceInvalid: it is none, or the host is not known.
+        SourceInvalid: it is not HOST:PORT, or the host is not known.
     """
     host, _, port = peer.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")

@@ -15,7 +15,7 @@ Endpoint = tuple[str, int]
 class Tally:
     """Adds up what each peer has sent, by its address without the port, which changes.
 
-    A connection counts its own bytes from zero on, and is gone once it has ended.
+    A connection counts its own bytes from zero, and disappears when it ends.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Tally:
         self._before = self._ended.total()
 
     def look(self, connections: Iterable[tuple[Endpoint, int]]) -> None:
-        """Take in the connections there are, each with the bytes received on it so far."""
+        """Record the current connections, each with the bytes received on it so far."""
         for endpoint, received in connections:
             if received < self._open.get(endpoint, 0):
                 self._end(endpoint)
@@ -44,8 +44,8 @@ class Tally:
         """The bytes of each peer, in all sessions.
 
         Args:
-            received: bytes of this session; what nobody is known to have sent, because a connection
-                has ended between two looks, stands under no name.
+            received: bytes of this session; bytes of unknown senders, from connections that ended
+                between two looks, are listed without a name.
         """
         by_host_so_far = self._ended.copy()
         for endpoint, count in self._open.items():

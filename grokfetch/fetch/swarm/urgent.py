@@ -1,4 +1,4 @@
-"""How libtorrent learns what somebody waits for: by deadlines, and priorities above all others."""
+"""How libtorrent learns what readers wait for: by deadlines, and priorities above all others."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from grokfetch.fetch.swarm.session import Session
 __all__ = ["Urgent", "priority"]
 
 WAITED, AHEAD = 7, 6
-"""The priorities of what somebody waits for, and of what somebody will need next. All others are
-below them, or else libtorrent would bring some of all."""
+"""The priorities of pieces that readers wait for, and of those they will need next. All others are
+lower; otherwise libtorrent would bring some of each kind."""
 
 INSIST_S = 5.0
-"""After so long without a byte of what is waited for, it is asked for anew; then after twice as
-long, and so on: peers that were not yet there, or not yet willing, know nothing of a deadline."""
+"""After so long without a byte of an awaited piece, it is asked for again; then after twice as
+long, and so on: peers that joined or became willing later do not know its deadline."""
 
 LONGEST_INSIST_S = 60.0
 
 DEADLINE_STEP_MS = 10
-"""How much later each piece that is waited for may come than the one before it."""
+"""How much later each awaited piece may come than the one before it."""
 
 WINDOW = 64 << 20
-"""Bytes of pieces that have a deadline at one time, and never fewer than two pieces: of very many
-libtorrent would bring some of each, and none would be whole."""
+"""Bytes of pieces that have a deadline at one time, and never fewer than two pieces: with very
+many, libtorrent would bring a part of each, and complete none."""
 
 QUEUE_S = 1
-"""Seconds' worth of blocks that a peer is asked for at one time where demands may come; three is
-libtorrent's own measure. No demand can take back what is on its way by then."""
+"""Seconds' worth of blocks that a peer is asked for at one time if demands may come; libtorrent's
+default is three. A demand cannot take back blocks that are already on their way."""
 
 OPEN_S = 0.5
-"""Seconds' worth of pieces that may be asked for where demands may come, those that are waited for
-included. It must be more than it takes from asking for a piece to learning that it has come, or the
-rate cannot grow: a peer 0.1 s away reached its full rate three seconds later for it, none lost it.
+"""Seconds' worth of pieces that may be asked for if demands may come, including awaited ones. It
+must exceed the time from asking for a piece to learning that it has come, or the rate cannot grow:
+a peer 0.1 s away reached its full rate three seconds later for it, none lost it.
 """
 
 LEAST_OPEN = 1 << 20
-"""So many bytes of them in any case, and two pieces: before the rate is known."""
+"""At least so many bytes of them, and two pieces, even before the rate is known."""
 
 FORGET = 0.98
-"""What is left of the highest rate seen after each look at it."""
+"""The factor by which each look lowers the highest rate seen."""
 
 
 class Urgent:
-    """What is asked of libtorrent before all else, in one session.
+    """What libtorrent is asked for before all else, in one session.
 
-    Where demands may come few other pieces may be asked for at a time, whatever their priority:
-    what peers have begun to send cannot be taken back, and what is demanded next would come behind
-    it.
+    If demands may come, only a few other pieces may be asked for at a time, whatever their
+    priority: what peers have begun to send cannot be taken back, and the next demand would have to
+    wait for it.
 
     Args:
         session: of libtorrent.
         handle: libtorrent's, of the torrent.
-        order: what is to be brought.
+        order: what to bring.
 
     Attributes:
         waited: the pieces that have a deadline.
@@ -78,12 +78,12 @@ class Urgent:
         if self._demand.readers:
             session.set_queue_time(QUEUE_S)
             self._prioritize(dict.fromkeys(order.want, 0))
-            # By chance: peers that all wanted the same pieces could give each other nothing.
+            # Random: peers that all fetch the same pieces could give each other nothing.
             later = random.sample(sorted(order.want), len(order.want))
             self._later = iter(sorted(later, key=self._usual, reverse=True))
 
     def heed(self, left: set[int], arrived: set[int]) -> None:
-        """Take in what has been demanded since; called at each turn.
+        """Note what has been demanded since; called at each turn.
 
         A deadline makes libtorrent take back what it has asked of peers, and ask all of them for
         the blocks of these pieces; a priority only decides what is asked for next, and peers have
@@ -91,7 +91,7 @@ class Urgent:
 
         Args:
             left: the pieces that are still to come.
-            arrived: those of them that have come and have not been said to be there.
+            arrived: those of them that have come but have not been reported yet.
         """
         if self._demand.version != self._heeded:
             self._heeded = self._demand.version
@@ -102,7 +102,7 @@ class Urgent:
     def _set_deadlines(self, waited: list[int]) -> None:
         soonest = waited[: max(2, WINDOW // self._size)]
         new = [piece for piece in waited if piece not in self.waited]
-        # Those beyond the window, too: else peers would be asked for others meanwhile.
+        # Those beyond the window, too: otherwise peers would be asked for others meanwhile.
         self._prioritize(dict.fromkeys(new, WAITED))
         for place, piece in enumerate(soonest):
             if piece not in self.waited:
@@ -112,7 +112,7 @@ class Urgent:
         self.waited = set(soonest)
 
     def _open_more(self, left: set[int], arrived: set[int]) -> None:
-        """Let some of the pieces be asked for that nobody waits for."""
+        """Let some pieces that no reader waits for be asked for."""
         self._open = (self._open & left) - arrived
         most = max(2, int(max(LEAST_OPEN, self._rate * OPEN_S) / self._size)) - len(
             self.waited - arrived
@@ -126,7 +126,7 @@ class Urgent:
         self._prioritize(opened)
 
     def _usual(self, piece: int) -> int:
-        """The priority of a piece that nobody waits for."""
+        """The priority of a piece that no reader waits for."""
         return priority(self._order.urgency.get(piece, 4))
 
     def _prioritize(self, levels: Mapping[int, int]) -> None:
@@ -134,11 +134,11 @@ class Urgent:
             self._handle.prioritize_pieces(list(levels.items()))
 
     def look(self, received: int, arrived: set[int]) -> None:
-        """Look at how it goes: at the rate, and whether what is waited for comes.
+        """Check the rate, and whether awaited pieces come.
 
         Args:
             received: payload bytes in this session.
-            arrived: pieces that have come and have not been said to be there.
+            arrived: pieces that have come but have not been reported yet.
         """
         now = time.monotonic()
         rate = (received - self._received) / max(now - self._looked_at, 1e-3)
@@ -156,7 +156,7 @@ class Urgent:
         self._came = came
 
     def _insist(self, now: float, waited: set[int]) -> None:
-        """Ask anew for what is waited for, of which nothing comes."""
+        """Ask again for awaited pieces of which nothing comes."""
         self._insist_s = min(2 * self._insist_s, LONGEST_INSIST_S)
         self._insist_at = now + self._insist_s
         self._handle.clear_piece_deadlines()
@@ -166,5 +166,5 @@ class Urgent:
 
 
 def priority(urgency: int) -> int:
-    """The priority of a piece that nobody waits for, of an urgency from 7 down to 1."""
+    """The priority of a piece that no reader waits for, from its urgency, 7 down to 1."""
     return 1 + (urgency - 1) * (AHEAD - 1) // 7
