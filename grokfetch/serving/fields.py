@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 class Fields:
-    """The members of an object; None and a missing one are the same."""
+    """The members of an object; None is the same as a missing one."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._left = {name: value for name, value in body.items() if value is not None}
@@ -66,7 +66,7 @@ class Fields:
         return value
 
     def integer(self, name: str, least: int, most: int = LARGEST) -> int | None:
-        """An integer within bounds; 16.0 is one.
+        """An integer within bounds; 16.0 counts as one.
 
         Raises:
             Refused: it is something else, or out of bounds.
@@ -93,7 +93,7 @@ class Fields:
         return float(value)
 
     def neutral(self, table: Mapping[str, Sequence[object]]) -> None:
-        """Let members pass whose values are among those of a table.
+        """Accept members whose values are listed in a table.
 
         Raises:
             Refused: one has another value.
@@ -104,7 +104,7 @@ class Fields:
                 refuse(name, "is not supported by this server", "unsupported_parameter")
 
     def ignore(self, *names: str) -> None:
-        """Let members pass whatever their values."""
+        """Accept members with any values."""
         for name in names:
             self.take(name)
 
@@ -126,19 +126,19 @@ def refuse(name: str, why: str, code: str = "invalid_value") -> NoReturn:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a string that can be encoded: JSON lets half a surrogate pair pass."""
+    """Whether it is a string that can be encoded: JSON allows half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def as_integer(value: object) -> int | None:
-    """An integer, however it is written: 16, 16.0 or 1.6e1; None if it is none."""
+    """An integer, however it is written: 16, 16.0 or 1.6e1; None if it is not an integer."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def all_of(value: object, fits: Callable[[object], bool]) -> bool:
-    """Whether it is a list that is not empty and whose items all fit."""
+    """Whether it is a non-empty list whose items all fit."""
     return isinstance(value, list) and bool(value) and all(fits(item) for item in value)
 
 

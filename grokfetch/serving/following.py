@@ -1,4 +1,4 @@
-"""A response as it comes to be: whole or in events, and what happens when its client goes away."""
+"""A response while it is made: whole or in events, and what happens when its client goes away."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Following:
-    """Makes a reply of what becomes known of its texts, and frees their slots in the end."""
+    """Makes a reply from the emissions of its texts, and frees their slots at the end."""
 
     def __init__(self, texts: Texts, reply: Reply, metrics: Metrics, start: float) -> None:
         self._texts = texts
@@ -84,13 +84,13 @@ class Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, and free the slots."""
-        # Even if the client has gone before the first event.
+        # Even if the client leaves before the first event.
         with contextlib.closing(self._following):
             await super().__call__(scope, receive, send)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, given up when the client goes away.
+    """The result of some work, cancelled when the client goes away.
 
     Raises:
         ClientDisconnect: it has.

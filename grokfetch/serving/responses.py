@@ -19,7 +19,7 @@ __all__ = ["HANDLERS", "MODEL_FAILED", "as_json", "refusal"]
 INVALID = "invalid_request_error"
 
 CLOSING = {"ambiguous_length", "body_too_slow"}
-"""Codes of refusals after which nobody can say where the next request begins."""
+"""Codes of refusals after which it is unknown where the next request begins."""
 
 MODEL_FAILED = error_body("the model could not go on; the server's log says why", "server_error")
 
@@ -74,4 +74,4 @@ HANDLERS: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
     HTTPException: _http,
     Exception: _unforeseen,
 }
-"""Who answers for which exception."""
+"""The handler of each exception."""

@@ -1,4 +1,4 @@
-"""Listens, and ends when it is told to: requests at work are answered first."""
+"""Listens, and ends on a signal: requests in progress are answered first."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def bound(host: str, port: int) -> socket.socket:
 
     Args:
         host: a name or an address, of IPv4 or IPv6.
-        port: 0 for any that is free.
+        port: 0 for any free one.
 
     Raises:
-        OutOfReach: the address cannot be had.
+        OutOfReach: the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -51,7 +51,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def listen(app: Starlette, at: socket.socket, say: Callable[[str], object], name: str) -> None:
-    """Serve until SIGTERM or Ctrl-C, and until what is at work then is answered.
+    """Serve until SIGTERM or Ctrl-C, and until the requests then in progress are answered.
 
     Args:
         app: the application.
@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _signals_end_nothing() -> Iterator[None]:
-    """Uvicorn raises the signal that ended it once more when it is done; here that is a success."""
+    """When done, uvicorn raises the signal that ended it again; here such an end is a success."""
     names = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda *_: None) for number in names]
     try:

@@ -1,4 +1,4 @@
-"""Devices that are not here, for the compilers of GPUs and TPUs that run without them.
+"""Devices that are not present, for the compilers of GPUs and TPUs, which run without them.
 
 They come with `pip install 'grokfetch[tpu]'` or `'grokfetch[cuda]'`, and need Linux on x86-64.
 """
@@ -44,16 +44,16 @@ device_description_str: "{name}"
 
 
 def prepare(kinds: Iterable[Accelerator]) -> None:
-    """Tell jax, before it is first asked for devices, that those of these kinds are not here.
+    """Prepare jax, before it is first asked for devices, for absent ones of these kinds.
 
-    What is compiled for them cannot be kept in the cache: it could not be loaded from there.
+    Programs compiled for them are not cached, because they could not be loaded from the cache.
     """
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
-        # Any kind will do: without it the library complains on stderr, and asks again.
+        # Any kind works: without it the library complains on stderr, and asks again.
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # Nothing runs on a TPU, so that another process may use one, or compile at the same time.
+        # Nothing runs on a TPU, so another process may use one, or compile at the same time.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }.items():
@@ -67,7 +67,7 @@ def absent(kind: Accelerator, count: int) -> Sequence[jax.Device]:
     """At least `count` devices of a kind, in one slice or one host.
 
     Raises:
-        OutOfReach: the compiler is not installed, or knows no slice of so many devices.
+        OutOfReach: the compiler is not installed, or does not support a slice of so many devices.
     """
     try:
         if kind.graphics:

@@ -34,12 +34,12 @@ ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is to be held.
+    """How a model will be held.
 
-    dtype: of the products. cache: of the KV cache, None for that of the products. placement: None
-    for what suits the devices. mesh: None for all devices. memory: bytes that mapped weights, cache
-    and work may take together, None for what is free. prefix_cache: bytes for the beginnings of
-    prompts at most; it gets half of what the model leaves free if that is less.
+    dtype: of the products. cache: dtype of the KV cache, None for that of the products. placement:
+    None for what suits the devices. mesh: None for all devices. memory: bytes that mapped weights,
+    cache and work may take together, None for what is free. prefix_cache: the most bytes for the
+    beginnings of prompts; it gets half of what the model leaves free if that is less.
     """
 
     dtype: Dtype = "bfloat16"
@@ -57,9 +57,9 @@ class Loading:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Where a model goes: its devices, how they have the weights, and what else was wished.
+    """Where a model goes: its devices, how they hold the weights, and the other settings.
 
-    prefix_cache: bytes that there are for the beginnings of prompts.
+    prefix_cache: bytes available for the beginnings of prompts.
     """
 
     mesh: Mesh
@@ -80,13 +80,13 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
 
     Args:
         config: the hyperparameters.
-        loading: how it is to be held.
-        tokens: the longest context that will be generated, for which there must be memory.
+        loading: how it will be held.
+        tokens: the longest context that will be generated; there must be memory for it.
 
     Raises:
         MeshInvalid: the devices cannot be arranged so.
-        OutOfReach: there are no such devices, or weights, cache and work take more memory than they
-            have, or mapped weights are to be used by devices that are not CPUs.
+        OutOfReach: there are no such devices, or weights, cache and work need more memory than they
+            have, or mapped weights were asked for on devices that are not CPUs.
     """
     require_jax()
     from loader.devices import xla_setup
@@ -111,7 +111,7 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
     if placement == "mapped":
         check_shared(MeshShape(**mesh.shape))
     spare = _check_fit(config, arrangement, tokens)
-    # Hosts that kept different prompts would not take part in the same steps.
+    # Hosts that kept different prompts would not run the same steps.
     several = len(mesh.local_devices) < mesh.size
     return dataclasses.replace(
         arrangement, prefix_cache=0 if several else min(loading.prefix_cache, spare // 2)
@@ -119,13 +119,13 @@ def arrange(config: GrokConfig, loading: Loading, tokens: int = 1) -> Arrangemen
 
 
 def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> int:
-    """Refuse what cannot fit; the kernel would end it without a word once the memory is full.
+    """Refuse what cannot fit; the kernel would kill it without a message once memory is full.
 
     Returns:
-        Bytes of all devices of this host that are left, very many if they do not tell.
+        Bytes left on all devices of this host, a very large number if they do not report it.
 
     Raises:
-        OutOfReach: what is needed and what is free, and the smallest change that would do.
+        OutOfReach: what is needed and what is free, and the smallest change that helps.
     """
     memory = free_memory(arrangement.mesh.local_devices)
     if memory is None:
@@ -149,7 +149,7 @@ def _check_fit(config: GrokConfig, arrangement: Arrangement, tokens: int) -> int
             hint=advice(short, memory),
         )
     spare = left(use, memory)
-    # What is allowed to mapped weights may be less than what is free.
+    # The limit for mapped weights may be less than what is free.
     allowed = arrangement.loading.memory
     if allowed is None or not memory.sharers:
         return spare

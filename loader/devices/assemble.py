@@ -1,8 +1,8 @@
-"""Where the blocks of an array come to lie: memory that CPU devices take over, or the devices' own.
+"""Where the blocks of an array go: memory that CPU devices take over, or the devices' own.
 
-On CPU devices a block is written where the array will lie: into fresh memory on huge pages (page
-faults, not copying, are the cost of loading) that JAX takes over as it is. For other devices it
-goes through buffers of `loader.devices.staging`, several of them under way at a time.
+On CPU devices a block is written where the array will be: into new memory on huge pages (page
+faults, not copying, are the cost of loading) that JAX takes over without a copy. For other devices
+it goes through buffers of `loader.devices.staging`, several of them in flight at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Holder = tuple[Block, tuple[jax.Device, ...]]
 
 
 def _holders(sharding: Sharding, shape: tuple[int, ...]) -> list[Holder]:
-    """Every block that this process holds, and its devices that hold it."""
+    """Every block that this process holds, and which of its devices hold it."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -54,10 +54,10 @@ class Landing(Protocol):
         """Which they are."""
 
     def take(self, chunk: Chunk, copy: Copy) -> None:
-        """Have the parts of a chunk copied to where they go; several threads may at a time."""
+        """Copy the parts of a chunk to their places; several threads may call this at a time."""
 
     def shards(self) -> list[Array]:
-        """Every device's block, once all parts have been taken; they may be under way still."""
+        """Every device's block, once all parts have been taken; they may still be in flight."""
 
 
 def landing(
@@ -66,13 +66,13 @@ def landing(
     dtype: np.dtype[Any],
     staging: Callable[[Any], Staging],
 ) -> Landing:
-    """Where an array is to lie on the devices of this process.
+    """Where an array goes on the devices of this process.
 
     Args:
         sharding: of the array.
         shape: of the array.
         dtype: of the array.
-        staging: makes the buffers for the client of devices that have memory of their own.
+        staging: makes the buffers for the client of devices with their own memory.
     """
     holders = _holders(sharding, shape)
     devices = [device for _, of_block in holders for device in of_block]
@@ -89,8 +89,8 @@ def on_host(devices: Sequence[jax.Device]) -> bool:
 class _Resident:
     """Memory that CPU devices take over; several that hold the same block share it.
 
-    The arrays keep the memory alive. JAX never hands it to a computation that is given (donated) an
-    array: what it does not own, it copies.
+    The arrays keep the memory alive. JAX never lets a computation reuse it when an array is
+    donated: it copies memory that it does not own.
     """
 
     def __init__(self, holders: Sequence[Holder], dtype: np.dtype[Any]) -> None:
@@ -111,7 +111,7 @@ class _Resident:
 
 
 class _Staged:
-    """Blocks in the devices' own memory, to which the parts of a chunk are sent as they come."""
+    """Blocks in the devices' own memory; the parts of a chunk are sent there as they come."""
 
     def __init__(self, holders: Sequence[Holder], dtype: np.dtype[Any], staging: Staging) -> None:
         self.blocks = [block for block, _ in holders]
@@ -127,12 +127,12 @@ class _Staged:
             for part, view in zip(chunk.parts, views, strict=True):
                 copy(part, view)
                 sent = [jax.device_put(view, device) for device in self._devices[part.block]]
-                # Each part is written into what the one before has left.
+                # Each part is written into the result of the one before.
                 with self._lock:
                     waiting.extend(self._add(part, sent))
 
     def _add(self, part: Part, sent: list[Array]) -> list[Array]:
-        """Have a part written into its block; arrays that are ready once it is."""
+        """Write a part into its block; returns arrays that are ready once it is."""
         arrays, shape = self._arrays[part.block], _shape(self.blocks[part.block])
         if part.shape == shape:
             arrays[:] = sent
@@ -151,13 +151,13 @@ class _Staged:
 
 @jax.jit
 def corner(piece: Array) -> Array:
-    """One element, which is ready when all are there."""
+    """One element, which is ready when the whole array is."""
     return piece[(slice(1),) * piece.ndim]
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _begin(piece: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """A block of which one part is there, and an element of the part."""
+    """A block with its first part, and an element of the part."""
     return lax.dynamic_update_slice(jnp.zeros(shape, piece.dtype), piece, start), corner(piece)
 
 
@@ -171,7 +171,7 @@ def _shape(block: Block) -> tuple[int, ...]:
 
 
 def _room(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> int:
-    """Bytes that arrays of some shapes take one after another."""
+    """Bytes of arrays of these shapes, one after another."""
     return sum(_sizes(shapes, dtype)[1])
 
 

@@ -1,8 +1,8 @@
-"""One pass over a tensor that feeds every block of it: which bytes are read when, and for whom.
+"""One pass over a tensor that fills all its blocks: which bytes are read when, and for which.
 
-A tensor lies in its file row by row, while devices want slices of any axis. Reading block by block
-would go over the file once a device, in short runs where columns are split. A chunk is one run of
-the file instead, and says which part of it goes where in each block. No arrays, no I/O.
+A tensor is stored row by row, while devices need slices along any axis. Reading block by block
+would go over the file once per device, in short runs if columns are split. Instead, a chunk is one
+run of the file, and says which part of it goes where in each block. No arrays, no I/O.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["Chunk", "Part", "chunks"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """What a chunk holds of one block: `source` slices the tensor, `target` the block.
+    """The part of one block in a chunk: `source` slices the tensor, `target` the block.
 
-    start: of its first byte, counted from the tensor's. nbytes: from there to its last, which are
-    all its own if it is `solid`.
+    start: its first byte, counted from the tensor's. nbytes: from there to its last byte; if it is
+    `solid`, all of them belong to it.
     """
 
     block: int
@@ -40,9 +40,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """One run of a tensor's bytes; `start` counts from its first, and `parts` lie within.
+    """One run of a tensor's bytes; `start` counts from its first, and `parts` are within.
 
-    `used` are the bytes of all parts: fewer than `nbytes` where other hosts hold the rest.
+    `used` is the bytes of all parts: fewer than `nbytes` if other hosts hold the rest.
     """
 
     start: int
@@ -54,13 +54,13 @@ class Chunk:
 def chunks(
     shape: Sequence[int], itemsize: int, blocks: Sequence[Block], most: int
 ) -> Iterator[Chunk]:
-    """Runs that together hold all blocks once, in file order; what no block wants is left out.
+    """Runs that together hold all blocks once, in file order; what no block needs is left out.
 
     Args:
-        shape: of the tensor, which lies in C order.
+        shape: of the tensor, which is in C order.
         itemsize: bytes of an element.
         blocks: disjoint boxes of it.
-        most: bytes of a run at most, though never less than an element.
+        most: the most bytes in a run, though never less than an element.
     """
     for box in _boxes(shape, max(1, most // itemsize)):
         parts = tuple(_parts(shape, itemsize, box, blocks))
@@ -107,7 +107,7 @@ def _parts(
 
 
 def _place(shape: Sequence[int], index: Sequence[int]) -> int:
-    """How many elements lie before the one at an index."""
+    """How many elements come before the one at an index."""
     place = 0
     for size, at in zip(shape, index, strict=True):
         place = place * size + at

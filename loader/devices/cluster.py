@@ -1,4 +1,4 @@
-"""Several hosts as one mesh: `jax.distributed`, and what of a mesh is on this host."""
+"""Several hosts as one mesh: `jax.distributed`, and the part of a mesh on this host."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ FAREWELL_S = 30
 """How long a host that is done, or has failed, waits for the others before jax ends them all."""
 
 SILENCE_S = 20
-"""How long a host may be silent before jax takes it for dead; a thread of its own tells of it."""
+"""How long a host may be silent before jax considers it dead; one of jax's threads reports it."""
 
 GRACE_S = 3
-"""How long the main thread may take to notice by itself that another host has given up."""
+"""How long the main thread may take to notice on its own that another host has given up."""
 
 PARTING_S = 10
-"""How long a host whose main thread cannot end waits for the others before it ends all the same."""
+"""How long a host whose main thread cannot end waits for the others before it ends anyway."""
 
 POLL_S = 0.2
 ARRIVED, FAILED = "grokfetch/arrived", "grokfetch/failed"
 
 
 def join(coordinator: str | None = None, hosts: int | None = None, host: int | None = None) -> None:
-    """Make one of several processes whose devices jax then sees as one set; before its first use.
+    """Join several processes whose devices jax then sees as one set; call it before jax is used.
 
     Args:
-        coordinator: HOST:PORT of the first process, which listens there and nowhere else; None if
-            jax is to ask whoever started the processes: Slurm, MPI, GKE, TPU.
+        coordinator: HOST:PORT of the first process, which listens only there; None if jax should
+            ask what started the processes: Slurm, MPI, GKE, TPU.
         hosts: how many processes there are, None as above.
-        host: which one this is, from 0 on, None as above.
+        host: the number of this one, from 0, None as above.
 
     Raises:
-        OutOfReach: nobody has started such processes, or the first one is not there.
+        OutOfReach: nothing has started such processes, or the first one is not there.
     """
     if coordinator is not None and host != 0:
         _wait_for(coordinator)
@@ -73,12 +73,12 @@ def join(coordinator: str | None = None, hosts: int | None = None, host: int | N
             hint="start one process a host, and say where: --coordinator HOST:PORT --num-hosts N "
             "--host-id I",
         ) from error
-    # jax only takes a note of SIGTERM.
+    # jax only records SIGTERM.
     signal.signal(signal.SIGTERM, ending)
 
 
 def _wait_for(coordinator: str) -> None:
-    """Return once somebody listens there: jax ends the process where it finds nobody."""
+    """Return once a process listens there: jax ends this process if none does."""
     name, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -98,8 +98,8 @@ def _wait_for(coordinator: str) -> None:
 def meet(where: str) -> None:
     """Wait until all processes are at this point, as long as that takes.
 
-    Collectives do not wait for ever, those of CPUs for less than a minute, and hosts fetch and load
-    at rates of their own.
+    Collectives do not wait for ever, on CPUs for less than a minute, and hosts fetch and load at
+    different rates.
 
     Args:
         where: the name of the point, used once.
@@ -117,7 +117,7 @@ def meet(where: str) -> None:
 
 
 def check() -> None:
-    """Make sure that all processes are still at it.
+    """Make sure that no process has given up.
 
     Raises:
         OutOfReach: one of them has given up.
@@ -134,11 +134,11 @@ def check() -> None:
 def watched() -> Iterator[None]:
     """While the block runs, end this process soon after another one has died or given up.
 
-    What waits for the other host in a collective cannot be interrupted, and where jax finds a host
-    dead it aborts: then the process ends here, with one line and the exit code of OutOfReach.
+    A collective that waits for the other host cannot be interrupted, and jax aborts if it finds a
+    host dead: then the process ends here, with one line and the exit code of OutOfReach.
 
     Raises:
-        OutOfReach: another host has given up, and a collective has failed for it.
+        OutOfReach: another host has given up, and so a collective has failed.
     """
     over = threading.Event()
     libc = ctypes.CDLL(None)
@@ -152,8 +152,8 @@ def watched() -> Iterator[None]:
     except GrokfetchError:
         raise
     except (RuntimeError, ValueError):
-        # So a collective fails that a host has left. Which one is known when it has said so, or
-        # when it has been silent for long enough, and jax aborts.
+        # This is how a collective fails when a host has left. Which host is known once it has said
+        # so, or once it has been silent for long enough and jax aborts.
         deadline = time.monotonic() + SILENCE_S + GRACE_S
         while time.monotonic() < deadline:
             check()
@@ -164,7 +164,7 @@ def watched() -> Iterator[None]:
 
 
 def _watch(over: threading.Event) -> None:
-    """End the process if another host has given up and the main thread goes on all the same."""
+    """End the process if another host has given up and the main thread continues anyway."""
     while not over.wait(POLL_S):
         try:
             check()
@@ -172,12 +172,12 @@ def _watch(over: threading.Event) -> None:
             if not over.wait(GRACE_S):
                 _depart(error)
         except RuntimeError:
-            # Host 0, which keeps what is said, is gone; jax notices too, and aborts.
+            # Host 0, which keeps the messages, is gone; jax notices too, and aborts.
             return
 
 
 def _depart(error: OutOfReach) -> None:
-    """End the process, but take leave of the others first: they would wait for it at their end."""
+    """End the process, but disconnect first: the others would wait for it at their end."""
     _Farewell.code = error.exit_code
     os.write(2, f"error: {error}\n".encode())
 
@@ -197,7 +197,7 @@ def _end(error: OutOfReach) -> None:
 
 
 class _Farewell:
-    """The exit code of a process that is done, or has given up, and only waits for the others."""
+    """The exit code of a process that is done or has given up, and only waits for the others."""
 
     code: int | None = None
 
@@ -218,7 +218,7 @@ _ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
 
 
 def give_up(why: str, code: int) -> None:
-    """Tell the other processes, who meet and check, that this one will not go on.
+    """Tell the other processes, which call `meet` and `check`, that this one will not continue.
 
     Args:
         why: in a few words.
@@ -226,14 +226,14 @@ def give_up(why: str, code: int) -> None:
     """
     _Farewell.code = code
     client = distributed.global_state.client
-    # Host 0, which keeps what is said, may be the one that has died.
+    # Host 0, which keeps the messages, may be the one that has died.
     with contextlib.suppress(RuntimeError):
         if client is not None:
             client.key_value_set(f"{FAILED}/{jax.process_index()}", why)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """Whether this process writes the output for all."""
     return jax.process_index() == 0
 
 

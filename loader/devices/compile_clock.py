@@ -1,4 +1,4 @@
-"""How long jax has been compiling, so that it is not taken for computing."""
+"""How long jax has been compiling, so that it is not counted as computing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.monitoring
 __all__ = ["CompileClock"]
 
 PREFIX = "/jax/core/compile/"
-"""Tracing, lowering and compiling, or reading a compiled program from the disk, begin with this."""
+"""Prefix of the events of tracing, lowering, compiling or loading a compiled program."""
 
 
 class CompileClock:
@@ -22,7 +22,7 @@ class CompileClock:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        # Apart and in order: what is reported within something longer is merged with it.
+        # Disjoint and in order: a span within a longer one is merged with it.
         self._spans: list[tuple[float, float]] = []
 
     def start(self) -> None:
@@ -30,16 +30,16 @@ class CompileClock:
         jax.monitoring.register_event_duration_secs_listener(self.took)
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         jax.monitoring.unregister_event_duration_listener(self.took)
 
     @property
     def seconds(self) -> float:
-        """Spent on compiling so far, what happened at the same time counted once."""
+        """Seconds of compiling so far; simultaneous work counts once."""
         return sum(stop - start for start, stop in self._spans)
 
     def took(self, event: str, duration_secs: float, **_details: str | int) -> None:
-        """Note what has ended just now; called by jax, perhaps from several threads."""
+        """Record an event that has just ended; called by jax, perhaps from several threads."""
         if not event.startswith(PREFIX):
             return
         stop = self._clock()

@@ -1,7 +1,7 @@
-"""JAX's own variables of the environment, of which a wrong one is an error of ours with its name.
+"""JAX's own environment variables; a wrong one becomes our error that names it.
 
-JAX answers with an assertion or a traceback, XLA ends the process. Importing this module does not
-import jax.
+JAX itself answers with an assertion or a traceback, and XLA ends the process. Importing this module
+does not import jax.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def require_jax() -> None:
     """Import jax, whose settings come from the environment.
 
     Raises:
-        OutOfReach: XLA does not know a flag, or JAX a value; names the variable.
+        OutOfReach: XLA does not know a flag, or JAX a value; the message names the variable.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
     refusal = _refused(flags) if flags else ""
@@ -49,7 +49,7 @@ def open_devices() -> None:
     """Have JAX open the devices that JAX_PLATFORMS names, or else all that it finds.
 
     Raises:
-        OutOfReach: there are none; says what is here.
+        OutOfReach: there are none; the message says what is here.
     """
     import jax
 
@@ -69,7 +69,7 @@ def open_devices() -> None:
 
 @functools.cache
 def _refused(flags: str) -> str:
-    """Why XLA ends a process with these flags, empty if it does not: tried in another process."""
+    """Why XLA ends a process with these flags, empty if it does not; tries it in a new process."""
     tried = subprocess.run(  # noqa: S603 - this interpreter
         [sys.executable, "-c", PARSE],
         env=os.environ | {"XLA_FLAGS": flags},
@@ -78,6 +78,6 @@ def _refused(flags: str) -> str:
         timeout=PARSING_TIMEOUT_S,
         check=False,
     )
-    # Whatever else went wrong in there is not what was tried.
+    # Other failures of that process do not matter here.
     refusals = [line for line in tried.stderr.splitlines() if "XLA_FLAGS" in line]
     return refusals[0].rpartition("] ")[2] if tried.returncode and refusals else ""

@@ -2,9 +2,9 @@
 
 For the CPU, in plain JAX. XLA's CPU backend would write a converted matrix out as float32 before it
 multiplies, which is 25 times slower than the memory allows; here a few rows at a time are converted
-where they are used. Which formulation serves how many tokens is decided in `_sums` alone, by a
-`Tuning` that `loader.devices.tuning` measures; where a machine has a compiler,
-`loader.devices.native` serves all.
+where they are used. Only `_sums` decides which formulation serves how many tokens, by a `Tuning`
+that `loader.devices.tuning` measures; on a machine with a compiler, `loader.devices.native` serves
+all.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SERIAL = 10_000
 microseconds: measured, and what its cost model says of a converted product."""
 
 SPLIT = 100_000
-"""Values in a step that are worth that: between the two a step of fewer rows is the faster."""
+"""Values in a step that are worth that: between the two, a step of fewer rows is faster."""
 
 WIDE = 16_384
-"""Columns from which few rows fill a step."""
+"""From so many columns on, a few rows fill a step."""
 
 COLUMNS = 1024
-"""Columns whose sums for a few tokens stay in the first-level cache while rows pass."""
+"""Columns whose sums for a few tokens stay in the first-level cache while rows are added."""
 
 TABLE_ROWS = 256
 """Rows of a float32 table that are read before they are multiplied."""
@@ -42,14 +42,14 @@ TABLE_ROWS = 256
 class Tuning:
     """Which formulations suit a processor. The defaults are those of one with AVX-512.
 
-    vector_width: bits that the compiler is to prefer; its own choice, 256, is bound by conversions.
-    wide_rows, narrow_rows: rows that one token takes in a step over a matrix of at least `WIDE`
-    columns, or fewer: fewer rows leave loads waiting, more spill registers. few_tokens: up to here
+    vector_width: bits that the compiler should prefer; its default, 256, is limited by conversions.
+    wide_rows, narrow_rows: rows per step for one token, over a matrix of at least `WIDE` columns or
+    of fewer: fewer rows leave loads waiting, more spill registers. few_tokens: up to so many tokens
     rows are accumulated; above, blocks are converted and multiplied as matrices. block_rows,
     block_columns: of such a block. halves: multiply blocks in bfloat16, and activations as the sum
     of two bfloat16 numbers, which pays where the processor has matrix instructions for them.
     native: leave all products to `loader.devices.native`, which must have been built. integers:
-    those of many tokens in integers of 16 bits, unless float32 is asked for.
+    compute those of many tokens in 16-bit integers, unless float32 is asked for.
     """
 
     vector_width: int = 512
@@ -68,8 +68,8 @@ class Rows:
     """A matrix of int8 in a flat buffer, or some columns of it.
 
     flat: int8 `[bytes]`, less than 2**31. start: int32 scalar, where the first row begins; may be
-    known only at run time, like `column`, the first of the columns. count, width: rows, and columns
-    of ours. stride: columns of the whole matrix.
+    known only at run time, like `column`, the first column. count, width: our rows and columns.
+    stride: columns of the whole matrix.
     """
 
     flat: Array
@@ -85,7 +85,7 @@ class Rows:
         return lax.dynamic_slice_in_dim(self.flat, at, self.width).astype(jnp.float32)
 
     def block(self, row: Array, rows: int, column: Array, columns: int) -> Array:
-        """A block that begins at a row and a column of ours, int8 `[rows, columns]`."""
+        """A block that begins at one of our rows and columns, int8 `[rows, columns]`."""
         at = self.start + row * self.stride
         whole = lax.dynamic_slice_in_dim(self.flat, at, rows * self.stride)
         return lax.dynamic_slice_in_dim(
@@ -101,7 +101,7 @@ def product(
     Args:
         x: float32 `[T, rows.count]`.
         rows: the int8 matrix.
-        groups: runs of equally many rows with a scale of their own; divides `rows.count`.
+        groups: how many equal runs of rows have their own scale; divides `rows.count`.
         scale: from the int32 number of a group to its scales, float32 `[rows.width]`.
         tuning: what suits this processor.
 
@@ -145,7 +145,7 @@ def _rows_of_one(width: int, tuning: Tuning) -> int:
 
 
 def _accumulated(x: Array, rows: Rows, columns: int, at_once: int) -> Array:
-    """The same, row after row added to sums that lie in runs of `columns` for all tokens."""
+    """The same, row after row added to sums stored in runs of `columns` for all tokens."""
     tokens, runs = x.shape[0], rows.width // columns
     step = _divisor(rows.count, at_once)
 
@@ -168,7 +168,7 @@ def _converted(x: Array, rows: Rows, tuning: Tuning) -> Array:
     height = _divisor(rows.count, tuning.block_rows)
     width = _divisor(rows.width, tuning.block_columns)
     if tuning.halves:
-        # A conversion to bfloat16 and back may be dropped by the compiler; this may not.
+        # The compiler may drop a conversion to bfloat16 and back, but not this.
         high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         x = jnp.concatenate((high, x - high)).astype(jnp.bfloat16)
 

@@ -1,10 +1,10 @@
-"""Weights that stay in the mapped pages of their shard files; a device takes them without a copy.
+"""Weights that stay in the mapped pages of their shard files; a device uses them without a copy.
 
-JAX's CPU backend takes a buffer as it is if its address is a multiple of 64, which a payload's is
-not. So it is handed the whole file, whose mapping begins a page, as one flat array; where the
-payload lies in it is static, and the compiled product reads rows from there. Several devices of one
+JAX's CPU backend uses a buffer without a copy if its address is a multiple of 64, which a payload's
+is not. So it gets the whole file, whose mapping begins on a page, as one flat array; the place of
+the payload in it is static, and the compiled product reads rows from there. Several devices of one
 machine share the buffer, each reading its part. Pages are read from the disk when a product first
-touches them, and never counted as memory of ours.
+touches them, and never count as our memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LONGEST = 2**31
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatrixPlace:
-    """Where an int8 matrix, or a stack of them, and its scales lie in their file.
+    """Where an int8 matrix, or a stack of them, and its scales are in their file.
 
     offset, scales_offset: bytes from the start of the file. stack: matrices, 1 for a single one.
     rows, columns: of each matrix. groups: rows of bfloat16 scales of each, `[groups, columns]`.
-    split: what the devices along the mesh axis `model` divide, and `ways`, into how many parts.
+    split: what the devices along the mesh axis `model` divide, into `ways` parts.
     """
 
     offset: int
@@ -82,7 +82,7 @@ class Mapped:
         index = jnp.int32(0) if self.index is None else self.index
         start = place.offset + (index * place.rows + row) * place.columns
         rows = Rows(self.file, start, column, height, width, place.columns)
-        # A device may hold part of a group, or several groups, whole ones or not.
+        # A device may hold part of a group, or several groups, complete or not.
         of_group = place.rows // place.groups
         run = math.gcd(height, of_group)
 
@@ -101,7 +101,7 @@ class Mapped:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TablePlace:
-    """Where a float32 table `[rows, columns]` lies in its file, `offset` bytes from the start.
+    """Where a float32 table `[rows, columns]` is in its file, `offset` bytes from the start.
 
     The devices along the mesh axis `model` divide its rows into `ways` parts.
     """
@@ -117,8 +117,8 @@ class TablePlace:
 class MappedTable:
     """A float32 table in its file, which need not be aligned to its elements.
 
-    words: uint32 `[whole words of the file]`, the same buffer on every device. A float32 is put
-    together from the two words that it lies across; bytes would be too many to index.
+    words: uint32 `[whole words of the file]`, the same buffer on every device. A float32 is
+    assembled from the two words that it spans; there would be too many bytes to index.
     """
 
     words: Array
@@ -140,7 +140,7 @@ class MappedTable:
         columns = self.place.columns
 
         def read(row: Array, count: int) -> Array:
-            # Two slices: parts of a longer one would be written out before they are joined.
+            # Two slices: parts of one longer slice would be written out before they are joined.
             low, high = (
                 lax.dynamic_slice_in_dim(self.words, self._first(row) + more, count * columns)
                 for more in (0, 1)

@@ -15,7 +15,7 @@ __all__ = ["free_memory"]
 
 
 def free_memory(devices: Sequence[jax.Device]) -> Memory | None:
-    """What devices of this host have free; None where they do not tell."""
+    """The free memory of devices of this host; None if they do not report it."""
     if all(device.platform == "cpu" for device in devices):
         return Memory(available_memory(), len(devices))
     stats = [device.memory_stats() for device in devices]

@@ -1,4 +1,4 @@
-"""What this process takes: memory at its peak, bytes read from the disk, seconds of compiling."""
+"""What this process uses: peak memory, bytes read from the disk, seconds of compiling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 __all__ = ["Meter"]
 
 INTERVAL_S = 0.1
-"""How often memory is looked at: Linux keeps no peak of the anonymous part."""
+"""How often memory is measured: Linux keeps no peak of the anonymous part."""
 
 
 class Meter:
@@ -44,18 +44,18 @@ class Meter:
 
     @property
     def peak_memory(self) -> int | None:
-        """The most anonymous bytes seen, None where the system does not tell them.
+        """The most anonymous bytes seen, None if the system does not report them.
 
-        Pages of files count as nothing: the system drops them when it needs the room.
+        Pages of files do not count: the system drops them when it needs the room.
         """
         self._look()
         return self._peak
 
     @property
     def read(self) -> int | None:
-        """Bytes that came from the disk since it was made and not from memory; None if not known.
+        """Bytes read from the disk, not from memory, since it was made; None if not known.
 
-        Pages of mapped files count, with those that the system reads ahead.
+        Pages of mapped files count, including those that the system reads ahead.
         """
         now = self._read_bytes()
         return None if now is None or self._before is None else now - self._before
@@ -66,14 +66,14 @@ class Meter:
 
     def _look(self) -> None:
         memory = self._process.memory_info()
-        # proc_pid_statm(5): what is resident and not shared with a file is anonymous.
+        # proc_pid_statm(5): resident memory not shared with a file is anonymous.
         if hasattr(memory, "shared"):
             self._peak = max(self._peak or 0, memory.rss - memory.shared)
 
     def _read_bytes(self) -> int | None:
         import psutil
 
-        # proc_pid_io(5): bytes that this process really had fetched. Not every system has it.
+        # proc_pid_io(5): bytes really fetched for this process. Not every system has it.
         if not hasattr(self._process, "io_counters"):
             return None
         try:

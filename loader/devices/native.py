@@ -1,11 +1,11 @@
-"""Products and attention by a small C program, where this machine has a compiler.
+"""Products and attention by a small C program, if this machine has a compiler.
 
-XLA splits a loop over a matrix anew at each of its steps and waits for the slowest core each time;
+XLA splits a loop over a matrix again at each of its steps and waits for the slowest core each time;
 `product.c` hands out pieces of the matrix to whichever core is free. `attention.c` does the same
-with the places of the cache, which XLA would convert as a whole. The program is compiled for the
-processor at hand where it is first used, kept in a folder of the user, and told to XLA as two
-foreign functions. Without a compiler everything works as before, only slower; where there is one
-and the program does not build, the caller is told why.
+with the places of the cache, which XLA would convert as a whole. The program is compiled for this
+processor when it is first used, kept in a folder of the user, and registered with XLA as foreign
+functions. Without a compiler everything still works, only slower; if there is one and the program
+does not build, the caller learns why.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ HEADERS = tuple(
 )
 VERSION = digest_of(SOURCES + HEADERS)
 NAME = f"grokfetch_native_{VERSION}"
-"""Of the compiled file that is kept, which is found by no other version of the source."""
+"""Name of the compiled file that is kept; other versions of the source have another name."""
 
 FUNCTIONS = ("grokfetch_product", "grokfetch_integer_product", "grokfetch_attention")
 
 LOADED: list[ctypes.CDLL] = []
-"""The C program once this process uses it: jax takes a function of a name only once."""
+"""The C program once this process uses it: jax registers a function name only once."""
 
 
 def built(folder: Path, report: Callable[[str], object]) -> bool:
-    """Whether the C program can be used from now on; compiled if `folder` does not hold it yet.
+    """Whether the C program can be used from now on; compiles it if `folder` lacks it.
 
     Args:
-        folder: of the user, who alone may write it, and of this processor and version of jaxlib.
-        report: is told in one line if a compiler is there and the program cannot be used.
+        folder: for this user, who alone may write it, this processor and this version of jaxlib.
+        report: called with one line if there is a compiler and the program cannot be used.
     """
     if LOADED:
         return True
@@ -58,7 +58,7 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
             for name in FUNCTIONS
         }
     except (OSError, AttributeError) as error:
-        # AttributeError: a home that moved to another system.
+        # AttributeError: the home folder moved to another system.
         names = " and ".join(file.name for file in SOURCES)
         report(f"{names} cannot be built or used, hence slower tokens: {error}")
         return False
@@ -69,15 +69,15 @@ def built(folder: Path, report: Callable[[str], object]) -> bool:
 
 
 def product(x: Array, flat: Array, place: Array, scales: Array, *, integers: bool) -> Array:
-    """`x @ matrix`, each group of rows scaled by columns; once `built` has said that it can.
+    """`x @ matrix`, each group of rows scaled by columns; only after `built` returned True.
 
     Args:
         x: float32 `[T, K]`.
-        flat: int8 `[bytes]`, in which the matrix lies.
-        place: int32 `[3]`: where its first row begins, the first column of ours, columns of a row.
+        flat: int8 `[bytes]`, which contains the matrix.
+        place: int32 `[3]`: where its first row begins, our first column, columns of a row.
         scales: float32 `[groups, N]`; groups divides K.
-        integers: whether the activations of many tokens are rounded to integers of 16 bits, each by
-            2^-16 of the largest of 256 at most; products and their sums are exact then.
+        integers: whether the activations of many tokens are rounded to 16-bit integers, each by at
+            most 2^-16 of the largest of 256; then products and their sums are exact.
 
     Returns:
         float32 `[T, N]`.
@@ -90,13 +90,13 @@ def product(x: Array, flat: Array, place: Array, scales: Array, *, integers: boo
 
 
 class Step(NamedTuple):
-    """What attention is asked for by T tokens of each of B rows.
+    """The inputs of attention for T tokens of each of B rows.
 
     queries: float32 `[B, T, Q, d]`; query head h reads key/value head `h // (Q / K)`. keys, values:
     of these tokens, float32 `[B, T, K, d]`. positions: int32 `[B, T]`, their places in the cache;
     those outside it, like -1, are padding tokens, which leave no trace in it. visible: bool
-    `[B, S]`, the places that may be attended to. fresh: the cache was empty, so that the step's own
-    keys and values, not rounded yet, are all that there is.
+    `[B, S]`, the places that may be attended to. fresh: the cache was empty, so the step's own keys
+    and values, not rounded yet, are the only ones.
     """
 
     queries: Array
@@ -110,19 +110,19 @@ class Step(NamedTuple):
 def attention(
     step: Step, keys: Array, values: Array, scale: float, cap: float
 ) -> tuple[Array, Array, Array]:
-    """Causal attention over a cache, in which the step's keys and values are written first.
+    """Causal attention over a cache, into which the step's keys and values are written first.
 
-    A token that may see nothing, as in a prompt of pad ids, sees itself. Products and sums are
-    float32; the order of the sums depends on a token's position alone.
+    A token that may attend to nothing, as in a prompt of pad ids, attends to itself. Products and
+    sums are float32; the order of the sums depends only on a token's position.
 
     Args:
         step: the tokens.
-        keys: the cache's, float32, bfloat16 or float16 `[B, S, K, d]`; used up where it is donated.
-            What float16 cannot hold becomes the largest that it can.
+        keys: the cache's, float32, bfloat16 or float16 `[B, S, K, d]`; used up if donated. Numbers
+            too large for float16 become its largest.
         values: likewise.
-        scale: what a score is multiplied with.
+        scale: the factor of a score.
         cap: scores are squeezed into -cap to cap by a hyperbolic tangent; at most 80, so that their
-            exponentials are sound without a maximum that is taken off first.
+            exponentials do not overflow without a maximum subtracted first.
 
     Returns:
         float32 `[B, T, Q, d]`, zeros for padding tokens, and the cache's keys and values.
@@ -142,5 +142,5 @@ def attention(
 
 
 def _target(function: str) -> str:
-    """What XLA knows a function as; a program that it keeps finds no other version of it."""
+    """The name of a function in XLA; a cached program never finds another version of it."""
     return f"{function}_{VERSION}"

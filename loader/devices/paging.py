@@ -1,14 +1,14 @@
-"""Which pages of mapped weights are in memory: read ahead in parallel, kept, dropped behind.
+"""Which pages of mapped weights are in memory: read ahead in parallel, kept, or dropped after use.
 
-A step over mapped weights touches 80 GB in an order that is known a little ahead. Where all of it
-fits into memory each range is read once and stays. Where it does not, what every token needs is
-kept, the experts that are chosen most often beside it, and the others are read for each token and
-dropped after it, so that the kernel never has to look for memory.
+A step over mapped weights touches 80 GB in an order that is known a little ahead. If all of it fits
+into memory, each range is read once and stays. If not, what every token needs is kept, as are the
+experts chosen most often; the others are read for each token and dropped after it, so that the
+kernel never has to reclaim memory.
 
-Reading is `MADV_POPULATE_READ` in several threads: a fault of its own for each page would be
-slower by far, and a disk answers one reader no faster than it must. The maps are advised to be of
-huge pages: where the file system holds those (XFS, and ext4 since Linux 6.16), mapping what is in
-the page cache costs next to nothing.
+Reading is `MADV_POPULATE_READ` in several threads: a separate fault for each page would be far
+slower, and one reader does not use a disk's full rate. The maps ask for huge pages: if the file
+system supports them (XFS, and ext4 since Linux 6.16), mapping what is in the page cache costs
+almost nothing.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ CHUNK = 16 << 20
 """Bytes of one read."""
 
 AHEAD = 2
-"""Experts that are read ahead of the one that is computed."""
+"""How many experts to read ahead of the one being computed."""
 
 
 class Computed(Protocol):
-    """A result that may still be on its way, as JAX's arrays are."""
+    """A result that may still be in computation, like JAX's arrays."""
 
     def block_until_ready(self) -> object:
         """Return when it is there."""
 
 
 class Paging:
-    """What a step says of the pages that it touches. This one leaves them to the system."""
+    """Told by a step which pages it touches. This one leaves them to the system."""
 
     @property
     def by_rows(self) -> bool:
-        """Whether `rows` wants to be asked."""
+        """Whether `rows` must be called."""
         return False
 
     def rows(self, tokens: Iterable[int]) -> None:
@@ -59,7 +59,7 @@ class Paging:
         """Return when the attention weights of a layer may be touched."""
 
     def experts(self, number: int, chosen: Sequence[int]) -> None:
-        """The router of a layer has spoken: these experts are wanted, in this order."""
+        """The router of a layer has chosen: these experts are wanted, in this order."""
 
     def expert(self, number: int, expert: int) -> None:
         """Return when an expert's weights may be touched."""
@@ -84,10 +84,10 @@ class Division:
 
 
 def divide(distinct: int, base: int, expert: int, budget: int) -> Division:
-    """What of a checkpoint stays in a budget of memory; all sizes in bytes.
+    """What stays in memory within a budget; all sizes in bytes.
 
     Args:
-        distinct: of all its files, linked ones once.
+        distinct: of all files of the checkpoint, linked ones once.
         base: of what every token needs.
         expert: of one expert.
         budget: for weights.
@@ -99,7 +99,7 @@ def divide(distinct: int, base: int, expert: int, budget: int) -> Division:
 
 
 class Kept:
-    """The experts that stay, at most `capacity`: those that were used most often."""
+    """The experts that stay, at most `capacity`: those used most often."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -113,7 +113,7 @@ class Kept:
         """Count a use of an expert of a layer.
 
         Returns:
-            Which one is to be dropped now, this one or another; None if none is.
+            Which expert to drop now, this one or another; None for none.
         """
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         if key in self._kept:
@@ -122,7 +122,7 @@ class Kept:
             self._kept.add(key)
             return None
         coldest = min(self._kept, key=lambda other: self._uses[other], default=None)
-        # What is kept stays unless the other is ahead for good: a change costs a read.
+        # A kept expert stays unless the other is clearly ahead: a change costs a read.
         if coldest is None or uses <= self._uses[coldest] + 1:
             return key
         self._kept.remove(coldest)
@@ -142,11 +142,12 @@ class Managed(Paging):
     Args:
         checkpoint: whose pages; its tensors must stay open.
         budget: bytes that its pages may take.
-        arriving: its files are still on their way; each part is waited for when it is wanted.
+        arriving: whether its files are still on their way; each part is waited for when it is
+            wanted.
 
     Attributes:
         division: what stays in memory.
-        unlocked: why what every token needs is not locked there, empty if it is or need not be.
+        unlocked: why what every token needs is not locked in memory, empty if it is or need not be.
     """
 
     def __init__(self, checkpoint: Checkpoint, budget: int, *, arriving: bool = False) -> None:
@@ -164,7 +165,8 @@ class Managed(Paging):
         self._readers = ThreadPoolExecutor(READERS, "read-ahead")
         self._pages: dict[_Part, list[Pages]] = {}
         self._opening = threading.Lock()
-        # What has not come yet is opened and waited for when it is wanted, in the readers' threads.
+        # Parts that have not come yet are opened and waited for when wanted, in the readers'
+        # threads.
         self._expected: set[_Part] = set()
         self.unlocked = ""
         if arriving:
@@ -177,7 +179,7 @@ class Managed(Paging):
                 self._open(number)
 
     def _open(self, number: int | None) -> None:
-        """Find the pages of a layer, or of what lies outside the layers."""
+        """Find the pages of a layer, or of what is outside the layers."""
         tensors = [self._checkpoint[name] for name in self._names[number]]
         for tensor in tensors:
             tensor.pages(0, tensor.file.size).enlarge()
@@ -217,7 +219,7 @@ class Managed(Paging):
         self._wait(("layer", number, 0))
 
     def experts(self, number: int, chosen: Sequence[int]) -> None:
-        """Begin to read these experts, and then what comes after them."""
+        """Start reading these experts, and then what comes after them."""
         self._wanted.extend(("expert", number, expert) for expert in chosen)
         if number + 1 < self._layers:
             self._wanted.append(("layer", number + 1, 0))
@@ -231,7 +233,7 @@ class Managed(Paging):
         self._wait(("expert", number, expert))
 
     def used(self, number: int, expert: int, result: Computed) -> None:
-        """Let go of an expert, unless it is one of those that are kept."""
+        """Drop an expert, unless it is one of those that are kept."""
         if self.division.everything:
             return
         out = [self._kept.use((number, expert))]
@@ -251,14 +253,14 @@ class Managed(Paging):
         self._wait(_TABLE)
 
     def _begin(self, count: int) -> None:
-        """Begin to read what is wanted next."""
+        """Start reading what is wanted next."""
         for _ in range(min(count, len(self._wanted))):
             part = self._wanted.popleft()
             if part not in self._there and part not in self._coming:
                 self._coming[part] = self._reads(part)
 
     def _reads(self, part: _Part) -> list[Future[None]]:
-        """Begin to read a part."""
+        """Start reading a part."""
         if part in self._expected:
             return [self._readers.submit(self._await, part)]
         chunks = (chunk for it in self._pages_of(part) for chunk in it.chunks(CHUNK))
@@ -287,7 +289,7 @@ class Managed(Paging):
 
 
 def _require(pages: Sequence[Pages]) -> None:
-    """Return when all of these pages are proven, having asked for all before waiting for one."""
+    """Return when all these pages are proven; asks for all before it waits for one."""
     for it in pages:
         it.expect()
     for it in pages:
@@ -295,7 +297,7 @@ def _require(pages: Sequence[Pages]) -> None:
 
 
 def _parts(tensors: Iterable[Tensor], count: int) -> dict[_Part, list[Pages]]:
-    """The mapped bytes of tensors by what needs them; norms and routers are copied."""
+    """The mapped bytes of tensors, by the part that needs them; norms and routers are copied."""
     parts: dict[_Part, list[Pages]] = {}
     for tensor in tensors:
         number, kind = tensor.spec.layer, tensor.spec.axes[0]
@@ -328,7 +330,7 @@ def _needed(config: GrokConfig) -> tuple[int, int]:
 
 
 def _distinct(tensors: Iterable[Tensor]) -> int:
-    """Bytes of files, those with several names once."""
+    """Bytes of files; those with several names count once."""
     files = {}
     for tensor in tensors:
         status = tensor.path.stat()

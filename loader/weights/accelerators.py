@@ -1,7 +1,7 @@
-"""GPUs and TPUs by their figures, and what a model would take of them. Pure.
+"""The figures of GPUs and TPUs, and what a model would need on them. Pure.
 
-Sources: the makers' data sheets; of TPUs' memory what their compiler says is available; of GPUs the
-target descriptions of OpenXLA, which their compiler asks for.
+Sources: the makers' data sheets; for TPUs' memory, what their compiler says is available; for GPUs,
+the target descriptions of OpenXLA, which their compiler needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Graphics:
-    """What the compiler for NVIDIA's GPUs asks for.
+    """What the compiler for NVIDIA's GPUs needs to know.
 
     capability: of CUDA, major number. cores: streaming multiprocessors. fpus: float32 units of a
     core. shared: bytes of shared memory of a core, of which 1 KiB less is open to one block. cache:
@@ -42,9 +42,9 @@ class Graphics:
 class Accelerator:
     """One kind of device.
 
-    memory: bytes of one device. rate: bytes that it reads from there in a second. dimensions: of
-    the grid that TPUs stand in, 0 for GPUs. cores: as which one device counts in the names that
-    Google gives to slices, 0 for GPUs. graphics: for GPUs alone.
+    memory: bytes of one device. rate: bytes that it reads from this memory in a second. dimensions:
+    of the grid of TPUs, 0 for GPUs. cores: how many one device counts as in Google's names of
+    slices, 0 for GPUs. graphics: only for GPUs.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Accelerator:
 
     @property
     def usable(self) -> int:
-        """Bytes of one device that JAX can have."""
+        """Bytes of one device that JAX can use."""
         return int(self.memory * GPU_SHARE) if self.graphics else self.memory
 
 
@@ -100,7 +100,7 @@ ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
-    """Some devices of one kind that work together, and what they are called."""
+    """Some devices of one kind that work together, and their name."""
 
     name: str
     kind: Accelerator
@@ -108,10 +108,10 @@ class Slice:
 
 
 def slice_of(name: str) -> Slice | None:
-    """The devices of a name, None if it is not one.
+    """The devices that a name stands for, None if it is not a name of any.
 
-    `h100x8` are eight devices, `h100` is one. `v5p-8` is a name of Google's: of v4 and v5p these
-    count TensorCores, two a device, and of v5e (also v5litepod) and v6e devices.
+    `h100x8` is eight devices, `h100` is one. `v5p-8` is one of Google's names: for v4 and v5p these
+    count TensorCores, two per device; for v5e (also v5litepod) and v6e, devices.
     """
     match = re.fullmatch(r"([a-z][a-z0-9]*?)(?:([x-])(\d{1,6}))?", name.lower())
     kind = ACCELERATORS.get(match[1].replace("v5litepod", "v5e")) if match else None
@@ -125,11 +125,11 @@ def slice_of(name: str) -> Slice | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a model would take of each device of a slice.
+    """What a model would need on each device of a slice.
 
-    use: how it would be used, with the mesh that the slice would be arranged in. need: bytes that
-    must lie there. read: bytes that one token must read. compiled: whether work and bytes read are
-    the compiler's figures, and not derived from the shapes.
+    use: how it would be used, with the mesh of the slice. need: bytes that it must hold. read:
+    bytes that one token must read. compiled: whether work and bytes read are the compiler's figures
+    instead of being derived from the shapes.
     """
 
     slice: Slice
@@ -155,7 +155,7 @@ class Prospect:
 
 
 def prospect(config: GrokConfig, devices: Slice, tokens: int) -> Prospect:
-    """What a model takes of a slice for one text of up to so many tokens, in bfloat16.
+    """What a model needs on a slice for one text of up to so many tokens, in bfloat16.
 
     Raises:
         MeshInvalid: so many devices cannot share the model.

@@ -1,4 +1,4 @@
-"""Holds what a file contains against what the table of parameters and the manifest say of it."""
+"""Compares the content of a file with the table of parameters and the manifest."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["bind", "entries", "open_tensor"]
 
 
 def open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Tensor:
-    """The tensor in a file of the store, which is as its manifest says.
+    """The tensor in a file of the store, checked against the manifest.
 
     Args:
         store: the checkpoint directory.
         spec: the parameter.
-        entry: what the manifest says of it.
+        entry: the manifest's entry for it.
         size: of its file in bytes.
 
     Raises:
         StorageFailed: the file is missing or unreadable.
         ShardInvalid: it is not a shard.
-        CheckpointInvalid: it holds something else; names expected and found.
+        CheckpointInvalid: it holds something else; the message names expected and found.
     """
     path = store.payload(entry.file)
     _check_size(spec, path, size)
@@ -37,7 +37,7 @@ def open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int)
 
 
 def entries(manifest: Manifest, config: GrokConfig) -> list[tuple[ParamSpec, ManifestTensor, int]]:
-    """Every parameter with what the manifest says of it and the size of its file in bytes.
+    """Every parameter with its manifest entry and the size of its file in bytes.
 
     Raises:
         CheckpointInvalid: one of the two names a tensor that the other does not.
@@ -98,7 +98,7 @@ def bind(spec: ParamSpec, path: Path) -> Tensor:
     Raises:
         StorageFailed: the file is missing or unreadable.
         ShardInvalid: it is not a shard.
-        CheckpointInvalid: it holds something else than the parameter it should.
+        CheckpointInvalid: it does not hold the parameter that it should.
     """
     shard = read_shard(path)
     expected = _describe(spec.dtype, spec.shape, spec.scale_shape)

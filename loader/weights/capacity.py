@@ -1,7 +1,7 @@
-"""Whether a model fits devices: what each must hold, and the smallest change that would do. Pure.
+"""Whether a model fits devices: what each must hold, and the smallest change that helps. Pure.
 
-Weights and cache are exact. Work is an estimate from the largest arrays of one step; compiled code
-and what the runtime itself keeps are not in it.
+Weights and cache are exact. Work is an estimate from the largest arrays of one step; it excludes
+compiled code and what the runtime itself keeps.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from loader.weights.schema import GrokConfig, ParamSpec, parameters
 __all__ = ["Memory", "Need", "Reads", "Shortage", "Use", "left", "need", "reads", "shortage"]
 
 STREAMS = 6
-"""Arrays of the size of the residual stream that a layer has at a time, about."""
+"""About how many arrays of the residual stream's size a layer holds at a time."""
 
 MOST_DEVICES = 256
-"""Counts that are tried for a model that is too large."""
+"""Numbers of devices to try for a model that is too large."""
 
 ITEM_SIZES = {"int8": 1, "float32": 4}
 SCALE_SIZE = 2
@@ -36,7 +36,7 @@ SCALE_SIZE = 2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that one device must hold; all devices of a mesh hold equally much.
+    """Bytes that one device must hold; all devices of a mesh hold the same amount.
 
     weights: its blocks, with their scales. cache: keys and values of its heads. work: activations
     and converted weights of one step.
@@ -54,11 +54,11 @@ class Need:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Use:
-    """How a model is to be used.
+    """How a model will be used.
 
     config: the model. shape: the mesh, which must have passed `check_mesh`. tokens: the longest
-    that the one row of a batch will be. itemsize: bytes of an element of what is multiplied, and of
-    the cache if `cache_itemsize` is None. mapped: the weights stay in their files, and are not
+    length of the batch's one row. itemsize: bytes of an element of the operands, and of the cache
+    if `cache_itemsize` is None. mapped: whether the weights stay in their files, and are not
     converted.
     """
 
@@ -79,7 +79,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that are free: of each device, or of the `sharers`, CPU devices of one host."""
+    """Free bytes: of each device, or of all `sharers` together, the CPU devices of one host."""
 
     free: int
     sharers: int = 0
@@ -87,11 +87,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shortage:
-    """Bytes that are needed where fewer are free, by a device or by all that share them.
+    """Bytes needed when fewer are free, by a device or by all that share the memory.
 
     tokens: the longest context that would fit, None if not even the shortest does. mesh: one that
-    would fit, of as few devices as there are now or more, None if that does not help. mapped:
-    whether it would do to leave the weights in their files.
+    would fit, with the current number of devices or the fewest more, None if none does. mapped:
+    whether leaving the weights in their files would be enough.
     """
 
     needed: int
@@ -109,7 +109,7 @@ def need(use: Use) -> Need:
     scores = 2 * min(places, QUERY_BLOCK) * places * (config.num_q_heads // ways) * 4
     if use.mapped:
         return Need(0, cache, stream + scores)
-    # A matrix of one expert, taken out of its stack and converted.
+    # A matrix of one expert, copied out of its stack and converted.
     matrix = config.emb_size * (config.ff_size // ways) * (1 + use.itemsize)
     return Need(_bytes_each(config, use.shape), cache, stream + max(scores, matrix))
 
@@ -127,10 +127,10 @@ class Reads:
 
 
 def reads(use: Use, rows: int = 1) -> Reads:
-    """The least that decoding reads: each weight that is needed once, and the cache as it is held.
+    """The least that decoding reads: each needed weight once, and the whole cache.
 
-    Of the experts that a device holds, those count that the tokens of all rows may have chosen: the
-    device with the most work decides how long a step takes.
+    Among a device's experts, as many count as the tokens of all rows may choose: the device with
+    the most work determines how long a step takes.
     """
     config, shape = use.config, use.shape
     experts_held = config.num_experts // shape.expert
@@ -162,7 +162,7 @@ def shortage(use: Use, memory: Memory) -> Shortage | None:
 
 
 def left(use: Use, memory: Memory) -> int:
-    """Bytes of all devices together that a model which fits leaves free."""
+    """Bytes that a model that fits leaves free on all devices together."""
     return (memory.free - _needed(use, memory)) * (1 if memory.sharers else use.shape.devices)
 
 
@@ -174,7 +174,7 @@ def _needed(use: Use, memory: Memory) -> int:
     needed = need(use)
     if not memory.sharers:
         return needed.total
-    # What several CPU devices hold alike is one piece of memory.
+    # What several CPU devices hold in common is in memory once.
     weights = min(memory.sharers * needed.weights, _bytes_once(use.config, use.shape))
     return weights + memory.sharers * (needed.cache + needed.work)
 

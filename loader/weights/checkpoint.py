@@ -47,9 +47,9 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
         config: the hyperparameters.
         tensors: by name.
-        store: the folder that it lies in, if that is one of ours.
-        coming: who brings tensors that may not be there yet.
-        by_shapes: whether `config` was guessed from shapes, so that nothing else of it is right.
+        store: the folder that holds it, if that is one of ours.
+        coming: what brings tensors that may not be there yet.
+        by_shapes: whether `config` was guessed from shapes, so that only its shapes are right.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def by_parts(self) -> bool:
-        """Whether its bytes may still be on their way, and are waited for when they are read."""
+        """Whether its bytes may still be on their way; readers then wait for them."""
         return self._coming is not None
 
     @property
@@ -110,14 +110,14 @@ class Checkpoint(Mapping[str, Tensor]):
         return self[name]
 
     def get_tensor(self, name: str) -> npt.NDArray[np.generic]:
-        """The whole weight as it is stored, read-only; `dequantize` has regard to its scales."""
+        """The whole weight as stored, read-only; `dequantize` applies its scales."""
         return self[name].weight
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name.
 
         Raises:
-            KeyError: there is none; names the nearest.
+            KeyError: there is none; the message names the nearest.
             NotProven: it was not asked for, or its bytes are not proven.
         """
         self._check_name(name)
@@ -131,7 +131,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def prefetch(self, wanted: Iterable[str | tuple[str, Index]]) -> None:
         """Have tensors, or parts of them, brought before they are read; returns at once.
 
-        They come in this order, behind what somebody waits for. Where all is there nothing happens.
+        They come in this order, after what readers wait for. If all is there, nothing happens.
 
         Args:
             wanted: names, or pairs of a name and what the tensor will be indexed with.
@@ -152,7 +152,7 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             KeyError: there is no tensor of that name.
             NotProven: it is not there and will not come.
-            GrokfetchError: what has ended the fetch that was to bring it.
+            GrokfetchError: what ended the fetch that should bring it.
         """
         self._check_name(name)
         return self._coming is None or self._coming.arrived(name)
@@ -163,7 +163,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return 0 if self.store is None else self.store.news
 
     def await_news(self, seen: int) -> None:
-        """Return when `news` is beyond what was seen, or nothing will come any more."""
+        """Return when `news` is greater than `seen`, or nothing more will come."""
         if self.store is not None:
             self.store.await_news(seen)
 
@@ -185,14 +185,15 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that the store's manifest describes.
 
-    No file is looked into before what is needed of it is proven, then its frame is compared with
-    the table of parameters and with the manifest.
+    A file is opened only when its needed bytes are proven; then its frame is compared with the
+    table of parameters and with the manifest.
 
     Args:
         store: the checkpoint directory; hold its shared lock while the checkpoint is in use.
         proven: False to accept files that no hash vouches for, if their structure is right.
-        share: what will be read of the weights, all by default; no other byte need be there.
-        part: True to open what was asked for, where that is not everything; to look up another
+        share: the part of the weights that will be read, all by default; no other byte need be
+            there.
+        part: True to open only what was asked for, if that is not everything; looking up another
             tensor then raises NotProven, which says which fetch brings it.
 
     Raises:
@@ -202,7 +203,7 @@ def open_checkpoint(
         NotProven: bytes that are needed are not proven.
         StorageFailed: a shard is missing or unreadable.
         ShardInvalid: a file is not a shard.
-        CheckpointInvalid: manifest, parameters and files differ; names tensor, expected and found.
+        CheckpointInvalid: manifest, parameters and files differ; the message says where and how.
     """
     tensors = Opened(store, share, proven=proven)
     for name in tensors:
@@ -214,17 +215,17 @@ def open_checkpoint(
 def expect_checkpoint(
     store: Store, share: Share | None = None, *, by_parts: bool = False
 ) -> Checkpoint:
-    """The same, each tensor being opened when it is first asked for, and its bytes required then.
+    """The same, but each tensor is opened, and its bytes required, when it is first asked for.
 
     Args:
         store: the checkpoint directory.
-        share: as of `open_checkpoint`.
-        by_parts: require only the frame and the scales of a tensor when it is asked for, and of its
-            weight what is read of it, when it is read.
+        share: as for `open_checkpoint`.
+        by_parts: require only the frame and the scales of a tensor when it is asked for, and parts
+            of its weight when they are read.
 
     Raises:
-        StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`, which see
-            also for what asking for a tensor raises.
+        StateMissing, NoModel, ManifestInvalid, CheckpointInvalid: as `open_checkpoint`; its other
+            errors are raised when a tensor is asked for.
     """
     tensors = Opened(store, share, by_parts=by_parts)
     return _checkpoint(tensors, store)
@@ -254,8 +255,8 @@ def require_whole(store: Store) -> None:
 def faults(store: Store) -> Iterator[GrokfetchError]:
     """Every tensor whose file is not what the parameters and the manifest say, as an error.
 
-    Files that are missing or of another size are passed over: reading the bytes back tells that.
-    Nothing is wrong where the manifest describes no model.
+    Files that are missing or have another size are skipped: reading the bytes back finds those. If
+    the manifest describes no model, nothing is wrong.
 
     Raises:
         StateMissing: the folder has no manifest.
@@ -279,14 +280,14 @@ def faults(store: Store) -> Iterator[GrokfetchError]:
 
 
 def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoint:
-    """The checkpoint of `config` whose shards lie in `folder` under their official names.
+    """The checkpoint of `config` whose shards are in `folder` under their official names.
 
     Only the structure of the files is checked, their content is not.
 
     Raises:
         StorageFailed: a shard is missing or unreadable.
         ShardInvalid: a file is not a shard.
-        CheckpointInvalid: a shard holds something else than the parameter it should.
+        CheckpointInvalid: a shard does not hold the parameter that it should.
     """
     specs = parameters(config)
     return Checkpoint(config, {spec.name: bind(spec, Path(folder) / spec.file) for spec in specs})

@@ -1,8 +1,8 @@
-"""What tensors a checkpoint holds, told by the frames of its shards where no manifest says it.
+"""The tensors of a checkpoint, found from the frames of its shards if no manifest names them.
 
-The frames are read through the store's door: of files that are still to be fetched only the pieces
-with a frame come, which are the first, the last, and of a quantised tensor one in between. Names
-follow from the order of the files, and sizes from the shapes; how wide a head is does not.
+The frames are read through the store's door: of files still to be fetched, only the pieces with a
+frame come: the first, the last and, for a quantised tensor, one in between. Names follow from the
+order of the files, and sizes from the shapes; the width of a head does not.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ AT_ONCE = 32
 """Shards whose frames are waited for at the same time."""
 
 CHUNK = 4096
-"""Bytes that are read of a file at once; the longest part of an official frame has 200."""
+"""Bytes read from a file at once; the longest part of an official frame has 200."""
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is called as the official shards are."""
+    """Whether a file has the name of an official shard."""
     return re.fullmatch(r"tensor\d{5}_\d{3}", name) is not None
 
 
 def read_headers(
     store: Store, files: Sequence[ManifestFile]
 ) -> Iterator[tuple[PurePosixPath, Shard | GrokfetchError]]:
-    """What the shards hold, in the order of `files`, or what is wrong with each.
+    """The content of the shards, in the order of `files`, or what is wrong with each.
 
     Args:
-        store: whose door is asked for every byte; where a fetch fills it, it brings them.
+        store: its door is asked for every byte; if a fetch fills the store, the fetch brings them.
         files: the shards, as the manifest in force has them.
 
     Raises:
         NotProven: bytes are not proven, and will not be.
         GrokfetchError: the fetch has failed, and with what.
     """
-    # All first pieces are on their way before the first of them is waited for.
+    # All first pieces are asked for before the first is waited for.
     for start in (lambda _file: 0, lambda file: max(file.size - 1, 0)):
         for file in files:
             store.expect(file.path, start(file), min(1, file.size), at_once=True)
@@ -68,7 +68,7 @@ def _header(store: Store, file: ManifestFile) -> Shard | GrokfetchError:
 
 
 class _Proven:
-    """A file of a store, as `loader.weights.shard_reader.Slices`: what is read of it is proven."""
+    """A file of a store, as `loader.weights.shard_reader.Slices`; only proven bytes are read."""
 
     def __init__(self, store: Store, file: ManifestFile) -> None:
         self._store = store
@@ -87,7 +87,7 @@ class _Proven:
         return self._data[first : first + part.stop - part.start]
 
     def _end(self, start: int) -> int:
-        """Up to where more may be read beside a byte: no further than its own piece goes."""
+        """How far to read from a byte: no further than the end of its own piece."""
         stop = min(start + CHUNK, self._file.size)
         layout = self._store.layout()
         file = None if layout is None else layout.file(self._file.path)
@@ -138,17 +138,17 @@ def named(shards: Mapping[PurePosixPath, Shard]) -> tuple[ManifestTensor, ...]:
 
 
 def entry(name: str, path: PurePosixPath, shard: Shard) -> ManifestTensor:
-    """What a manifest says of the tensor in a shard."""
+    """The manifest entry for the tensor in a shard."""
     scales = None if shard.scales is None else Scales(shard.scales.shape, shard.scales.offset)
     array = shard.array
     return ManifestTensor(name, path, array.dtype, array.shape, array.offset, scales)
 
 
 def stand_in(tensors: Iterable[ManifestTensor]) -> GrokConfig:
-    """Hyperparameters of which just the shapes and the names are right.
+    """Hyperparameters that give only the right shapes and names.
 
-    Shapes tell how wide all heads are together, and nothing else of attention; a model cannot be
-    run by these.
+    Shapes tell only the width of all heads together, and nothing else about attention; a model
+    cannot be run with these.
 
     Raises:
         NoModel: the tensors are not those of a model of Grok-1's kind.

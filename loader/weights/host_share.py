@@ -1,8 +1,8 @@
 """Which bytes of a checkpoint some devices of a mesh need: arithmetic, no arrays and no I/O.
 
-A device needs its block of every weight. The rest of each file, frame and scales, is little and
-comes whole. Rows that are split over columns lie so close together that whole pieces of a torrent
-hold bytes of every device; only blocks of whole experts or whole rows let a host do with less.
+A device needs its block of every weight. The rest of each file, frame and scales, is small and
+always comes. If columns are split over devices, every piece of a torrent holds bytes for every
+device; only blocks of whole experts or whole rows let a host fetch less.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loader.weights.schema import GrokConfig, ParamSpec, parameters
 __all__ = ["Share", "Span", "file_spans", "runs", "share_of_host", "tensor_spans"]
 
 Span = tuple[int, int]
-"""Start and stop, of bytes in a file or of places along an axis."""
+"""Start and stop: bytes in a file, or indices along an axis."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Share:
 
 
 def share_of_host(mesh: MeshShape, host: int, hosts: int) -> Share:
-    """What one of several hosts holds: equally many devices each, in the mesh's order.
+    """What one of several hosts holds: all have the same number of devices, in mesh order.
 
     Raises:
         MeshInvalid: the hosts cannot have equally many devices, or there is no such host.
@@ -92,11 +92,11 @@ def tensor_spans(
 
     Args:
         spec: the tensor.
-        entry: where it lies in its file.
+        entry: where it is in its file.
         size: of the file in bytes.
         share: whose blocks.
-        gap: in bytes, at least 1; spans that are nearer to each other become one. With the length
-            of a piece no other pieces are touched than without.
+        gap: in bytes, at least 1; spans closer than this are joined. If it is the length of a
+            piece, that adds no further pieces.
     """
     item = ITEM_SIZES[entry.dtype]
     _, length = next(entry.spans())
@@ -108,7 +108,7 @@ def tensor_spans(
 
 
 def _cuts(spec: ParamSpec, share: Share) -> Iterator[list[list[Span]]]:
-    """The share's blocks, as spans along each axis; every combination of these is held."""
+    """The share's blocks, as spans along each axis; it holds every combination of these."""
     places: defaultdict[int, set[int]] = defaultdict(set)
     for place in share.positions:
         places[place.expert].add(place.model)
@@ -127,12 +127,12 @@ def _cuts(spec: ParamSpec, share: Share) -> Iterator[list[list[Span]]]:
 
 
 def runs(shape: Sequence[int], cuts: Sequence[list[Span]], item: int, gap: int) -> list[Span]:
-    """Spans in bytes of an array of items: what the cuts along its axes leave of it."""
+    """The spans, in bytes, of an array of items that the cuts along its axes select."""
     found, width = [(0, item)], item
     for size, spans in zip(reversed(shape), reversed(cuts), strict=True):
         first, last = found[0][0], found[-1][1]
         if len(found) == 1 and width - (last - first) < gap:
-            # What lies between two neighbours is too short to count, or nothing: one run.
+            # The gap between two neighbours is too short to count, or empty: one run.
             found = [(a * width + first, (b - 1) * width + last) for a, b in spans]
         else:
             found = [
@@ -146,7 +146,7 @@ def runs(shape: Sequence[int], cuts: Sequence[list[Span]], item: int, gap: int) 
 
 
 def _joined(parts: Iterable[Span], gap: int) -> list[Span]:
-    """The same spans in order, those that are less than `gap` apart as one."""
+    """The same spans in order; those less than `gap` apart are joined."""
     joined: list[Span] = []
     for start, stop in sorted(parts):
         if start == stop:

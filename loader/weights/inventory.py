@@ -1,4 +1,4 @@
-"""A checkpoint's entries in a manifest: derived from the schema alone, or read off a folder."""
+"""A checkpoint's entries in a manifest: derived from the schema alone, or read from a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def expected(
 
     Args:
         config: the model.
-        folder: where the shards lie, relative to the checkpoint folder.
+        folder: where the shards are, relative to the checkpoint folder.
     """
     files, tensors = [], []
     for spec in parameters(config):

@@ -1,4 +1,4 @@
-"""Sizes that more than one room must agree on: of the cache, of a step, of the work beside them."""
+"""Sizes that several packages must agree on: of the cache, of a step, of other work."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ __all__ = [
 ]
 
 SMALLEST_CACHE = 256
-"""Tokens that a cache has room for at least, where the model's context is not shorter still."""
+"""The fewest tokens that a cache has room for, unless the model's context is shorter."""
 
 SMALLEST_STEP = 16
-"""Tokens that a prompt is padded to at least."""
+"""The fewest tokens that a prompt is padded to."""
 
 LONGEST_STEP = 2048
-"""Most tokens of a prompt that are read in one step; bounds the memory of activations."""
+"""The most tokens of a prompt read in one step; limits the memory of activations."""
 
 SHARED_STEP = 512
-"""Most tokens of a prompt that are read between two tokens of other texts, and what is kept of one
-as a whole for prompts that begin alike."""
+"""The most tokens of a prompt read between two tokens of other texts, and the unit kept for prompts
+with the same beginning."""
 
 PREFIX_CACHE = 10**9
-"""Bytes for the beginnings of prompts where many are read: 3,000 tokens of Grok-1 in bfloat16."""
+"""Bytes for the beginnings of prompts when many are read: 3,000 tokens of Grok-1 in bfloat16."""
 
 QUERY_BLOCK = 128
 """Tokens whose attention scores are in memory at once: `[B, heads, 128, S]` float32."""
 
 GPU_SHARE = 0.9
-"""Of a GPU's memory, what JAX is told to take; the rest is for the driver and libraries."""
+"""The share of a GPU's memory that JAX takes; the rest is for the driver and libraries."""
 
 WORK = 1 << 30
-"""Bytes for activations, compiled programs and the interpreter; 0.5 GB were seen at full size."""
+"""Bytes for activations, compiled programs and the interpreter; 0.5 GB was seen at full size."""
 
 
 def cache_length(config: GrokConfig, tokens: int) -> int:
-    """Tokens that a cache has room for where it must hold so many; see `rounded`."""
+    """Tokens that a cache has room for if it must hold so many; see `rounded`."""
     return rounded(config, tokens, SMALLEST_CACHE)
 
 
 def rounded(config: GrokConfig, tokens: int, smallest: int) -> int:
     """A size for so many tokens: a power of two from `smallest` on, at most the whole context.
 
-    There are few such sizes, and so there are few compiled programs.
+    There are few such sizes, so few programs are compiled.
     """
     power = 1 << (max(tokens, 1) - 1).bit_length()
     return min(max(power, smallest), config.sequence_len)

@@ -1,10 +1,10 @@
-"""What a process says before it ends because pages of its weights are gone.
+"""The error message of a process that ends because pages of its weights are gone.
 
-Mapped pages behind the end of a file that has been truncated, and pages that a disk cannot read,
-are met by SIGBUS in the middle of a product, which by itself ends a process without a word. Python
-runs its handlers between two of its instructions and never gets there: the fault comes again. So C
-calls ours from the signal itself, through ctypes. The faulting instruction is one that reads the
-weights, in a thread that either has Python's lock or can wait for it.
+Mapped pages beyond the end of a truncated file, and pages that a disk cannot read, raise SIGBUS in
+the middle of a product, which by default ends a process without a message. Python runs its handlers
+between two of its instructions, and never gets there: the fault repeats. So C calls our handler
+from the signal itself, through ctypes. The faulting instruction reads the weights, in a thread that
+either has Python's lock or can wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 class _Installed:
-    """What C calls; it must not be collected."""
+    """The function that C calls; it must not be garbage-collected."""
 
     handler: object = None
 
@@ -34,12 +34,12 @@ class _Installed:
 def explain_lost_pages(
     folder: Path, files: Iterable[Path], tell: Callable[[StorageFailed], object]
 ) -> None:
-    """From now on end the process with an error of ours where pages of the weights are gone.
+    """From now on, end the process with our own error if pages of the weights are gone.
 
     Args:
-        folder: that they lie in.
-        files: the weights; of what has become shorter since this call one is named.
-        tell: is called with the error, in whatever thread met it, before the process ends with the
+        folder: that holds them.
+        files: the weights; the error names one that has become shorter since this call.
+        tell: called with the error, in the faulting thread, before the process ends with the
             error's exit code.
     """
     sizes = {file: size for file in files if (size := _size(file)) is not None}

@@ -1,4 +1,4 @@
-"""The tensors of a folder, each opened when it is first asked for, and its bytes required then."""
+"""The tensors of a folder, each opened, and its bytes required, when it is first asked for."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Opened(Mapping[str, Tensor]):
 
     Args:
         store: the checkpoint directory.
-        share: what will be read of the weights, all by default.
+        share: the part of the weights that will be read, all by default.
         proven: False to accept files that no hash vouches for, if their structure is right.
-        by_parts: require only the frame and the scales of a tensor when it is asked for, and of its
-            weight what is read of it, when it is read.
+        by_parts: require only the frame and the scales of a tensor when it is asked for, and parts
+            of its weight when they are read.
 
     Attributes:
         by_parts: as it was given.
         config: the hyperparameters.
-        by_shapes: whether `config` was guessed from shapes, so that nothing else of it is right:
-            the manifest names tensors and no model.
+        by_shapes: whether `config` was guessed from shapes, so that only its shapes are right: the
+            manifest names tensors but no model.
 
     Raises:
         StateMissing: the folder has no manifest.
@@ -85,12 +85,12 @@ class Opened(Mapping[str, Tensor]):
             tensor = open_tensor(self._store, spec, entry, size)
             if self.by_parts:
                 tensor = dataclasses.replace(tensor, door=_Door(self._store, entry.file))
-            # Two threads may have opened it: both go on with one.
+            # Two threads may have opened it: both continue with the same one.
             self._open.setdefault(name, tensor)
         return self._open[name]
 
     def expect(self, name: str, index: Index) -> None:
-        """Have the frame of a tensor brought, and what an index takes of its weight."""
+        """Have the frame of a tensor brought, and what an index selects of its weight."""
         _, entry, size = self._entries[name]
         offset, length = next(entry.spans())
         array = ArraySpan(entry.dtype, entry.shape, offset, length, "C")
@@ -106,7 +106,7 @@ class Opened(Mapping[str, Tensor]):
         return self._store.arrived(entry.file)
 
     def left_out(self, name: str) -> bool:
-        """Whether a tensor, or a part of it, was not asked for, all of it being needed."""
+        """Whether a tensor, or a needed part of it, was not asked for."""
         _, entry, size = self._entries[name]
         whole = self._proven and self._share is None and not self.by_parts
         return whole and self._asked is not None and self._asked.get(entry.file) != ((0, size),)
@@ -141,7 +141,7 @@ class _Door:
 
     @property
     def gap(self) -> int:
-        """The length of a piece, which comes as a whole."""
+        """The length of a piece, which always comes as a whole."""
         layout = self.store.layout()
         return 1 if layout is None else layout.piece_length
 

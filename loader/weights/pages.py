@@ -1,4 +1,4 @@
-"""What the kernel is asked to do with the pages of mapped files: bring, keep, enlarge, drop them.
+"""Advice to the kernel about the pages of mapped files: bring, keep, enlarge or drop them.
 
 `madvise` is called through ctypes, which lets other threads run meanwhile; `mmap.madvise` does not.
 """
@@ -23,7 +23,7 @@ from grokfetch.errors import CheckpointInvalid, StorageFailed
 __all__ = ["CANNOT_MAP", "Door", "Pages"]
 
 CANNOT_MAP = (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What mmap says on a file system that has no mapping: some network and FUSE ones."""
+"""mmap's errors on a file system that cannot map files: some network and FUSE ones."""
 
 LARGE = 4 << 20
 """Bytes from which huge pages of a file are worth asking for."""
@@ -37,24 +37,24 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Door(Protocol):
-    """Who says when bytes of one file may be read, and has them brought if they are not there."""
+    """Says when bytes of one file may be read, and has missing ones brought."""
 
     @property
     def gap(self) -> int:
-        """Bytes: spans that are nearer to each other than this may as well be asked for as one."""
+        """Bytes: spans closer to each other than this may as well be asked for as one."""
 
     def require(self, start: int, length: int) -> None:
         """Return when a span of the file is proven; raises if it will not be."""
 
     def expect(self, start: int, length: int, *, at_once: bool = False) -> None:
-        """Say that a span will be required, at once or some time soon."""
+        """Announce that a span will be required, at once or soon."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pages:
     """The pages of `length` bytes of a mapped file, `start` counted from the file's first.
 
-    `door` says when they may be read; None where all of the file was proven before.
+    `door` says when they may be read; None if all of the file was proven before.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Pages:
     door: Door | None = None
 
     def chunks(self, size: int) -> Iterator[Pages]:
-        """The same bytes in pieces of at most so many."""
+        """The same bytes in pieces of at most `size`."""
         stop = self.start + self.length
         for at in range(self.start, stop, size):
             yield dataclasses.replace(self, start=at, length=min(size, stop - at))
@@ -79,7 +79,7 @@ class Pages:
             raise CheckpointInvalid("it has shrunk on disk while it was in use", path=self.path)
 
     def expect(self) -> None:
-        """Ask for their bytes, which are required next."""
+        """Ask for their bytes, which will be required next."""
         if self.door is not None:
             self.door.expect(self.start, self.length, at_once=True)
 
@@ -93,8 +93,8 @@ class Pages:
             self.door.require(self.start, self.length)
 
     def announce(self) -> None:
-        """Have the kernel begin to read them."""
-        # Looking up each page of what is there already would take a tenth of the time of a copy.
+        """Have the kernel start reading them."""
+        # Looking up every page of cached bytes would take a tenth of the time of a copy.
         if not (self.is_cached(self.start) and self.is_cached(self.start + self.length - 1)):
             self.advise(WILL_NEED)
 
@@ -117,7 +117,7 @@ class Pages:
             raise StorageFailed(f"cannot be read: {os.strerror(failed)}", path=self.path)
 
     def drop(self) -> None:
-        """Let go of them: of our mapping, then of the page cache. The disk brings them again."""
+        """Drop them from our mapping, then from the page cache. The disk can bring them again."""
         self.advise(DO_NOT_NEED)
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError), self.path.open("rb") as file:
@@ -132,7 +132,7 @@ class Pages:
         return ctypes.get_errno() if failed else 0
 
     def enlarge(self) -> None:
-        """Ask for huge pages, where that can save enough."""
+        """Ask for huge pages, if that can save enough."""
         if LINUX and self.length >= LARGE:
             self.advise(HUGE)
 
@@ -147,7 +147,7 @@ class Pages:
         return address + first, self.start + self.length - first
 
     def is_cached(self, place: int) -> bool:
-        """Whether the page of a byte of the file is in memory; False where that is not told."""
+        """Whether the page of a byte of the file is in memory; False if the system does not say."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:

@@ -54,13 +54,13 @@ RULES: Mapping[Axis, tuple[MeshAxis, ...]] = MappingProxyType(
         "router": (),
     }
 )
-"""The mesh axes that together split each logical axis, slowest first; where there are none every
+"""The mesh axes that together split each logical axis, slowest first; if there are none, every
 device holds all of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MeshShape:
-    """How many devices stand along each mesh axis."""
+    """How many devices are along each mesh axis."""
 
     expert: int = 1
     model: int = 1
@@ -77,12 +77,12 @@ class MeshShape:
 
     @property
     def only_model(self) -> bool:
-        """Whether all devices stand along `model`, as they must to share mapped weights."""
+        """Whether all devices are along `model`, as they must be to share mapped weights."""
         return self.devices == self.model
 
 
 class Position(NamedTuple):
-    """Where one device stands in a mesh."""
+    """The position of one device in a mesh."""
 
     expert: int
     model: int
@@ -115,10 +115,11 @@ def mesh_axes(
 
 
 def choose_mesh(config: GrokConfig, devices: int) -> MeshShape:
-    """The mesh for a number of devices: as many on `model` as divide, the others on `expert`.
+    """The mesh for a number of devices: as many on `model` as divide it, the others on `expert`.
 
     Raises:
-        MeshInvalid: if no arrangement divides; names a dimension and the largest count that works.
+        MeshInvalid: no arrangement divides; the message names a dimension and the largest count
+            that works.
     """
     if devices < 1:
         raise MeshInvalid(f"a mesh needs at least one device, not {devices}")
@@ -194,7 +195,7 @@ def _count(shape: MeshShape, axes: tuple[MeshAxis, ...]) -> int:
 
 
 def _units(config: GrokConfig, axis: Axis, size: int) -> int:
-    """What is dealt out along an axis: heads cannot be cut, everything else can."""
+    """The number of units along an axis: heads cannot be cut, everything else can."""
     return size // config.key_size if axis in {"q_heads", "kv_heads"} else size
 
 

@@ -2,9 +2,9 @@
 
 `GrokConfig` holds the hyperparameters (the defaults are the official model's). `OUTER` and `LAYER`
 are the table: each kind of tensor with its name, its field in the model's parameters, the meaning
-of each axis and how many rows of scales it has. `parameters(config)` makes of them every tensor of
-a checkpoint in file order. Index checks, manifests, placement and synthetic checkpoints all read
-this table; no shape and no name is written anywhere else.
+of each axis and how many rows of scales it has. `parameters(config)` makes every tensor of a
+checkpoint from them, in file order. Index checks, manifests, placement and synthetic checkpoints
+all read this table; shapes and names are written nowhere else.
 
 Source of names, shapes and order: the official checkpoint, xai-org/grok-1 `model.py`.
 """
@@ -39,7 +39,7 @@ Axis = Literal["vocab", "embed", "q_heads", "kv_heads", "expert", "ff", "router"
 
 vocab: token ids. embed: the residual stream. q_heads, kv_heads: heads times head size.
 expert: the expert a weight belongs to. ff: an expert's hidden width. router: the router's scores,
-one an expert, which every device needs in full.
+one per expert, which every device needs in full.
 """
 
 
@@ -193,11 +193,11 @@ def shard_name(index: int) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of tensor: what the table below says of it.
+    """A kind of tensor: one row of the table below.
 
-    field: what it is called in `loader.devices.placement.Layer` or `Params`. name: in the official
+    field: its name in `loader.devices.placement.Layer` or `Params`. name: its name in the official
     checkpoint, within its layer. axes: the meaning of each dimension, from which its size follows.
-    scale_groups: as of `ParamSpec`, None for float32.
+    scale_groups: as in `ParamSpec`, None for float32.
     """
 
     field: str
@@ -236,7 +236,7 @@ LAYER = (
 
 
 def axis_size(config: GrokConfig, axis: Axis) -> int:
-    """How many elements a dimension of that meaning has."""
+    """How many elements a dimension with that meaning has."""
     match axis:
         case "vocab":
             return config.vocab_size
@@ -253,7 +253,7 @@ def axis_size(config: GrokConfig, axis: Axis) -> int:
 
 
 def layer_prefix(number: int) -> str:
-    """What the names of the tensors of a layer begin with."""
+    """The prefix of the names of a layer's tensors."""
     return f"transformer/decoder_layer_{number}/"
 
 

@@ -58,7 +58,7 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
         if not stat.S_ISREG(path.stat().st_mode):
             raise StorageFailed("not a regular file", path=path)
         with path.open("rb") as file:
-            # Not mapped: a mapped page that is gone ends the process without a word.
+            # Not mapped: a mapped page that is gone ends the process without a message.
             return read_slices(_File(file), path)
     except OSError as error:
         raise StorageFailed(f"cannot be read: {error.strerror or error}", path=path) from error
@@ -77,7 +77,7 @@ def read_frame(
 
 
 def read_slices(view: Slices, path: str | os.PathLike[str]) -> Shard:
-    """The same of a file of which parts are handed out as they are asked for.
+    """The same for a file whose parts are read on request.
 
     Raises:
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
@@ -101,7 +101,7 @@ def _opcode_name(view: Slices, position: int) -> str:
 
 
 class Slices(Protocol):
-    """What a shard is read from; only slices of at most 255 bytes are asked for."""
+    """The source of a shard's bytes; only slices of at most 255 bytes are asked for."""
 
     def __len__(self) -> int:
         """Bytes in all."""
@@ -111,7 +111,7 @@ class Slices(Protocol):
 
 
 class _File:
-    """A file of which slices are read as they are asked for."""
+    """A file whose slices are read on request."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -160,7 +160,7 @@ class _Walk:
             raise Refusal("it runs over the end of its frame")
 
     def _skip(self, nbytes: int) -> int:
-        """Pass over bytes of the file and return where they start."""
+        """Skip bytes of the file and return where they start."""
         start = self.position
         if nbytes > len(self.view) - start:
             raise Refusal(f"it needs {nbytes} bytes where {len(self.view) - start} are left")

@@ -36,7 +36,7 @@ _MAX_BYTES: Final = 2**63 - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArraySpan:
-    """Where in a file an array lies and how to read it; little-endian, unaligned.
+    """Where an array is in a file and how to read it; little-endian, unaligned.
 
     `dtype` is a NumPy name (float32, int8, ...) or bfloat16, `offset` and `nbytes` are in bytes,
     and `order` says which index runs fastest in the file: C the last, F the first.
@@ -131,7 +131,7 @@ class PendingDtype:
         """
         match state:
             case (3, ("<" | "|") as order, None, None, None, int() as size, int(), int()):
-                # -1 stands for the size that the type has anyway; bfloat16 writes its own.
+                # -1 stands for the type's own size; bfloat16 writes its size.
                 if size in (-1, self.item_bytes) and (order == "|") == (self.item_bytes == 1):
                     self.complete = True
                     return
@@ -173,7 +173,7 @@ def _dimensions(
     dimensions = tuple(size for size in shape if isinstance(size, int) and size >= 0)
     if len(dimensions) != len(shape) or len(shape) > _MAX_RANK:
         raise Refusal(f"the shape is not made of at most {_MAX_RANK} sizes")
-    # Zeros count as ones: NumPy bounds the other dimensions of an empty array all the same.
+    # Zeros count as ones: NumPy also limits the other dimensions of an empty array.
     if math.prod(max(size, 1) for size in dimensions) * dtype.item_bytes > _MAX_BYTES:
         raise Refusal("the shape is larger than any memory")
     needed = math.prod(dimensions) * dtype.item_bytes

@@ -60,10 +60,10 @@ class FrameLayout:
 def frame_layout(
     dtype: str, shape: tuple[int, ...], scale_shape: tuple[int, ...] | None = None
 ) -> FrameLayout:
-    """The layout of a plain array, or of a QuantizedWeight8bit where there is a `scale_shape`.
+    """The layout of a plain array or, with a `scale_shape`, of a QuantizedWeight8bit.
 
     Args:
-        dtype: of the array; int8 where there are scales, which are bfloat16.
+        dtype: of the array; int8 if there are scales, which are bfloat16.
         shape: of the array, `[..., K, N]`.
         scale_shape: `[..., G, N]`, None for a plain array.
 
@@ -111,12 +111,12 @@ def write_shard(
 def write_blocks(
     file: BinaryIO, layout: FrameLayout, *payloads: Iterable[npt.NDArray[np.generic]]
 ) -> None:
-    """Write a shard whose arrays come in blocks, so that none has to be in memory whole.
+    """Write a shard whose arrays come in blocks, so that no whole array has to be in memory.
 
     Args:
         file: where to write, at its current position.
         layout: of the shard.
-        payloads: for each array of the layout its elements in C order, cut anywhere.
+        payloads: for each array of the layout, its elements in C order, divided anywhere.
 
     Raises:
         ValueError: a block has the wrong dtype, or the blocks of an array are too few or too many.
@@ -135,7 +135,7 @@ def write_blocks(
 
 
 def _blocks(array: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generic]]:
-    """The elements in C order, in blocks that bound the copy made of an array in another order."""
+    """The elements in C order, in blocks that limit the copy of an array in another order."""
     if array.ndim == 0 or array.flags.c_contiguous or array.nbytes <= _BLOCK_BYTES:
         yield array
     else:
@@ -145,7 +145,7 @@ def _blocks(array: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generic]]
 
 @dataclasses.dataclass(slots=True)
 class _Frame:
-    """A frame being written: where its header will stand, and its bytes so far."""
+    """A frame being written: where its header will be, and its bytes so far."""
 
     piece: bytearray
     start: int
@@ -155,8 +155,8 @@ class _Frame:
 class _Pickler:
     """Emits opcodes as CPython's C pickler does, with payloads left out.
 
-    `_save` stands where CPython saves an object, the only moments at which it may end a frame that
-    has become long enough; `_append` adds opcodes to the object at hand.
+    `_save` is called where CPython saves an object: only there may it end a frame that is long
+    enough; `_append` adds opcodes to the current object.
     """
 
     def __init__(self) -> None:
@@ -265,7 +265,7 @@ class _Pickler:
         self._shared(repr(value), b"\x8c" + bytes([len(value)]) + value.encode())
 
     def _shared(self, key: str, opcodes: bytes) -> None:
-        """Save an object that occurs once in memory: at its second occurrence by reference."""
+        """Save an object that exists once in memory: by reference at its second occurrence."""
         if key in self._memo:
             self._recall(key)
         else:

@@ -2,8 +2,8 @@
 
 The weights are random but behave like trained ones: every product keeps the variance of its input,
 the sublayers of all layers together add a residual stream of unit size to the embedding, which is
-small beside it (the output uses the same matrix, and a large one would repeat its input for ever),
-and the logits have the spread that the golden checkpoint's have.
+small compared to it (the output uses the same matrix, and a large one would repeat its input for
+ever), and the logits have the same spread as those of the golden checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_checkpoint(
     seed: int = 0,
     report: Callable[[Path, int], object] | None = None,
 ) -> None:
-    """Write every shard of a checkpoint of `config` into `folder`, which is made if need be.
+    """Write every shard of a checkpoint of `config` into `folder`, which is made if needed.
 
     Args:
         folder: where the files go; conventionally named ckpt-0.
@@ -65,7 +65,7 @@ def write_tensor(
 ) -> int:
     """Write the shard of one tensor, the same bytes as in a whole checkpoint of that seed.
 
-    Memory in use stays at some 50 MB whatever the size of the tensor.
+    It uses about 50 MB of memory whatever the size of the tensor.
 
     Returns:
         The size of the file in bytes.
@@ -99,7 +99,7 @@ def _int8(spec: ParamSpec, random: np.random.Generator) -> Iterator[npt.NDArray[
 
 
 def _scales(spec: ParamSpec, random: np.random.Generator) -> Iterator[npt.NDArray[np.generic]]:
-    """Scales that differ from column to column and group to group, so that mixing them up shows."""
+    """Scales that differ between columns and between groups, so that a mix-up shows."""
     assert spec.scale_shape is not None
     unit = 1 / (math.sqrt(spec.shape[-2]) * _INT8_SPREAD)
     for count in _blocks(spec.scale_shape):

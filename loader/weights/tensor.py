@@ -1,4 +1,4 @@
-"""One parameter in its file: lazy, read-only, mapped, at whatever offset it lies.
+"""One parameter in its file: lazy, read-only, mapped, at any offset.
 
 Methods that a slice of `safetensors.safe_open` has too are called as there.
 """
@@ -40,7 +40,7 @@ _Basic = SupportsIndex | slice | EllipsisType | tuple[SupportsIndex | slice | El
 _SHORT_FLOATS = frozenset(
     np.dtype(kind) for kind in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 )
-"""Floating-point dtypes that NumPy does not know as such."""
+"""Floating-point dtypes that NumPy does not recognise as such."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Tensor:
 
     Both arrays are views into one read-only mapping, at offsets that need not be aligned. The
     mapping lives as long as the tensor or any view. A file that shrinks meanwhile kills the process
-    (SIGBUS), which is why writers hold the folder's lock.
+    (SIGBUS), so writers hold the folder's lock.
 
-    Where the file system cannot map files, an array is read into memory each time that it is asked
-    for, and lives as long as whoever asked keeps it.
+    If the file system cannot map files, an array is read into memory each time it is asked for, and
+    lives as long as the caller keeps it.
 
-    Where the file is still being fetched there is a `door`: what is read of the weight is waited
-    for there, and nothing else is.
+    If the file is still being fetched, there is a `door`: reads of the weight wait there, and
+    nothing else does.
     """
 
     spec: ParamSpec
@@ -98,7 +98,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the weight as it is stored: int8 if the tensor is quantised, else float32."""
+        """Of the weight as stored: int8 if the tensor is quantised, else float32."""
         return np.dtype(self.spec.dtype)
 
     def get_shape(self) -> list[int]:
@@ -110,15 +110,15 @@ class Tensor:
         return {"int8": "I8", "float32": "F32"}[self.spec.dtype]
 
     def __getitem__(self, index: Index) -> npt.NDArray[np.generic]:
-        """A part of the weight as it is stored, by whatever NumPy indexes with.
+        """A part of the weight as stored, by whatever NumPy indexes with.
 
-        By integers, slices and `...` it is a read-only view: nothing is read but the pages that are
-        looked at.
+        For integers, slices and `...` it is a read-only view: only the pages that are used are
+        read.
         """
         return self._awaited(index)[index]
 
     def _awaited(self, index: Index) -> npt.NDArray[np.generic]:
-        """The weight, once what an index takes of it is there."""
+        """The weight, once the part that an index selects is there."""
         if self.door is None or not _is_basic(index):
             return self.weight
         spans = list(index_spans(self.array, index, self.door.gap))
@@ -131,7 +131,7 @@ class Tensor:
     def __array__(
         self, dtype: npt.DTypeLike | None = None, *, copy: bool | None = None
     ) -> npt.NDArray[np.generic]:
-        """The weight as it is stored, for `numpy.asarray` and its like; scales are left out."""
+        """The weight as stored, without scales, for `numpy.asarray` and the like."""
         return np.array(self.weight, dtype, copy=copy)
 
     def __len__(self) -> int:
@@ -149,11 +149,11 @@ class Tensor:
         An int8 times its bfloat16 scale is exact in float32, and rounded only to another `dtype`.
 
         Args:
-            index: as of the tensor itself; `numpy.s_[3, :, :128]`.
+            index: as for the tensor itself, like `numpy.s_[3, :, :128]`.
             dtype: of the result; floating-point.
 
         Returns:
-            An array of its own, of the shape that the index gives.
+            A new array, of the shape that the index gives.
 
         Raises:
             IndexError: the index does not fit the shape.
@@ -197,11 +197,11 @@ class Tensor:
 
         Args:
             target: a device, or a sharding that says where each part goes; None for all of it on
-                jax's first device. Of several processes each reads what its own devices hold.
+                jax's first device. Each of several processes reads what its own devices hold.
 
         Returns:
             float32, or int8 with its scales as `loader.devices.products.Quantized`. Scale rows are
-            repeated where a device would hold part of one.
+            repeated if a device would hold part of one.
         """
         from loader.devices.transfer import to_devices
 
@@ -295,7 +295,7 @@ class Tensor:
 
 
 def _is_basic(index: Index) -> TypeGuard[_Basic]:
-    """Whether an index is made of integers, slices and `...` alone."""
+    """Whether an index consists only of integers, slices and `...`."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is ... or isinstance(part, slice | int | np.integer) for part in parts) and (
         not any(isinstance(part, bool) for part in parts)
@@ -303,12 +303,12 @@ def _is_basic(index: Index) -> TypeGuard[_Basic]:
 
 
 def _cuts(shape: tuple[int, ...], index: _Basic) -> tuple[list[slice], tuple[int, ...]]:
-    """A slice for every axis, and the shape of what the index stands for.
+    """A slice for every axis, and the shape that the index gives.
 
     Raises:
         IndexError: the index does not fit the shape.
     """
-    # A broadcast scalar has the shape and no memory; NumPy itself says what an index gives.
+    # A broadcast scalar has the shape but no memory, so NumPy itself tells what an index gives.
     result = np.broadcast_to(np.int8(0), shape)[index].shape
     given = index if isinstance(index, tuple) else (index,)
     at = next((place for place, part in enumerate(given) if part is ...), len(given))
@@ -326,12 +326,13 @@ def _cuts(shape: tuple[int, ...], index: _Basic) -> tuple[list[slice], tuple[int
 
 
 def index_spans(array: ArraySpan, index: Index, gap: int) -> Iterator[tuple[int, int]]:
-    """Start and length, in bytes of the file, of what an index takes of an array.
+    """Start and length, in bytes of the file, of what an index selects of an array.
 
     Args:
-        array: where it lies.
-        index: whatever NumPy indexes with; but for integers, slices and `...` it takes all.
-        gap: bytes; spans that are nearer to each other become one.
+        array: where it is.
+        index: whatever NumPy indexes with; anything but integers, slices and `...` selects
+            everything.
+        gap: bytes; spans closer than this are joined.
 
     Raises:
         IndexError: the index does not fit the shape.
@@ -352,7 +353,7 @@ def index_spans(array: ArraySpan, index: Index, gap: int) -> Iterator[tuple[int,
 
 
 def _groups(rows: slice, size: int, groups: int) -> Iterator[tuple[int, slice, slice]]:
-    """The rows of each scale group that a slice of all `size` rows takes.
+    """The rows of each scale group that a slice of all `size` rows selects.
 
     Yields:
         The group, its rows as a slice of all, and the same rows as a slice of those taken.
