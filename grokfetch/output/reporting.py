@@ -45,7 +45,7 @@ def held(store: Store, *, exclusive: bool = False) -> Iterator[None]:
 
     Raises:
         StateLocked: another process holds it.
-        StorageFailed: the folder is to be written and cannot be.
+        StorageFailed: the folder must be written and cannot be.
     """
     with store.lock(exclusive=exclusive):
         for warning in store.warnings:

@@ -87,7 +87,7 @@ class Screen:
         return self.painted(([4] * full + partial + [0] * length)[:length])
 
     def fact(self, label: str, text: str) -> Iterator[str]:
-        """A label and a text, which is wrapped behind it."""
+        """A label, followed by a wrapped text."""
         if self.plain:
             yield f"{label}: {text}"
             return

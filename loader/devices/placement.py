@@ -1,4 +1,4 @@
-"""From mapped tensors to device arrays: each device its own block, or all of them the same pages.
+"""From mapped tensors to device arrays: each device gets its own block, or all the same pages.
 
 `load` copies to each device the block that it needs. `share` copies nothing but the small tensors:
 the devices are CPUs, and the pages of the shard files are the weights. The parameters of each layer
@@ -77,7 +77,7 @@ class Layer:
 
     D is the width of the residual stream.
 
-    The four norms are float32 `[D]`, named for what they stand before or after. query
+    The four norms are float32 `[D]`, named for what they come before or after. query
     `[D, Q * d]`, key and value `[D, K * d]`, output `[Q * d, D]` (Q query heads and K key/value
     heads of size d), gate and up `[E, D, F]`, down `[E, F, D]` (E experts of width F); router
     float32 `[D, E]`. The reference calls output `linear`, and the experts' gate, up and down
@@ -138,11 +138,11 @@ def make_mesh(
     Args:
         config: the model that must fit the mesh.
         shape: the mesh wanted; by default `choose_mesh` for all of `devices`.
-        devices: the devices to use, by default all that jax sees; the first ones are taken, of
-            each host as many, and stand in the order of the hosts.
+        devices: the devices to use, by default all that jax sees; the first ones of each host are
+            taken, the same number from each, in the order of the hosts.
 
     Raises:
-        MeshInvalid: if a dimension does not divide, or there are too few devices.
+        MeshInvalid: a dimension does not divide, or there are too few devices.
     """
     found = list(jax.devices() if devices is None else devices)
     shape = shape or choose_mesh(config, len(found))
@@ -179,13 +179,13 @@ def load(
     """Place every tensor of a checkpoint, layer by layer.
 
     Weights stay int8 and scales bfloat16. Each block goes from the mapped pages of its file to the
-    devices that hold it, and of several processes each reads what its own devices hold.
+    devices that hold it; each of several processes reads what its own devices hold.
 
     Args:
         checkpoint: the tensors on the host.
         mesh: from `make_mesh`, for the config of the checkpoint.
-        tuning: what suits the processor, where the devices are CPUs; from `loader.devices.tuning`.
-        on_bytes: called with bytes of the checkpoint as they have been read.
+        tuning: what suits the processor, if the devices are CPUs; from `loader.devices.tuning`.
+        on_bytes: called with the bytes of the checkpoint as they are read.
     """
     config = checkpoint.config
     specs = by_layer(config)
@@ -205,13 +205,13 @@ def load(
 
 
 def sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
-    """Where the blocks of a tensor lie on a mesh, by the rules of `loader.weights.partition`."""
+    """Where the blocks of a tensor are on a mesh, by the rules of `loader.weights.partition`."""
     split = PartitionSpec(*(axes or None for axes in mesh_axes(spec)))  # type: ignore[no-untyped-call]
     return NamedSharding(mesh, split)
 
 
 def _crowded(config: GrokConfig, mesh: Mesh) -> bool:
-    """Whether the files do not fit the memory beside the arrays, so that keeping pages is idle."""
+    """Whether the files and the arrays do not fit memory together, so keeping pages is useless."""
     total = weight_bytes(config)
     return total * (2 if _only_cpus(mesh) else 1) > psutil.virtual_memory().available
 
@@ -221,10 +221,10 @@ def _only_cpus(mesh: Mesh) -> bool:
 
 
 def params_of(place: Callable[[str], Any], layers: int, *, arriving: bool = False) -> Params:
-    """The weights of a model of so many layers: what `place` makes of each tensor by its name.
+    """The weights of a model of so many layers, each made by `place` from a tensor's name.
 
     Args:
-        place: makes weights of a tensor's name.
+        place: makes weights from a tensor's name.
         layers: how many.
         arriving: place a layer only when it is asked for.
     """
@@ -255,7 +255,7 @@ def check_shared(shape: MeshShape) -> None:
 def share(
     checkpoint: Checkpoint, mesh: Mesh, tuning: Tuning | None = None, *, arriving: bool = False
 ) -> Params:
-    """Give every device the mapped pages of the shard files as they lie, without a copy.
+    """Give every device the mapped pages of the shard files, without a copy.
 
     Only norms and routers are copied. The files must stay as they are while the result is in use.
 
@@ -263,7 +263,8 @@ def share(
         checkpoint: the tensors in their files.
         mesh: of CPU devices, with one place along `data` and `expert`.
         tuning: what suits their processor; from `loader.devices.tuning`.
-        arriving: the files are still on their way: open those of a layer when it is asked for.
+        arriving: whether the files are still on their way: opens those of a layer when it is asked
+            for.
 
     Raises:
         MeshInvalid: as `check_shared`.
@@ -288,7 +289,7 @@ def share(
             return Mapped(file, None, place, tuning or Tuning())
         if tensor.spec.axes[0] == "vocab":
             return _table(tensor, mesh, buffer)
-        # Put there without asking the other hosts whether they put the same.
+        # Placed without checking that the other hosts place the same.
         return jax.make_array_from_callback(
             tensor.spec.shape, everywhere, lambda _: np.array(tensor.weight)
         )
@@ -321,7 +322,7 @@ def _table(
     place = TablePlace(tensor.array.offset, rows, columns, mesh.shape["model"])
     words, last = tensor.file.size // 4, tensor.array.offset + tensor.array.nbytes
     if words <= last // 4:
-        # A word that the last row is read with hangs over the end of the file.
+        # Reading the last row needs a word that extends beyond the end of the file.
         flat = np.array(tensor.weight).reshape(-1).view(np.uint32)
         flat, place = np.append(flat, np.uint32(0)), dataclasses.replace(place, offset=0)
     else:

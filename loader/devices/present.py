@@ -41,7 +41,7 @@ def _nvidia(root: Path) -> tuple[Device, ...]:
             )
             names.append(match[1] if match else "NVIDIA GPU")
     files = [path for path in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    # In a container the files of /proc name every GPU of the machine, those of /dev ours.
+    # In a container the files of /proc name every GPU of the machine, those of /dev only ours.
     names = names[: len(files)]
     names += ["NVIDIA GPU"] * (len(files) - len(names))
     return tuple(map(Device, names))

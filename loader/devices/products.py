@@ -1,8 +1,7 @@
 """How weights are held on a device, resident or mapped, and the products over them.
 
-The model multiplies through `product` and `dots`, picks experts through `select` and embeds
-through `lookup`, and knows no more about a weight than that; another way of holding weights needs
-only these.
+The model multiplies through `product` and `dots`, picks experts through `select` and embeds through
+`lookup`, and knows nothing else about a weight; another way of holding weights needs only these.
 """
 
 from __future__ import annotations
@@ -47,22 +46,22 @@ GPUS = ("cuda", "rocm")
 TPUS = ("tpu",)
 
 PART, PARTIAL_SUMS = 128, 196_608
-"""Where a GPU sums over the rows of a matrix: least rows of a part, and about how many sums."""
+"""When a GPU sums over the rows of a matrix: the fewest rows in a part, and about how many sums."""
 
 FEW = 32
-"""Tokens whose products take no longer on an accelerator than the weights take to read."""
+"""Tokens whose products take an accelerator no longer than reading the weights."""
 
 FEW_GROUPS = 4
-"""Groups of a matrix whose products of few tokens a TPU may have in memory together."""
+"""Groups of a matrix whose products of a few tokens a TPU may hold in memory together."""
 
 LARGE = 8 << 20
-"""Bytes of a product from which a GPU sums the groups of its matrix one after the other."""
+"""From so many bytes of a product on, a GPU sums the groups of its matrix one after another."""
 
 EXACT = (jnp.int8, jnp.float16, jnp.int16, jnp.int32)
-"""Types that hold every int8 value: by way of which parts of a stack are converted, see `cut`."""
+"""Types that hold every int8 value; parts of a stack are converted by way of these, see `cut`."""
 
 BUSY, SHORTEST = 6144, 256
-"""Columns of a product of few tokens that keep a GPU busy, and least rows of a part of its sum."""
+"""Columns that keep a GPU busy with few tokens, and the fewest rows in a part of the sum."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +72,7 @@ class Quantized:
     weight: int8 `[..., K, N]`. scales: bfloat16 `[..., G, N]`, G divides K; scale row g applies to
     the contiguous weight rows `g * K / G` to `(g + 1) * K / G`. index: int32 scalar, which matrix
     of the stack; None for a stack as a whole and for a single matrix. tuning: what suits the
-    processor, where that is a CPU; None for accelerators.
+    processor, if that is a CPU; None for accelerators.
     """
 
     weight: Array
@@ -95,7 +94,7 @@ def select(weights: Weights, index: Array) -> Weights:
         index: int32 scalar.
 
     Returns:
-        What `product` takes; inside a compiled product it is not copied whole, and of mapped
+        What `product` takes; inside a compiled product it is not copied whole, and for mapped
         weights no page of another matrix is touched.
     """
     chosen = dataclasses.replace(weights, index=index)
@@ -105,7 +104,7 @@ def select(weights: Weights, index: Array) -> Weights:
 
 
 def _matrix(weights: Quantized) -> Quantized:
-    """The chosen matrix of a stack as one by itself."""
+    """The chosen matrix of a stack as a single matrix."""
     if weights.index is None:
         return weights
     return Quantized(
@@ -118,16 +117,17 @@ def _matrix(weights: Quantized) -> Quantized:
 def cut(
     weights: Weights, number: int, dtype: jnp.dtype, box: tuple[slice, slice, slice]
 ) -> Quantized:
-    """A part of a stack, known when it is compiled, that a GPU reads where it lies.
+    """A part of a stack, known at compile time, that a GPU reads in place.
 
-    A product takes such a slice in, as long as nothing else needs what it is made of. A compiler
-    that finds two parts converted alike converts the whole stack instead, once, and writes that:
-    each part of a program goes by way of a type of its own. Those beyond the types are copied.
+    Such a slice is fused into a product, unless something else needs its input. If two parts are
+    converted in the same way, the compiler instead converts the whole stack once and writes it out:
+    so each part of a program is converted by way of a different type. Parts beyond the number of
+    types are copied.
 
     Args:
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
         number: of the part.
-        dtype: what is multiplied.
+        dtype: of the operands.
         box: which matrices, rows (whole groups) and columns.
 
     Returns:
@@ -139,7 +139,7 @@ def cut(
     first, last, _ = rows.indices(weights.weight.shape[1])
     groups = slice(first // height, last // height)
     part = _box(weights.weight, *box)
-    # A larger type than the product's would be written.
+    # A larger type than the product's would be written out.
     ways = [way for way in EXACT if jnp.dtype(way).itemsize <= dtype.itemsize]
     if number >= len(ways):
         part = lax.optimization_barrier(part)  # type: ignore[no-untyped-call]
@@ -159,13 +159,13 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
     Every int8 value is exact in bfloat16. Products are summed in float32 and each group's sum is
     scaled once; the reference scales the weights first, and rounds them. In bfloat16, `x` is split
     into its rounded value and the rest, and both are multiplied at once: twice the rows over the
-    same weights, which decoding does not notice, and no rounding of `x` to speak of.
+    same weights, which costs decoding nothing, and rounds `x` hardly at all.
 
     Args:
         x: float32 `[..., K]`.
         weights: weight `[K, N]`, scales `[G, N]`, or from `select`.
-        dtype: float32 or bfloat16, what accelerators multiply. CPUs multiply in float32 either way,
-            or for bfloat16 in integers that are 2^7 times as fine, where that is faster.
+        dtype: float32 or bfloat16, what accelerators multiply. CPUs multiply in float32 either way
+            or, for bfloat16, in integers that are 2^7 times as fine, if that is faster.
         halves: whether `x` is split; otherwise it is rounded.
 
     Returns:
@@ -191,18 +191,18 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
             rows, one = x.reshape(-1, x.shape[-1]), jax.tree.map(lambda part: part[None], weights)
             return stack_product(rows, one, dtype).reshape(*x.shape[:-1], -1)
 
-        # Of a matrix that is cut into groups a GPU's compiler first writes all in another type, and
-        # that of a TPU has the products of many groups in memory before it sums them.
+        # For a matrix cut into groups, a GPU's compiler first writes all of it in another type, and
+        # a TPU's holds the products of many groups in memory before it sums them.
         elsewhere = in_turn if weights.scales.shape[0] > FEW_GROUPS else multiplied
         return by_platform(at_once, elsewhere, x, weights)
     if 4 * x.size // x.shape[-1] * weights.weight.shape[-1] < LARGE:
         return multiplied(x, weights)
-    # A GPU's compiler would have the products of all groups in memory before it sums them.
+    # A GPU's compiler would hold the products of all groups in memory before it sums them.
     return by_platform(in_turn, multiplied, x, weights)
 
 
 def by_platform(on_gpus: Callable[..., R], elsewhere: Callable[..., R], *args: Any) -> R:
-    """One of two functions of the same result, chosen when the program is compiled."""
+    """One of two functions with the same result, chosen when the program is compiled."""
     result: R = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
     return result
 
@@ -219,13 +219,13 @@ def reads_decide(weights: Weights, tokens: int) -> bool:
 
 
 def _summed(x: Array, weights: Quantized) -> Array:
-    """The product of one token as a sum over rows: int8 is read where it lies in the stack.
+    """The product of one token as a sum over rows: int8 is read in place in the stack.
 
-    A GPU's compiler makes one kernel of it, and one of two such sums over the same `x`; it would
-    copy the matrix for a product that it leaves to a kernel for matrices. A vector and not a matrix
-    of one row, and scaled within the sum: otherwise the stack is transposed first. In parts that
-    are summed first: left to split the sum by itself it may write all addends out, as for a B200,
-    whose cache is large. The parts of large matrices are longer, so that the sums stay few.
+    A GPU's compiler makes one kernel of it, and also one of two such sums over the same `x`; for a
+    matrix product in a library kernel it would copy the matrix. `x` is a vector, not a matrix of
+    one row, and is scaled within the sum: otherwise the stack is transposed first. Parts are summed
+    first: if the compiler splits the sum itself, it may write out all addends, as for a B200, whose
+    cache is large. The parts of large matrices are longer, so that there are few sums.
     """
     weights = _matrix(weights)
     groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape
@@ -238,7 +238,7 @@ def _summed(x: Array, weights: Quantized) -> Array:
 
 
 def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
-    """Each matrix of a stack with its own rows, as one product over the stack where it lies.
+    """Each matrix of a stack with its own rows, as one product over the stack in place.
 
     Args:
         x: float32 `[E, T, K]`, or `[T, K]` if all have the same.
@@ -254,7 +254,7 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
         stack, rows, columns = weights.weight.shape
         groups = weights.scales.shape[1]
         parts = in_parts(rows // groups, stack * groups * columns)
-        # The halves within the product: a GPU's compiler would write the results of both out.
+        # Split within the product: a GPU's compiler would write out the results of both halves.
         exact = dtype == jnp.float32
         precision = lax.Precision.HIGHEST if exact else lax.DotAlgorithmPreset.BF16_BF16_F32_X3
         return _stacked(x[..., None, :, :], weights, precision, parts)
@@ -267,10 +267,10 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
 
 
 def in_parts(length: int, columns: int) -> int:
-    """Into how many parts a GPU divides a sum so that a product of so many columns keeps it busy.
+    """How many parts to divide a sum into, so that a product of so many columns keeps a GPU busy.
 
-    XLA's own division, which takes no account of what the sums of all parts take to write and read
-    again, is turned off where tokens are few: `loader.devices.xla_setup.sums_undivided`.
+    XLA's own division, which ignores the cost of writing and reading the sums of all parts, is
+    turned off for few tokens: `loader.devices.xla_setup.sums_undivided`.
     """
     parts = 1
     while (
@@ -292,7 +292,7 @@ def _stacked(
     grouped = x.reshape(*x.shape[:-3], halves * tokens, *shape)
     sums = jnp.einsum(
         "etgk,egkn->egtn",
-        # Repeated last: a GPU's compiler repeats in the product what it has divided once.
+        # Repeated last: a GPU's compiler then repeats within the product what was divided once.
         jnp.broadcast_to(grouped, (stack, *grouped.shape[-3:])),
         weights.weight.reshape(stack, *shape, -1).astype(x.dtype),
         precision=precision,
@@ -304,13 +304,13 @@ def _stacked(
 
 def _halves(x: Array) -> Array:
     """float32 `[...]` as two of bfloat16, `[2, ...]`: its rounded value and the rest."""
-    # A conversion to bfloat16 and back may be dropped by the compiler; this may not.
+    # The compiler may drop a conversion to bfloat16 and back, but not this.
     high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return jnp.stack((high, x - high)).astype(jnp.bfloat16)
 
 
 def _in_place(x: Array, weights: Quantized, tuning: Tuning) -> Array:
-    """The product on a CPU: rows are read where they lie in the stack."""
+    """The product on a CPU: rows are read in place in the stack."""
     groups, (height, width) = weights.scales.shape[-2], weights.weight.shape[-2:]
     index = jnp.int32(0) if weights.index is None else weights.index
     start, column = index * height * width, jnp.int32(0)
@@ -330,7 +330,7 @@ def _grouped(
 ) -> Array:
     """The product, group by group; `split`: of both halves of `x`.
 
-    in_turn: one group after the other, and the halves are summed at once, so that fewer sums lie in
+    in_turn: one group after another, and the halves are summed at once, so that fewer sums are in
     memory together. The halves of a prompt are summed last on TPUs: summed at once, one v5p needs
     more memory.
     """
@@ -359,8 +359,8 @@ def _grouped(
 def _rows(array: Array, index: Array | None, start: int, count: int) -> Array:
     """Some rows of a matrix, or of one of a stack.
 
-    They are cut out of the stack in one step: a matrix that several products take rows of would be
-    copied out of it first.
+    They are cut out of the stack in one step: otherwise, if several products use rows of a matrix,
+    the matrix would be copied out first.
     """
     if index is None:
         return array[start : start + count]
@@ -379,7 +379,7 @@ def lookup(table: Table, numbers: Array) -> Array:
 
 
 def dots(x: Array, table: Table) -> Array:
-    """`x @ table.T` over this device's part, in float32: to convert the table is to write it anew.
+    """`x @ table.T` over this device's part, in float32: a converted table would be written out.
 
     Args:
         x: float32 `[..., columns]`.

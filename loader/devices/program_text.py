@@ -1,10 +1,10 @@
 """What a compiled program reads, waits for and exchanges, counted from its text. Pure.
 
-XLA prints the program that it has made as HLO text: one computation after another, the entry last.
-Bytes are counted where an operand is read from the device's main memory: of a fusion each operand
-once, and of an operand that is only sliced or gathered inside the fusion only what is taken.
-Operands that the compiler keeps in the fast memory of a TPU core (memory space 1 in their layout)
-have been counted when they were copied there.
+XLA prints its program as HLO text: one computation after another, the entry last. Bytes are counted
+when an operand is read from the device's main memory: each operand of a fusion once, and only the
+selected part of an operand that is only sliced or gathered inside the fusion. Operands that the
+compiler keeps in the fast memory of a TPU core (memory space 1 in their layout) have been counted
+when they were copied there.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ _COLLECTIVES = frozenset(
     ]
 )
 _FETCHING: Mapping[str, int] = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
-"""Copies to another memory beside other work, and where in their type the copy stands."""
+"""Asynchronous copies to another memory, and the copy's position in their type."""
 _TAKING = frozenset(["slice", "dynamic-slice", "gather"])
 _PASSING = frozenset(["bitcast", "reshape", "convert", "copy", "negate", "abs", "transpose"])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collective:
-    """An exchange between devices: what XLA calls it, bytes of its result, how often it runs."""
+    """An exchange between devices: XLA's name for it, bytes of its result, how often it runs."""
 
     name: str
     nbytes: int
@@ -87,8 +87,8 @@ class Collective:
 class Cost:
     """What one run of a program costs a device.
 
-    read: bytes from main memory; a loop of unknown length counts with the trips that were assumed.
-    unknown_loops: loops whose number of trips is known only at run time. branches: conditionals.
+    read: bytes from main memory; a loop of unknown length counts with the assumed trips.
+    unknown_loops: loops whose trip count is known only at run time. branches: conditionals.
     collectives: the exchanges.
     """
 
@@ -121,7 +121,7 @@ def cost(text: str, assumed_trips: int = 1) -> Cost:
 
     Args:
         text: HLO, from `compiled.as_text()`.
-        assumed_trips: of a loop whose length is known only at run time.
+        assumed_trips: for a loop whose length is known only at run time.
     """
     computations, entry = _parsed(text)
 
@@ -136,11 +136,11 @@ def cost(text: str, assumed_trips: int = 1) -> Cost:
 
 
 def written(text: str, at_least: int) -> Iterator[tuple[str, str, int]]:
-    """Large arrays that a program makes in main memory beside its arguments.
+    """Large arrays that a program makes in main memory besides its arguments.
 
     Args:
         text: HLO, from `compiled.as_text()`.
-        at_least: bytes from which an array is large.
+        at_least: bytes from which on an array is large.
 
     Yields:
         The operation, its type and its bytes; results that are written in place of an argument,
@@ -223,7 +223,7 @@ def _closed(text: str, start: int) -> int:
 
 
 def _arrays(kind: str) -> Iterator[tuple[int, bool]]:
-    """Bytes of each array of a type, and whether it lies in main memory."""
+    """Bytes of each array of a type, and whether it is in main memory."""
     for dtype, sizes, layout in _ARRAY.findall(kind):
         digits = re.search(r"\d+", dtype)
         bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
@@ -253,7 +253,7 @@ def _called(one: _Instruction) -> list[str]:
 
 
 def _run(name: str, computations: _Computations) -> Iterator[str]:
-    """The computations whose results reach memory: not those inside of fusions."""
+    """The computations whose results reach memory: not those inside fusions."""
     yield name
     for one in computations[name].values():
         if one.operation in {"while", "conditional", "call", "async-start"}:
@@ -281,7 +281,7 @@ def _cost_of(
     if one.operation in {"call", "async-start"}:
         return sum((of(name) for name in _called(one)), Cost(0))
     if one.operation in _COLLECTIVES:
-        # The result of a start holds the operand too.
+        # The result of a start includes the operand.
         sizes = [size for size, _ in _arrays(one.type)]
         nbytes = sizes[-1] if one.operation.endswith("start") and sizes else sum(sizes)
         return Cost(0, collectives=(Collective(one.operation, nbytes, 1),))
@@ -289,7 +289,7 @@ def _cost_of(
 
 
 def _read(one: _Instruction, computation: _Computation, computations: _Computations) -> int:
-    """Bytes of its operands that an instruction without a program of its own reads."""
+    """Bytes that an instruction without a computation of its own reads of its operands."""
     if one.operation in _FETCHING:
         copied, _ = list(_arrays(one.type))[_FETCHING[one.operation]]
         return copied if _nbytes(computation[one.operands[0]].type) else 0
@@ -308,10 +308,10 @@ def _read(one: _Instruction, computation: _Computation, computations: _Computati
 
 
 def _trips(loop: _Instruction, computations: _Computations) -> int | None:
-    """How often a loop runs, if that is known when it is compiled.
+    """How often a loop runs, if that is known at compile time.
 
-    The compiler for TPUs does not say so; there the condition compares the counter, from zero, with
-    a constant.
+    The compiler for TPUs does not say; there the condition compares the counter, starting at zero,
+    with a constant.
     """
     match = _TRIPS.search(loop.attributes)
     if match:
@@ -328,7 +328,7 @@ def _trips(loop: _Instruction, computations: _Computations) -> int | None:
 def _part_of_parameter(
     computation: _Computation, number: int, computations: _Computations, of_result: float = 1.0
 ) -> float:
-    """The part of a fusion's operand that the fusion reads; `of_result` is needed of its result."""
+    """The part of a fusion's operand that it reads, if `of_result` of its result is needed."""
     for one in computation.values():
         if one.operation == "parameter" and one.operands[0] == str(number):
             return _part(one, computation, computations, of_result)

@@ -1,8 +1,9 @@
-"""JAX's settings as this code was written for them, whatever the environment or a program sets.
+"""The JAX settings that this code assumes, whatever the environment or a program sets.
 
-Researchers have promotions refused, 64 bits or another generator of random numbers for their own
-code. Here they would change the text, or end it. Where a setting is as it should be nothing is set:
-a program compiled under a setting that was chosen is not one compiled under the same by default.
+Researchers may forbid type promotion, or set 64 bits or another random number generator, for their
+own code. Here such settings would change the text, or end it. A setting that is already right is
+not set: jax treats a program compiled under an explicit setting as different from one under the
+same default.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ WRITTEN_FOR: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "jax_debug_infs": (jax.debug_infs, False),
     "jax_disable_jit": (jax.disable_jit, False),
 }
-"""Each setting with what sets it for a while, and the value."""
+"""Each setting, the context manager that sets it, and the value."""
 
 
 def as_written(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function under these settings; not a generator, whose caller's code runs between."""
+    """Run a function under these settings; not a generator, as its caller's code runs between."""
 
     @functools.wraps(function)
     def under_settings(*args: P.args, **kwargs: P.kwargs) -> R:

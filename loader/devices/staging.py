@@ -1,7 +1,7 @@
-"""Host memory through which bytes go to devices that have memory of their own.
+"""Host memory through which bytes go to devices with their own memory.
 
-Some buffers, each filled and sent while others are still on their way. They are pinned where the
-runtime can do that: a GPU then reads them itself, and the runtime makes no copy of its own first.
+There are several buffers, each filled and sent while others are in flight. They are pinned if the
+runtime can do that: then a GPU reads them directly, and the runtime need not copy them first.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ __all__ = ["ALIGNMENT", "Staging", "fresh_memory", "pinned"]
 
 HUGE_PAGE = 2**21
 ALIGNMENT = 64
-"""Bytes; JAX takes over host memory that is aligned so."""
+"""Bytes; JAX takes over host memory with this alignment."""
 
 ASKEW = ALIGNMENT // 4
-"""Bytes by which a buffer begins after such an address, lest it be taken over."""
+"""Bytes by which a buffer begins after such an address, so that it is not taken over."""
 
 
 class Staging:
-    """Buffers that several threads fill, and fill again once the devices have what was in them.
+    """Buffers that several threads fill, and refill once the devices have their contents.
 
     Args:
         client: JAX's, of the devices that will be sent to.
         size: bytes of a buffer; one becomes larger if more is asked for.
-        in_flight: bytes of host memory at most, though there is at least one buffer. Where buffers
-            cannot be pinned, this counts the copy that the runtime may have of each.
+        in_flight: the most bytes of host memory, though there is at least one buffer. If buffers
+            cannot be pinned, this includes the copy that the runtime may have of each.
 
     Attributes:
-        most: buffers that there can be.
+        most: the most buffers that there can be.
     """
 
     def __init__(self, client: Any, size: int, in_flight: int) -> None:
@@ -51,9 +51,9 @@ class Staging:
 
     @contextlib.contextmanager
     def buffer(self, nbytes: int) -> Iterator[tuple[np.ndarray[Any, Any], list[Array]]]:
-        """Memory that nobody reads any more, and a list to which what is made of it is added.
+        """Memory that nothing reads any more, and a list; add the arrays made from it to the list.
 
-        The memory is filled again once these arrays are ready; nobody may donate them.
+        The memory is refilled once these arrays are ready; they must not be donated.
         """
         buffer, sent = self._taken()
         waiting: list[Array] = []
@@ -67,7 +67,7 @@ class Staging:
                 self._change.notify()
 
     def _taken(self) -> tuple[_Buffer, list[Array]]:
-        """A buffer and what it waits for: one that is ready, or a new one, or the oldest."""
+        """A buffer and the arrays it waits for: one that is ready, or a new one, or the oldest."""
         with self._change:
             self._change.wait_for(lambda: self._idle or self._made < self.most)
             ready = self._idle and all(map(_is_ready, self._idle[0][1]))
@@ -99,7 +99,7 @@ class _Buffer:
         self.memory: np.ndarray[Any, Any] = np.empty(0, np.uint8)
 
     def enlarge(self, nbytes: int) -> None:
-        """Have room for so many bytes; what was in the buffer is lost."""
+        """Make room for so many bytes; the buffer's contents are lost."""
         if self.memory.size < nbytes:
             self.free()
             whole = fresh_memory(nbytes + ASKEW)
@@ -107,14 +107,14 @@ class _Buffer:
             self.memory = whole[ASKEW:]
 
     def free(self) -> None:
-        """Give the memory back; nobody may be reading it."""
+        """Free the memory; nothing may be reading it."""
         self.memory = self.memory[:0]
         self._held.close()
 
 
 @contextlib.contextmanager
 def pinned(client: Any, memory: np.ndarray[Any, Any]) -> Iterator[bool]:
-    """Have JAX's client pin memory for a while; whether it could."""
+    """Have JAX's client pin memory for a while; yields whether it could."""
     try:
         client.dma_map(memory.ctypes.data, memory.nbytes)
     except (AttributeError, RuntimeError):  # An older jaxlib, or a platform that has no need.
@@ -127,9 +127,9 @@ def pinned(client: Any, memory: np.ndarray[Any, Any]) -> Iterator[bool]:
 
 
 def fresh_memory(nbytes: int) -> np.ndarray[Any, Any]:
-    """Bytes, aligned for JAX and on huge pages as far as they fill them; freed with the last view.
+    """Bytes, aligned for JAX, on huge pages where they fill these; freed with the last view.
 
-    The system's own allocator would give pages of 4 KiB, each of which costs a fault.
+    The system's own allocator would use pages of 4 KiB, each of which costs a fault.
     """
     if nbytes < HUGE_PAGE:
         flat = np.empty(nbytes + ALIGNMENT, np.uint8)
@@ -139,6 +139,6 @@ def fresh_memory(nbytes: int) -> np.ndarray[Any, Any]:
     flat = np.frombuffer(pages, np.uint8)
     start = -flat.ctypes.data % HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # The rest would take a huge page for itself, most of it unused.
+        # The rest would take a whole huge page, most of it unused.
         pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE)
     return flat[start : start + nbytes]

@@ -1,9 +1,8 @@
-"""Tensors from their files to devices: every byte read once, host memory in flight bounded.
+"""Tensors from their files to devices: every byte is read once, host memory in flight is limited.
 
-Chunks are read in file order by a few threads, several tensors at a time, and what will be read
-next is announced to the kernel. Where they go is `loader.devices.assemble`'s business. Devices with
-memory of their own are sent one chunk while others are read, and nothing waits for a tensor to have
-arrived before the next is begun.
+A few threads read chunks in file order, several tensors at a time, and announce to the kernel what
+will be read next. `loader.devices.assemble` decides where chunks go. Devices with their own memory
+receive one chunk while others are read, and the next tensor starts before the last has arrived.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ IN_FLIGHT = 2**29
 """Bytes of host memory in use at a time, beyond the arrays of CPU devices."""
 
 CHUNK = 2**24
-"""Bytes that a thread reads at a time; with much fewer, handing out the work takes the time."""
+"""Bytes that a thread reads at a time; with far fewer, handing out the work dominates."""
 
 AHEAD = 16
-"""Chunks that are announced to the kernel before the first of them is settled."""
+"""Chunks announced to the kernel before the first of them is settled."""
 
 
 class Stored(Protocol):
@@ -62,7 +61,7 @@ class Stored(Protocol):
 
     @property
     def scales(self) -> np.ndarray[Any, Any] | None:
-        """bfloat16 of `spec.scale_shape`, None where the tensor is not quantised."""
+        """bfloat16 of `spec.scale_shape`, None if the tensor is not quantised."""
 
 
 def transfer(
@@ -72,23 +71,23 @@ def transfer(
     on_bytes: Callable[[int], None] | None = None,
     drop: bool = False,
 ) -> Iterator[OnDevices]:
-    """Tensors on their devices, in the order in which they are given; the last may be under way.
+    """Tensors on their devices, in the given order; the last ones may still be in flight.
 
-    Once there is no more to come all have arrived.
+    When the iterator ends, all have arrived.
 
-    Weights stay int8 and scales bfloat16. Of several processes each reads what its own devices
-    hold. A block that several CPU devices hold is one piece of memory.
+    Weights stay int8 and scales bfloat16. Each of several processes reads what its own devices
+    hold. A block that several CPU devices hold is in memory once.
 
     Args:
-        tensors: each with where it is to go; the scales of a quantised one go the same way, their
-            rows repeated where a device would hold part of one.
+        tensors: each with its target; the scales of a quantised one go to the same place, with rows
+            repeated if a device would hold part of one.
         in_flight: bytes of host memory in use at a time, beyond the arrays of CPU devices.
-        on_bytes: called with bytes of the checkpoint as they have been read.
-        drop: let the kernel forget the pages of a file once they are read.
+        on_bytes: called with the bytes of the checkpoint as they are read.
+        drop: whether the kernel drops the pages of a file once they are read.
     """
     size, workers = division(in_flight, cores())
     waiting: deque[tuple[_Leg, ...]] = deque()
-    # The threads end first, then what they fill is closed.
+    # The threads end first, then the buffers that they fill are closed.
     with contextlib.ExitStack() as buffers, _Reader(workers, on_bytes, drop=drop) as reader:
 
         @functools.cache
@@ -117,7 +116,7 @@ def to_devices(tensor: Stored, target: Target | None = None) -> OnDevices:
 def division(in_flight: int, cores: int) -> tuple[int, int]:
     """Bytes that a thread reads at a time, and how many threads there are.
 
-    What a thread has read may be there twice, in its own buffer and in the runtime's.
+    What a thread has read may be in memory twice, in its own buffer and in the runtime's.
     """
     size = max(1, min(CHUNK, in_flight // 2))
     return size, max(1, min(cores, in_flight // (2 * size)))
@@ -130,7 +129,7 @@ def _together(legs: tuple[_Leg, ...]) -> OnDevices:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Route:
-    """Where arrays go, in chunks of how many bytes, and what makes buffers for JAX's client."""
+    """Where arrays go, the size of a chunk in bytes, and what makes buffers for JAX's client."""
 
     sharding: Sharding
     size: int
@@ -138,7 +137,7 @@ class _Route:
 
 
 def _legs(tensor: Stored, route: _Route) -> tuple[_Leg, ...]:
-    """The weight on its way, and the scales if it has any."""
+    """The weight in transit, and the scales if it has any."""
     spec, scales = tensor.spec, tensor.scales
     file = tensor if isinstance(tensor, Tensor) else None
     weight = _Leg(tensor.weight, route, file=file)
@@ -152,12 +151,12 @@ def _legs(tensor: Stored, route: _Route) -> tuple[_Leg, ...]:
 
 
 class _Leg:
-    """One array on its way from the host to the devices of this process.
+    """One array in transit from the host to the devices of this process.
 
     Args:
         source: the array on the host.
-        route: where it is to go.
-        file: what to tell of the pages that are read, if they are a file's.
+        route: where it goes.
+        file: the tensor in whose file the array is, None for an array in memory.
         times: how often `source` repeats each byte of the checkpoint.
     """
 
@@ -182,23 +181,23 @@ class _Leg:
         return self._left == 0
 
     def read(self, chunk: Chunk) -> None:
-        """Copy the parts of a chunk to where they go; runs in a thread."""
+        """Copy the parts of a chunk to their places; runs in a thread."""
         self._landing.take(chunk, self._copy)
 
     def _copy(self, part: Part, target: np.ndarray[Any, Any]) -> None:
-        # Where bytes stay together, the kernel copies them without mapping a page.
+        # If bytes stay contiguous, the kernel copies them without mapping a page.
         if self.file is not None and part.solid and target.flags.c_contiguous:
             self.file.read_into(part.start, target)
         else:
             np.copyto(target, self._source[part.source])
 
     def pages(self, chunk: Chunk) -> Iterator[Pages]:
-        """The pages of a chunk, where it lies in a file that is mapped."""
+        """The pages of a chunk, if it is in a mapped file."""
         if self.file is not None and self.file.mappable:
             yield self.file.pages(self.file.array.offset + chunk.start, chunk.nbytes)
 
     def settle(self, chunk: Chunk) -> int:
-        """Note that a chunk has been read; bytes of the checkpoint that this was more."""
+        """Note that a chunk has been read; returns by how many bytes of the checkpoint."""
         before = self._used // self._times
         self._used += chunk.used
         self._left -= 1
@@ -211,7 +210,7 @@ class _Leg:
 
 
 class _Reader:
-    """Threads that read chunks, some of them ahead of those that are waited for."""
+    """Threads that read chunks, some of them ahead of those being waited for."""
 
     def __init__(self, workers: int, on_bytes: Callable[[int], None] | None, *, drop: bool) -> None:
         self._threads = ThreadPoolExecutor(workers, "transfer")
@@ -225,7 +224,7 @@ class _Reader:
         self._threads.shutdown(cancel_futures=True)
 
     def begin(self, leg: _Leg) -> None:
-        """Have all chunks of an array read; returns when the last is in hand."""
+        """Have all chunks of an array read; returns when the last has been handed out."""
         for chunk in leg.chunks:
             while len(self._reading) == AHEAD or (self._reading and self._reading[0][0].done()):
                 self._settle()

@@ -1,8 +1,8 @@
 """Measures which formulations of a product suit this processor: some seconds, once per machine.
 
-What is fastest follows from vector width, registers, caches and matrix instructions, and cannot be
-told from a processor's name. The matrices are larger than any cache, as those of the model are. The
-C program of `loader.devices.native` must prove itself like any other formulation.
+What is fastest depends on vector width, registers, caches and matrix instructions, and cannot be
+known from a processor's name. The matrices are larger than any cache, like those of the model. The
+C program of `loader.devices.native` is measured like any other formulation.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ SCHEMA = 3
 ROWS, COLUMNS = 6144, 16384
 ROUNDS = 4
 SEVERAL, MANY = (4, 8, 16, 32), 64
-"""Tokens for which rows may still be accumulated, and for which blocks are multiplied."""
+"""Tokens up to which rows may be accumulated, and for which blocks are multiplied."""
 
 ONE_TOKEN = ((256, 8), (256, 16), (512, 8), (512, 16), (512, 24))
 """Vector width in bits and rows in a step; more rows than registers spill."""
 
 WORTH_TUNING = 1 << 30
-"""Bytes of weights from which some seconds of measuring are soon won back."""
+"""Bytes of weights from which on some seconds of measuring soon pay off."""
 
 BLOCKS = ((2048, 512, False), (1024, 1024, False), (512, 2048, False), (1024, 1024, True))
 """Rows and columns of a block, and whether it is multiplied in two bfloat16 halves."""
 
 
 def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
-    """What suits this processor, as measured once and kept; None for models not worth it.
+    """What suits this processor, measured once and kept; None if a model is too small for that.
 
     Args:
         weights: bytes of the model's weights.
@@ -115,7 +115,7 @@ def measure(
     )
     narrow = [dataclasses.replace(best, narrow_rows=rows) for rows in (8, 16, 32)]
     best = fastest(1, COLUMNS, ROWS, narrow)
-    # A part of the matrix is enough where products take longer than reading.
+    # A part of the matrix is enough when products take longer than reading.
     part = ROWS // 3
     if folder is not None and native.built(folder, report):
         plain, ours = best, dataclasses.replace(best, native=True)
@@ -143,7 +143,7 @@ def encode(tuning: Tuning, processor: str) -> bytes:
 
 
 def decode(text: bytes, processor: str) -> Tuning | None:
-    """What `encode` has kept; None if it is damaged, or of another version or processor."""
+    """What `encode` has kept; None if it is damaged, or from another version or processor."""
     try:
         fields = json.loads(text)
         if (fields.pop("schema"), fields.pop("processor")) != (SCHEMA, processor):

@@ -1,4 +1,4 @@
-"""This machine as JAX is to see it: its processor, its cores as devices, its compiled programs."""
+"""How JAX sees this machine: its processor, its cores as devices, its compiled programs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from loader.weights.schema import GrokConfig
 __all__ = ["keep_programs", "processor", "sums_undivided", "use_cores", "use_memory"]
 
 CORES_A_DEVICE = 4
-"""Two cores are faster as one device than as two; no machine with more has been measured."""
+"""Two cores are faster as one device than as two; machines with more have not been measured."""
 
 WORTH_KEEPING_S = 0.2
-"""Seconds of compilation from which a program is kept."""
+"""Seconds of compilation from which on a program is kept."""
 
 UNDIVIDED = "xla_gpu_experimental_force_split_k"
-"""XLA's option for the parts into which a GPU divides the sum of a product; JAX 0.9 has none."""
+"""XLA's option for how a GPU divides the sum of a product; JAX 0.9 has none."""
 
 
 def processor() -> str:
@@ -35,9 +35,9 @@ def processor() -> str:
 
 
 def use_memory() -> None:
-    """Have JAX take as much of each GPU as `plan` reckons with, before its first use.
+    """Have JAX take as much memory of each GPU as `plan` assumes; call it before JAX is used.
 
-    By itself it takes three quarters. Where the environment has decided, that holds.
+    By default it takes three quarters. A setting in the environment takes precedence.
     """
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
@@ -46,14 +46,14 @@ def use_memory() -> None:
 def keep_programs(folder: Path) -> None:
     """Keep compiled programs below `folder`, so that the next run need not compile them.
 
-    A program of one processor may end another with an illegal instruction: each has its folder.
+    A program for one processor may hit an illegal instruction on another, so each has its folder.
     """
     place = folder / processor()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:  # A home that cannot be written: programs are compiled each time.
         return
-    # A full disk costs no more than that: what is not kept is compiled again.
+    # A full disk costs no more than that: a program that is not kept is compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(place))  # type: ignore[no-untyped-call]
     jax.config.update(  # type: ignore[no-untyped-call]
@@ -63,10 +63,10 @@ def keep_programs(folder: Path) -> None:
 
 @functools.cache
 def sums_undivided() -> dict[str, str | bool]:
-    """Options that keep XLA from dividing the sum of a product on a GPU; none if it has no such.
+    """Options that keep XLA from dividing the sum of a product on a GPU; empty if it has none.
 
-    It would write and read again what each part sums to, for few tokens more than all else but the
-    weights. XLA calls the option an experiment.
+    Otherwise the sums of all parts are written and read again; for few tokens, only the weights are
+    more bytes. XLA marks the option as experimental.
     """
     options: dict[str, str | bool] = {UNDIVIDED: "1"}
     try:
@@ -77,11 +77,11 @@ def sums_undivided() -> dict[str, str | bool]:
 
 
 def use_cores(config: GrokConfig) -> None:
-    """Have jax see as many CPU devices as share one machine's cores best; before its first use.
+    """Have jax see the number of CPU devices that uses the cores best; call it before jax is used.
 
-    The loop over a matrix is split over the cores at every step, so that with many cores a step is
-    too short; devices of at most `CORES_A_DEVICE` cores each run loops of their own over their
-    share of the columns. Where the environment or an earlier use of jax has decided, that holds.
+    The loop over a matrix is split over the cores at every step, so with many cores a step is too
+    short; devices of at most `CORES_A_DEVICE` cores each run their own loop over their share of the
+    columns. A setting in the environment, or an earlier use of jax, takes precedence.
     """
     # XLA heeds affinity itself, but no quota of a cgroup.
     os.environ.setdefault("NPROC", str(cores()))

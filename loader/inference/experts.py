@@ -59,8 +59,8 @@ TOGETHER = 3 << 20
 class Routed:
     """The work of a layer's experts for the N = B * T tokens of a step.
 
-    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32 `[N,
-    chosen]`, the weight of each chosen expert's output.
+    x: float32 `[N, D]`. choices: int32 `[N, chosen]`, most probable first. gates: float32
+    `[N, chosen]`, the weight of each chosen expert's output.
     """
 
     x: Array

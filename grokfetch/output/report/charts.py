@@ -1,4 +1,4 @@
-"""Where the shapes of the report's pictures lie. Pure.
+"""The coordinates of the shapes in the report's pictures. Pure.
 
 All pictures are drawn in a box of `WIDTH` by `HEIGHT`, y pointing down, and stretched by the page.
 """
@@ -29,7 +29,7 @@ PAUSE_S = 60.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cell:
-    """A run of pieces on the map: where it lies in columns and rows, and how much is proven."""
+    """A run of pieces on the map: its column and row, and how much of it is proven."""
 
     column: int
     row: int
@@ -97,7 +97,7 @@ def _y(share: float) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pause:
-    """A time in which no fetch ran: where on the axis of time at work, and how many seconds."""
+    """A time in which no fetch ran: its place on the axis of time at work, and its seconds."""
 
     x: str
     seconds: float

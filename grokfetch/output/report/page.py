@@ -24,7 +24,7 @@ __all__ = ["render"]
 
 RATE_CELLS = 240
 MOST_ROWS = 200
-"""Rows of a table at most; the page says how many there are more."""
+"""The most rows in a table; the page says how many more there are."""
 
 SENDERS = 20
 
@@ -95,7 +95,7 @@ def _pieces(pieces: Sequence[bool]) -> dict[str, Any]:
 
 
 def _fetch(history: History, total: int) -> dict[str, Any] | None:
-    """The curves of the fetches; None if there is nothing to be drawn."""
+    """The curves of the fetches; None if there is nothing to draw."""
     samples = history.samples
     rates_shown = rates(samples, RATE_CELLS)
     if not rates_shown:
@@ -141,7 +141,7 @@ def _name(origin: Origin) -> str:
 
 
 def _heat(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The choices of all runs of the same shape as the last one that knows its choices, summed."""
+    """The summed choices of all runs with the same shape as the last one that has choices."""
     counted = [run for run in runs if run.experts]
     if not counted or counted[-1].experts is None:
         return None
