@@ -223,9 +223,9 @@ def _summed(x: Array, weights: Quantized) -> Array:
 
     A GPU's compiler makes one kernel of it, and also one of two such sums over the same `x`; for a
     matrix product in a library kernel it would copy the matrix. `x` is a vector, not a matrix of
-    one row, and is scaled within the sum: otherwise the stack is transposed first. Parts are summed
-    first: if the compiler splits the sum itself, it may write out all addends, as for a B200, whose
-    cache is large. The parts of large matrices are longer, so that there are few sums.
+    one row, and products are scaled within the sum: otherwise the stack is transposed first. Parts
+    are summed first: if the compiler splits the sum itself, it may write out all addends, as for a
+    B200, whose cache is large. The parts of large matrices are longer, so that there are few sums.
     """
     weights = _matrix(weights)
     groups, (rows, columns) = weights.scales.shape[0], weights.weight.shape

@@ -255,7 +255,7 @@ def _attend_once(
     queries: Array, cache: KeyValues, step: KeyValues, window: Window, config: GrokConfig
 ) -> tuple[Array, KeyValues]:
     """One token a row, written into the cache after the cache has been read; for GPUs."""
-    # Both of one token only, computed here: otherwise their inputs are kept.
+    # The token's key and value are computed here: otherwise their inputs are kept.
     step = lax.optimization_barrier(step)  # type: ignore[no-untyped-call]
     places = cache.keys.shape[1]
     allowed = _allowed(window.positions, window, places)
