@@ -102,7 +102,7 @@ def test_a_folder_that_another_command_does_not_flush_is_found(name, code, promi
 
 
 def test_an_export_recorded_before_its_bytes_are_flushed_is_found(tmp_path):
-    fault = "import os\nos.fsync = lambda handle: None"
+    fault = "import loader.export.target_file as it; it.TargetFile.flush = lambda self: None"
     with planted(fault):
         recorded = record("export", tmp_path / "export")
     assert any("recorded and are not on the disk" in promise for promise in broken(recorded, 30))
