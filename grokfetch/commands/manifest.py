@@ -26,7 +26,7 @@ from grokfetch.errors import (
     StorageFailed,
     storage_failed,
 )
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 from grokfetch.folder.record import FileProof
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
@@ -227,7 +227,6 @@ def write_file(path: Path, text: bytes) -> None:
         StorageFailed: it cannot be written.
     """
     try:
-        with replacing(path) as file:
-            file.write(text)
+        put(path, text)
     except OSError as error:
         raise storage_failed(error, path) from error

@@ -10,7 +10,7 @@ import click
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import folder_argument, state_option
 from grokfetch.errors import StorageFailed, storage_failed
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 from grokfetch.folder.overview import overview
 from grokfetch.folder.store import Store
 from grokfetch.units import bytes_text
@@ -56,8 +56,7 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
             "is not a folder", path=output.parent, hint="create it, or choose another: -o FILE"
         )
     try:
-        with replacing(output) as file:
-            file.write(page)
+        put(output, page)
     except OSError as error:
         raise storage_failed(error, output) from error
     click.echo(f"{output}: {bytes_text(len(page))}, open it in a browser")

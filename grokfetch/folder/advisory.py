@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grokfetch.errors import StorageFailed, storage_failed
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 
 __all__ = ["count", "number", "read", "write", "write_first"]
 
@@ -44,8 +44,7 @@ def write_first(path: Path, schema: int, fields: dict[str, Any]) -> None:
         StorageFailed: it cannot be written.
     """
     try:
-        with replacing(path) as file:
-            file.write((json.dumps({"schema": schema, **fields}) + "\n").encode())
+        put(path, (json.dumps({"schema": schema, **fields}) + "\n").encode())
     except OSError as error:
         raise storage_failed(error, path) from error
 

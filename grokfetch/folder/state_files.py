@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from grokfetch.errors import ManifestInvalid, StorageFailed, TorrentInvalid, storage_failed
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 from grokfetch.folder.lock import folder_lock
 from grokfetch.folder.record import RecordDamaged
 
@@ -104,8 +104,7 @@ class StateFiles:
         try:
             # The lock has made the folder. If it is gone so is the lock, and making it anew would
             # let two processes write.
-            with replacing(path) as file:
-                file.write(data)
+            put(path, data)
         except OSError as error:
             raise storage_failed(error, path) from error
         self._unread.pop(name, None)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from grokfetch.cache_folder import cache_folder
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 from loader.devices import native
 from loader.devices.kernels import Rows, Tuning, product
 from loader.devices.xla_setup import processor
@@ -61,8 +61,8 @@ def suited(weights: int, notice: Callable[[str], object]) -> Tuning | None:
             return kept
     notice("measuring once what suits this processor")
     measured = measure(cache_folder() / name, report)
-    with contextlib.suppress(OSError), replacing(path) as file:
-        file.write(encode(measured, name))
+    with contextlib.suppress(OSError):
+        put(path, encode(measured, name))
     return measured
 
 

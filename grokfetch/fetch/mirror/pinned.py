@@ -11,7 +11,7 @@ from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, unusable
 from grokfetch.fetch.mirror.answers import Failed, Faulty, Refused, Span
 from grokfetch.fetch.mirror.state import MirrorSettings
-from grokfetch.folder.atomic import replacing
+from grokfetch.folder.atomic import put
 from grokfetch.folder.payload import refuse_linked_folders
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import TokenizerSource
@@ -67,8 +67,7 @@ def _bring(
         raise Refused(f"what is there has another sha256 than {source.sha256}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(data)
+        put(path, data)
     except OSError as error:
         raise storage_failed(error, path) from error
 
