@@ -91,6 +91,7 @@ def test_a_torrent_file_and_a_manifest_beside_it_are_a_source(published, peer, t
     assert "all" not in grokfetch("verify", folder).split("proven")[0]
 
 
+@pytest.mark.slow
 def test_the_state_can_be_kept_elsewhere_and_every_command_finds_it(published, peer, tmp_path):
     folder, state = tmp_path / "out", ("--state", tmp_path / "state")
     source = (published / "tiny.json", "--to", folder, "--peer", peer)

@@ -107,6 +107,7 @@ def test_a_full_cache_costs_compiling_anew_and_no_warning(tmp_path, demo):
 # --- limits --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_too_little_address_space_for_a_model_is_refused_by_name(demo):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1600 << 20, 1600 << 20))"
     arguments = ["run", str(demo), PROMPT, "--max-tokens", "1", *ALONE]

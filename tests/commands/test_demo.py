@@ -239,21 +239,17 @@ def scores_without_cap(patch):
     patch.setattr(model, "soft_cap", lambda scores: scores)
 
 
+# The golden model is broken in these ways in the ordinary suite: tests/inference/test_model.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "most"),
     [
         (positions_forgotten, 0.2),
-        *(
-            # The golden model is broken in these ways, too: tests/inference/test_model.py.
-            pytest.param(fault, most, marks=pytest.mark.slow)
-            for fault, most in [
-                (queries_one_position_ahead, 0.2),
-                (second_and_third_expert, 0.2),
-                (second_expert_does_nothing, 0.35),
-                (equal_gates, 0.2),
-                (scores_without_cap, 0.5),
-            ]
-        ),
+        (queries_one_position_ahead, 0.2),
+        (second_and_third_expert, 0.2),
+        (second_expert_does_nothing, 0.35),
+        (equal_gates, 0.2),
+        (scores_without_cap, 0.5),
     ],
 )
 def test_model_put_together_wrongly_says_noise(monkeypatch, miswired, fault, most):
@@ -275,6 +271,7 @@ def test_it_has_two_megabytes_at_most():
     assert sum(path.stat().st_size for path in files) <= 2_000_000
 
 
+@pytest.mark.slow
 def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     keep = tmp_path / "kept"
     # On one of the test's devices, which compiles in a fraction of the time.

@@ -84,7 +84,8 @@ def test_a_compiler_that_is_not_here_is_named_with_what_brings_it(tmp_path, monk
     assert "pip install 'grokfetch[tpu]'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["h100x8", pytest.param("v5e-4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h100x8", "v5e-4"])
 def test_the_compilers_figures_take_the_place_of_the_estimates(monkeypatch, name):
     """The compiler is that for the CPU devices that are here."""
     monkeypatch.setattr(ahead, "absent", lambda _, count: jax.devices()[:count])

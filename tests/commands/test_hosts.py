@@ -322,6 +322,7 @@ def test_two_hosts_give_the_references_tokens_and_each_reads_only_its_share(fetc
     assert results[1][1] == ""
 
 
+@pytest.mark.slow
 def test_host_that_lacks_bytes_ends_the_other_one_too(fetched):
     (first, _, told), (second, _, errors) = run_hosts([fetched[0], fetched[0]])
     assert second == NotProven.exit_code, errors

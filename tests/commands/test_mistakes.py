@@ -216,6 +216,7 @@ def test_a_full_disk_ends_the_demo_with_two_lines(tmp_path):
     assert len(told) < 400
 
 
+@pytest.mark.slow
 def test_a_shell_without_utf_8_gets_its_two_lines_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "grokfetch", "run", tmp_path / "gr\u00fc\u00dfe", "x"],

@@ -142,6 +142,7 @@ class Typist:
         return self._program.wait(DEADLINE_S)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_each_line_is_continued_until_the_end_of_the_input(demo):
     with Typist("run", demo, *SIMPLEST, "--max-tokens", 2000) as typist:
         typist.waits_for("> ")

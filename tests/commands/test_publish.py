@@ -246,6 +246,7 @@ def test_a_folder_without_bytes_or_like_its_only_file_is_refused(tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stranger_fetches_verifies_and_runs_what_was_published(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     release = shutil.copytree(golden.TINY, ours / "tiny")

@@ -46,10 +46,10 @@ def run(demo, options=OPTIONS, command="run", **variables):
     [
         ("run", "JAX_PLATFORMS", "cuda", "here: "),
         pytest.param("run", "JAX_PLATFORMS", "tpu", "here: ", marks=pytest.mark.slow),
-        ("serve", "JAX_PLATFORMS", "abacus", "'abacus'"),
+        pytest.param("serve", "JAX_PLATFORMS", "abacus", "'abacus'", marks=pytest.mark.slow),
         ("run", "XLA_FLAGS", "--xla_of_another_program=1", "--xla_of_another_program=1"),
         ("serve", "XLA_FLAGS", "/no/such/file", "/no/such/file"),
-        ("run", "JAX_ENABLE_X64", "perhaps", "'perhaps'"),
+        pytest.param("run", "JAX_ENABLE_X64", "perhaps", "'perhaps'", marks=pytest.mark.slow),
     ],
 )
 def test_a_variable_that_jax_or_xla_refuses_is_our_error(demo, command, variable, value, reason):

@@ -51,7 +51,11 @@ def test_logits_and_tokens_are_the_references(devices):
             assert made == wanted[f"f32/{name}_tokens"][:DECODE].tolist()
 
 
-@pytest.mark.parametrize("placed", [engine, golden.engine], ids=["mapped", "sharded"])
+@pytest.mark.parametrize(
+    "placed",
+    [pytest.param(engine, marks=pytest.mark.slow), golden.engine],
+    ids=["mapped", "sharded"],
+)
 def test_the_experts_counted_are_those_that_the_reference_chose(placed):
     counted = placed()
     choices = counted.count_experts()
@@ -63,6 +67,7 @@ def test_the_experts_counted_are_those_that_the_reference_chose(placed):
     ]
 
 
+@pytest.mark.slow
 def test_prompt_read_in_chunks_gives_the_same_logits(monkeypatch):
     tokens = golden.prompt(LONGEST_PROMPT)
     monkeypatch.setattr(generate, "LONGEST_STEP", 16)
@@ -93,6 +98,7 @@ def anonymous():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells memory by kind")
+@pytest.mark.slow
 def test_sharing_a_checkpoint_takes_no_memory_of_its_size(tmp_path):
     config = GrokConfig(
         vocab_size=4096, emb_size=1024, num_layers=2, num_q_heads=8, num_kv_heads=8,

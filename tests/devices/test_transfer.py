@@ -202,6 +202,7 @@ print(json.dumps(beyond))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_host_memory_beyond_the_arrays_stays_within_the_bound(tmp_path):
     write_shard(tmp_path / "big", np.ones(BIG, np.float32))
     done = subprocess.run(

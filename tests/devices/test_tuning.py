@@ -91,6 +91,7 @@ def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(
     assert suited(WORTH_TUNING, print) == found
 
 
+@pytest.mark.slow
 def test_products_are_really_timed(monkeypatch):
     monkeypatch.setattr(tuning, "ROWS", 48)
     monkeypatch.setattr(tuning, "COLUMNS", 64)

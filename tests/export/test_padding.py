@@ -33,6 +33,7 @@ def logits(checkpoint, prompt):
     return np.asarray(engine.prefill([prompt])[0])[0]
 
 
+@pytest.mark.slow
 def test_a_padded_model_computes_the_same(demo, tmp_path):
     with open_checkpoint(Store(demo)) as checkpoint:
         prompt = Tokenizer.load(demo / "grok-demo/tokenizer.model").encode("In the demo")

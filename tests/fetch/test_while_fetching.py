@@ -229,7 +229,8 @@ class Watched(Arriving):
             self.swarm.gate.set()
 
 
-@pytest.mark.parametrize("placement", ["mapped", pytest.param("sharded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["mapped", "sharded"])
 def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
     published, tmp_path, placement, caplog
 ):

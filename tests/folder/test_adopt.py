@@ -294,6 +294,7 @@ def test_the_commands_know_where_adopted_files_lie(tmp_path):
         assert (tmp_path / "copy/top" / name).read_bytes() == data
 
 
+@pytest.mark.slow
 def test_an_adopted_checkpoint_is_verified_and_run_with_the_tokenizer_that_lies_there(tmp_path):
     """The tutorial's way: what a manifest names by path is found where it was adopted."""
     published, root = demo_folder(), tmp_path / "hf"

@@ -83,6 +83,7 @@ def test_the_same_fetch_again_finds_nothing_to_do(part, monkeypatch):
     invoke("fetch", part, "--no-discovery", "--listen", "127.0.0.1:0", "--no-mirrors")
 
 
+@pytest.mark.slow
 def test_it_is_extended_with_the_rest_and_recites(part):
     torrent = (PUBLISHED / "grok-demo.torrent").read_bytes()
     with seed(torrent, PUBLISHED, SwarmSettings.loopback()) as peer:

@@ -95,6 +95,7 @@ def test_without_locks_readers_work_with_a_warning_and_writers_are_told(demo, lo
     assert "--state DIR" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_without_locks_a_folder_is_verified_and_run(demo, lockless):
     *_, summary = verify(Store(demo))
     assert isinstance(summary, Summary)
@@ -115,6 +116,7 @@ def unmappable(monkeypatch):
     monkeypatch.setattr(mmap, "mmap", no_mapping)
 
 
+@pytest.mark.slow
 def test_where_files_cannot_be_mapped_they_are_read(demo, unmappable):
     rows = [json.loads(line) for line in grokfetch("inspect", demo, "--json").splitlines()]
     assert len(rows) == 146

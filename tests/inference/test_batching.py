@@ -73,6 +73,7 @@ def test_texts_come_and_go_on_copies_of_the_weights_as_the_reference_has_them():
         assert tokens(told[number]) == wanted(name)[: jobs[number].max_tokens]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(batch):
     rng = np.random.default_rng(1)
     jobs = [
@@ -136,6 +137,7 @@ def test_slots_grow_with_the_texts_and_are_given_up_when_few_are_left(batch):
     assert [count for count, _ in itertools.groupby(counts)] == [1, 2, 4, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_free_slot_chooses_no_expert():
     mesh, params = golden.placed(golden.ONE)
     engine = Engine(golden.CONFIG, params, mesh, "float32")

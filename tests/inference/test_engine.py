@@ -159,6 +159,7 @@ def test_cache_grows_without_changing_the_tokens(monkeypatch):
     assert state.cache[0].keys.shape[1] == 64
 
 
+@pytest.mark.slow
 def test_all_layers_take_no_more_compiling_than_one(caplog):
     def compiled(layers):
         mesh, params = golden.placed(golden.ONE)

@@ -26,7 +26,7 @@ WANTED = golden.arrays()["f32/p1_tokens"].tolist()
     [
         (None, Mapped),
         pytest.param("mapped", Mapped, marks=pytest.mark.slow),
-        ("sharded", Quantized),
+        pytest.param("sharded", Quantized, marks=pytest.mark.slow),
     ],
 )
 def test_model_generates_what_the_reference_does(placement, kind):

@@ -76,6 +76,7 @@ def test_up_to_64_devices_give_the_references_numbers():
     ]
 
 
+@pytest.mark.slow
 def test_accelerators_products_equal_the_reference():
     mesh, params = golden.placed(MeshShape(2, 4))
     engine = Engine(golden.CONFIG, golden.for_accelerators(params), mesh, "float32")
@@ -155,13 +156,9 @@ def test_attention_on_a_cpu_never_holds_the_cache_in_another_type(dtype):
     assert memory.temp_size_in_bytes < np.prod(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "steps"),
-    [
-        ((2, 2, 2), 6),
-        *(pytest.param(mesh, 32, marks=pytest.mark.slow) for mesh in COPIES),
-    ],
-    ids=str,
+    ("mesh", "steps"), [((2, 2, 2), 6), *((mesh, 32) for mesh in COPIES)], ids=str
 )
 def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh, steps):
     """Three texts at once: their number divides by that of the copies in no case."""
@@ -172,11 +169,13 @@ def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh, steps
     assert {shard.data.shape[0] for shard in keys} == {rows}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)], ids=str)
 def test_bfloat16_is_no_further_from_float32_than_the_reference_is(mesh):
     check_bfloat16(golden.engine(MeshShape(*mesh), "bfloat16"), golden.PROMPTS)
 
 
+@pytest.mark.slow
 def test_prompts_on_accelerators_are_no_further_from_float32_than_the_reference_as_written():
     """All prompts at once are so many tokens that the experts round what they multiply."""
     mesh, params = golden.placed(golden.ONE)
@@ -330,13 +329,18 @@ def break_gate_weighting(patch, config, params):
 
 FAULTS = [
     break_rope_offset,
-    break_soft_cap,
-    break_embedding_multiplier,
-    break_output_multiplier,
     break_scale_groups,
-    break_choice,
-    break_number_of_experts,
     break_gate_weighting,
+    *(
+        pytest.param(fault, marks=pytest.mark.slow)
+        for fault in (
+            break_soft_cap,
+            break_embedding_multiplier,
+            break_output_multiplier,
+            break_choice,
+            break_number_of_experts,
+        )
+    ),
 ]
 
 
@@ -448,10 +452,8 @@ def check_case(reference, params, mesh):
         logits, state = engine.decode(state, np.full(len(rows), token, np.int32))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "grouped" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_batches_of_random_models_equal_plain_numpy(cases, name):
     check_case(*cases(name))
 
@@ -499,7 +501,16 @@ def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
         check_parity(engine, ["p0"], steps=2)
 
 
-@pytest.mark.parametrize("prompt", [[0], [0, 0], [0, 0, 5], [5, 0, 0], [0] * 20 + [7, 9]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [0, 0, 5],
+        *(
+            pytest.param(prompt, marks=pytest.mark.slow)
+            for prompt in ([0], [0, 0], [5, 0, 0], [0] * 20 + [7, 9])
+        ),
+    ],
+)
 def test_where_a_query_may_see_nothing_it_sees_itself_alone_and_beside_a_longer_prompt(prompt):
     engine = golden.engine()
     reference = Reference(golden.CONFIG, golden.CHECKPOINT)

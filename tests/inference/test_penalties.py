@@ -86,9 +86,8 @@ def finish(batch, jobs):
     return [[scored.token for scored in told[number]] for number in told], told
 
 
-@pytest.mark.parametrize(
-    "shape", [MeshShape(), pytest.param(MeshShape(2, 2, data=2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [MeshShape(), MeshShape(2, 2, data=2)])
 def test_each_text_of_a_batch_has_its_own_penalties_and_the_models_logprobs(shape):
     batch = Batch(golden.engine(shape), slots=4)
     first = WANTED[0]

@@ -159,6 +159,7 @@ def test_what_is_kept_is_bounded_and_begins_where_prompts_begin():
     assert cache.tokens == 3 * CHUNK
 
 
+@pytest.mark.slow
 def test_prompts_of_a_batch_that_is_read_together_are_not_kept():
     engine = made()
     engine.prefill([TOKENS, OTHER])

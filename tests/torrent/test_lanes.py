@@ -92,6 +92,7 @@ def test_too_many_spans_and_too_small_a_buffer_are_refused(program):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_program_that_hashes_otherwise_than_hashlib_is_not_used(tmp_path, monkeypatch):
     text = lanes.SOURCE.read_text()
     source = tmp_path / "lanes.c"

@@ -75,6 +75,7 @@ def test_a_page_that_the_disk_cannot_read_is_a_failing_disk(tmp_path):
     assert done.returncode == StorageFailed.exit_code
 
 
+@pytest.mark.slow
 def test_serve_says_in_one_line_that_a_weight_file_shrank(tmp_path):
     folder = fetch_demo(tmp_path)
     options = ("--port", 0, "--slots", 1, "--dtype", "float32", "--mesh", "model=1")
