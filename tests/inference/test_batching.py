@@ -73,7 +73,6 @@ def test_texts_come_and_go_on_copies_of_the_weights_as_the_reference_has_them():
         assert tokens(told[number]) == wanted(name)[: jobs[number].max_tokens]
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(batch):
     rng = np.random.default_rng(1)
     jobs = [

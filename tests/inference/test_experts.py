@@ -67,7 +67,6 @@ def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens
         assert found < everything / 2
 
 
-@pytest.mark.slow
 def test_a_prompt_in_bfloat16_takes_no_more_operations_than_in_float32():
     """Where a prompt is long the experts multiply once; few tokens in two halves."""
     exact, found = (operations(TENSOR_PARALLEL, 128, it) for it in ("float32", "bfloat16"))
@@ -108,17 +107,12 @@ def as_here(shape, tokens):
 @pytest.mark.parametrize(
     "shape",
     [
-        BOTH,
-        *(
-            pytest.param(shape, marks=pytest.mark.slow)
-            for shape in (TENSOR_PARALLEL, EXPERT_PARALLEL, FEW_EACH)
-        ),
+        *(TENSOR_PARALLEL, BOTH),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in (EXPERT_PARALLEL, FEW_EACH)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "tokens", [1, *(pytest.param(few, marks=pytest.mark.slow) for few in (3, 16)), 40]
-)
+@pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.slow), 16, 40])
 def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, tokens):
     """By pairs, by experts, by blocks; each as GPUs and as other accelerators have it."""
     weights = golden.placed(shape)[1].layers[3]
@@ -141,7 +135,6 @@ def test_experts_of_a_gpu_in_as_many_pieces_as_can_be_give_the_same(monkeypatch,
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.slow
 def test_a_prompt_on_two_gpus_takes_an_expert_group_by_group_with_the_same_result(monkeypatch):
     shape = MeshShape(1, 2)
     weights = golden.placed(shape)[1].layers[3]
@@ -154,11 +147,7 @@ def test_a_prompt_on_two_gpus_takes_an_expert_group_by_group_with_the_same_resul
 
 @pytest.mark.parametrize(
     ("shape", "tokens"),
-    [
-        (TENSOR_PARALLEL, 1),
-        *(pytest.param(TENSOR_PARALLEL, tokens, marks=pytest.mark.slow) for tokens in (16, 40)),
-        (BOTH, 40),
-    ],
+    [(TENSOR_PARALLEL, 1), (TENSOR_PARALLEL, 16), (TENSOR_PARALLEL, 40), (BOTH, 40)],
     ids=str,
 )
 def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(
@@ -168,7 +157,6 @@ def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(
     assert counted_loops(shape, tokens) == 0
 
 
-@pytest.mark.slow
 def test_blocks_are_counted_at_run_time_elsewhere():
     assert counted_loops(TENSOR_PARALLEL, 16) == 0
     assert counted_loops(TENSOR_PARALLEL, 40) == 1
@@ -184,7 +172,6 @@ def counted_loops(shape, tokens):
 
 @settings(max_examples=30)
 @given(st.sampled_from([1, 2, 16, 77, 300]), st.sampled_from([1, 2, 8]), st.integers(0, 2**32 - 1))
-@pytest.mark.slow
 def test_blocks_that_are_run_hold_the_chosen_pairs_and_little_more(tokens, hosts, seed):
     """The number of trips is known at run time alone: here for any choices of any tokens."""
     random = np.random.default_rng(seed)

@@ -175,7 +175,6 @@ def test_bfloat16_is_no_further_from_float32_than_the_reference_is(mesh):
     check_bfloat16(golden.engine(MeshShape(*mesh), "bfloat16"), golden.PROMPTS)
 
 
-@pytest.mark.slow
 def test_prompts_on_accelerators_are_no_further_from_float32_than_the_reference_as_written():
     """All prompts at once are so many tokens that the experts round what they multiply."""
     mesh, params = golden.placed(golden.ONE)
@@ -329,18 +328,13 @@ def break_gate_weighting(patch, config, params):
 
 FAULTS = [
     break_rope_offset,
+    break_soft_cap,
+    break_embedding_multiplier,
+    break_output_multiplier,
     break_scale_groups,
+    break_choice,
+    break_number_of_experts,
     break_gate_weighting,
-    *(
-        pytest.param(fault, marks=pytest.mark.slow)
-        for fault in (
-            break_soft_cap,
-            break_embedding_multiplier,
-            break_output_multiplier,
-            break_choice,
-            break_number_of_experts,
-        )
-    ),
 ]
 
 
@@ -501,16 +495,7 @@ def test_weights_of_experts_that_nobody_chose_are_never_used(mesh):
         check_parity(engine, ["p0"], steps=2)
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        [0, 0, 5],
-        *(
-            pytest.param(prompt, marks=pytest.mark.slow)
-            for prompt in ([0], [0, 0], [5, 0, 0], [0] * 20 + [7, 9])
-        ),
-    ],
-)
+@pytest.mark.parametrize("prompt", [[0], [0, 0], [0, 0, 5], [5, 0, 0], [0] * 20 + [7, 9]])
 def test_where_a_query_may_see_nothing_it_sees_itself_alone_and_beside_a_longer_prompt(prompt):
     engine = golden.engine()
     reference = Reference(golden.CONFIG, golden.CHECKPOINT)
