@@ -177,7 +177,7 @@ def check_tensors(store: Store, command: Command = "verify") -> list[Found]:
     if store.manifest().model is None:
         return []  # The loader would say the same; this saves its import.
 
-    from loader.weights.checkpoint import faults
+    from loader.weights.binding import faults
 
     damaged = []
     machine = lines()

@@ -247,7 +247,7 @@ def _from_file(data: bytes, name: str, manifest: Manifest | None) -> Wanted:
             path=name,
             hint=SourceInvalid.next_step,
         ) from None
-    return Wanted(torrent, manifest or _shipped(torrent.v1) or _shipped(torrent.v2))
+    return Wanted(torrent, manifest or _shipped(torrent.v1, torrent.v2))
 
 
 def _kind(data: bytes) -> str:
@@ -292,8 +292,9 @@ def _from_manifest(manifest: Manifest, name: str) -> Wanted:
     return Wanted(parse_magnet(manifest.magnet), manifest)
 
 
-def _shipped(info_hash: str | None) -> Manifest | None:
-    return next((known for known in shipped() if info_hash and known.info_hash == info_hash), None)
+def _shipped(*info_hashes: str | None) -> Manifest | None:
+    """The manifest that we ship for a torrent with one of these info hashes."""
+    return next((it for it in shipped() if it.info_hash and it.info_hash in info_hashes), None)
 
 
 def describe(source: str, manifest: Manifest | None, state: Path | None) -> Manifest:

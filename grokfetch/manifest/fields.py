@@ -56,7 +56,8 @@ class Field:
         """The members of an object; anything else is refused."""
         if not isinstance(self.value, dict):
             self.refuse("must be an object")
-        return dict(self.value)
+        members: dict[str, Any] = self.value
+        return members
 
     def get(self, key: str) -> Field:
         """The member `key`, refused if it is missing."""

@@ -21,21 +21,17 @@ LONGEST_NAME = 255
 def unsafe_name(path: str) -> str | None:
     """Why a relative path could lead out of its folder or into ours; None if it is safe."""
     parts = path.split("/")
+    control = re.search(r"[\x00-\x1f\x7f]", path)
     reasons = (
         (path.startswith("/"), "it is absolute"),
         (any(part in ("", ".", "..") for part in parts), "it has an empty, . or .. part"),
-        (any(character < " " or character == "\x7f" for character in path), _control(path)),
+        (control, control and f"it has a control character (U+{ord(control[0]):04X})"),
         ("\\" in path, "it has a backslash, which separates folders on Windows"),
         (re.match(r"[A-Za-z]:", path), "it names a drive"),
         (parts[0].casefold() == STATE_FOLDER, f"{STATE_FOLDER} is grokfetch's own folder"),
         (re.search("[\ud800-\udfff]", path), "it is not UTF-8"),
     )
     return next((reason for holds, reason in reasons if holds), None)
-
-
-def _control(path: str) -> str:
-    code = next((ord(it) for it in path if it < " " or it == "\x7f"), 0)
-    return f"it has a control character (U+{code:04X})"
 
 
 def with_ending(name: str, ending: str) -> str:

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-from grokfetch.errors import CheckpointInvalid, StorageFailed
+from grokfetch.errors import CheckpointInvalid, GrokfetchError, StorageFailed
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, ManifestTensor, Scales
 from loader.weights.schema import GrokConfig, ParamSpec, parameters
 from loader.weights.shard_reader import read_shard
-from loader.weights.tensor import Tensor
+from loader.weights.shard_values import Shard
 
-__all__ = ["bind", "entries", "open_tensor"]
+__all__ = ["entries", "faults", "parameter_in", "stored_parameter"]
 
 
-def open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Tensor:
-    """The tensor in a file of the store, checked against the manifest.
+def faults(store: Store) -> Iterator[GrokfetchError]:
+    """Every tensor whose file is not what the parameters and the manifest say, as an error.
+
+    Files that are missing or have another size are skipped: reading the bytes back finds those. If
+    the manifest describes no model, nothing is wrong.
+
+    Raises:
+        StateMissing: the folder has no manifest.
+    """
+    manifest = store.manifest()
+    if manifest.model is None:
+        return
+    try:
+        known = entries(manifest, GrokConfig.from_mapping(manifest.model))
+    except GrokfetchError as error:
+        yield error
+        return
+    for spec, entry, size in known:
+        stamp = store.stamp(entry.file)
+        if stamp is None or stamp.size != size:
+            continue
+        try:
+            stored_parameter(store, spec, entry, size)
+        except GrokfetchError as error:
+            yield error
+
+
+def stored_parameter(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int) -> Shard:
+    """The content of a parameter's file in the store, checked against the manifest.
 
     Args:
         store: the checkpoint directory.
@@ -31,9 +59,9 @@ def open_tensor(store: Store, spec: ParamSpec, entry: ManifestTensor, size: int)
     """
     path = store.payload(entry.file)
     _check_size(spec, path, size)
-    tensor = bind(spec, path)
-    _check_entry(tensor, entry)
-    return tensor
+    shard = parameter_in(path, spec)
+    _check_entry(path, shard, entry)
+    return shard
 
 
 def entries(manifest: Manifest, config: GrokConfig) -> list[tuple[ParamSpec, ManifestTensor, int]]:
@@ -66,9 +94,9 @@ def _check_size(spec: ParamSpec, path: Path, expected: int) -> None:
         )
 
 
-def _check_entry(tensor: Tensor, entry: ManifestTensor) -> None:
+def _check_entry(path: Path, shard: Shard, entry: ManifestTensor) -> None:
     """Compare what the file holds with what its manifest says."""
-    array, scales = tensor.array, tensor.scale_span
+    array, scales = shard.array, shard.scales
     found = dataclasses.replace(
         entry,
         dtype=array.dtype,
@@ -80,7 +108,7 @@ def _check_entry(tensor: Tensor, entry: ManifestTensor) -> None:
         raise CheckpointInvalid(
             f"by the manifest {entry.name} must be {_describe_entry(entry)}, "
             f"found {_describe_entry(found)}",
-            path=tensor.path,
+            path=path,
         )
 
 
@@ -92,8 +120,8 @@ def _describe_entry(entry: ManifestTensor) -> str:
     return f"{_describe(entry.dtype, entry.shape, shape)} {places}"
 
 
-def bind(spec: ParamSpec, path: Path) -> Tensor:
-    """The tensor in a file.
+def parameter_in(path: Path, spec: ParamSpec) -> Shard:
+    """The content of a parameter's file.
 
     Raises:
         StorageFailed: the file is missing or unreadable.
@@ -109,7 +137,7 @@ def bind(spec: ParamSpec, path: Path) -> Tensor:
         found += " in Fortran order"
     if found != expected:
         raise CheckpointInvalid(f"{spec.name} must be {expected}, found {found}", path=path)
-    return Tensor(spec, path, shard.array, shard.scales)
+    return shard
 
 
 def _describe(dtype: str, shape: tuple[int, ...], scale_shape: tuple[int, ...] | None) -> str:

@@ -18,10 +18,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from grokfetch.errors import GrokfetchError, NoModel, NotProven
+from grokfetch.errors import NoModel, NotProven
 from grokfetch.folder.store import Store
 from grokfetch.units import bytes_text
-from loader.weights.binding import bind, entries, open_tensor
+from loader.weights.binding import parameter_in
 from loader.weights.host_share import Share
 from loader.weights.opened import Opened, model_of
 from loader.weights.schema import GrokConfig, parameters, weight_bytes
@@ -31,7 +31,6 @@ __all__ = [
     "Checkpoint",
     "Tensor",
     "expect_checkpoint",
-    "faults",
     "model_of",
     "open_checkpoint",
     "open_folder",
@@ -252,33 +251,6 @@ def require_whole(store: Store) -> None:
         )
 
 
-def faults(store: Store) -> Iterator[GrokfetchError]:
-    """Every tensor whose file is not what the parameters and the manifest say, as an error.
-
-    Files that are missing or have another size are skipped: reading the bytes back finds those. If
-    the manifest describes no model, nothing is wrong.
-
-    Raises:
-        StateMissing: the folder has no manifest.
-    """
-    manifest = store.manifest()
-    if manifest.model is None:
-        return
-    try:
-        known = entries(manifest, GrokConfig.from_mapping(manifest.model))
-    except GrokfetchError as error:
-        yield error
-        return
-    for spec, entry, size in known:
-        stamp = store.stamp(entry.file)
-        if stamp is None or stamp.size != size:
-            continue
-        try:
-            open_tensor(store, spec, entry, size)
-        except GrokfetchError as error:
-            yield error
-
-
 def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoint:
     """The checkpoint of `config` whose shards are in `folder` under their official names.
 
@@ -289,5 +261,9 @@ def open_folder(folder: str | os.PathLike[str], config: GrokConfig) -> Checkpoin
         ShardInvalid: a file is not a shard.
         CheckpointInvalid: a shard does not hold the parameter that it should.
     """
-    specs = parameters(config)
-    return Checkpoint(config, {spec.name: bind(spec, Path(folder) / spec.file) for spec in specs})
+    tensors = {}
+    for spec in parameters(config):
+        path = Path(folder) / spec.file
+        shard = parameter_in(path, spec)
+        tensors[spec.name] = Tensor(spec, path, shard.array, shard.scales)
+    return Checkpoint(config, tensors)

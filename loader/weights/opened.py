@@ -10,7 +10,7 @@ from grokfetch.errors import NoModel, NotProven
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import ManifestTensor
 from grokfetch.open_files import allow_open_files, open_files_for
-from loader.weights.binding import entries, open_tensor
+from loader.weights.binding import entries, stored_parameter
 from loader.weights.headers import stand_in
 from loader.weights.host_share import Share, Span, tensor_spans
 from loader.weights.schema import GrokConfig, ParamSpec
@@ -82,9 +82,10 @@ class Opened(Mapping[str, Tensor]):
                 self._store.expect(entry.file, start, stop - start, at_once=True)
             for start, stop in spans:
                 self._store.require(entry.file, start, stop - start)
-            tensor = open_tensor(self._store, spec, entry, size)
-            if self.by_parts:
-                tensor = dataclasses.replace(tensor, door=_Door(self._store, entry.file))
+            shard = stored_parameter(self._store, spec, entry, size)
+            path = self._store.payload(entry.file)
+            door = _Door(self._store, entry.file) if self.by_parts else None
+            tensor = Tensor(spec, path, shard.array, shard.scales, door)
             # Two threads may have opened it: both continue with the same one.
             self._open.setdefault(name, tensor)
         return self._open[name]

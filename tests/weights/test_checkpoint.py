@@ -32,12 +32,14 @@ from grokfetch.fetch import fetch
 from grokfetch.folder.store import Store
 from grokfetch.manifest.schema import Manifest, Scales
 from grokfetch.manifest.selection import Request
-from loader.weights.checkpoint import faults, open_checkpoint, open_folder, require_whole
+from loader.weights.binding import faults
+from loader.weights.checkpoint import open_checkpoint, open_folder, require_whole
 from loader.weights.inventory import expected
 from loader.weights.schema import GrokConfig, parameters
 from loader.weights.shard_reader import read_shard
 from loader.weights.shard_writer import write_shard
 from loader.weights.synthetic import write_checkpoint
+from tests.support.program import imported_by
 
 CONFIG = GrokConfig(
     vocab_size=64,
@@ -344,6 +346,17 @@ def test_opening_needs_no_jax():
     modules = "loader.weights.checkpoint, loader.weights.synthetic"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_faults_are_found_without_an_array_library(store):
+    folder = str(store.root)
+    code = (
+        "from pathlib import Path\n"
+        "from grokfetch.folder.store import Store\n"
+        "from loader.weights.binding import faults\n"
+        f"assert list(faults(Store(Path({folder!r})))) == []"
+    )
+    assert not imported_by(code) & {"jax", "ml_dtypes", "numpy"}
 
 
 # --- a part of a checkpoint ----------------------------------------------------------------------
