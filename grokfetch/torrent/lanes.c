@@ -1,6 +1,6 @@
 /* SHA-1 of several pieces, and SHA-256 of several blocks, at once: one in each 32-bit lane of the
-   vector registers. A hash of one stream waits for each of its steps; several do not wait for each
-   other.
+   vector registers. Each step of one hash waits for the step before; several hashes do not wait for
+   each other.
 
    Source: FIPS 180-4. */
 
@@ -15,7 +15,7 @@
 #define SUPPORTED (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
 #define AS(x) ((__m512i)(x))
 #define OP(name) _mm512_##name
-/* Of 16 bytes of each of four lanes one vector. */
+/* One vector with 16 bytes from each of four lanes, or from each of two. */
 #define JOIN(a, b, c, d)                                                                       \
     _mm512_inserti32x4(                                                                        \
         _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1), c, 2), d, 3)
@@ -35,7 +35,7 @@
 
 #if LANES
 
-enum { BLOCK = 64 }; /* Bytes of a step of both hashes. */
+enum { BLOCK = 64 }; /* Bytes in a block of either hash. */
 
 typedef uint32_t vector __attribute__((vector_size(4 * LANES)));
 
@@ -58,7 +58,7 @@ static const uint32_t K[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-/* The 16 big-endian words of a block of each lane: vector i holds word i of all lanes. */
+/* Loads the 16 big-endian words of a block in each lane: vector i holds word i of all lanes. */
 INLINE void load(vector w[16], const uint8_t *data, int64_t stride) {
 #pragma GCC unroll 4
     for (int part = 0; part < 4; part++) {
@@ -115,7 +115,8 @@ INLINE void sha256_block(vector *h, vector w[16]) {
     h[0] += a, h[1] += b, h[2] += c, h[3] += d, h[4] += e, h[5] += f, h[6] += g, h[7] += last;
 }
 
-/* Either hash, of inputs that have one length: `words` of state, and what a block does to it. */
+/* Defines the functions of a hash, for inputs of equal length, from the number of words in its state,
+   their initial values, and the function that hashes a block. */
 #define HASH(name, words, initial, block)                                                      \
     static void name##_start(vector *h) {                                                      \
         for (int i = 0; i < words; i++) h[i] = (vector){0} + initial[i];                       \
@@ -130,7 +131,7 @@ INLINE void sha256_block(vector *h, vector w[16]) {
         }                                                                                      \
         memcpy(h, state, sizeof state);                                                        \
     }                                                                                          \
-    /* Hashes the last bytes, fewer than a block, and pads; digests lie one after another. */  \
+    /* Hashes and pads the last bytes, fewer than a block; digests lie one after another. */   \
     static void name##_end(vector *h, const uint8_t *data, int64_t stride, int64_t length,     \
                            uint8_t *digests) {                                                 \
         uint8_t ends[LANES][2 * BLOCK];                                                        \
@@ -150,7 +151,7 @@ INLINE void sha256_block(vector *h, vector w[16]) {
 HASH(sha1, 5, SHA1, sha1_block)
 HASH(sha256, 8, SHA256, sha256_block)
 
-/* SHA-256 of the blocks that follow each other in `data`, each `length` bytes, one for each lane. */
+/* SHA-256 of consecutive blocks in `data`, each of `length` bytes, one for each lane. */
 void grokfetch_sha256(const uint8_t *data, int64_t length, uint8_t *digests) {
     vector h[8];
     sha256_start(h);
@@ -158,7 +159,7 @@ void grokfetch_sha256(const uint8_t *data, int64_t length, uint8_t *digests) {
     sha256_end(h, data + length / BLOCK * BLOCK, length, length, digests);
 }
 
-/* Whether all bytes could be read. */
+/* Fills the buffer from a file; returns whether all bytes could be read. */
 static int filled(int file, uint8_t *buffer, int64_t bytes, int64_t offset) {
     for (int64_t have = 0; have < bytes;) {
         ssize_t count = pread(file, buffer + have, bytes - have, offset + have);
@@ -168,8 +169,8 @@ static int filled(int file, uint8_t *buffer, int64_t bytes, int64_t offset) {
     return 1;
 }
 
-/* SHA-1 of `length` bytes of a file in each lane, from an offset on, read by way of a buffer of
-   `room` bytes, at least a block for each lane. What is negative in `files` is an empty lane; the
+/* In each lane, SHA-1 of `length` bytes of a file from an offset on. They are read through a buffer of
+   `room` bytes, at least a block for each lane. A negative number in `files` is an empty lane; the
    file of a lane that cannot be read in full becomes -1. */
 void grokfetch_sha1(int *files, const int64_t *offsets, int64_t length, uint8_t *buffer, int64_t room,
                     uint8_t *digests) {
@@ -186,10 +187,10 @@ void grokfetch_sha1(int *files, const int64_t *offsets, int64_t length, uint8_t 
     sha1_end(h, buffer + part / BLOCK * BLOCK, stride, length, digests);
 }
 
-/* How many lanes this processor has; 0 if it cannot run the rest. */
+/* The number of lanes on this processor; 0 if it cannot run the other functions. */
 int grokfetch_lanes(void) { return SUPPORTED ? LANES : 0; }
 
-/* Whether SHA-256 is faster in lanes: instructions of its own are as fast as eight. */
+/* Whether SHA-256 is faster in lanes: the processor's own instructions for it match eight lanes. */
 int grokfetch_sha256_pays(void) {
 #if LANES < 16 && defined(__SHA__)
     return 0;

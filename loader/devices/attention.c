@@ -1,14 +1,14 @@
-/* Attention over a cache of keys and values where it lies, at the speed of the memory.
+/* Attention over a cache of keys and values in place, at the speed of the memory.
 
-   `loader/devices/native.py` compiles this file together with `product.c`. It computes what
-   `loader/inference/attention.py` computes in plain JAX, and writes a step's own keys and values into
-   the cache first. Every score is capped before its exponential is taken, so that no maximum has to be
-   found and taken off: sums run once over the places, in blocks and in an order that depend on a
-   token's position alone, not on how long the cache is nor on how many threads there are.
+   `loader/devices/native.py` compiles this file together with `product.c`. It first writes the keys and
+   values of a step into the cache, and then computes what `loader/inference/attention.py` computes in
+   plain JAX. Every score is capped before its exponential is taken, so there is no need to find the
+   maximum and subtract it: one pass over the places is enough. Its blocks and their order depend only
+   on a token's position, not on the length of the cache or the number of threads.
 
-   One token is bound by memory: each piece of work is a run of places, of all heads, since those lie
-   side by side. Many tokens are bound by arithmetic: each piece is one head of some tokens, for which
-   block after block of its keys and values is converted and used by all their queries. */
+   One token is bound by memory: each piece of work is a run of places, for all heads, because the heads
+   of a place lie side by side. Many tokens are bound by arithmetic: each piece is one head of some
+   tokens; its keys and values are converted block by block, and all queries use the block. */
 
 #include <string.h>
 
@@ -17,15 +17,15 @@
 
 enum {
     BLOCK = 64,       /* places whose scores are in memory at once */
-    RUN = 256,        /* places of a piece for one token: 1 MiB of a cache of Grok-1's size */
-    TOKENS = 32,      /* of a piece for many */
+    RUN = 256,        /* places in a piece for one token: 1 MiB of a cache of Grok-1's size */
+    TOKENS = 32,      /* tokens in a piece for many */
     PLACES = 4,       /* keys whose products with a query are summed side by side */
 #if defined(__AVX512F__)
-    QUERIES = 6,      /* queries of a head whose products are: all sums are in registers */
+    QUERIES = 6,      /* queries of a head that are computed together, with all sums in registers */
 #else
     QUERIES = 2,
 #endif
-    MOST = 1 << 16,   /* scores that are not worth waking another thread for */
+    MOST = 1 << 16,   /* scores up to which no other thread is woken */
     TINY = 0x38800000 /* bits of 2^-14 in float32, the smallest float16 that is not subnormal */
 };
 
@@ -33,7 +33,7 @@ typedef int32_t integers __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef uint32_t naturals __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-/* What keys and values are stored as. */
+/* The type of the stored keys and values: float32, bfloat16 or float16. */
 typedef enum { SINGLE, BRAIN, HALF } kind;
 
 /* One step of attention. */
@@ -42,18 +42,18 @@ typedef struct {
     const float *queries;     /* [rows, tokens, heads * group, size] */
     const void *keys, *values; /* [rows, places, heads, size], what is attended to */
     kind stored;
-    const int32_t *positions; /* [rows, tokens], of a token that does not count -1 */
+    const int32_t *positions; /* [rows, tokens], -1 for a token that does not count */
     const uint8_t *visible;   /* [rows, stride] */
-    float *out;               /* as the queries */
-    float *partial;           /* [rows, runs, heads * group, size + 1], for one token; else null */
+    float *out;               /* of the shape of `queries` */
+    float *partial;           /* [rows, runs, heads * group, size + 1] for one token, else null */
     int64_t rows, tokens, heads, group, size, places, stride;
-    int64_t runs;             /* pieces of a row's places, or of its tokens */
+    int64_t runs;             /* pieces that a row's places, or its tokens, are divided into */
     float scale, cap;
 } attention;
 
 static int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
-/* Bytes of an element. */
+/* Bytes in an element. */
 INLINE int64_t width_of(kind stored) { return stored == SINGLE ? 4 : 2; }
 
 /* LANES elements as floats. */
@@ -66,7 +66,8 @@ INLINE vector loaded(kind stored, const void *from, int64_t at) {
     return (vector)_mm512_cvtph_ps((__m256i)given);
 #endif
     naturals sign = (bits & 0x8000) << 16, moved = (bits & 0x7fff) << 13;
-    /* Subnormal ones by a difference: XLA's threads take what float32 has of them for zero. */
+    /* Subnormal halves are computed as a difference of normal floats, because XLA's threads flush
+       subnormal floats to zero. */
     naturals subnormal = (naturals)((vector)(moved + TINY) - (vector)((naturals){0} + TINY));
     naturals few = (naturals)(moved < 0x800000);
     return (vector)(sign | (few & subnormal) | (~few & (moved + (TINY - 0x800000))));
@@ -83,7 +84,7 @@ INLINE float element(kind stored, const void *from, int64_t at) {
     return half & 0x8000 ? -value : value;
 }
 
-/* The nearest bfloat16, the even one of two; what is no number stays none. */
+/* The nearest bfloat16, ties to even; NaN stays NaN. */
 static uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -91,13 +92,13 @@ static uint16_t rounded(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The nearest float16, the even one of two; the largest there is for all that is larger. */
+/* The nearest float16, ties to even; the largest finite one for anything larger. */
 static uint16_t halved(float value) {
-    const float magic = 0x1p-1f; /* whose last bit is the smallest float16 */
+    const float magic = 0x1p-1f; /* the last bit of its mantissa is the smallest float16 */
     float size = value < 0 ? -value : value;
     uint32_t bits, sign = value < 0 ? 0x8000 : 0;
     if (!(size < 65504.0f)) size = 65504.0f;
-    if (size < 0x1p-14f) { /* a subnormal one */
+    if (size < 0x1p-14f) { /* subnormal */
         size += magic;
         memcpy(&bits, &size, sizeof bits);
         return (uint16_t)(sign | (bits - 0x3f000000));
@@ -106,7 +107,7 @@ static uint16_t halved(float value) {
     return (uint16_t)(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-/* The sums over the lanes of four vectors. */
+/* For each of four vectors, the sum over its lanes. */
 INLINE void totals(const vector *of, float *to) {
 #if defined(__AVX512F__)
     __m512 one = (__m512)of[0], two = (__m512)of[1], three = (__m512)of[2], four = (__m512)of[3];
@@ -128,7 +129,7 @@ INLINE void totals(const vector *of, float *to) {
 #endif
 }
 
-/* e to the power of x, for x between -87 and 88; the polynomial is Cephes' of expf. */
+/* e to the power of x, for x between -87 and 88; with the polynomial of expf in Cephes. */
 INLINE vector exponential(vector x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vector shifted = x * 1.44269504f + magic;
@@ -142,10 +143,10 @@ INLINE vector exponential(vector x) {
     return (vector)((naturals)sum + ((naturals)shifted << 23));
 }
 
-/* BLOCK scores of a query become the weights of values: 0 where `allowed` has no bit set, and all bits
-   are elsewhere. Returns their sum. */
+/* Turns BLOCK scores of a query into the weights of the values, and returns their sum. `allowed` has
+   all bits set at places that count, and none elsewhere; there the weight is 0. */
 INLINE float weigh(float *scores, const int32_t *allowed, float scale, float cap) {
-    const vector limit = (vector){0} + 10.0f; /* Its hyperbolic tangent is 1 in float32. */
+    const vector limit = (vector){0} + 10.0f; /* In float32 its hyperbolic tangent is 1. */
     float sums[LANES] = {0};
     vector sum = {0};
     for (int at = 0; at < BLOCK; at += LANES) {
@@ -154,7 +155,7 @@ INLINE float weigh(float *scores, const int32_t *allowed, float scale, float cap
         u = (vector)((above & (integers)limit) | (below & (integers)-limit) |
                      (~(above | below) & (integers)u));
         vector tangent = 1.0f - 2.0f / (exponential(2.0f * u) + 1.0f);
-        /* Masked as bits: what stands at a place that nobody may see need not be a number. */
+        /* The mask is applied to the bits, since the score of a masked place may be NaN. */
         vector weights = (vector)((integers)exponential(cap * tangent) & *(const integers *)(allowed + at));
         *(vector *)(scores + at) = weights;
         sum += weights;
@@ -165,9 +166,9 @@ INLINE float weigh(float *scores, const int32_t *allowed, float scale, float cap
     return total;
 }
 
-/* Which of a row's places from `first` on a token at `position` may attend to: `visible` ones up to
-   its own. One that may see nothing at all, as in a prompt of pad ids, sees itself. Returns how many
-   places have to be read. */
+/* Marks in `allowed` which places of a row, from `first` on, a token at `position` may attend to: the
+   `visible` ones up to its own. A token that would see no place at all, as in a prompt of pad ids,
+   sees itself. Returns how many places must be read. */
 static int64_t allow(const attention *a, int64_t row, int64_t first, int64_t position,
                      int32_t *allowed, int64_t first_visible) {
     const uint8_t *visible = a->visible + row * a->stride;
@@ -185,24 +186,24 @@ static int64_t first_visible(const attention *a, int64_t row) {
     return first;
 }
 
-/* Asks for as many elements of the next block as a step of this one reads. The heads of a place lie
-   side by side, so that those of one head are too far apart for the processor to guess; and asked for
-   all at once, a block would have the arithmetic wait for it. */
+/* Prefetches as many elements of the next block as one step of this block reads. Keys of one head are
+   a whole place apart, too far for the processor to predict; and to prefetch a block all at once
+   would stall the arithmetic. */
 INLINE void ask(kind stored, const char **soon, int64_t elements) {
     int64_t bytes = elements * width_of(stored);
     for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(*soon + at, 0, 2);
     *soon += bytes;
 }
 
-/* scores[query][place] of `count` queries of one head and BLOCK places of which `read` are there. Keys
-   from `soon` on are asked for meanwhile. */
+/* Computes scores[query][place] for `count` queries of one head and the first `read` places of a block.
+   Meanwhile the keys at `soon` are prefetched. */
 INLINE void dots(int count, kind stored, const float *queries, const void *keys, int64_t stride,
                  int64_t read, int64_t size, float *scores, const char *soon) {
     int64_t even = size / LANES * LANES;
     for (int64_t place = 0; place < read; place += PLACES) {
         vector sum[QUERIES][PLACES] = {0};
         int64_t from[PLACES];
-        /* Beyond the last one it is taken again, for a score that nobody uses. */
+        /* Past the last place, its key is used again, for scores that are not used. */
         for (int p = 0; p < PLACES; p++) from[p] = least(place + p, read - 1) * stride;
         for (int64_t at = 0; at < even; at += LANES) {
             vector key[PLACES];
@@ -223,8 +224,8 @@ INLINE void dots(int count, kind stored, const float *queries, const void *keys,
     }
 }
 
-/* Adds to sums[query] the values of `read` places, each as often as weights[query] says. Values from
-   `soon` on are asked for meanwhile. */
+/* Adds the values of `read` places, each multiplied by its weight in weights[query], to sums[query].
+   Meanwhile the values at `soon` are prefetched. */
 INLINE void add(int count, kind stored, const float *weights, const void *values, int64_t stride,
                 int64_t read, int64_t size, float *sums, const char *soon) {
     int64_t at = 0;
@@ -252,7 +253,7 @@ INLINE void add(int count, kind stored, const float *weights, const void *values
                     weights[q * BLOCK + place] * element(stored, values, place * stride + at);
 }
 
-/* A program for each number of queries, with its sums in registers. */
+/* Each number of queries has its own code, with its sums in registers. */
 #define EACH(most, number, CALL)                                                                \
     switch (number) {                                                                           \
         case 1: CALL(1); break;                                                                 \
@@ -263,14 +264,15 @@ INLINE void add(int count, kind stored, const float *weights, const void *values
         case 6: if (most >= 6) { CALL(6); } break;                                              \
     }
 
-/* Where the piece begins that this thread is likely to take next; `here` if none is left. */
+/* The beginning of the piece that this thread will probably take next; `here` if none is left. */
 static int64_t upcoming(attention *a, int64_t here) {
     int64_t piece = atomic_load(&a->job.taken);
     if (piece >= a->job.pieces) return here;
     return (piece / a->runs * a->places + piece % a->runs * RUN) * a->heads * a->size;
 }
 
-/* A run of a row's places for its one token: weighted values and weights, summed for each query. */
+/* One piece for one token, a run of its row's places: for each query the sum of the weighted values,
+   and that of the weights. */
 INLINE void one_of(attention *a, kind stored, int64_t piece) {
     int64_t row = piece / a->runs, start = piece % a->runs * RUN;
     int64_t all = a->heads * a->group, width = a->heads * a->size, size = a->size;
@@ -315,8 +317,8 @@ INLINE void one_of(attention *a, kind stored, int64_t piece) {
     }
 }
 
-/* Some keys and values of a head as floats: the keys transposed, tile after tile of places; the
-   values tile after tile of their elements, filled up with zeros. */
+/* Converts a block of keys and values of a head to floats: the keys transposed, in tiles of places;
+   the values in tiles of elements, padded with zeros. */
 INLINE void convert(kind stored, const void *keys, const void *values, int64_t from, int64_t stride,
                     int64_t read, int64_t size, float *key_panel, float *value_panel) {
     for (int64_t place = 0; place < BLOCK; place++)
@@ -332,7 +334,7 @@ INLINE void convert(kind stored, const void *keys, const void *values, int64_t f
             }
 }
 
-/* One head for a run of a row's tokens, into the result. */
+/* One piece for many tokens: one head for a run of a row's tokens, written to the result. */
 INLINE void many_of(attention *a, kind stored, int64_t piece) {
     int64_t head = piece % a->heads, run = piece / a->heads % a->runs, row = piece / a->heads / a->runs;
     int64_t start = run * TOKENS, tokens = least(TOKENS, a->tokens - start);
@@ -397,7 +399,7 @@ static void piece_of(job *j, int64_t piece) {
     else many_of(a, SINGLE, piece);
 }
 
-/* Of each row's one token: the sums of its runs, in their order, over the sums of the weights. */
+/* Adds up the runs of each row's one token in order, and divides by the sum of the weights. */
 static void join(attention *a) {
     int64_t all = a->heads * a->group, width = a->size + 1;
     for (int64_t index = 0; index < a->rows * all; index++) {
@@ -431,7 +433,7 @@ static int compute(attention *a, XLA_FFI_CallFrame *frame) {
     return sound;
 }
 
-/* Writes a step's keys or values, float32 [rows, tokens, width], into their places of the cache. */
+/* Writes a step's keys or values, float32 [rows, tokens, width], to their places in the cache. */
 static void store(const attention *a, const float *step, XLA_FFI_Buffer *cache) {
     int64_t width = a->heads * a->size, places = cache->dims[1];
     for (int64_t index = 0; index < a->rows * a->tokens; index++) {
@@ -449,11 +451,12 @@ static void store(const attention *a, const float *step, XLA_FFI_Buffer *cache) 
 }
 
 /* Arguments: queries float32 [rows, tokens, queries, size]; keys and values of the step, float32
-   [rows, tokens, heads, size]; the cache's, float32, bfloat16 or float16 [rows, places, heads, size]; positions
-   int32 [rows, tokens], -1 for a token that does not count; visible bool [rows, at least places];
-   numbers float32 [3]: the factor of a score, its cap (at most 80), and whether the cache was empty, so
-   that the step's own keys and values, not rounded, are all that there is.
-   Results: float32 [rows, tokens, queries, size], and the cache in its own memory. */
+   [rows, tokens, heads, size]; keys and values of the cache, float32, bfloat16 or float16
+   [rows, places, heads, size]; positions int32 [rows, tokens], -1 for a token that does not count;
+   visible bool [rows, at least places]; numbers float32 [3]: the factor of a score, its cap (at most
+   80), and whether the cache was empty, in which case the step's own keys and values are used, before
+   they are rounded.
+   Results: float32 [rows, tokens, queries, size], and the keys and values of the cache, in place. */
 XLA_FFI_Error *grokfetch_attention(XLA_FFI_CallFrame *frame) {
     if (introduced(frame)) return NULL;
     XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args;

@@ -1,9 +1,9 @@
-/* Products of many tokens in integers: activations of 16 bits with a factor for each token and block of
-   rows, weights of 8 bits, sums of 32 bits that are exact. An activation is so off by at most 2^-16 of
-   the largest of its block.
+/* Products for many tokens in integers: activations of 16 bits with one factor for each token and
+   block of rows, weights of 8 bits, and exact sums of 32 bits. Rounding changes an activation by at
+   most 2^-16 of the largest one in its block.
 
-   A processor multiplies two 16-bit integers with two others and adds both products to a sum of 32
-   bits by one instruction, where its instructions for float32 do one: two rows lie side by side. */
+   One instruction multiplies two 16-bit integers by two others and adds both products to a 32-bit
+   sum, where an instruction for float32 does one. So two rows lie side by side. */
 
 #ifndef GROKFETCH_INTEGERS_H
 #define GROKFETCH_INTEGERS_H
@@ -17,13 +17,14 @@
 #endif
 
 enum {
-    BLOCK = 256,     /* rows that share a factor; of 64. Up to 512 no sum of 2^15 * 2^7 overflows */
+    BLOCK = 256,     /* rows that share a factor, a multiple of 64; up to 512, no sum of products of
+                        2^15 * 2^7 overflows */
     LARGEST = 32767
 };
 
 typedef int32_t integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-/* LANES columns of two rows, as pairs of 16-bit integers. */
+/* LANES columns of two rows as pairs of 16-bit integers. */
 INLINE integers paired(const int8_t *upper, const int8_t *lower) {
 #if defined(__AVX512F__)
     integers one = (integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)upper));
@@ -38,7 +39,8 @@ INLINE integers paired(const int8_t *upper, const int8_t *lower) {
     return (one & 0xffff) | two << 16;
 }
 
-/* Four rows of TILE columns, columns from TILE * t on, into a panel of blocks of so many rows. */
+/* Writes four rows of TILE columns, starting at column TILE * t, into a panel whose blocks have
+   `block` rows. */
 INLINE void pair_lines(const int8_t *const rows[4], int8_t *panel, int64_t block, int64_t t,
                        int64_t four) {
     int32_t *to = (int32_t *)panel + (t * block / 2 + 2 * four) * TILE;
@@ -67,11 +69,11 @@ INLINE integers increased(integers sum, integers weights, integers pair) {
 #endif
 }
 
-/* Activations of a block as integers, and what they are to be multiplied with: a factor that is no
-   number where one of them is none, or infinite. */
+/* Writes the activations of a block as integers, and returns the factor to multiply them by. It is
+   NaN or infinite if one of the activations is. */
 static float rounded(const float *x, int64_t rows, int16_t *to) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
-    int32_t most = 0;                /* Bits of floats without a sign are in the order of the floats. */
+    int32_t most = 0;                /* Without their signs, floats and their bits have one order. */
     for (int64_t row = 0; row < rows; row++) {
         int32_t bits;
         memcpy(&bits, x + row, sizeof bits);
@@ -91,7 +93,7 @@ static float rounded(const float *x, int64_t rows, int16_t *to) {
     return largest / LARGEST;
 }
 
-/* Adds to sums[token][column] what `pairs` pairs of rows of a tile give. */
+/* Adds the products of `pairs` pairs of rows of a tile to sums[token][column]. */
 INLINE void integer_tile(int tokens, const int16_t *x, int64_t height, const float *factors,
                          const int32_t *panel, int64_t pairs, float *sums, int64_t width) {
     integers sum[AT_ONCE][VECTORS];

@@ -1,9 +1,9 @@
-/* The products of integers.h by a processor's matrix unit, AMX: one instruction takes 64 rows for 16
+/* The products of integers.h on a processor's matrix unit, AMX: one instruction takes 64 rows for 16
    tokens and 16 columns, where one of AVX-512 VNNI takes 2 rows for one token and 16 columns.
 
-   The unit multiplies bytes. An activation of 16 bits is 256 times its high byte, which has the sign,
-   and its low byte, which has none; each is multiplied apart. Sums are exact, so that both together
-   are to the bit what pairs of 16-bit integers give. */
+   The unit multiplies bytes. An activation of 16 bits is 256 times its signed high byte plus its
+   unsigned low byte, and each byte is multiplied on its own. Sums are exact, so the total is the same,
+   bit for bit, as with pairs of 16-bit integers. */
 
 #ifndef GROKFETCH_MATRIX_UNIT_H
 #define GROKFETCH_MATRIX_UNIT_H
@@ -13,8 +13,8 @@
 #include "integers.h"
 
 enum {
-    SIDE = 16,             /* tokens, columns, or fours of rows of a tile of the unit */
-    DEEP = 64,             /* rows of a tile: bytes of one of its lines */
+    SIDE = 16,             /* tokens, columns, or groups of four rows in a tile of the unit */
+    DEEP = 64,             /* rows in a tile: bytes in one of its lines */
     UNIT_TILE = SIDE * DEEP /* bytes */
 };
 
@@ -24,7 +24,8 @@ enum {
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Whether this process may use the unit: Linux asks to be asked, since threads save more then. */
+/* Whether this process may use the unit. Linux wants to be asked first, because a thread that uses it
+   has more state to save. */
 static int has_matrix_unit(void) {
     enum { ASK = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     static atomic_int known;           /* 1 for no, 2 for yes */
@@ -32,7 +33,7 @@ static int has_matrix_unit(void) {
     return atomic_load(&known) == 2;
 }
 
-/* A thread sets the unit up before its work, and frees it after. */
+/* A thread sets up the unit before its work, and releases it afterwards. */
 static void begin_unit(void) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -45,14 +46,14 @@ static void begin_unit(void) {
 
 static void end_unit(void) { _tile_release(); }
 
-/* Four rows of TILE columns, columns from TILE * t on, into a panel of blocks of so many rows: of
-   each SIDE columns one tile of rows after the other, in whose lines a column's four bytes lie side
-   by side. */
+/* Writes four rows of TILE columns, starting at column TILE * t, into a panel whose blocks have
+   `block` rows. For each SIDE columns the panel holds one tile of rows after another; in the lines
+   of a tile, the four bytes of a column lie side by side. */
 INLINE void unit_lines(const int8_t *const rows[4], int8_t *panel, int64_t block, int64_t t,
                        int64_t four) {
     __m512i row[4], columns = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     columns = _mm512_mullo_epi32(columns, _mm512_set1_epi32(0x01010101));
-    columns = _mm512_add_epi8(columns, _mm512_set1_epi32(0x40004000)); /* of a row, of the next */
+    columns = _mm512_add_epi8(columns, _mm512_set1_epi32(0x40004000)); /* from a row, from the next */
     for (int r = 0; r < 4; r++) row[r] = _mm512_loadu_si512(rows[r]);
     int8_t *to = panel + t * TILE * block + four * DEEP;
     for (int side = 0; side < TILE; side += SIDE) {
@@ -63,8 +64,9 @@ INLINE void unit_lines(const int8_t *const rows[4], int8_t *panel, int64_t block
     }
 }
 
-/* Adds to sums[token][column] what a block of so many rows gives for up to SIDE tokens: their planes,
-   tile after tile the high one and the low one, and TILE columns of a panel. */
+/* Adds the products of a block of `block` rows to sums[token][column], for up to SIDE tokens and TILE
+   columns of a panel. `x` holds the planes of the tokens: for each tile the high bytes, then the low
+   ones. */
 INLINE void unit_tiles(int64_t tokens, const int16_t *x, const float *factors, const int8_t *panel,
                        int64_t block, float *sums, int64_t width) {
     const uint8_t *planes = (const uint8_t *)x;
@@ -100,7 +102,7 @@ INLINE void unit_tiles(int64_t tokens, const int16_t *x, const float *factors, c
 
 #else
 
-/* Without such a unit the others are not called. */
+/* Without a matrix unit, the other functions are not called. */
 static int has_matrix_unit(void) { return 0; }
 static void begin_unit(void) {}
 static void end_unit(void) {}
@@ -114,7 +116,7 @@ INLINE void unit_tiles(int64_t tokens, const int16_t *x, const float *factors, c
 }
 #endif
 
-/* Line `token` of the planes of a block, from a token's activations as integers. */
+/* Writes a token's activations, as integers, to line `token` of the planes of a block. */
 static void split(const int16_t *from, int64_t rows, int64_t token, int16_t *x) {
     for (int64_t row = 0; row < rows; row++) {
         uint8_t *plane = (uint8_t *)x + row / DEEP * 2 * UNIT_TILE + token * DEEP + row % DEEP;

@@ -1,4 +1,5 @@
-/* Work cut into pieces that the caller's thread and those of XLA's pool take, whichever is free.
+/* Work divided into pieces, which are taken by the caller's thread and by those of XLA's pool that
+   are free.
 
    Interface: the C API of XLA's foreign functions, xla/ffi/api/c_api.h, as jaxlib ships it. */
 
@@ -11,8 +12,8 @@
 
 #include "xla/ffi/api/c_api.h"
 
-/* The work, and what of it is still to be taken. The first member of what `run` needs to know, in
-   memory from calloc that the last holder frees. */
+/* The work, and how much of it has been taken. It is the first member of a struct with what `run`
+   needs; that struct comes from calloc, and its last holder frees it. */
 typedef struct job {
     void (*run)(struct job *, int64_t piece);
     int64_t pieces;
@@ -34,13 +35,13 @@ static void release(job *j) {
     if (atomic_fetch_sub(&j->holders, 1) == 1) free(j);
 }
 
-/* What a thread of the pool is given; it may come when all is done, and then finds nothing. */
+/* What a thread of the pool runs. If it comes when all pieces have been taken, it does nothing. */
 static void help(void *data) {
     work(data);
     release(data);
 }
 
-/* Waits a moment; after many, lets another thread have the core. */
+/* Waits a moment; after many times, lets another thread have the core. */
 static void rest(int64_t times) {
     if (times > 4096) sched_yield();
 #if defined(__x86_64__)
@@ -48,7 +49,7 @@ static void rest(int64_t times) {
 #endif
 }
 
-/* Has all pieces done, by the caller's thread `alone` or with those of XLA's pool. True if none
+/* Does all pieces, in the caller's thread if `alone`, else together with XLA's pool. True if none
    failed. */
 static int completed(job *j, XLA_FFI_CallFrame *frame, int alone) {
     int64_t threads = 1;
@@ -66,7 +67,7 @@ static int completed(job *j, XLA_FFI_CallFrame *frame, int alone) {
         error = frame->api->XLA_FFI_ThreadPool_Schedule(&given);
         if (error) atomic_fetch_sub(&j->holders, 1);
     }
-    if (error) { /* No pool: this thread does it all. */
+    if (error) { /* Without a pool, this thread does everything. */
         XLA_FFI_Error_Destroy_Args dropped = {
             .struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
         frame->api->XLA_FFI_Error_Destroy(&dropped);
@@ -76,9 +77,9 @@ static int completed(job *j, XLA_FFI_CallFrame *frame, int alone) {
     return !atomic_load(&j->failed);
 }
 
-/* Whether XLA only asks what a function is; it is told. */
+/* Whether XLA only asks for the version of a function's interface, which it is then told. */
 static int introduced(XLA_FFI_CallFrame *frame) {
-    /* Its type has two names: XLA_FFI_Extension_Base, and XLA_FFI_InternalExtension since API 0.5. */
+    /* The type is XLA_FFI_Extension_Base, and since API 0.5 XLA_FFI_InternalExtension. */
     __typeof__(frame->extension_start) extension = frame->extension_start;
     if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
     XLA_FFI_Metadata *told = ((XLA_FFI_Metadata_Extension *)extension)->metadata;

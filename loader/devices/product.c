@@ -1,15 +1,15 @@
 /* Products of float32 activations with an int8 matrix in memory, at the speed of that memory.
 
-   `loader/devices/native.py` compiles this file where it is used, for the processor that is there, and calls
-   it from JAX. It computes what `loader/devices/kernels.py` computes in plain JAX, and sums in an order that
-   depends on shapes and on how many tokens are not all zeros: never on how many threads there are, nor
-   on which of them was faster.
+   `loader/devices/native.py` compiles this file on the machine where it is used, for its processor,
+   and calls it from JAX. It computes what `loader/devices/kernels.py` computes in plain JAX. The order
+   of its sums depends on the shapes and on the number of tokens without padding, never on the number
+   of threads or on which of them was faster.
 
    A few tokens are bound by memory: each piece of work is a run of whole rows, read once from end to
    end, some rows side by side. Many tokens are bound by arithmetic: each piece is a strip of columns,
-   of which one small panel after another is converted and used by all tokens: as floats, or as the
-   integers of `integers.h`, which are faster where `loader/devices/tuning.py` finds them to be, and
-   which `matrix_unit.h` multiplies where the processor has one. */
+   which is converted in small panels that all tokens use: to floats, or, if `loader/devices/tuning.py`
+   finds that faster, to the integers of `integers.h`, which `matrix_unit.h` multiplies if the
+   processor has a matrix unit. */
 
 #include <string.h>
 
@@ -19,18 +19,18 @@
 #include "tiles.h"
 
 enum {
-    FEW = 12,                  /* tokens up to which a panel does not pay */
-    PANEL_ROWS = 64,           /* a converted tile is 16 KiB, half of a first-level cache */
-    WIDEST = 512,              /* columns of a strip whose tiles are converted at once */
-    AHEAD = 16,                /* rows that are asked for before they are converted, at most */
-    AHEAD_BYTES = 1 << 13,     /* and of a strip in integers, about so many bytes */
-    SUMS = 1 << 15,            /* sums of a piece of work: 128 KiB of a second-level cache */
-    CACHE = 1 << 19,           /* bytes of it for sums and panel of a strip in integers; a processor */
-    UNIT_CACHE = 1 << 20,      /* with a matrix unit has one of 2 MiB */
-    UNIT_WIDEST = 1024,        /* columns of a strip for such: runs of memory, and enough pieces */
-    STRIPS = 8,                /* pieces side by side for many tokens, at least */
-    PIECE = 1 << 22,           /* bytes of the matrix in a piece for few tokens, at least */
-    MOST_PARTS = 16            /* pieces that a group of rows is cut into, at most */
+    FEW = 12,                  /* tokens up to which converting a panel does not pay */
+    PANEL_ROWS = 64,           /* a converted tile has 16 KiB, half of a first-level cache */
+    WIDEST = 512,              /* most columns in a strip whose tiles are converted together */
+    AHEAD = 16,                /* most rows that are prefetched before they are converted */
+    AHEAD_BYTES = 1 << 13,     /* about as many bytes of a strip in integers are prefetched */
+    SUMS = 1 << 15,            /* sums in a piece of work: 128 KiB of a second-level cache */
+    CACHE = 1 << 19,           /* bytes of that cache for the sums and the panel of integers */
+    UNIT_CACHE = 1 << 20,      /* the same with a matrix unit: such a processor has 2 MiB */
+    UNIT_WIDEST = 1024,        /* most columns in its strips: long runs, and still enough pieces */
+    STRIPS = 8,                /* fewest pieces side by side for many tokens */
+    PIECE = 1 << 22,           /* fewest bytes of the matrix in a piece for few tokens */
+    MOST_PARTS = 16            /* most pieces that a group of rows is divided into */
 };
 
 /* One product. */
@@ -40,20 +40,20 @@ typedef struct {
     const int8_t *matrix;  /* [height, width], rows `stride` apart */
     const float *scales;   /* [groups, width] */
     float *out;            /* [tokens, width] */
-    float *partial;        /* [groups * parts, tokens, width], for few tokens; else null */
+    float *partial;        /* [groups * parts, tokens, width] for few tokens, else null */
     int64_t tokens, height, width, stride, groups;
-    int64_t parts;         /* runs of rows that a group is cut into */
-    int64_t strip, strips; /* columns of a piece, and pieces side by side */
-    int16_t *rounded;      /* [groups * blocks, tokens, block], for many in integers; else null. For
-                              a matrix unit the tokens of its tiles, in two planes of bytes */
-    float *factors;        /* [groups * blocks, tokens], of what is rounded */
-    int64_t block, blocks; /* rows that share a factor, and how many such blocks a group has */
+    int64_t parts;         /* runs of rows that a group is divided into */
+    int64_t strip, strips; /* columns in a piece, and pieces side by side */
+    int16_t *rounded;      /* [groups * blocks, tokens, block] for many tokens in integers, else
+                              null; for a matrix unit, whole tiles of tokens in two planes of bytes */
+    float *factors;        /* [groups * blocks, tokens], those of `rounded` */
+    int64_t block, blocks; /* rows that share a factor, and the number of such blocks in a group */
     int in_unit;           /* whether a matrix unit multiplies */
-    int64_t bytes;         /* of a weight in a panel for integers */
-    atomic_long ready;     /* tokens that are rounded: the first pieces of the work */
+    int64_t bytes;         /* in a weight of a panel of integers */
+    atomic_long ready;     /* tokens that have been rounded, which are the first pieces of work */
 } product;
 
-/* Columns that do not fill a tile: only small models have them. */
+/* The columns that do not fill a tile; only small models have any. */
 static void narrow(int64_t tokens, const float *x, int64_t height, const int8_t *weights,
                    int64_t stride, int64_t rows, int64_t columns, float *sums, int64_t width) {
     for (int64_t t = 0; t < tokens; t++)
@@ -65,7 +65,8 @@ static void narrow(int64_t tokens, const float *x, int64_t height, const int8_t 
 
 static int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
-/* A run of one group's rows, for at most FEW tokens: scaled sums into its own part of `partial`. */
+/* One piece for at most FEW tokens: a run of rows of one group. Its scaled sums go to their own part of
+   `partial`. */
 static void few(product *p, int64_t piece) {
     int64_t part = piece / p->strips, first = piece % p->strips * p->strip;
     int64_t columns = least(p->strip, p->width - first);
@@ -93,8 +94,8 @@ static void few(product *p, int64_t piece) {
             sums[t * p->width + column] *= p->scales[group * p->width + first + column];
 }
 
-/* Some rows of a strip as floats, tile after tile; read along the rows, since lines one above the
-   other would drive each other out of the cache. */
+/* Converts some rows of a strip to floats, tile after tile. The strip is read along its rows, because
+   lines one above the other would evict each other from the cache. */
 static void convert(const int8_t *weights, int64_t stride, int64_t rows, int64_t tiles_wide,
                     float *panel) {
     for (int64_t row = 0; row < rows; row++)
@@ -106,13 +107,13 @@ static void convert(const int8_t *weights, int64_t stride, int64_t rows, int64_t
         }
 }
 
-/* Adds what some rows of a strip give to the sums of all tokens, in float32. */
+/* Adds the products of some rows of a strip to the sums of all tokens, in float32. */
 static void add(product *p, int64_t row, int64_t rows, int64_t first, int64_t tiles_wide,
                 float *panel, float *sums, int64_t columns) {
     int64_t runs = (p->tokens + AT_ONCE - 1) / AT_ONCE;
     convert(p->matrix + row * p->stride + first, p->stride, rows, tiles_wide, panel);
     for (int64_t t = 0; t < tiles_wide; t++)
-        /* Runs of nearly equal length: short ones leave arithmetic waiting. */
+        /* Runs have nearly equal lengths, because short ones keep the arithmetic waiting. */
         for (int64_t run = 0; run < runs; run++) {
             int64_t token = run * p->tokens / runs, end = (run + 1) * p->tokens / runs;
             tiles(end - token, p->x + token * p->height + row, p->height, NULL,
@@ -121,9 +122,9 @@ static void add(product *p, int64_t row, int64_t rows, int64_t first, int64_t ti
         }
 }
 
-/* Some tokens' scaled sums of a group of rows, `count` columns from `at` on, to those of the groups
-   before; sums begin anew. With the last group the result is written, whose rows are too far apart to
-   be added to each time. */
+/* Scales the sums of a group of rows, for some tokens and `count` columns from `at` on, adds them to
+   those of the groups before, and sets them to zero. For the last group the result is written; its
+   rows are too far apart to add to them for every group. */
 static void scale(const product *p, int64_t group, int64_t token, int64_t tokens, int64_t first,
                   int64_t at, int64_t count, int64_t columns, float *sums, float *totals) {
     const float *scales = p->scales + group * p->width + first + at;
@@ -143,8 +144,8 @@ static void scale(const product *p, int64_t group, int64_t token, int64_t tokens
     }
 }
 
-/* Memory for a piece's sums and for what comes of scaled ones, all zeros, and behind them a panel. Null,
-   and the work has failed, if there is none. */
+/* Memory for the sums of a piece and for their scaled totals, all zeros, followed by a panel. If there
+   is none, the result is null and the work has failed. */
 static float *sums_and(product *p, int64_t columns, int64_t of_panel, float **totals, void **panel) {
     size_t bytes = (p->tokens * columns * sizeof(float) + LINE - 1) / LINE * LINE;
     char *sums = aligned_alloc(LINE, 2 * bytes + (of_panel + LINE - 1) / LINE * LINE);
@@ -158,7 +159,7 @@ static float *sums_and(product *p, int64_t columns, int64_t of_panel, float **to
     return (float *)sums;
 }
 
-/* A strip of columns for any number of tokens, into the result, in float32. */
+/* One piece for many tokens: a strip of columns, in float32, written to the result. */
 static void many(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
     int64_t rows = p->height / p->groups, tiles_wide = columns / TILE, even = tiles_wide * TILE;
@@ -177,7 +178,7 @@ static void many(product *p, int64_t piece) {
     free(sums);
 }
 
-/* Rows that share factors: block `number` of all groups'. */
+/* Rows that share factors. Blocks are numbered through all groups. */
 typedef struct {
     int64_t group, row, rows;
 } block;
@@ -188,7 +189,7 @@ static block block_of(const product *p, int64_t number) {
     return (block){group, group * rows + done, least(p->block, rows - done)};
 }
 
-/* The rows of a block as the panel of a strip. */
+/* Fills the panel of a strip with the rows of a block. */
 static void fill(const product *p, block of, int64_t first, int64_t tiles_wide, int8_t *panel) {
     static const int8_t none[TILE];
     int64_t ahead = least(AHEAD, AHEAD_BYTES / (tiles_wide * TILE + 1) + 1);
@@ -205,7 +206,7 @@ static void fill(const product *p, block of, int64_t first, int64_t tiles_wide, 
         }
 }
 
-/* The same in integers. */
+/* The same as `many`, in integers. */
 static void many_in_integers(product *p, int64_t piece) {
     int64_t first = piece * p->strip, columns = least(p->strip, p->width - first);
     int64_t tiles_wide = columns / TILE, even = tiles_wide * TILE;
@@ -220,7 +221,7 @@ static void many_in_integers(product *p, int64_t piece) {
         fill(p, of, first, tiles_wide, panel);
         for (int64_t t = 0; t < tiles_wide; t++)
             for (int64_t run = 0; run < runs; run++) {
-                /* Runs of nearly equal length, but for the unit: short ones leave arithmetic waiting. */
+                /* As in `add`, runs have nearly equal lengths, except those for the matrix unit. */
                 int64_t token = p->in_unit ? run * side : run * p->tokens / runs;
                 int64_t end = p->in_unit ? least(token + side, p->tokens) : (run + 1) * p->tokens / runs;
                 const float *factors = p->factors + number * p->tokens + token;
@@ -245,7 +246,7 @@ static void many_in_integers(product *p, int64_t piece) {
     free(sums);
 }
 
-/* The activations of a token as integers. */
+/* Converts the activations of a token to integers. */
 static void round_token(product *p, int64_t token) {
     int64_t runs = (p->tokens + SIDE - 1) / SIDE;
     for (int64_t number = 0; number < p->groups * p->blocks; number++) {
@@ -265,13 +266,13 @@ static void piece_of(job *j, int64_t piece) {
     if (p->partial) few(p, piece);
     else if (!p->rounded) many(p, piece);
     else if (piece < p->tokens) round_token(p, piece);
-    else { /* Others may still be at tokens that they took before this piece. */
+    else { /* Other threads may still be rounding tokens that they took before. */
         for (int64_t times = 0; atomic_load(&p->ready) < p->tokens; times++) rest(times);
         many_in_integers(p, piece - p->tokens);
     }
 }
 
-/* Computes with the caller's thread and those of XLA's pool. */
+/* Computes a product in the caller's thread and those of XLA's pool. */
 static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
     int64_t bytes = p->height * p->width;
     if (p->tokens <= FEW) {
@@ -307,7 +308,7 @@ static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
         if (p->strip < TILE) p->strip = TILE;
         p->job.pieces += (p->width + p->strip - 1) / p->strip;
     }
-    /* Work of some microseconds is not worth waking anyone. */
+    /* For work of some microseconds no other thread is woken. */
     int sound = completed(&p->job, frame, bytes * p->tokens < PIECE / 16);
     if (p->partial && p->partial != p->out) {
         int64_t count = p->tokens * p->width;
@@ -319,8 +320,8 @@ static int compute(product *p, XLA_FFI_CallFrame *frame, int in_integers) {
     return sound;
 }
 
-/* Tokens up to the last one that is not zero from end to end. Those behind it only fill a step up to
-   a length for which there is a program, and would cost as much as others. */
+/* The number of tokens up to the last one that is not all zeros. Those after it are padding, up to a
+   length for which a program is compiled, and would cost as much as others. */
 static int64_t without_padding(const float *x, int64_t tokens, int64_t height) {
     for (; tokens; tokens--)
         for (int64_t row = 0; row < height; row++)
@@ -328,8 +329,9 @@ static int64_t without_padding(const float *x, int64_t tokens, int64_t height) {
     return 0;
 }
 
-/* Arguments: x float32 [tokens, height], the bytes int8 [n], place int32 [3]: where in them the
-   first row begins, the first column, columns of a whole row; scales float32 [groups, width].
+/* Arguments: x float32 [tokens, height]; the bytes of the file, int8 [n]; place int32 [3]: where in
+   them the first row begins, the first column, and the columns of a whole row; scales float32
+   [groups, width].
    Result: float32 [tokens, width]. */
 static XLA_FFI_Error *computed(XLA_FFI_CallFrame *frame, int in_integers) {
     if (introduced(frame)) return NULL;
@@ -366,5 +368,5 @@ static XLA_FFI_Error *computed(XLA_FFI_CallFrame *frame, int in_integers) {
 
 XLA_FFI_Error *grokfetch_product(XLA_FFI_CallFrame *frame) { return computed(frame, 0); }
 
-/* The same in integers where there are many tokens. */
+/* The same, in integers for many tokens. */
 XLA_FFI_Error *grokfetch_integer_product(XLA_FFI_CallFrame *frame) { return computed(frame, 1); }

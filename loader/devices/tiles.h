@@ -1,4 +1,4 @@
-/* Sums of products that stay in registers: some tokens by some columns, for any processor. */
+/* Sums of products, kept in registers, for some tokens and some columns; for any processor. */
 
 #ifndef GROKFETCH_TILES_H
 #define GROKFETCH_TILES_H
@@ -18,8 +18,8 @@ enum { LANES = 4, VECTORS = 4 };
 enum {
     TILE = LANES * VECTORS, /* columns whose sums are in registers */
     AT_ONCE = 6,            /* tokens whose sums are in registers */
-    ROWS = 8,               /* rows read side by side: as many lines as a cache set holds */
-    LINE = 64               /* bytes of a cache line */
+    ROWS = 8,               /* rows read side by side: as many as a cache set has lines */
+    LINE = 64               /* bytes in a cache line */
 };
 
 typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -38,7 +38,8 @@ INLINE vector widened(const int8_t *from) {
 #endif
 }
 
-/* Adds to sums[token][column] what `rows` rows of a tile give: from int8, or from a panel of floats. */
+/* Adds the products of `rows` rows of a tile to sums[token][column]. The weights are int8; if `weights`
+   is null, they are floats in `panel`. */
 INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weights,
                  const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
     vector sum[AT_ONCE][VECTORS];
@@ -48,7 +49,7 @@ INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weigh
         vector values[VECTORS];
         if (weights) {
             const int8_t *from = weights + row * stride;
-            /* Into the second level: in the first, lines of rows so far apart drive each other out. */
+            /* To the second-level cache: in the first, lines so far apart evict each other. */
             __builtin_prefetch(from + ROWS * stride, 0, 2);
             for (int v = 0; v < VECTORS; v++) values[v] = widened(from + v * LANES);
         } else {
@@ -64,7 +65,8 @@ INLINE void tile(int tokens, const float *x, int64_t height, const int8_t *weigh
         for (int v = 0; v < VECTORS; v++) *(vector *)(sums + t * width + v * LANES) = sum[t][v];
 }
 
-/* The same for any number of tokens up to AT_ONCE: a program for each, with its sums in registers. */
+/* The same for any number of tokens up to AT_ONCE; each number has its own code, with its sums in
+   registers. */
 INLINE void tiles(int64_t tokens, const float *x, int64_t height, const int8_t *weights,
                   const float *panel, int64_t stride, int64_t rows, float *sums, int64_t width) {
     switch (tokens) {
