@@ -1,6 +1,6 @@
-"""Proves a GGUF by the piece hashes of a torrent, over shards that are rebuilt in memory.
+"""Proves a GGUF by the piece hashes of a torrent: its shards are rebuilt in memory and hashed.
 
-Pieces are hashed in runs of neighbours, so that the rows of a shard that several of them share are
+Neighbouring pieces are hashed together, so that rows of a shard that several of them share are
 rebuilt once.
 """
 
@@ -20,14 +20,14 @@ from loader.weights.schema import ParamSpec
 __all__ = ["Shards", "check_pieces", "rebuildable"]
 
 RUN: Final = 64 << 20
-"""Bytes of pieces that a thread hashes one after the other."""
+"""Bytes of neighbouring pieces that a thread hashes one after another."""
 
 Shards = Mapping[PurePosixPath, ParamSpec]
 """The parameter in each file of the torrent that is a shard."""
 
 
 def rebuildable(layout: Layout, shards: Shards) -> list[int]:
-    """The pieces that hold bytes of shards, and of nothing else."""
+    """The pieces that hold bytes of shards and of nothing else."""
     files = [file for file in layout.payload if file.path in shards]
     pieces = sorted({piece for file in files for piece in layout.pieces_over(file)})
     return [
@@ -40,7 +40,7 @@ def rebuildable(layout: Layout, shards: Shards) -> list[int]:
 def check_pieces(
     exported: Exported, layout: Layout, shards: Shards, pieces: Iterable[int]
 ) -> Iterator[PieceResult]:
-    """Rebuild pieces and compare their hashes with the torrent's, on all cores; as they come.
+    """Rebuild pieces on all cores and compare their hashes with the torrent's, in any order.
 
     Raises:
         StorageFailed: the GGUF cannot be read.
@@ -52,7 +52,7 @@ def check_pieces(
         except Inexact as error:
             if len(run) == 1:
                 return [PieceResult(run[0], "bad", error.what)]
-            # Only the pieces of one tensor are wrong.
+            # Only the pieces with this tensor are bad, so each is checked on its own.
             return [result for piece in run for result in job([piece], _buffer)]
 
     with Hashers[list[PieceResult]]() as hashers:
@@ -61,7 +61,7 @@ def check_pieces(
 
 
 def _runs(layout: Layout, pieces: Iterable[int]) -> Iterator[list[int]]:
-    """Neighbouring pieces together, as many as make a run."""
+    """Neighbouring pieces in runs of at most `RUN` bytes."""
     most = max(1, RUN // layout.piece_length)
     run: list[int] = []
     for piece in pieces:
@@ -91,7 +91,7 @@ def _check(
 
 
 def _joined(parts: Iterable[Segment]) -> Iterator[Segment]:
-    """The parts of files, those of one file that follow each other as one."""
+    """The parts of files, with consecutive parts of one file joined."""
     last: Segment | None = None
     for part in parts:
         if last is not None and last.file == part.file:

@@ -1,7 +1,7 @@
-"""Checksums of what an export writes, made of the bytes in memory, before a disk has had them.
+"""Checksums of what an export writes, computed in memory before the bytes go to the disk.
 
-What is hashed for the manifest is read back from the disk. A bit that flips on the way there would
-be certified with the rest; compared with these checksums it is found.
+What is hashed for the manifest is read back from the disk. A bit that flipped on the way there
+would be certified with the rest; these checksums find it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Written:
 
     @classmethod
     def of(cls, data: bytes, start: int = 0) -> Written:
-        """All of some bytes."""
+        """The span of `data`, written at `start`."""
         return cls(start, len(data), zlib.crc32(data))
 
     @property
@@ -43,25 +43,25 @@ class Written:
 
     @property
     def fields(self) -> list[Any]:
-        """The same for JSON."""
+        """The same as a JSON list."""
         return [self.start, self.length, self.crc32]
 
     @classmethod
     def from_fields(cls, fields: Iterable[Any]) -> Written:
-        """What `fields` gives.
+        """The span that such a JSON list describes.
 
         Raises:
-            ValueError, TypeError: it is not that.
+            ValueError, TypeError: it is not such a list.
         """
         start, length, crc32 = map(int, fields)
         return cls(start, length, crc32)
 
 
 class _Comparison:
-    """Compares a file that is read from its beginning to its end with what was written.
+    """Compares a file, read from beginning to end, with what was written.
 
     Args:
-        written: spans that do not overlap, in any order; what lies between them is not compared.
+        written: spans that do not overlap, in any order; bytes between them are not compared.
     """
 
     def __init__(self, written: Iterable[Written]) -> None:
@@ -88,7 +88,7 @@ class _Comparison:
 
     @property
     def changed(self) -> list[Written]:
-        """The spans that were read and differ, and those that the file ends before."""
+        """The spans that differ, and those that lie beyond the end of the file."""
         return [*self._changed, *self._left]
 
 
@@ -97,20 +97,20 @@ def read_back(
     described: Manifest,
     written: Mapping[PurePosixPath, Mapping[Written, str | None]],
 ) -> Iterator[Progress | Finding]:
-    """Hash files as they stand on the disk, and make their folder one that `verify` knows.
+    """Hash files as they are on the disk, and make their folder known to `verify`.
 
     Args:
         store: the folder, its exclusive lock held.
         described: its manifest, the files without sha256.
-        written: by file, what is known of what was written, each span with its tensor; None for
-            what no tensor holds.
+        written: for each file the spans that were written, each with its tensor; None for a span
+            outside all tensors.
 
     Yields:
-        How far it is, and a finding for each span that is not as it was written. After a finding
-        nothing is made known: the folder proves nothing.
+        Progress, and a finding for each span that is not as it was written. After a finding no
+        manifest and no record is written, so the folder proves nothing.
 
     Raises:
-        StorageFailed: a file cannot be read, or the state folder not be written.
+        StorageFailed: a file cannot be read, or the state folder cannot be written.
     """
     digests, proofs, done, changed = {}, {}, 0, False
     compared = {path: _Comparison(spans) for path, spans in written.items()}

@@ -1,8 +1,10 @@
-"""The container GGUF, version 3: fields and tensors by name, written and read. Pure but for `read`.
+"""Writes and reads the container GGUF, version 3: fields and tensors by name.
+
+Everything but `read` is pure.
 
 A file is a header of fields and tensor entries, then the tensors, each at a multiple of 32 bytes.
-Integers are little-endian, strings UTF-8 behind their length. Dimensions are stored fastest first;
-here shapes are NumPy's, the fastest last.
+Integers are little-endian; strings are UTF-8, preceded by their length. Dimensions are stored with
+the fastest first; shapes here are NumPy's, with the fastest last.
 
 Source: the GGUF specification in ggml, docs/gguf.md.
 """
@@ -26,7 +28,7 @@ ALIGNMENT: Final = 32
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3
 MOST: Final = 1 << 24
-"""Fields, tensors or elements of an array in a file that is believed; a vocabulary has 2**17."""
+"""Most fields, tensors or elements of an array that a file may claim; a vocabulary has 2**17."""
 
 FieldType = Literal["u16", "u32", "i32", "f32", "bool", "str", "u64"]
 NUMBERS: Final[dict[FieldType, tuple[int, str]]] = {
@@ -46,7 +48,7 @@ ELEMENT_TYPES: Final = {code: name for name, code in ELEMENT_CODES.items()}
 
 
 class Field(NamedTuple):
-    """A value with the type that it is written in; a sequence is an array of that type."""
+    """A value and the type it is written as; a sequence is an array of that type."""
 
     kind: FieldType
     value: Any
@@ -54,7 +56,7 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor: its shape, the fastest dimension last, and its place among the tensors in bytes."""
+    """A tensor: its shape, fastest dimension last, and its offset in bytes among the tensors."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,7 +84,7 @@ def padded(nbytes: int) -> int:
 
 
 def written(fields: Mapping[str, Field], tensors: Sequence[Entry]) -> bytes:
-    """All of a file before its first tensor, whose offset is 0."""
+    """Everything in a file before its first tensor, whose offset is 0."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(fields))]
     for key, field in fields.items():
         parts += [_string(key), *_typed(field)]
@@ -120,7 +122,8 @@ def read(path: Path) -> Gguf:
 
     Raises:
         StorageFailed: it cannot be read.
-        CheckpointInvalid: it is not a GGUF of version 3, truncated, or has tensors of other types.
+        CheckpointInvalid: it is not a GGUF of version 3, is truncated, or has tensors of other
+            types.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -132,7 +135,7 @@ def read(path: Path) -> Gguf:
 
 
 class _Reader:
-    """Reads values one after the other; ValueError says what is wrong."""
+    """Reads values one after another; ValueError says what is wrong."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data

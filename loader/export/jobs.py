@@ -1,4 +1,4 @@
-"""The jobs of an export: which rows of which shard are next, and what bytes they become."""
+"""The jobs of an export: which rows of which shard come next, and which bytes they become."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from loader.export.layout import Part, is_turned
+from loader.export.layout import Part, is_transposed
 from loader.export.matrices import encode, encode_quantized, row_bytes
 from loader.weights.checkpoint import Checkpoint
 from loader.weights.tensor import Tensor
@@ -19,27 +19,27 @@ from loader.weights.tensor import Tensor
 __all__ = ["Job", "Work", "encoded", "rows_of"]
 
 SLAB: Final = 1 << 22
-"""Weights that a thread turns and encodes at once, in at most 22 MB of memory."""
+"""Weights that a thread transposes and encodes at once, in at most 22 MB of memory."""
 
 AHEAD: Final = 4
-"""Tensors that a fetch beside the export is asked to bring before all others."""
+"""Tensors that a fetch running beside the export is asked to bring before all others."""
 
 LOOK_S: Final = 1.0
-"""How often it is looked, while jobs are at work, whether more has come."""
+"""How often to look for arrived tensors while jobs are running."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """Some rows of a parameter seen as one matrix: one expert, or a part of a table."""
+    """Some rows of a parameter viewed as one matrix: an expert, or a part of a table."""
 
     part: Part
     rows: range
 
 
 class Work:
-    """The jobs of tensors in their order, as the shards arrive that they are made from.
+    """The jobs of tensors in order, each available once the shard it is made from has arrived.
 
-    Nobody waits for bytes within a job: what goes wrong elsewhere ends all of them at once.
+    So no job waits for bytes, and an error elsewhere ends all of them at once.
 
     Attributes:
         absent: the tensors whose shards have not arrived.
@@ -54,19 +54,19 @@ class Work:
 
     @property
     def left(self) -> bool:
-        """Whether there are jobs that were not taken."""
+        """Whether there are jobs still to be taken."""
         return bool(self.absent or self._ready)
 
     @property
     def patience_s(self) -> float | None:
-        """How long to wait for a job that was taken: more may arrive meanwhile."""
+        """How long to wait for a running job before looking again for arrived tensors."""
         return LOOK_S if self.absent else None
 
     def take(self, most: int) -> list[Job]:
-        """The next jobs whose shards are there.
+        """The next jobs whose shards have arrived.
 
         Raises:
-            GrokfetchError: what has ended the fetch that was to bring the others.
+            GrokfetchError: what has ended the fetch that should bring the others.
         """
         news = self._checkpoint.news
         if self.absent and news != self._seen:
@@ -90,16 +90,16 @@ class Work:
         self._checkpoint.await_news(self._seen)
 
     def ends(self, job: Job) -> bool:
-        """Count a job as ended; whether it was the last of its tensor."""
+        """Count a job as ended; returns whether it was the last of its tensor."""
         self._unended[job.part.name] -= 1
         return not self._unended[job.part.name]
 
 
 def _jobs(part: Part) -> Iterator[Job]:
-    """A parameter in pieces: each expert, or as many rows of a table as make a slab."""
+    """A parameter divided into jobs: one for each expert, or for each slab of rows of a table."""
     *outer, rows, columns = (1, *part.spec.shape)
     step = rows
-    if part.spec.scale_groups is None and not is_turned(part.spec):
+    if part.spec.scale_groups is None and not is_transposed(part.spec):
         step = max(1, SLAB // columns)
     total = math.prod(outer) * rows
     first = 0
@@ -110,7 +110,7 @@ def _jobs(part: Part) -> Iterator[Job]:
 
 
 def rows_of(tensor: Tensor, rows: range) -> npt.NDArray[np.generic]:
-    """Rows of the weight seen as one matrix: mapped and brought from the disk, or a copy."""
+    """Rows of the weight viewed as one matrix: mapped and read from the disk, or a copy."""
     columns = tensor.shape[-1]
     width = columns * tensor.dtype.itemsize
     if not tensor.mappable:
@@ -128,7 +128,7 @@ def encoded(
     part, scales = job.part, tensor.scales
     length, count = matrix.shape
     if scales is None:
-        values = np.ascontiguousarray(matrix.T) if is_turned(part.spec) else matrix
+        values = np.ascontiguousarray(matrix.T) if is_transposed(part.spec) else matrix
         yield job.rows.start * row_bytes(part.kind, count), encode(values, part.kind)
         return
     groups = scales.shape[-2]

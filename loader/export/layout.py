@@ -1,7 +1,7 @@
-"""Which files an export consists of, and which bytes of them are which weight. Pure: no I/O here.
+"""Which files an export consists of, and which of their bytes are which weight. Pure: no I/O here.
 
-Everything follows from the config, the vocabulary and the choices made, so that an export can be
-announced before it begins and resumed after whatever has ended it.
+Everything follows from the config, the vocabulary and the options, so an export can be described
+before it begins and resumed after any interruption.
 
 Source of the names and keys: llama.cpp, `llm_build_grok` and conversion of Grok.
 """
@@ -35,9 +35,9 @@ __all__ = [
     "gguf_name",
     "gguf_plan",
     "in_files",
-    "is_turned",
+    "is_transposed",
     "split_name",
-    "turned_shape",
+    "transposed_shape",
 ]
 
 GGUF_NAMES: Final = {
@@ -56,7 +56,7 @@ GGUF_NAMES: Final = {
     "after_experts": "layer_output_norm",
     "router": "ffn_gate_inp",
 }
-"""By field of the table of tensors, `loader.weights.schema`."""
+"""By field in the table of tensors, `loader.weights.schema`."""
 
 FIELDS: Final = {kind.name: kind.field for kind in (*OUTER, *LAYER)}
 FILE_TYPES: Final[dict[ElementType, int]] = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -67,7 +67,7 @@ ROPE_BASE: Final = 10000.0
 UNUSED_SCORE: Final = -10000.0
 
 CONFIG_KEY: Final = "grokfetch.config"
-"""Under which a GGUF of ours holds the config as JSON: the way back needs every field."""
+"""The key of the config, as JSON, in a GGUF that we write: rebuilding shards needs every field."""
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ Vocabulary = Sequence[tuple[str, float, Literal["normal", "unknown", "control", 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """Where exported weights come from: what every export says of itself.
+    """Where exported weights come from; every export holds this.
 
     name: of the checkpoint. info_hash: of its torrent, None without one. manifest: sha256 of its
     manifest, in hexadecimal. version: of grokfetch.
@@ -91,7 +91,7 @@ class Origin:
 
     @property
     def fields(self) -> dict[str, str]:
-        """The same as metadata of a file, by key."""
+        """The same as metadata in a file, by key."""
         fields = {
             "grokfetch.version": self.version,
             "grokfetch.source.name": self.name,
@@ -115,8 +115,8 @@ class OutputFile:
 class Part:
     """A tensor of the export: the parameter that it holds, and where.
 
-    `offset` is in bytes from the beginning of the file with the index `file`. `expert` is the one
-    that it holds of a stack, None for all of the parameter.
+    `offset` is in bytes from the beginning of the file with the index `file`. `expert` is the index
+    of an expert if the tensor holds only that one, None for the whole parameter.
     """
 
     name: str
@@ -128,14 +128,14 @@ class Part:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of weights and scales that it is made from."""
+        """Bytes of the weights and scales that it is made from."""
         whole = self.spec.nbytes
         return whole if self.expert is None else whole // self.spec.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """All of an export."""
+    """A whole export: its files and its tensors."""
 
     files: tuple[OutputFile, ...]
     parts: tuple[Part, ...]
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Tells exports apart: the same digest, the same bytes from the same weights."""
+        """Identifies an export: plans with equal digests write equal bytes for equal weights."""
         hasher = hashlib.sha256()
         for file in self.files:
             hasher.update(json.dumps([file.name, file.size]).encode() + file.head)
@@ -163,17 +163,19 @@ def gguf_plan(
 ) -> Plan:
     """An export as GGUF, for llama.cpp's architecture `grok`.
 
-    With Q8_0 embedding, norms and routers stay float32 and the rest keeps its int8 and its scales.
+    With Q8_0, the embedding, norms and routers stay float32, and all other tensors keep their int8
+    values and scales.
 
     Args:
         config: the model.
-        vocabulary: its tokens; those that it lacks are filled up with unused ones.
+        vocabulary: its tokens; if there are fewer than the model has, unused ones are added.
         origin: of the weights.
-        kind: of the weights that are int8 in the shards, and of the embedding but for Q8_0.
-        split: bytes of tensors from which on there is more than one file; None for one file.
+        kind: type of the weights that are int8 in the shards, and of the embedding unless it is
+            Q8_0.
+        split: most bytes of tensors in a file; None for one file.
 
     Raises:
-        Inexact: the model's groups of rows are not made of blocks of Q8_0.
+        Inexact: a group of rows with one scale is not a multiple of a Q8_0 block.
     """
     if kind == "Q8_0":
         _require_whole_blocks(config)
@@ -202,30 +204,30 @@ def gguf_plan(
 
 
 def gguf_name(spec: ParamSpec) -> str:
-    """What a parameter is called in GGUF."""
+    """The name of a parameter in GGUF."""
     layer = "" if spec.layer is None else f"blk.{spec.layer}."
     return f"{layer}{GGUF_NAMES[field_of(spec)]}.weight"
 
 
 def field_of(spec: ParamSpec) -> str:
-    """The field of the table of tensors, `loader.weights.schema`, that a parameter stands in."""
+    """The field of a parameter in the table of tensors, `loader.weights.schema`."""
     return FIELDS[spec.name if spec.layer is None else spec.name.split("/", 2)[2]]
 
 
-def turned_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape of a parameter in an export: `[..., K, N]` becomes `[..., N, K]` where turned."""
-    if not is_turned(spec):
+def transposed_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """The shape of a parameter in an export: `[..., N, K]` for a transposed `[..., K, N]`."""
+    if not is_transposed(spec):
         return spec.shape
     return (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
 
 
-def is_turned(spec: ParamSpec) -> bool:
-    """Whether a parameter is transposed: all that is multiplied, but for the embedding."""
+def is_transposed(spec: ParamSpec) -> bool:
+    """Whether a parameter is transposed: every matrix is, except the embedding."""
     return len(spec.shape) > 1 and spec.axes != ("vocab", "embed")
 
 
 def split_name(first: Path, number: int, count: int) -> Path:
-    """Where file `number`, from 0 on, of an export in several lies beside the first one."""
+    """The path of file `number`, counted from 0, of an export whose first file is `first`."""
     return first.with_name(first.name.removesuffix(_number(0, count)) + _number(number, count))
 
 
@@ -237,7 +239,7 @@ def _entry(spec: ParamSpec, kind: ElementType) -> Entry:
     held: ElementType = "F32"
     if spec.scale_groups is not None or (spec.axes == ("vocab", "embed") and kind != "Q8_0"):
         held = kind
-    return Entry(gguf_name(spec), turned_shape(spec), held, 0)
+    return Entry(gguf_name(spec), transposed_shape(spec), held, 0)
 
 
 def _require_whole_blocks(config: GrokConfig) -> None:
@@ -256,7 +258,7 @@ def _require_whole_blocks(config: GrokConfig) -> None:
 def in_files(
     tensors: Iterable[T], nbytes: Callable[[T], int], split: int | None
 ) -> Iterator[list[T]]:
-    """The tensors of each file: at least one, and not more bytes than `split` otherwise."""
+    """The tensors of each file: at most `split` bytes, but at least one tensor."""
     group: list[T] = []
     size = 0
     for tensor in tensors:
@@ -269,7 +271,7 @@ def in_files(
 
 
 def _placed(group: Iterable[tuple[ParamSpec, Entry]]) -> Iterator[tuple[ParamSpec, Entry]]:
-    """The tensors of a file one after the other."""
+    """The tensors of a file, one after another."""
     offset = 0
     for spec, entry in group:
         yield spec, dataclasses.replace(entry, offset=offset)
@@ -330,7 +332,7 @@ def _fields(
 
 
 def _vocabulary_fields(config: GrokConfig, vocabulary: Vocabulary) -> dict[str, Field]:
-    """The tokens so that llama.cpp cuts a text as SentencePiece does."""
+    """The tokens, given so that llama.cpp tokenizes a text as SentencePiece does."""
     lacking = range(len(vocabulary), config.vocab_size)
     tokens = list(vocabulary) + [(f"[PAD{it}]", UNUSED_SCORE, "unused") for it in lacking]
     pieces, scores, kinds = zip(*tokens, strict=True)

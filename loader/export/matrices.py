@@ -1,7 +1,7 @@
-"""Matrices as other formats hold them: turned to rows of the contraction, in their element types.
+"""Matrices as other formats hold them: transposed, and in their element types. Pure: no I/O here.
 
-Shapes: K rows and N columns of a matrix as the official shards hold it, `[K, N]` with K the
-contracted axis; G groups of K / G rows that share scales. Pure: no I/O here.
+Shapes: the official shards hold a matrix as `[K, N]`, with K the contracted axis; each of G groups
+of K / G rows shares scales.
 
 Source of Q8_0: llama.cpp, `block_q8_0` in ggml-common.h.
 """
@@ -27,12 +27,12 @@ __all__ = [
     "encode_quantized",
     "float16_scales",
     "row_bytes",
-    "turned",
-    "turned_back",
+    "transposed",
+    "transposed_back",
 ]
 
 ElementType = Literal["F32", "F16", "BF16", "Q8_0"]
-"""Under the names of GGUF; safetensors has the first three under the same names."""
+"""By their names in GGUF; safetensors has the same names for the first three."""
 
 BLOCK_LENGTH: Final = 32
 BLOCK: Final = np.dtype([("scale", "<f2"), ("values", "i1", BLOCK_LENGTH)])
@@ -45,13 +45,13 @@ FLOATS: Final[dict[str, np.dtype[np.generic]]] = {
 }
 
 _STRIP: Final = 512
-"""Rows turned at once, so that they stay in a core's cache."""
+"""Rows transposed at once, few enough to stay in a core's cache."""
 
 _UNIT: Final = 8
-"""Neighbouring bytes that are moved together first."""
+"""Neighbouring bytes that are moved together in the first step."""
 
 _FLOAT_BLOCK: Final = 1 << 18
-"""Elements held as float32 at a time."""
+"""Most elements held as float32 at a time."""
 
 Int8 = npt.NDArray[np.int8]
 Float32 = npt.NDArray[np.float32]
@@ -59,31 +59,31 @@ Data = bytes | memoryview | npt.NDArray[np.generic]
 
 
 def bytes_of(data: Data) -> memoryview:
-    """The bytes themselves, or those of an array as they lie in files."""
+    """The bytes themselves, or those of an array as a file holds them."""
     array = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def row_bytes(kind: ElementType, length: int) -> int:
-    """Bytes of a row of so many elements; of Q8_0 the length is a multiple of 32."""
+    """Bytes of a row of `length` elements; for Q8_0, a multiple of 32."""
     if kind == "Q8_0":
         return length // BLOCK_LENGTH * BLOCK.itemsize
     return length * FLOATS[kind].itemsize
 
 
-def turned(matrix: Int8) -> Int8:
+def transposed(matrix: Int8) -> Int8:
     """The transpose `[N, K]` of `[K, N]` int8, C-contiguous."""
     rows, columns = matrix.shape
     result = np.empty((columns, rows), np.int8)
-    _turn(matrix, result[:, None])
+    _transpose(matrix, result[:, None])
     return result
 
 
-def _turn(matrix: Int8, into: Int8) -> None:
-    """Write the transpose of `[K, N]` into `[N, K / B, B]`, the rows in blocks of B.
+def _transpose(matrix: Int8, into: Int8) -> None:
+    """Write the transpose of `[K, N]` into `[N, K / B, B]`, with rows in blocks of B.
 
-    Bytes are first moved by eights and then one by one inside a core's cache: 20 times as fast as a
-    plain copy of the transpose, whose every step goes to another page.
+    Bytes are first moved eight at a time and then one by one within a core's cache. This is 20
+    times as fast as copying the transpose, where each step goes to another page.
     """
     rows, columns = matrix.shape
     length = into.shape[-1]
@@ -92,7 +92,7 @@ def _turn(matrix: Int8, into: Int8) -> None:
         return
     by_eights = into.reshape(columns // _UNIT, _UNIT, -1, length)
     for start in range(0, rows, _STRIP):
-        # A copy of its own, since payloads in shards are not aligned.
+        # It is copied because arrays in shards are not aligned.
         strip = np.ascontiguousarray(matrix[start : start + _STRIP])
         units = np.ascontiguousarray(strip.view(np.uint64).T).view(np.int8)
         within = min(length, len(strip))
@@ -103,7 +103,7 @@ def _turn(matrix: Int8, into: Int8) -> None:
 
 
 def encode(values: Float32, kind: ElementType) -> npt.NDArray[np.generic]:
-    """float32 values in another type of floating-point number, rounded to the nearest.
+    """float32 values in another floating-point type, rounded to nearest.
 
     Raises:
         Inexact: a finite value is beyond the range of float16.
@@ -120,31 +120,31 @@ def encode(values: Float32, kind: ElementType) -> npt.NDArray[np.generic]:
 def encode_quantized(
     matrix: Int8, scales: npt.NDArray[np.generic], kind: ElementType
 ) -> npt.NDArray[np.generic]:
-    """The weights that int8 values and their scales stand for, turned.
+    """The weights that int8 values and their scales represent, transposed.
 
-    In Q8_0 and F32 they are exact, in BF16 and F16 the product is rounded once: with BF16 these are
-    the weights that the reference computes with.
+    Q8_0 and F32 are exact. For BF16 and F16 the product is rounded once; in BF16 these are the
+    weights that the reference computes with.
 
     Args:
-        matrix: `[K, N]` and
-        scales: bfloat16 `[G, N]`, as the shards hold them.
-        kind: of the result.
+        matrix: `[K, N]`, as the shards hold it.
+        scales: bfloat16 `[G, N]`.
+        kind: type of the result.
 
     Returns:
         `[N, K / 32]` blocks for Q8_0, otherwise `[N, K]`.
 
     Raises:
-        Inexact: a scale or a weight cannot be written so; the message says why.
+        Inexact: a scale or a weight cannot be represented; the message says why.
     """
     length, count = matrix.shape
     groups = len(scales)
     if kind == "Q8_0":
         blocks = np.empty((count, length // BLOCK_LENGTH), BLOCK)
-        _turn(matrix, blocks["values"])
+        _transpose(matrix, blocks["values"])
         each = length // BLOCK_LENGTH // groups
         blocks["scale"] = np.repeat(float16_scales(scales).T, each, axis=1)
         return blocks
-    rows = turned(matrix)
+    rows = transposed(matrix)
     result = np.empty((count, length), FLOATS[kind])
     factors = scales.astype(np.float32).T[:, :, None]
     step = max(1, _FLOAT_BLOCK // length)
@@ -157,10 +157,10 @@ def encode_quantized(
 
 
 def float16_scales(scales: npt.NDArray[np.generic]) -> npt.NDArray[np.float16]:
-    """bfloat16 scales as float16, of the same shape, none of them changed.
+    """bfloat16 scales as float16, with the same shape and values.
 
     Raises:
-        Inexact: one is not a number of float16.
+        Inexact: float16 cannot represent one of them.
     """
     wanted = scales.astype(np.float32)
     with np.errstate(over="ignore"):
@@ -168,30 +168,30 @@ def float16_scales(scales: npt.NDArray[np.generic]) -> npt.NDArray[np.float16]:
     wrong = ~np.isfinite(result) | (result.astype(np.float32) != wanted)
     if wrong.any():
         raise Inexact(
-            f"its scale {wanted[wrong].flat[0]:.6g} is not a number of float16, "
+            f"its scale {wanted[wrong].flat[0]:.6g} cannot be represented in float16, "
             "in which Q8_0 keeps scales",
             hint="choose --type f32 or bf16",
         )
     return result
 
 
-def turned_back(blocks: npt.NDArray[np.void], rows: slice) -> Int8:
-    """Rows of the int8 matrix `[K, N]` whose Q8_0 blocks `[N, K / 32]` these are.
+def transposed_back(blocks: npt.NDArray[np.void], rows: slice) -> Int8:
+    """Rows of the int8 matrix `[K, N]` with the given Q8_0 blocks `[N, K / 32]`.
 
     Args:
-        blocks: all of the matrix.
+        blocks: those of the whole matrix.
         rows: which of the K rows; both ends are multiples of 32.
     """
     part = blocks["values"][:, rows.start // BLOCK_LENGTH : rows.stop // BLOCK_LENGTH]
-    return turned(np.ascontiguousarray(part).reshape(len(blocks), -1))
+    return transposed(np.ascontiguousarray(part).reshape(len(blocks), -1))
 
 
 def bfloat16_scales(blocks: npt.NDArray[np.void], groups: int) -> npt.NDArray[np.generic]:
     """The bfloat16 scales `[G, N]` of a matrix from its Q8_0 blocks `[N, K / 32]`.
 
     Raises:
-        Inexact: the blocks of a group differ in their scales, or one is not a number of bfloat16.
-            They were not made of these shards.
+        Inexact: blocks of a group have different scales, or bfloat16 cannot represent one. So they
+            were not made from official shards.
     """
     by_group = blocks["scale"].reshape(len(blocks), groups, -1)
     first = by_group[:, :, :1]
@@ -200,5 +200,5 @@ def bfloat16_scales(blocks: npt.NDArray[np.void], groups: int) -> npt.NDArray[np
     wanted = first[:, :, 0].astype(np.float32)
     result = wanted.astype(ml_dtypes.bfloat16)
     if (result.astype(np.float32) != wanted).any():
-        raise Inexact("a scale is not a number of bfloat16")
+        raise Inexact("a scale cannot be represented in bfloat16")
     return np.ascontiguousarray(result.T)

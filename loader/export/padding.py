@@ -1,14 +1,15 @@
-"""A model filled up with zeros to a shape that llama.cpp loads; what it computes stays the same.
+"""Pads a model with zeros to a shape that llama.cpp loads; what it computes stays the same.
 
-llama.cpp wants heads times head size to be the width, and Q8_0 blocks of 32 rows with one scale.
-Grok-1 has both; small models often have neither. Zeros change no sum, and stand so that all else
-keeps its place:
+llama.cpp needs the number of heads times the head size to be the width, and Q8_0 needs one scale
+for each 32 rows. Grok-1 has both; small models often have neither. Zeros change no sum, and they
+are placed so that nothing else changes:
 
-- A head of size d becomes one of size m * d, dimension i going to m * i: rotary embedding turns
-  dimension j of d / 2 as fast as it turns m * j of m * d / 2.
-- The width grows at its end. The mean of squares shrinks by that, which norms make good by weights
-  that are smaller by the root; their epsilon of 1e-5 counts for as much more.
-- In an expert each group of rows that share a scale grows at its end.
+- A head of size d gets size m * d, and dimension i becomes dimension m * i: rotary embedding
+  rotates dimension j of d / 2 as fast as dimension m * j of m * d / 2.
+- The width grows at its end. That makes the mean of squares smaller, which the weights of the norms
+  compensate: they are divided by the square root of the factor. Their epsilon of 1e-5 has more
+  effect by the same factor.
+- In an expert, each group of rows that share a scale grows at its end.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from loader.weights.tensor import Tensor
 __all__ = ["padded_config", "write_padded"]
 
 ROWS = SCALE_GROUPS * BLOCK_LENGTH
-"""Rows of a matrix whose groups of rows are blocks."""
+"""A matrix with a multiple of these rows has groups that are whole Q8_0 blocks."""
 
 
 def padded_config(config: GrokConfig) -> GrokConfig:
-    """The smallest shape that llama.cpp loads and that holds a model; its own where it is one."""
+    """The smallest shape that llama.cpp loads and that a model fits into, maybe its own."""
     heads = config.num_q_heads * config.key_size
     stretch = math.lcm(heads, ROWS) // heads
     stretch *= -(-config.emb_size // (heads * stretch))
@@ -48,9 +49,9 @@ def padded_config(config: GrokConfig) -> GrokConfig:
 
 
 def write_padded(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Write the shards of the same model in its padded shape into a folder, and open them.
+    """Write the shards of a model in its padded shape into a folder, and open them.
 
-    A tensor is in memory as a whole.
+    One whole tensor is in memory at a time.
 
     Raises:
         OSError: the folder cannot be written.
@@ -72,7 +73,7 @@ def write_padded(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 def _scales(
     config: GrokConfig, tensor: Tensor, shape: tuple[int, ...] | None
 ) -> npt.NDArray[Any] | None:
-    """The scales in the padded shape; those of zeros are 1."""
+    """The scales in the padded shape; those of padding are 1."""
     if tensor.scales is None or shape is None:
         return None
     scales = np.ones(shape, tensor.scales.dtype)
@@ -82,7 +83,7 @@ def _scales(
 
 
 def _places(config: GrokConfig, axis: Axis) -> npt.NDArray[np.intp]:
-    """Where each index along an axis goes."""
+    """The index in the padded shape for each index along an axis."""
     match axis:
         case "q_heads" | "kv_heads":
             heads = config.num_q_heads if axis == "q_heads" else config.num_kv_heads

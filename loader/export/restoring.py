@@ -1,7 +1,8 @@
-"""The way back: the official shards, byte for byte, from a GGUF of type Q8_0 that `export` wrote.
+"""Rebuilds the official shards, byte for byte, from a GGUF of type Q8_0 that `export` wrote.
 
-Q8_0 keeps int8 and scales, the frame of a shard follows from its shape, and the fields of the file
-hold the config. So a GGUF can be proven to be the official checkpoint, and become it again.
+Q8_0 keeps the int8 values and the scales, the frame of a shard follows from its shape, and the
+fields of the GGUF hold the config. So a GGUF can be proven to be the official checkpoint, and be
+converted back into it.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from grokfetch.folder.known import EXPORT
 from grokfetch.folder.store import Store
 from grokfetch.torrent.read_back import Hashers
 from loader.export.gguf import Entry, read
-from loader.export.layout import CONFIG_KEY, gguf_name, is_turned, split_name, turned_shape
+from loader.export.layout import CONFIG_KEY, gguf_name, is_transposed, split_name, transposed_shape
 from loader.export.matrices import (
     BLOCK,
     BLOCK_LENGTH,
     Data,
     bfloat16_scales,
     bytes_of,
-    turned_back,
+    transposed_back,
 )
 from loader.export.target_file import TargetFile
 from loader.weights.pages import Pages
@@ -54,19 +55,19 @@ __all__ = ["FOLDER", "Exported", "Rebuilt", "digests", "open_exported", "write_s
 
 SCHEMA: Final = 1
 SLAB: Final = 1 << 22
-"""Weights that a thread turns at once."""
+"""Weights that a thread transposes at once."""
 
 FOLDER: Final = PurePosixPath("ckpt-0")
 """Where the shards go in OUT, as in the official release."""
 
 
 _Part = tuple[int, Callable[[], Data]]
-"""Some bytes of a shard: how many, and what makes them."""
+"""Some bytes of a shard: their number, and a function that makes them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exported:
-    """A GGUF of ours: its config, its fields, and by name the file and place of every tensor."""
+    """A GGUF that we wrote: its config and fields, and the file and entry of each tensor."""
 
     config: GrokConfig
     fields: Mapping[str, Any]
@@ -83,7 +84,7 @@ class Exported:
             stop: the byte after the last one.
 
         Raises:
-            Inexact: the tensor was not made of a shard.
+            Inexact: the tensor was not made from an official shard.
             StorageFailed: the file cannot be read.
         """
         path, entry = self.tensors[gguf_name(spec)]
@@ -100,16 +101,16 @@ class Exported:
             raise storage_failed(error, path) from error
         except Inexact as error:
             raise Inexact(
-                f"{entry.name} was not made of an official shard: {error.what}", path=path
+                f"{entry.name} was not made from an official shard: {error.what}", path=path
             ) from None
 
 
 def open_exported(path: Path) -> Exported:
-    """A GGUF that `export` wrote, all files of it where it is split.
+    """A GGUF that `export` wrote; if it is split, all its files.
 
     Raises:
         CheckpointInvalid: it is not one, or a tensor is missing or has another shape.
-        Inexact: it is of a type that has given up int8 and scales.
+        Inexact: it is of a type that does not keep int8 and scales.
         StorageFailed: it cannot be read.
     """
     first = read(path)
@@ -135,16 +136,17 @@ def _check(spec: ParamSpec, path: Path, tensors: Mapping[str, tuple[Path, Entry]
     if name not in tensors:
         raise CheckpointInvalid(f"it has no tensor {name}", path=path)
     _, entry = tensors[name]
-    if entry.shape != turned_shape(spec):
+    if entry.shape != transposed_shape(spec):
         raise CheckpointInvalid(
-            f"{name} must have the shape {turned_shape(spec)}, found {entry.shape}", path=path
+            f"{name} must have the shape {transposed_shape(spec)}, found {entry.shape}", path=path
         )
     wanted = "F32" if spec.scale_groups is None else "Q8_0"
     if entry.kind != wanted:
         raise Inexact(
             f"{name} is {entry.kind}: only an export of type q8_0 keeps int8 and scales",
             path=path,
-            hint="its bytes as they were written: grokfetch verify of the folder that it lies in",
+            hint="to check that its bytes are as they were written: grokfetch verify FOLDER, with "
+            "its folder",
         )
 
 
@@ -162,7 +164,7 @@ def _parts(spec: ParamSpec, entry: Entry, mapped: mmap.mmap, path: Path) -> Iter
 
 def _floats(spec: ParamSpec, entry: Entry, mapped: mmap.mmap, path: Path) -> Iterator[_Part]:
     table = np.ndarray(entry.shape, "<f4", mapped, entry.offset)
-    if is_turned(spec):
+    if is_transposed(spec):
         yield entry.nbytes, lambda: table.T
         return
     flat = table.reshape(len(table), -1)
@@ -190,7 +192,7 @@ def _int8_and_scales(
 
     def int8(number: int, slab: slice) -> Data:
         Pages(path, mapped, entry.offset + number * each, each).bring()
-        return turned_back(experts[number], slab)
+        return transposed_back(experts[number], slab)
 
     return [
         (
@@ -212,7 +214,7 @@ class Rebuilt:
 
 
 def digests(exported: Exported) -> Iterator[Rebuilt]:
-    """Rebuild every shard, on all cores, and hash it; as they come."""
+    """Rebuild every shard on all cores and hash it; they come in any order."""
 
     def job(spec: ParamSpec, _buffer: memoryview) -> Rebuilt:
         hasher = hashlib.sha256()
@@ -228,12 +230,12 @@ def digests(exported: Exported) -> Iterator[Rebuilt]:
 
 
 def write_shards(exported: Exported, store: Store) -> Iterator[Progress]:
-    """Write every shard into a folder whose exclusive lock is held; those that are whole stay.
+    """Write every shard into a folder whose exclusive lock is held; complete ones are kept.
 
     Raises:
         Contradiction: another export was begun there.
-        StorageFailed: other files lie there, or the disk does not take them.
-        Inexact: a tensor was not made of a shard.
+        StorageFailed: other files are in the way, or writing fails.
+        Inexact: a tensor was not made from an official shard.
     """
     specs = parameters(exported.config)
     _begin(exported, store)
@@ -270,7 +272,7 @@ def write_shards(exported: Exported, store: Store) -> Iterator[Progress]:
 
 
 def _begin(exported: Exported, store: Store) -> None:
-    """Make sure that what lies in the folder is ours, and of the same GGUF."""
+    """Make sure that what is in the folder is ours, and from the same GGUF."""
     stamps = [
         [path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns]  # noqa: PTH116
         for path in sorted({path for path, _ in exported.tensors.values()})
@@ -287,9 +289,9 @@ def _begin(exported: Exported, store: Store) -> None:
     folder = store.root / FOLDER
     if known is None and folder.exists():
         raise StorageFailed(
-            "a folder lies where the shards must go", path=folder, hint="choose another OUT"
+            "a folder is where the shards must go", path=folder, hint="choose another OUT"
         )
-    # Without it the next export would take our own folder for somebody else's.
+    # Without this the next export would take our own folder for somebody else's.
     advisory.write_first(state, SCHEMA, {"plan": plan, "done": {}})
     try:
         make_folder(folder)

@@ -1,8 +1,9 @@
-"""An export as safetensors, in the names that vLLM or SGLang reads. Pure: no I/O here.
+"""An export as safetensors, with the names that vLLM or SGLang expects. Pure: no I/O here.
 
 A file is the length of a JSON header, the header, and the tensors without gaps; an index says which
-file holds which tensor. Every matrix is `[out, in]`, each expert a tensor of its own. What is int8
-in the shards is bfloat16, rounded once, as is the embedding; norms and routers stay float32.
+file holds which tensor. Every matrix is `[out, in]`, and each expert is a separate tensor. What is
+int8 in the shards becomes bfloat16, rounded once, and so does the embedding; norms and routers stay
+float32.
 
 Sources: the specification in safetensors' README; the loaders of vLLM, `grok1.py`, and of SGLang,
 `grok.py`.
@@ -26,7 +27,7 @@ from loader.export.layout import (
     Plan,
     field_of,
     in_files,
-    turned_shape,
+    transposed_shape,
 )
 from loader.export.matrices import ElementType, row_bytes
 from loader.weights.schema import GrokConfig, ParamSpec, by_layer
@@ -36,7 +37,7 @@ __all__ = ["SPLIT", "Names", "safetensors_plan"]
 Names = Literal["vllm", "sglang"]
 
 SPLIT: Final = 5_000_000_000
-"""Bytes of tensors in a file, where nobody asks for others."""
+"""Most bytes of tensors in a file, by default."""
 
 VLLM: Final = {
     "embedding": "embed_tokens.weight",
@@ -70,7 +71,7 @@ SGLANG: Final = {
     "after_experts": "post_moe_norm.weight",
     "router": "block_sparse_moe.gate.weight",
 }
-"""By field of the table of tensors; below `model.`, and in a layer below `model.layers.N.`."""
+"""By field in the table of tensors; the prefix is `model.`, or in a layer `model.layers.N.`."""
 
 CONFIGURATION: Final = '''"""The configuration of Grok-1, for transformers, which has none."""
 
@@ -91,7 +92,7 @@ class _Tensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = turned_shape(self.spec)
+        shape = transposed_shape(self.spec)
         return shape if self.expert is None else shape[1:]
 
     @property
@@ -113,8 +114,8 @@ def safetensors_plan(
         config: the model.
         tokenizer: the SentencePiece model.
         origin: of the weights.
-        names: whose.
-        split: bytes of tensors in a file, but for one that is larger.
+        names: which engine's names to use.
+        split: most bytes of tensors in a file; a larger tensor has a file of its own.
     """
     groups = list(in_files(_tensors(config, names), lambda tensor: tensor.nbytes, split))
     files, parts, index = [], [], {}
@@ -154,7 +155,7 @@ def _tensors(config: GrokConfig, names: Names) -> Iterator[_Tensor]:
         for expert in range(config.num_experts):
             yield _Tensor(name.format(expert=expert), spec, expert)
     if names == "sglang":
-        # It reads an output matrix of its own, which in Grok-1 is the embedding.
+        # SGLang reads a separate output matrix, which in Grok-1 is the embedding.
         embedding = next(spec for spec in by_layer(config) if spec.axes == ("vocab", "embed"))
         yield _Tensor("lm_head.weight", embedding, None)
 
@@ -207,7 +208,7 @@ def _config(config: GrokConfig, names: Names) -> dict[str, Any]:
         "eos_token_id": config.eos_token,
     }
     if names == "sglang":
-        # Several GPUs would else look for a file of its own for each.
+        # Otherwise SGLang would look for a separate file for each GPU.
         fields["load_presharded_moe"] = False
     return fields
 

@@ -1,9 +1,9 @@
-"""A file of an export while it is written, by several threads and at any place.
+"""A file of an export while several threads write it, in any order.
 
-What is written goes to the disk at once and leaves the page cache as soon as it is there. An export
-is read once, to be hashed; in the cache it would push out the shards that it is made from, and new
-pages cost more than the disk: on a virtual machine whose memory its host hands out page by page,
-4 GB were written at 0.35 to 0.5 GB/s through a growing cache, and at 1.6 to 2.9 GB/s like this.
+What is written goes to the disk at once and then leaves the page cache. An export is read only
+once, to be hashed; in the cache it would displace the shards that it is made from. And new pages
+cost more than the disk: on a virtual machine whose host provides memory page by page, 4 GB were
+written at 0.35 to 0.5 GB/s through a growing cache, and at 1.6 to 2.9 GB/s in this way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loader.export.matrices import Data, bytes_of
 __all__ = ["TargetFile"]
 
 CACHED: Final = 64 << 20
-"""Bytes of a file that may be on their way to the disk."""
+"""Most bytes of a file that may be on their way to the disk."""
 
 
 class TargetFile:
     """A file of a known size; its methods raise OSError.
 
     Args:
-        path: the file, which is made if it is not there; what it holds stays.
+        path: the file, which is created if it does not exist; its content stays.
         size: in bytes.
     """
 
@@ -49,7 +49,7 @@ class TargetFile:
         os.close(self._handle)
 
     def write(self, data: Data, start: int) -> int:
-        """Write all of some bytes or of an array, from byte `start` of the file on; how many."""
+        """Write bytes, or an array, at byte `start` of the file; returns their number."""
         left, offset = bytes_of(data), start
         length = len(left)
         while left:
@@ -59,7 +59,7 @@ class TargetFile:
         return length
 
     def _send(self, start: int, length: int) -> None:
-        """Have a span written to the disk, and those before it forgotten that must be there."""
+        """Start writing a span to the disk; drop earlier ones, which are there, from the cache."""
         spans = [(start, length)]
         with self._lock:
             self._cached.append((start, length))
@@ -68,10 +68,10 @@ class TargetFile:
                 span = self._cached.popleft()
                 self._cached_bytes -= span[1]
                 spans.append(span)
-        # Pages that are not on the disk yet are sent there by this, and stay; others go.
+        # This starts writing pages that are not on the disk yet, and drops the others.
         for at, nbytes in spans:
             advise(self._handle, at, nbytes, "DONTNEED")
 
     def flush(self) -> None:
-        """Return when all that was written is on the disk."""
+        """Return when everything written is on the disk."""
         os.fsync(self._handle)

@@ -1,15 +1,15 @@
-"""Writes the files of an export: on all cores, in bounded memory, and again only what is missing.
+"""Writes the files of an export on all cores, in bounded memory; resumes with what is missing.
 
-    OUT/NAME.part            a file being written; it gets its name when all files are whole
+    OUT/NAME.part            a file being written; it gets its name when all files are complete
     OUT/NAME
-    OUT/.grokfetch/          as of every checkpoint folder (`grokfetch.folder.store`): lock,
+    OUT/.grokfetch/          as in every checkpoint folder (`grokfetch.folder.store`): lock,
         manifest.json        what the export must hold, with the sha256 of what was read back
-        record.json          and that it was
-        export.json          schema (`SCHEMA`), the plan's digest, and by name the tensors that are
-                             on the disk, each with size and mtime_ns of the shard it was made from
-                             and with what was written: first byte, length and CRC-32 of each span
+        record.json          the proof of that
+        export.json          schema (`SCHEMA`), the plan's digest, and by name the tensors on the
+                             disk, each with size and mtime_ns of the shard it was made from, and
+                             first byte, length and CRC-32 of each span that was written
 
-A tensor is recorded after its bytes have been forced to the disk. What `export.json` does not name
+A tensor is recorded after its bytes have been flushed to the disk. What `export.json` does not name
 is written again, and so is what does not read back as it was written.
 """
 
@@ -51,16 +51,16 @@ __all__ = ["Export", "check_scales"]
 
 SCHEMA: Final = 2
 WITHOUT_CHECKSUMS: Final = 1
-"""The schema before: what it names cannot be compared, and is written again."""
+"""The previous schema: it has no checksums to compare, so everything is written again."""
 
 MOST_THREADS: Final = 24
 MOST_COPIES: Final = 2
-"""Matrices that are in memory at a time where files cannot be mapped."""
+"""Most matrices in memory at a time if files cannot be mapped."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Kept:
-    """A tensor that is on the disk: the stamp of its shard, and what was written of it."""
+    """A tensor that is on the disk: the stamp of its shard, and the spans that were written."""
 
     stamp: Stamp
     written: tuple[Written, ...]
@@ -71,13 +71,13 @@ class Export:
 
     Args:
         plan: what to write.
-        checkpoint: where the weights come from; of a folder that is being fetched each tensor is
-            written when it has arrived.
+        checkpoint: where the weights come from; if it is still being fetched, each tensor is
+            written once it has arrived.
         store: the folder.
 
     Raises:
-        Contradiction: another export lies there.
-        StorageFailed: other files lie where this one's go.
+        Contradiction: another export was begun there.
+        StorageFailed: other files are where its files must go.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, store: Store) -> None:
@@ -94,7 +94,7 @@ class Export:
 
     @property
     def missing(self) -> list[tuple[PurePosixPath, int]]:
-        """The files that are still to be written, with their sizes: for a look at the disk."""
+        """The files that are still to be written, with their sizes."""
         both = zip(self._plan.files, self._paths, self._partial, strict=True)
         return [
             (PurePosixPath(partial.name), file.size)
@@ -109,7 +109,7 @@ class Export:
 
     @property
     def whole(self) -> bool:
-        """Whether all of it is there, read back and unchanged since."""
+        """Whether everything has been written and read back, and is unchanged since."""
         if (
             self.missing
             or self.kept < len(self._plan.parts)
@@ -125,7 +125,7 @@ class Export:
     def _begun(self) -> dict[str, _Kept]:
         """The tensors that are on the disk.
 
-        Where their file has gone, or the shard has changed since, they do not count.
+        They do not count if their file is missing, or the shard has changed since.
         """
         known = advisory.read(self._state, SCHEMA, _decoded) or advisory.read(
             self._state, WITHOUT_CHECKSUMS, lambda fields: (str(fields["plan"]), {})
@@ -134,7 +134,7 @@ class Export:
             for path in (*self._paths, *self._partial):
                 if path.exists():
                     raise StorageFailed(
-                        "a file lies where the export must go", path=path, hint="choose another OUT"
+                        "a file is where the export must go", path=path, hint="choose another OUT"
                     )
             return {}
         digest, done = known
@@ -175,20 +175,20 @@ class Export:
     # --- writing ----------------------------------------------------------------------------------
 
     def write(self) -> Iterator[Progress]:
-        """Write what is missing, or has changed on its way, and give the files their names.
+        """Write what is missing or was not written correctly, and give the files their names.
 
         Yields:
-            How far it is, in bytes of the shards.
+            Progress, in bytes of the shards.
 
         Raises:
-            Inexact: a weight cannot be written so; names its tensor.
+            Inexact: a weight cannot be represented; names its tensor.
             StorageFailed: a file cannot be written, or a shard cannot be read.
             GrokfetchError: as asking the checkpoint for a tensor raises, or what ended its fetch.
         """
         left = [part for part in self._plan.parts if part.name not in self._done]
         if left or self._changed:
             self._changed = False
-            # Without it the next export would take our own files for somebody else's.
+            # Without this the next export would take our own files for somebody else's.
             advisory.write_first(self._state, SCHEMA, self._fields())
             with contextlib.ExitStack() as opened:
                 try:
@@ -205,7 +205,7 @@ class Export:
             raise storage_failed(error, self._store.root) from error
 
     def _opened(self, opened: contextlib.ExitStack) -> list[TargetFile]:
-        """The files under their names for the meantime, at their full size, begun."""
+        """The files under their temporary names, at their full size, with their heads written."""
         files = []
         for file, path, partial in zip(self._plan.files, self._paths, self._partial, strict=True):
             if path.exists() and not partial.exists():
@@ -213,7 +213,7 @@ class Export:
             files.append(opened.enter_context(TargetFile(partial, file.size)))
             files[-1].write(file.head, 0)
             files[-1].flush()
-        # What is recorded as written must not lose its name in a power cut.
+        # After a power cut, a file with recorded tensors must still have its name.
         flush(self._store.root)
         return files
 
@@ -249,14 +249,15 @@ class Export:
             except BaseException:
                 self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                # By the thread that may still be recording others: whoever wrote last would win.
+                # In the thread that may still be recording others; otherwise one of the two would
+                # overwrite what the other has recorded.
                 saver.submit(self._keep, written, files)
                 raise
 
     def _keep(
         self, written: Mapping[str, tuple[Written, ...]], files: Sequence[TargetFile]
     ) -> None:
-        """Record tensors, by name what was written of each, once their bytes are on the disk."""
+        """Flush tensors to the disk and record them, each with the spans that were written."""
         if not written:
             return
         parts = [part for part in self._plan.parts if part.name in written]
@@ -270,9 +271,9 @@ class Export:
         advisory.write(self._state, SCHEMA, self._fields())
 
     def _run(self, job: Job, files: Sequence[TargetFile]) -> Written:
-        """Write the bytes of a job, which lie one after the other."""
-        # A mapping of its own, which goes with the job: those of all shards together would have
-        # page tables of half a gigabyte.
+        """Write the bytes of a job, which lie one after another."""
+        # Each job has its own mapping, which ends with it: mappings of all shards together would
+        # have page tables of half a gigabyte.
         tensor = dataclasses.replace(self._checkpoint[job.part.spec.name])
         path = self._partial[job.part.file]
         first, stop, crc32 = None, 0, 0
@@ -281,7 +282,7 @@ class Export:
             try:
                 for offset, encoded_data in encoded(job, tensor, matrix):
                     if self._stopped.is_set():
-                        # Whatever has ended the export: nobody asks for the result.
+                        # The export has ended, and the result will not be used.
                         break
                     data, start = bytes_of(encoded_data), job.part.offset + offset
                     crc32 = zlib.crc32(data, crc32)
@@ -298,10 +299,10 @@ class Export:
     # --- reading back -----------------------------------------------------------------------------
 
     def read_back(self, described: Manifest) -> Iterator[Progress | Finding]:
-        """Hash the files as `read_back` does; what has changed on its way is then to be written.
+        """Hash the files as `checksums.read_back` does; bad tensors then count as not written.
 
         Raises:
-            StorageFailed: a file cannot be read, or the state folder not be written.
+            StorageFailed: a file cannot be read, or the state folder cannot be written.
         """
         for event in read_back(self._store, described, self._written()):
             if isinstance(event, Finding):
@@ -310,7 +311,7 @@ class Export:
             yield event
 
     def _written(self) -> dict[PurePosixPath, dict[Written, str | None]]:
-        """What was written of each file, with its tensor."""
+        """The spans that were written of each file, with their tensors."""
         names = [PurePosixPath(file.name) for file in self._plan.files]
         written: dict[PurePosixPath, dict[Written, str | None]] = {
             name: {Written.of(file.head): None}
@@ -323,10 +324,10 @@ class Export:
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """Return if Q8_0 can hold every scale of a checkpoint as it is.
+    """Return if Q8_0 can represent every scale of a checkpoint exactly.
 
     Raises:
-        Inexact: it cannot; names the shard.
+        Inexact: it cannot; the error names the shard.
         GrokfetchError: as asking the checkpoint for a tensor raises.
     """
     for tensor in checkpoint.values():

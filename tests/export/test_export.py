@@ -73,8 +73,8 @@ def expected(model):
             yield "output_norm.weight", values
         else:
             layer, _, kind = within.partition("/")
-            turned = np.swapaxes(values, -1, -2) if values.ndim > 1 else values
-            yield f"blk.{layer}.{names[kind]}.weight", turned
+            transposed = np.swapaxes(values, -1, -2) if values.ndim > 1 else values
+            yield f"blk.{layer}.{names[kind]}.weight", transposed
 
 
 def test_q8_0_holds_every_weight_as_it_is(model, exported):
@@ -210,7 +210,7 @@ def test_a_scale_that_float16_lacks_is_refused_before_anything_is_written(copy, 
     write_shard(tensor.path, weight, scales)
     said = grokfetch("export", copy, tmp_path / "out", "--unproven", code=28)
     assert tensor.path.name in said
-    assert "is not a number of float16" in said
+    assert "cannot be represented in float16" in said
     assert not (tmp_path / "out").exists()
     grokfetch("export", copy, tmp_path / "out", "--unproven", "--type", "f32")
 

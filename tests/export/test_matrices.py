@@ -12,8 +12,8 @@ from loader.export.matrices import (
     encode,
     encode_quantized,
     float16_scales,
-    turned,
-    turned_back,
+    transposed,
+    transposed_back,
 )
 
 ROWS, COLUMNS, GROUPS = 128, 24, 2
@@ -35,12 +35,12 @@ def products(values, scales):
 def test_a_turned_matrix_is_the_transpose_wherever_it_lies(rows, columns, offset):
     data = np.random.default_rng(rows).integers(-128, 128, offset + rows * columns, np.int8)
     matrix = data[offset:].reshape(rows, columns)
-    assert np.array_equal(turned(matrix), matrix.T)
+    assert np.array_equal(transposed(matrix), matrix.T)
 
 
 def test_a_part_of_the_columns_is_turned_as_well():
     matrix = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
-    assert np.array_equal(turned(matrix[:, 8:24]), matrix.T[8:24])
+    assert np.array_equal(transposed(matrix[:, 8:24]), matrix.T[8:24])
 
 
 def test_q8_0_keeps_every_int8_and_every_scale(weight):
@@ -55,8 +55,8 @@ def test_q8_0_keeps_every_int8_and_every_scale(weight):
 def test_q8_0_gives_back_what_it_was_made_of(weight):
     values, scales = weight
     blocks = encode_quantized(values, scales, "Q8_0")
-    assert np.array_equal(turned_back(blocks, slice(0, ROWS)), values)
-    assert np.array_equal(turned_back(blocks, slice(32, 96)), values[32:96])
+    assert np.array_equal(transposed_back(blocks, slice(0, ROWS)), values)
+    assert np.array_equal(transposed_back(blocks, slice(32, 96)), values[32:96])
     assert np.array_equal(bfloat16_scales(blocks, GROUPS), scales)
 
 
@@ -98,7 +98,7 @@ def test_scales_within_float16_are_kept(scale):
 @pytest.mark.parametrize("scale", [1.0e-8, 7.0e-8, 65792.0, np.inf, np.nan])
 def test_scales_beyond_float16_are_refused(scale):
     scales = np.array([[0.5, scale]], ml_dtypes.bfloat16)
-    with pytest.raises(Inexact, match="not a number of float16"):
+    with pytest.raises(Inexact, match="cannot be represented in float16"):
         float16_scales(scales)
 
 
