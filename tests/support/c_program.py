@@ -8,7 +8,7 @@ from loader.devices import native
 
 
 def build(report):
-    """As `native.built` of a user's first run, or of a later one where another worker was first."""
+    """`native.built` as on a user's first run; for all workers but the first, as on a later run."""
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "c-program"
     folder.mkdir(exist_ok=True)
     with (folder.parent / "c-program.lock").open("w") as lock:

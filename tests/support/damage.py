@@ -1,4 +1,4 @@
-"""What is done to folders: bytes turned over, proofs taken away, writing refused."""
+"""Damage to folders: bytes inverted, pieces removed from the record, writing refused."""
 
 import errno
 from pathlib import Path
@@ -16,7 +16,7 @@ def spoil(path, offset):
 
 
 def forget(root, *pieces):
-    """Take pieces out of the record."""
+    """Remove pieces from the record."""
     store = Store(root)
     with store.lock():
         record = store.record()
@@ -24,7 +24,7 @@ def forget(root, *pieces):
 
 
 def make_read_only(monkeypatch):
-    """From now on `Path.open` opens files for reading alone."""
+    """Make `Path.open` open files for reading only."""
     real = Path.open
 
     def read_only(path, mode="r", *args, **kwargs):

@@ -9,7 +9,7 @@ LOOPBACK = ("--no-discovery", "--listen", "127.0.0.1:0", "--no-mirrors")
 
 
 def fetch_demo(root):
-    """Lay the demo down in a folder, everything proven; returns the folder."""
+    """Copy the demo into a folder and prove it; returns the folder."""
     published = demo_folder()
     shutil.copytree(published / "grok-demo", root / "grok-demo")
     torrent, manifest = published / "grok-demo.torrent", published / "grok-demo.json"

@@ -15,7 +15,7 @@ PEER = Origin("peer", "192.0.2.1")
 
 
 class TickingClock:
-    """A clock for a fetch; a swarm's `tick` lets a second pass."""
+    """A clock for a fetch; a swarm calls `tick` to let a second pass."""
 
     def __init__(self):
         self.now = 0.0
@@ -31,10 +31,10 @@ class TickingClock:
 class FakeSwarm:
     """Holds a torrent and its content; writes pieces as a torrent client does.
 
-    `corrupt` counts, by piece, how often it is still to be written wrong. After `die_after` pieces
-    the process is gone: the source raises `Killed` and has written half of the next piece. After
-    `stall_after` pieces nothing comes any more and `tick` is called at each turn. After
-    `full_after` pieces the disk is full.
+    `corrupt` says for each piece how many more times to write it wrong. After `die_after` pieces
+    the process dies: half of the next piece is written, and `Killed` is raised. After `stall_after`
+    pieces nothing more comes, and `tick` is called in each iteration. After `full_after` pieces the
+    disk is full.
     """
 
     torrent: TorrentFile
@@ -115,7 +115,7 @@ class FakeSwarm:
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to a test: nothing of ours may run after it."""
+    """Stands for SIGKILL: none of our code may run after it."""
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
@@ -126,7 +126,7 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
 
 
 class NoPeers:
-    """A swarm in which nobody is."""
+    """A swarm without peers."""
 
     magnet = None
 
@@ -142,13 +142,13 @@ class NoPeers:
     def download(self, order):
         self.orders.append(order)
         while True:
-            # As a real one waits for something to happen.
+            # A real swarm waits for something to happen, too.
             self.never.wait(0.01)
             yield Traffic(0, 0.0, 0)
 
 
 class Elsewhere(NoPeers):
-    """A swarm that is at work, and has nothing of what is asked for."""
+    """A swarm that transfers something, but nothing that was asked for."""
 
     def download(self, order):
         self.orders.append(order)

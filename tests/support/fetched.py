@@ -1,4 +1,4 @@
-"""A small torrent of four files, fetched from a swarm in memory, and what has come of it."""
+"""A small torrent of four files, fetched from a swarm in memory, and the result."""
 
 from pathlib import PurePosixPath
 

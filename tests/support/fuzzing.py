@@ -1,4 +1,4 @@
-"""What every fuzzer does: the cases of tests/data/fuzz, a few variants, or variants for a while."""
+"""What every fuzzer does: try the inputs of tests/data/fuzz and variants, few or for some time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 FEW = 300
 MOST_GROWTH = 128 << 20
-"""Bytes of memory that variants may take on top of what the first hundred took."""
+"""Bytes of memory that variants may take in addition to what the first hundred took."""
 
 
 def try_a_few(attempt, name, seeds, few=FEW, tokens=()):
-    """The treacherous cases kept under a name, and variants that are the same each time."""
+    """Try the inputs that were kept under a name, and variants that are the same in every run."""
     for file in sorted(CORPUS.joinpath(name).glob("*")):
         attempt(file.read_bytes())
     dice = random.Random(name)
@@ -34,7 +34,7 @@ def try_a_few(attempt, name, seeds, few=FEW, tokens=()):
 
 
 def try_for_a_while(attempt, name, seeds, folder, tokens=()):
-    """New variants for `SECONDS`; one that is a find is left in the folder."""
+    """Try new variants for `SECONDS`; one that fails is saved in the folder."""
     seed = time.time_ns()
     dice = random.Random(seed)
     deadline, tried = time.monotonic() + SECONDS, 0
@@ -56,6 +56,6 @@ def try_for_a_while(attempt, name, seeds, folder, tokens=()):
 
 
 def _held(process):
-    """Bytes of memory, without what only waits to be collected: that may be of many variants."""
+    """Bytes of memory in use, after collecting garbage, which many variants may have left."""
     gc.collect()
     return process.memory_info().rss

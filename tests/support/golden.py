@@ -1,4 +1,4 @@
-"""The reference's checkpoint and outputs in tests/data/tiny, and engines over it to share."""
+"""The reference's checkpoint and outputs in tests/data/tiny, and engines for tests to share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKPOINT = open_folder(TINY / "ckpt-0", CONFIG)
 ONE = MeshShape()
 PROMPTS = ("p0", "p1", "p2", "pz")
 CONTINUED = ("p0", "p1", "p2")
-"""The prompts whose continuation we match: in pz the reference forgets what is padding."""
+"""The prompts whose continuation we match: for pz, the reference forgets what is padding."""
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def placed(shape):
 
 
 def for_accelerators(params):
-    """The same weights as accelerators are to multiply them, whatever the processor here."""
+    """The same weights, multiplied as accelerators do, whatever the processor."""
 
     def one(weights):
         quantized = isinstance(weights, Quantized)

@@ -1,7 +1,7 @@
-"""`grokfetch` as one host of several; says at the end how many bytes it asked for at the door.
+"""`grokfetch` as one of several hosts; prints at the end how many bytes it required from the store.
 
-It says on stderr when it is `HOST_AT`: "prompt" as it reads the prompt, and goes on; "loaded" when
-it has loaded, and there it stays.
+It prints on stderr when it has reached the point that `HOST_AT` names: "prompt" when it reads the
+prompt, after which it continues; "loaded" when it has loaded the model, where it stays.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""A server of one thread on 127.0.0.1 for the time of a block; what it says is its heir's."""
+"""A server on 127.0.0.1 in a thread, for the duration of a block; subclasses say what it does."""
 
 import socket
 import threading
 
 
 class Listener(threading.Thread):
-    """Listens on `port`; an heir's `run` accepts from `_listener` until that is closed."""
+    """Listens on `port`; a subclass's `run` accepts from `_listener` until that is closed."""
 
     def __init__(self):
         super().__init__(daemon=True)

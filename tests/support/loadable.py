@@ -9,8 +9,8 @@ from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 from support.program import grokfetch
 
-# Heads times head size are the width, and groups have 32 rows, as Q8_0 wants them; both differ from
-# every other dimension.
+# The number of heads times the head size is the width, and groups have 32 rows, as Q8_0 needs; both
+# differ from every other dimension.
 CONFIG = GrokConfig(
     vocab_size=520,
     sequence_len=64,
@@ -38,7 +38,7 @@ def make(root, config=CONFIG):
 
 
 def publish(model, above):
-    """Publish a copy of such a folder below `above`: the torrent, and the manifest as a file."""
+    """Publish a copy of such a folder below `above`; returns torrent and path of the manifest."""
     copy = shutil.copytree(model, above / "release", ignore=shutil.ignore_patterns(".grokfetch"))
     described = above / "config.json"
     described.write_text(json.dumps(CONFIG.to_mapping()))

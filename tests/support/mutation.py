@@ -1,4 +1,4 @@
-"""Damaged variants of well-formed input, as chance makes them."""
+"""Randomly damaged variants of well-formed input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_BYTES = 1 << 16
 
 
 def mutated(seeds: list[bytes], dice: random.Random, tokens: Sequence[bytes] = ()) -> bytes:
-    """One of the seeds with one to six things done to it; `tokens` are put in as `TOKENS` are."""
+    """One of the seeds after one to six changes; they may insert `tokens` as well as `TOKENS`."""
     data = bytearray(dice.choice(seeds))
     for _ in range(dice.randint(1, 6)):
         _once(data, seeds, dice, (*TOKENS, *tokens))

@@ -1,4 +1,4 @@
-"""The class that the official shards name, as the program that wrote them had it."""
+"""The class that the official shards refer to, as in the program that wrote them."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""An engine over the golden checkpoint gives the reference's logits and tokens.
+"""Checks that an engine over the golden checkpoint gives the reference's logits and tokens.
 
-As a program, `python -m support.parity E,M ...` in `tests/`, it checks meshes of more devices than
-the tests' own process has; `XLA_FLAGS` says how many there are.
+Run as a program, `python -m support.parity E,M ...` in `tests/`, it checks meshes with more devices
+than the process of the tests has; `XLA_FLAGS` says how many there are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def step_logits(engine, name, steps):
 
 
 def check_parity(engine, names, steps):
-    """Logits of every position, of prefill, and of cached steps; and the greedy tokens."""
+    """Check the logits of every position, of prefill and of cached steps, and the greedy tokens."""
     wanted = golden.arrays()
     for name in names:
         tokens = golden.prompt(name)
@@ -46,7 +46,7 @@ def check_parity(engine, names, steps):
 
 
 def check_bfloat16(engine, names):
-    """Logits are no further from the reference's in float32 than its own in bfloat16 are."""
+    """Check that logits are as close to the reference's float32 as its own bfloat16 logits."""
     wanted = golden.arrays()
 
     def distance(found, key):

@@ -1,4 +1,4 @@
-"""Waiting for what will be true, with a deadline that only a fault can reach."""
+"""Waits for a condition, with a deadline that only a fault can reach."""
 
 import threading
 
@@ -8,7 +8,7 @@ PATIENCE_S = 60
 
 
 def wait_for(true):
-    """Return once something is true."""
+    """Return once `true()` is true."""
     never = threading.Event()
     for _ in range(PATIENCE_S * 100):
         if true():

@@ -1,4 +1,4 @@
-"""A peer that speaks just enough of BitTorrent to be honest, to lie, or to fall silent."""
+"""A peer that speaks just enough BitTorrent to be honest, to lie, or to fall silent."""
 
 import contextlib
 import random
@@ -10,9 +10,9 @@ from support.listener import Listener
 class Peer(Listener):
     """Speaks enough of the protocol to say that it has some pieces and to send their blocks.
 
-    `block` is called with piece, offset and length; where it returns None, nothing is sent. `asked`
-    are the pieces of which blocks were asked for, in that order; it `has` all pieces, or some.
-    It lets nobody ask before `ready`, an event, is set.
+    `block` is called with piece, offset and length; if it returns None, nothing is sent. `asked`
+    lists the piece of every block that was requested, in order. `has` are the pieces it has, by
+    default all. No requests are allowed before the event `ready` is set.
     """
 
     def __init__(self, info_hash, pieces, block, has=None, ready=None):

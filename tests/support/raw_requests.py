@@ -1,10 +1,10 @@
-"""Raw bytes of a client given to the server's protocol without a socket, in time that is virtual.
+"""Gives a client's raw bytes to the server's protocol without a socket, in virtual time.
 
-What a client sends is bytes and marks: `<<next>>` ends a packet, `<<length>>` stands for the bytes
-of the body that follows, up to the next mark; `<<silence>>` lasts longer than any patience,
-`<<slowly>>` has all that follows come byte by byte, `<<endless>>` has what stands before it, up to
-the last mark, come again and again; `<<end>>` ends what is sent, `<<reset>>` breaks the connection.
-After `<<deaf>>` the client reads no more, after `<<sips>>` it reads slowly.
+A client sends bytes and marks. `<<next>>` ends a packet. `<<length>>` stands for the number of
+bytes of the body that follows, up to the next mark. `<<silence>>` is a pause longer than any
+timeout. After `<<slowly>>` everything is sent byte by byte. `<<endless>>` repeats what comes before
+it, back to the previous mark. `<<end>>` ends what is sent, `<<reset>>` breaks the connection. After
+`<<deaf>>` the client reads no more, after `<<sips>>` it reads slowly.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from loader.inference.batching import Emission, Scored
 SILENCE_S, SLOW_S = 400.0, 25.0
 PACKET = 64 << 10
 MOST_HELD = 4 * PACKET
-"""Bytes of a client that may be held before anybody has asked for them."""
+"""Most bytes from a client that may be held before the application has asked for them."""
 
 MOST_UNREAD = 2 * PACKET
-"""Bytes that may lie there for a client that does not read, before an answer is put to them."""
+"""Most bytes that may wait for a client that does not read when more of an answer is added."""
 
 SIP = 16 << 10
-"""Bytes that a client reads each second that reads slowly."""
+"""Bytes that a client with `<<sips>>` reads each second."""
 
 MOST_SIPS = 1000
-"""After so many it leaves."""
+"""How often such a client reads before it leaves."""
 
 MOST_SILENCE_S = 200.0
-"""A connection on which nothing comes any more may stay for so long, and no longer."""
+"""How long a connection may stay open after the last bytes."""
 
 MARKS = [
     f"<<{word}>>".encode()
@@ -48,7 +48,7 @@ MARKS = [
 
 
 def parts(text):
-    """What a client does: bytes, pauses in seconds, "deaf" and "sips", or "end" and "reset"."""
+    """What a client does: bytes, pauses in seconds, "deaf", "sips", "end" or "reset"."""
     texts = re.split(rb"<<(next|silence|slowly|endless|end|reset|deaf|sips)>>", text)
     before, slow = b"", False
     for literal, mark in itertools.zip_longest(*[iter(texts)] * 2):
@@ -81,12 +81,12 @@ def _slow(part):
 
 
 def _again(part):
-    # Without an end it would only take longer: no buffer is as large as this.
+    # This is more than any buffer holds; a truly endless text would only take longer.
     return itertools.repeat(part * (1 + PACKET // len(part)), 1 + MOST_HELD // PACKET)
 
 
 class Transport(asyncio.Transport):
-    """What the server writes, whether it wants to read, and whether its client does."""
+    """Holds what the server writes, whether it wants to read, and how its client reads."""
 
     def __init__(self, protocol, loop):
         super().__init__()
@@ -122,7 +122,7 @@ class Transport(asyncio.Transport):
         return len(self._unread)
 
     def listen(self, reader):
-        """Have the client be one who is deaf, or sips; it stays what it is."""
+        """Make the client "deaf" or one that "sips"; the first call decides."""
         if not self.reader:
             self.reader = reader
             if reader == "sips":
@@ -159,7 +159,7 @@ class Transport(asyncio.Transport):
             self._loop.call_soon(self._protocol.connection_lost, error)
 
     async def end(self):
-        """Wait for the end of the connection, longer only for a client that still reads."""
+        """Wait for the connection to end; longer only if the client is still reading."""
         while not self._lost:
             before = len(self.told)
             try:
@@ -171,7 +171,7 @@ class Transport(asyncio.Transport):
 
     @property
     def left(self):
-        """Whether its client has left before it had read all."""
+        """Whether the client has left before it had read everything."""
         return self.reader == "deaf" or self._sips >= MOST_SIPS
 
     def is_closing(self):
@@ -185,9 +185,9 @@ class Transport(asyncio.Transport):
 
 
 class Endpoint:
-    """A server's protocol over an application; whatever it logs as an error is a find.
+    """A server's protocol over an application.
 
-    `left` is whether the latest client has left before it had read all.
+    `left` is whether the latest client has left before it had read everything.
     """
 
     left = False
@@ -198,7 +198,7 @@ class Endpoint:
         self.state = ServerState()
 
     async def converse(self, text):
-        """What is answered, up to the end of the connection, which must come."""
+        """Everything that is answered until the connection ends, as it must."""
         loop = asyncio.get_running_loop()
         protocol = self._protocol(self._config, self.state, {}, loop)
         transport = Transport(protocol, loop)
@@ -231,14 +231,14 @@ class Endpoint:
 
 
 LONG = 50
-"""Tokens of a text at which a client may leave while it is made."""
+"""Tokens of a text that is long enough for a client to leave while it is generated."""
 
 
 class Echo:
-    """In place of a batch: repeats a prompt's last token, below `most`.
+    """Stands for a batch: repeats the last token of a prompt; all tokens must be below `most`.
 
-    Long texts take a while, as long as there are `pauses`. After `steps` each text ends with its
-    next token, as by an end of text: requests without an end would be made long texts for minutes.
+    Long texts take a while until `pauses` are used up. After `steps` steps each text ends with its
+    next token, as at an end of text; otherwise requests without a limit would take minutes.
     """
 
     def __init__(self, most):
@@ -289,13 +289,13 @@ class Echo:
 
 
 def answers(told, methods, *, broken=False):
-    """The responses that some bytes are, as (status, headers, body); the last may be cut short.
+    """The responses in some bytes, as (status, headers, body); the last may be truncated.
 
     Args:
         told: what a server wrote.
         methods: of the requests that its application saw, in order.
-        broken: whether its client left before it had read all, so that the last one may end in its
-            headers, too, and is none then.
+        broken: whether its client left before it had read everything. The last response may then
+            end within its headers, and is left out.
     """
     methods = iter(methods)
     while told:
@@ -337,7 +337,7 @@ def _body(headers, told):
 
 
 def check_body(headers, body, *, head):
-    """A body is as long as was said; JSON is JSON; a stream of events ends as it should."""
+    """Check that a body has the given length, JSON is valid, and a stream of events ends right."""
     kind = headers.get(b"content-type", b"")
     if head:
         assert not body

@@ -1,7 +1,7 @@
-"""Grok-1's forward pass once more, in plain NumPy and float64, one token at a time.
+"""A second forward pass of Grok-1, in plain NumPy and float64, one token at a time.
 
-Written from the description of the model alone and sharing no code with `loader`, so that a fault
-has to be made twice to stay unseen.
+It was written only from the description of the model and shares no code with `loader`, so that an
+error would have to be made twice to stay unnoticed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Reference:
         return weight
 
     def forward(self, tokens, masked=None):
-        """Logits after every token; `masked` says which tokens nobody may attend to."""
+        """Logits after every token; `masked` says which tokens are never attended to."""
         config = self.config
         masked = [token == config.pad_token for token in tokens] if masked is None else masked
         table = self.matrix("language_model/in_out_embed/embeddings")
@@ -63,15 +63,15 @@ class Reference:
         return h / np.sqrt(np.mean(h * h) + 1e-5) * self.matrix(name + "/scale")
 
     def rotated(self, vector, position):
-        """Each pair (i, i + d/2) turned by position / 10000 ** (2 i / d)."""
+        """Each pair (i, i + d/2) rotated by position / 10000 ** (2 i / d)."""
         half = len(vector) // 2
-        turned = np.empty_like(vector)
+        rotated = np.empty_like(vector)
         for i in range(half):
             angle = position / 10_000 ** (2 * i / len(vector))
             a, b = vector[i], vector[i + half]
-            turned[i] = a * np.cos(angle) - b * np.sin(angle)
-            turned[i + half] = a * np.sin(angle) + b * np.cos(angle)
-        return turned
+            rotated[i] = a * np.cos(angle) - b * np.sin(angle)
+            rotated[i + half] = a * np.sin(angle) + b * np.cos(angle)
+        return rotated
 
     def attention(self, name, inputs, masked):
         config, size = self.config, self.config.key_size
@@ -86,8 +86,8 @@ class Reference:
             keys = [self.rotated(x @ key[:, shared], t) for t, x in enumerate(inputs)]
             values = [x @ value[:, shared] for x in inputs]
             for t, x in enumerate(inputs):
-                turned = self.rotated(x @ query[:, own], t)
-                scores = np.array([turned @ k for k in keys[: t + 1]])
+                rotated = self.rotated(x @ query[:, own], t)
+                scores = np.array([rotated @ k for k in keys[: t + 1]])
                 scores = 30 * np.tanh(scores * config.attn_output_multiplier / 30)
                 scores[np.array(masked[: t + 1])] = -1e30
                 weights = np.exp(scores - scores.max())

@@ -1,4 +1,4 @@
-"""Folders as a stranger publishes them: payload, torrent and, of a checkpoint, its manifest."""
+"""Folders as others publish them: payload, torrent and, for a checkpoint, its manifest."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def publish(
 def publish_files(
     root: Path, files: dict[str, bytes], piece_length: int, version: str = "hybrid"
 ) -> bytes:
-    """Write the files as `top/` and their torrent as `top.torrent` into a folder; the torrent."""
+    """Write files as `top/` and their torrent as `top.torrent` to a folder; returns the torrent."""
     lay_down(root, files)
     data = torrent_of(root / "top", piece_length, version=version)
     root.joinpath("top.torrent").write_bytes(data)
@@ -60,7 +60,7 @@ def publish_files(
 
 
 def golden_folder(folder: Path) -> Path:
-    """The golden checkpoint as a folder whose files are proven; returns the folder."""
+    """Copy the golden checkpoint into a folder and prove it; returns the folder."""
     shutil.copytree(golden.TINY / "ckpt-0", folder / "ckpt-0")
     grokfetch("manifest", folder, "--config", golden.TINY / "config.json")
     return folder

@@ -1,12 +1,12 @@
-"""A mirror that answers what a script says, for as long as it says something, and then rightly.
+"""A mirror that gives the answers of a script and, when the script has ended, correct answers.
 
-A script is bytes: answers between `<<next>>`, one for each request, whatever it asks for. In them
-stand for something: `<<body>>` the bytes that were asked for, `<<half>>` half of them, `<<wrong>>`
-as many others, `<<chunks>>` they in chunks; `<<range>>`, `<<length>>`, `<<size>>` what headers say
-of them, `<<url>>` the address that was asked for. `<<silence>>` lasts, `<<end>>` ends the
-connection, `<<reset>>` breaks it, `<<slowly>>` has all that follows come byte by byte, and
-`<<endless>>` has what stands before it, up to the last mark, come again and again; `<<here>>` is a
-mark for nothing else.
+A script is bytes: answers separated by `<<next>>`, one for each request, whatever it asks for.
+Marks in them stand for something else: `<<body>>` for the bytes that were asked for, `<<half>>` for
+half of them, `<<wrong>>` for as many wrong ones, `<<chunks>>` for the bytes in chunks; `<<range>>`,
+`<<length>>` and `<<size>>` for what headers say about them; `<<url>>` for the address that was
+asked for. `<<silence>>` sends nothing for ever, `<<end>>` ends the connection, `<<reset>>` breaks
+it. After `<<slowly>>` everything is sent byte by byte, and `<<endless>>` repeats what comes before
+it, back to the previous mark; `<<here>>` is only a mark for that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BYTES_A_SECOND = 64 << 10
 READ = 64 << 10
 
 SLACK = 1_300_000
-"""Bytes that may come before what was asked for; such hints are bounded by time alone."""
+"""Bytes that may come before those that were asked for; only time limits interim responses."""
 
 MARKS = [
     f"<<{word}>>".encode()
@@ -43,10 +43,10 @@ MARKS = [
 
 
 class Mirror:
-    """What all connections have in common: files by path, and how much of the script is left.
+    """What all connections share: files by path, and the rest of the script.
 
-    `sent` counts the bytes that were taken, `due` those that were asked for; of an answer that has
-    no end it must not be much more.
+    `sent` counts the bytes that were read, `due` those that were asked for. Even if an answer is
+    endless, `sent` must not be much larger.
     """
 
     def __init__(self, files, script, url=URL):
@@ -57,7 +57,7 @@ class Mirror:
         self.sent = self.due = 0
 
     def answer(self, request):
-        """What is sent for a request: bytes, "pause", and what marks say; it may have no end."""
+        """What is sent for a request: bytes, "pause" and marks; it may be endless."""
         target, asked = _understood(request)
         data = self.files.get(target)
         start, stop = asked or (0, len(data or b""))
@@ -126,7 +126,7 @@ def _again(part):
 
 
 async def connected(mirror, host, port):
-    """A connection to a mirror, in place of one to the network."""
+    """A connection to a mirror instead of the network."""
     if (host, port) != (HOST, PORT):
         raise httpcore.ConnectError("no such host") from socket.gaierror(-2, "unknown")
     await asyncio.sleep(0.001)
@@ -134,7 +134,7 @@ async def connected(mirror, host, port):
 
 
 class _Connection(httpcore.AsyncNetworkStream):
-    """One connection; what is slow is nearly as slow as patience allows."""
+    """One connection; slow parts come just before the client's timeout."""
 
     def __init__(self, mirror):
         self._mirror = mirror
@@ -196,7 +196,7 @@ class _Connection(httpcore.AsyncNetworkStream):
 
 
 class PlayedMirror(socketserver.ThreadingTCPServer):
-    """The same on 127.0.0.1; `play` begins another script. What is slow is less slow."""
+    """The same on 127.0.0.1, where slow parts are less slow; `play` begins another script."""
 
     daemon_threads = True
 
@@ -235,9 +235,9 @@ class _Player(socketserver.StreamRequestHandler):
         return b"".join(lines).rstrip()
 
     def _obeyed(self, mark):
-        """Whether to go on after a mark."""
+        """Obey a mark; returns whether to continue."""
         if mark == "pause":
-            # Whether the client has gone is the one thing that may end it.
+            # Only a client that has left ends it.
             self.request.settimeout(0.01)
             with contextlib.suppress(TimeoutError):
                 return bool(self.request.recv(1, socket.MSG_PEEK))

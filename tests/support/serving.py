@@ -1,4 +1,4 @@
-"""A server in a thread over the golden model or one that does as it is told."""
+"""A server in a thread, over the golden model or one that tests control."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EOS = 2
 
 
 class Letters:
-    """A tokenizer of one letter a token."""
+    """A tokenizer with one token for each letter."""
 
     def encode(self, text):
         return [ord(letter) - 0x4E00 for letter in text]
@@ -68,7 +68,7 @@ def serving(model, *, tokenizer=None, queue=2, slots=4, **access):
 
 
 class Held:
-    """A model that gives each text a token for each step that it is allowed."""
+    """A model that gives every text one token whenever `steps` allows a step."""
 
     prefix_cache = SimpleNamespace(hits=0, tokens=0, nbytes=0)
 

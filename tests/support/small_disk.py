@@ -1,4 +1,4 @@
-"""A file system that is soon full, where this may be mounted."""
+"""A small file system, which is soon full, if mounting is allowed."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder, options):
-    """A real file system of its own, where this may be mounted."""
+    """A separate file system in memory; the test is skipped if mounting is not allowed."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
     if os.getuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting takes root and the right to")
+        pytest.skip("mounting needs root and permission")
     try:
         yield folder
     finally:

@@ -1,4 +1,4 @@
-"""Torrents made in plain Python, apart from libtorrent and, but for hybrid ones, from `making`."""
+"""Torrents made in plain Python, without libtorrent and, except hybrids, without our own code."""
 
 import hashlib
 import os
@@ -39,13 +39,12 @@ def v1_info(files: dict[str, bytes], piece_length: int, name: str = "top") -> by
 
 
 def tree_root(leaves: list[bytes], width: int, padding: bytes) -> bytes:
-    """A SHA-256 tree written down by halves, unlike the one under test."""
+    """The root of a SHA-256 tree, computed by halves, unlike in the code under test."""
     if width == 1:
         return leaves[0] if leaves else padding
     half = width // 2
-    deeper = padding
-    left = tree_root(leaves[:half], half, deeper)
-    right = tree_root(leaves[half:], half, deeper)
+    left = tree_root(leaves[:half], half, padding)
+    right = tree_root(leaves[half:], half, padding)
     return hashlib.sha256(left + right).digest()
 
 
@@ -92,7 +91,7 @@ def v1_torrent(files: dict[str, bytes], piece_length: int, name: str = "top") ->
 def torrent_of(
     folder: Path, piece_length: int, version: str = "hybrid", trackers: Sequence[str] = ()
 ) -> bytes:
-    """The `.torrent` of a folder; trackers go into a hybrid one only."""
+    """The `.torrent` of a folder; only a hybrid one can have trackers."""
     if version == "hybrid":
         *_, made = make(folder, list_files(folder), piece_length, trackers=trackers)
         return encode_torrent(made.torrent)
@@ -133,7 +132,7 @@ def manifest_of(
 
 
 def watch_fsync(monkeypatch) -> list[str]:
-    """The paths that are flushed from now on, in order."""
+    """Collects the paths that are flushed from now on, in order."""
     synced = []
     real = os.fsync
 

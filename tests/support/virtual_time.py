@@ -1,4 +1,4 @@
-"""Event loops whose time passes at once when nothing else is to be done, and ends some day."""
+"""Event loops in virtual time: waiting takes no real time, and has a limit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import math
 import selectors
 
 PATIENCE_S, LOOK_S = 60, 10
-"""Real seconds that a loop waits for another thread, and how often it looks again meanwhile: where
-the machine stands still for a while, no thread has had any time of it."""
+"""Real seconds that a loop waits for another thread, and between looks at it: if the machine stands
+still for a while, no thread makes progress in that time."""
 
 
 class Hung(BaseException):
-    """Something has not ended in its time, or waits for what never comes."""
+    """Something has taken too long, or waits for what never comes."""
 
 
 class Clock:
-    """Seconds, which its loops let pass.
+    """A clock in seconds, which its loops advance.
 
-    `working` says whether a thread is at work, whose result a loop waits for in real time.
+    `working` says whether another thread is working; its result is waited for in real time.
     """
 
     def __init__(self, working=lambda: False):
@@ -34,13 +34,13 @@ class Clock:
         return _Loop(self)
 
     def run(self, main, **_):
-        """In place of `asyncio.run`."""
+        """Replaces `asyncio.run`."""
         with asyncio.Runner(loop_factory=self.loop) as runner:
             return runner.run(main)
 
     @contextlib.contextmanager
     def most(self, seconds):
-        """Nothing in the block may take longer."""
+        """The block may take at most `seconds`."""
         self.ends = self.now + seconds
         try:
             yield
@@ -58,12 +58,12 @@ class _Selector(selectors.DefaultSelector):
         if ready or timeout == 0:
             return ready
         if timeout is None or self._clock.working():
-            # Only another thread can have anything to say.
+            # Only another thread can cause the next event.
             for _ in range(PATIENCE_S // LOOK_S):
                 ready = super().select(LOOK_S)
                 if ready:
                     return ready
-            raise Hung("nothing is under way any more, and it waits all the same")
+            raise Hung("it waits although nothing is in progress any more")
         self._clock.now += timeout
         if self._clock.now > self._clock.ends:
             self._clock.ends = math.inf
@@ -80,10 +80,10 @@ class _Loop(asyncio.SelectorEventLoop):
         return self._virtual.now
 
     def run_in_executor(self, _, function, *args):
-        # A thread would work in real time.
+        # A thread would run in real time.
         done = self.create_future()
         try:
             done.set_result(function(*args))
-        except Exception as error:  # noqa: BLE001  # it is handed on
+        except Exception as error:  # noqa: BLE001  # it is passed on
             done.set_exception(error)
         return done

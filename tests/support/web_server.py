@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that can be told to behave badly, written for the tests of mirrors."""
+"""A web server on 127.0.0.1, for the tests of mirrors, that can be told to misbehave."""
 
 import base64
 import contextlib
@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 class WebServer:
     """Serves `files`, bytes by path without the leading slash, with ranges.
 
-    `spoil` paths are sent with every byte inverted, `halt` paths send headers and half of the body
-    and then nothing until the test ends. With `cut_after` every body ends after that fraction of
-    its bytes, and with it the connection. `no_range` ignores Range. `redirects` maps a path to an
-    address. `status` answers every request with that code, as long as `failures` is not used up.
-    `pages` are sent whole with 200, whatever range was asked for. `before` is called with each
-    path; `asked` are the paths, `tokens` the Authorization headers, one for each request. With
-    `context` it speaks TLS.
+    Paths in `spoil` are sent with every byte inverted; for paths in `halt` the headers and half of
+    the body are sent, then nothing until the test ends. With `cut_after`, every body ends after
+    that fraction of its bytes, and so does the connection. With `no_range`, Range is ignored.
+    `redirects` maps a path to an address. `status` is the code of every answer until `failures` are
+    used up. `pages` are sent whole with 200, whatever range was asked for. `before` is called with
+    each path. `asked` are the paths and `tokens` the Authorization headers, one for each request.
+    With `context` the server uses TLS.
     """
 
     def __init__(self, files, context=None):
@@ -126,9 +126,9 @@ def send(server, request, path, data):
 
 
 class Proxy:
-    """A proxy on 127.0.0.1, where whatever name it is given is this machine.
+    """A proxy on 127.0.0.1 for which every host name is this machine.
 
-    `asked` holds the host of each request, or tunnel, with what logged in.
+    `asked` holds the host of each request or tunnel, with the login.
     """
 
     def __enter__(self):
@@ -147,7 +147,7 @@ class Proxy:
 
 
 class SocksProxy(Proxy):
-    """SOCKS5 with passwords: `asked` holds host, user and password."""
+    """SOCKS5 with passwords; `asked` holds host, user and password."""
 
     def _handler(self):
         asked = self.asked
@@ -171,7 +171,7 @@ class SocksProxy(Proxy):
 
 
 class HttpProxy(Proxy):
-    """Takes absolute addresses and CONNECT: `asked` holds method, host, and user with password."""
+    """Supports absolute URLs and CONNECT; `asked` holds method, host, and user:password."""
 
     def _handler(self):
         asked = self.asked
@@ -211,7 +211,7 @@ class HttpProxy(Proxy):
 
 
 def relay(handler, port):
-    """Carry bytes both ways between whoever talks to a handler and a port of this machine."""
+    """Pass bytes both ways between a handler's client and a port of this machine."""
     with socket.create_connection(("127.0.0.1", port)) as there:
 
         def back():
