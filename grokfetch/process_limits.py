@@ -1,9 +1,9 @@
-"""What this process may take of its machine: cores and memory, by affinity, cgroup and `ulimit`.
+"""How much of the machine this process may use: cores and memory, by affinity, cgroup and `ulimit`.
 
-In a container or a batch job the machine has more than the process may use. A kernel ends a process
-that takes more memory than its cgroup allows without asking what the machine has free, and stops
-one that uses more processor time than its quota until the next period. Source: the kernel's
-documents on cgroup-v1 and cgroup-v2.
+In a container or a batch job a process may use less than the machine has. If it takes more memory
+than its cgroup allows, the kernel ends it, however much is free on the machine; if it uses more
+processor time than its quota, the kernel stops it until the next period. Source: the kernel's
+documentation of cgroup-v1 and cgroup-v2.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ __all__ = ["address_space", "available_memory", "cgroup_memory", "cores", "most_
 ROOT = Path("/")
 
 NO_LIMIT_V1 = 1 << 62
-"""From so many bytes on, version 1 of cgroups means no limit."""
+"""In version 1 of cgroups, a limit of this many bytes or more means no limit."""
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy: by its affinity and the quotas of its cgroups.
+    """Cores that this process may keep busy, by its affinity and the quotas of its cgroups.
 
     Args:
         root: where `proc` and `sys` are.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Half a core more is worth a thread; a part of one core is one thread.
+    # A fraction of a core is worth a thread of its own.
     quotas = [-int(-quota // 1) for quota in _quotas(root)]
     return max(1, min([usable or 1, *quotas]))
 
 
 def most_memory() -> int:
-    """Bytes that this process may ever hold: the machine's, or fewer by its cgroup."""
+    """Bytes that this process may ever hold: the machine's memory, or less by its cgroup."""
     import psutil
 
     limits = [limit for limit, _ in _memory_limits(ROOT)]
@@ -43,7 +43,7 @@ def most_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that may be taken before the kernel ends a process for it."""
+    """Bytes that this process may take before the kernel ends it for that."""
     import psutil
 
     room = cgroup_memory(ROOT)
@@ -52,9 +52,9 @@ def available_memory() -> int:
 
 
 def address_space() -> tuple[int, int] | None:
-    """Bytes that may be mapped by `ulimit -v`, and how many of them are left; None for no limit.
+    """Bytes that `ulimit -v` allows to be mapped, and how many of them are left; None for no limit.
 
-    Mapped files count with their whole length, whatever of them is in memory.
+    Mapped files count with their whole length, however much of them is in memory.
     """
     import psutil
 
@@ -65,28 +65,28 @@ def address_space() -> tuple[int, int] | None:
 
 
 def cgroup_memory(root: Path) -> int | None:
-    """Bytes that the limits of this process's cgroup and of those above it leave.
+    """Bytes that the limits of this process's cgroup and of its ancestors leave.
 
-    Pages of files count against the limits too, but go when they are needed: here they are free.
+    The kernel counts the page cache, too, but frees it when memory is needed, so here it is free.
 
     Args:
         root: where `proc` and `sys` are.
 
     Returns:
-        None where nothing limits it.
+        None without a limit.
     """
     rooms = [room for _, room in _memory_limits(root)]
     return max(0, min(rooms)) if rooms else None
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """The limit of each cgroup of ours that has one, and what it leaves."""
+    """For each of our cgroups with a limit, the limit and what it leaves, in bytes."""
     for folder in _folders(root, "memory"):
         limit, usage = folder / "memory.max", folder / "memory.current"
         if not limit.exists():
             limit, usage = folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes"
         with contextlib.suppress(OSError, ValueError):
-            # Beyond memory.high a process is not ended, but slowed down without end.
+            # Above memory.high a process is not ended, but slowed down without limit.
             texts = [limit.read_text().strip(), _text(folder / "memory.high")]
             limits = [int(text) for text in texts if text not in ("", "max")]
             most = min(limits, default=NO_LIMIT_V1)
@@ -97,13 +97,13 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
 def _file_pages(folder: Path) -> int:
     rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
     stat = {name: int(value) for name, value in rows}
-    # Version 1 counts the cgroups below apart.
+    # Version 1 counts child cgroups separately.
     total = "total_" if "total_active_file" in stat else ""
     return sum(stat.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores for whose time the quotas of our cgroups are enough."""
+    """For each of our cgroups with a quota, the cores that it is enough for."""
     for folder in _folders(root, "cpu"):
         whole = _text(folder / "cpu.max").split()
         period = [_text(folder / f"cpu.cfs_{part}_us") for part in ("quota", "period")]
@@ -121,7 +121,7 @@ def _text(file: Path) -> str:
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of our cgroup and its ancestors that a controller has, of both versions."""
+    """The folders of a controller for our cgroup and its ancestors, in both versions."""
     for row in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, place = row.split(":", 2)
         mounts: tuple[str, ...]
@@ -131,7 +131,8 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
             mounts = (f"sys/fs/cgroup/{controller}", f"sys/fs/cgroup/{controllers}")
         else:
             continue
-        # In a container the mount may begin at our own cgroup: what is not there is passed over.
+        # In a container the mount may begin at our own cgroup; callers skip folders that do not
+        # exist.
         path = PurePosixPath(place.lstrip("/"))
         for mount in dict.fromkeys(mounts):
             yield from (root / mount / part for part in (path, *path.parents))

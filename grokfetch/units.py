@@ -1,4 +1,4 @@
-"""How bytes, seconds, shares and rates are written for people, and read from them. Pure."""
+"""Writes bytes, durations, shares and rates for people, and reads bytes that people write. Pure."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 
 def parse_bytes(text: str) -> int | None:
-    """The bytes that a person names, with k, M, G or T for powers of 1000; None if they do not."""
+    """A number of bytes with k, M, G or T for powers of 1000; None if the text is not one."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kMGT]?)", text)
     return None if match is None else round(float(match[1]) * FACTORS[match[2]])
 
 
 def bytes_text(count: float) -> str:
-    """A size for people, in decimal units as disks and networks use them: 318.2 GB."""
+    """A size for people, in decimal units like those of disks and networks: 318.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -50,22 +50,22 @@ def seconds_text(seconds: float) -> str:
 
 
 def ago_text(then: float, now: float) -> str:
-    """How long ago a moment was, both in seconds since 1970: 12 s ago."""
+    """How long before `now` a moment was, both in seconds since 1970: 12 s ago."""
     return f"{seconds_text(max(0.0, now - then))} ago"
 
 
 def count_text(count: int, noun: str) -> str:
-    """A number of things: 1 peer, 2 peers, 1,000 peers."""
+    """A number with a noun: 1 peer, 2 peers, 1,000 peers."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def share_text(part: int, whole: int) -> str:
-    """A share for people that says 100.0 % only of all, and 0.0 % only of less than a tenth."""
+    """A share for people, rounded down: 100.0 % only for the whole, 0.0 % only below 0.1 %."""
     tenths = 1000 * part // whole if whole else 1000
     return f"{tenths // 10}.{tenths % 10} %"
 
 
 def speed_text(tokens_per_s: float) -> str:
-    """Tokens a second for people, three digits where they are few."""
+    """Tokens per second for people, with a third decimal below one."""
     digits = 2 if tokens_per_s >= 1 else 3
     return f"{tokens_per_s:.{digits}f} tokens/s"

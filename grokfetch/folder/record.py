@@ -1,7 +1,7 @@
-"""What is proven, by what, and how each file looked then. Pure: no I/O here.
+"""What is proven and by which hash, and the stamp of each file at that time. Pure: no I/O here.
 
-A proof belongs to a stamp, the (size, mtime_ns) of its file at that time. What a record proves of
-the files as they look now is decided in `proven` alone.
+A proof is only valid with a stamp, the (size, mtime_ns) of its file at that time. What a record
+proves about the files as they are now is decided only in `proven`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SCHEMA = 1
 
 
 class RecordDamaged(ValueError):
-    """The bytes are not a record that this version of grokfetch wrote."""
+    """Some bytes are not a record that this version of grokfetch wrote."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stamp:
-    """How a file looks from outside: size in bytes, time of its last change in nanoseconds."""
+    """A file's size in bytes and the time of its last change in nanoseconds."""
 
     size: int
     mtime_ns: int
@@ -35,8 +35,8 @@ class Stamp:
 class FileProof:
     """What a file's proofs rest on.
 
-    `sha256` is the digest of the whole file where one was computed. `writing` says that we have,
-    or had when we were killed, the file open for writing.
+    `sha256` is the digest of the whole file if it was computed. `writing` says that we have the
+    file open for writing, or had it when we were killed.
     """
 
     stamp: Stamp
@@ -54,7 +54,7 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """The record as JSON: its schema, a digest of what follows, and the rest."""
+    """The record as JSON: its schema, a digest of the rest, and the rest."""
     body = {
         "info_hash": record.info_hash,
         "pieces": _bits(record.pieces),
@@ -77,7 +77,7 @@ def decode(text: bytes) -> Record:
     """The record that `text` encodes.
 
     Raises:
-        RecordDamaged: it is truncated, altered, of another program or of another schema.
+        RecordDamaged: it is truncated or altered, or has another schema or format.
     """
     try:
         top = json.loads(text)

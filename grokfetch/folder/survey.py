@@ -1,7 +1,7 @@
-"""What the record says of a folder now: proven and missing, by what, by piece, file and layer.
+"""What is proven and missing in a folder now, in total and by piece, file and layer.
 
-Files are statted, so that one which has changed counts as not proven; nothing is read or hashed,
-and no lock is taken.
+It follows from the record. Files are statted, so one that has changed counts as not proven; nothing
+is read or hashed, and no lock is taken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FileState = Literal["proven", "begun", "absent", "changed", "not asked for"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked for in words, its bytes, and those of them that are proven."""
+    """What is asked for: in words, its bytes, and how many of them are proven."""
 
     what: str
     total: int
@@ -37,7 +37,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """The tensors of one layer, or those outside the layers: proven bytes and all bytes."""
+    """The tensors of one layer, or those outside layers: how many bytes are proven, of how many."""
 
     name: str
     proven: int
@@ -46,19 +46,20 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Survey:
-    """How far a checkpoint is.
+    """How much of a checkpoint is proven.
 
     Args:
         name: of the checkpoint.
-        total: bytes that the manifest names.
-        by_pieces: those of them that the torrent's piece hashes have proven.
-        by_sha256: those that the manifest's sha256 have.
+        total: bytes in the manifest's files.
+        by_pieces: how many of them the torrent's piece hashes have proven.
+        by_sha256: how many of them the manifest's sha256 have proven.
         info_hash: the torrent's, None without one.
-        measured: when the manifest's digests were taken from somebody's disk, None if published.
+        measured: the date when the manifest's digests were taken from somebody's disk, None if
+            they were published.
         pieces: for each piece of the torrent, whether it is proven.
-        files: how each file of the manifest is. "changed" is one that was verified once and has
-            another size or time since.
-        groups: completion by layer, in numeric order, then what lies outside the layers.
+        files: the state of each file in the manifest. A "changed" one was verified, but its size or
+            time has changed since.
+        groups: completion by layer, in numeric order, then outside the layers.
         asked: what is asked for, None for everything; whole pieces count.
     """
 
@@ -75,12 +76,12 @@ class Survey:
 
     @property
     def proven(self) -> int:
-        """Proven bytes, whichever way."""
+        """Proven bytes, in either way."""
         return self.by_pieces + self.by_sha256
 
 
 def survey(store: Store) -> Survey:
-    """Look at a folder: its manifest, its record, and how its files look.
+    """Survey a folder: its manifest, its record, and the sizes and times of its files.
 
     Raises:
         StateMissing: there is no manifest.
@@ -146,7 +147,7 @@ def _groups(
 
 
 def _group(name: str) -> tuple[int, int, str]:
-    """What sorts the tensors into groups, and the groups in their order."""
+    """The group of a tensor: two keys for the order of the groups, and its name."""
     layer = re.search(r"decoder_layer_(\d+)/", name)
     if layer is not None:
         return 0, int(layer[1]), f"layer {int(layer[1])}"
@@ -154,7 +155,7 @@ def _group(name: str) -> tuple[int, int, str]:
 
 
 def piece_map(pieces: Sequence[bool], cells: int) -> list[float]:
-    """The share of proven pieces in each of at most `cells` runs of pieces, in order."""
+    """The proven share of each of at most `cells` runs of pieces, in order."""
     count = min(cells, len(pieces))
     bounds = [len(pieces) * cell // count for cell in range(count)] + [len(pieces)]
     return [sum(pieces[a:b]) / (b - a) for a, b in pairwise(bounds)]
