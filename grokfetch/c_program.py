@@ -1,7 +1,7 @@
-"""Small C programs, compiled for the processor at hand where they are first used, and kept.
+"""Small C programs, compiled for this processor when they are first used, and kept.
 
-Without a compiler whoever asks does without them. What is kept runs as it is when it is loaded,
-hence in a folder of the user's, who alone may write it.
+Without a compiler, callers do without them. A kept program is loaded without further checks, so it
+is kept in a folder that only the user may write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["COMPILERS", "OPTIONS", "PROCESSOR", "CProgram", "digest_of", "proces
 
 OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")
 PROCESSOR = ("-march=native", "-mcpu=native")
-"""How compilers are told to use all that this processor has; the second is that of some for ARM."""
+"""Options that let compilers use all of this processor; some compilers for ARM need the second."""
 
 COMPILERS = ("cc", "gcc", "clang")
 PATIENCE_S = 60
@@ -28,14 +28,14 @@ PATIENCE_S = 60
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CProgram:
-    """A program, as its sources and how they are compiled.
+    """A program: its sources and how they are compiled.
 
     Attributes:
-        name: of the compiled file that is kept, which is found by no other version of the sources.
-        sources: what is compiled together.
+        name: of the compiled file; each version of the sources must have its own.
+        sources: files that are compiled together.
         options: for the compiler.
-        processors: options that name the processor; the next is tried where one is refused, and
-            none of them at last.
+        processors: options that name the processor. If one is refused, the next is tried, and
+            finally none.
     """
 
     name: str
@@ -44,7 +44,7 @@ class CProgram:
     processors: tuple[str, ...] = PROCESSOR
 
     def kept(self, folder: Path) -> Path | None:
-        """What was compiled earlier; half a file would end the process, so its name is a digest."""
+        """The file compiled earlier. Its name holds its digest: loading half a file could crash."""
         with contextlib.suppress(OSError):
             for file in folder.glob(f"{self.name}-*.so"):
                 if file.name == self._file_name(file.read_bytes()):
@@ -52,11 +52,11 @@ class CProgram:
         return None
 
     def compiled(self, folder: Path) -> Path | None:
-        """What the compiler makes of the sources, in the folder; None if there is no compiler.
+        """Compile the sources into the folder; None if there is no compiler.
 
         Raises:
-            OSError: it refuses the sources, does not exist, takes too long, or the folder cannot
-                be written.
+            OSError: the compiler refuses the sources, does not exist or takes too long, or the
+                folder cannot be written.
         """
         import subprocess
 
@@ -88,12 +88,12 @@ class CProgram:
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """What tells one version of some source files from another."""
+    """A digest that distinguishes versions of some source files."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def processor() -> str:
-    """The processor's model and a digest of its instructions, in letters that file names have."""
+    """The processor's model and a digest of its instructions, usable as a file name."""
     model, flags = platform.processor(), ""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
@@ -103,13 +103,13 @@ def processor() -> str:
             elif key.strip() == "flags":
                 flags = value.strip()
             elif not key.strip():
-                break  # The others are as the first.
-    # Virtual machines of one model name differ in what they let through.
+                break  # All processors are like the first.
+    # Virtual machines with the same model name can offer different instructions.
     text = f"{model or platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
 
 
 def _first_error(text: str) -> str:
-    """The first line in which a compiler names an error, or else its last one."""
+    """The first line of a compiler's output that names an error, or else the last line."""
     lines = text.strip().splitlines() or [""]
     return next((line for line in lines if "error:" in line), lines[-1]).strip()

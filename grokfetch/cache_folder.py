@@ -1,4 +1,4 @@
-"""The folder of the user for what can be made again: compiled programs, what suits a processor."""
+"""The user's folder for what can be made again: compiled programs, settings for a processor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HERE = "grokfetch"
 
 
 def cache_folder() -> Path:
-    """That folder, readable by the user alone; it may not exist where nothing can be written.
+    """That folder, which only the user may read and write; if it cannot be made, it does not exist.
 
-    Programs that are loaded from it run as they are, which is why nobody else may write it. A user
-    without a home, as a container's, has it among the temporary files.
+    Programs from it are loaded without further checks, so nobody else may write it. For a user
+    without a home, as in a container, it is among the temporary files.
     """
     folder = _of_home() or _temporary()
     with contextlib.suppress(OSError):
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def _of_home() -> Path | None:
-    """Where the user's programs keep such things, None for a user without a home."""
+    """The usual place for caches of this user, None for a user without a home."""
     if Path(os.environ.get("XDG_CACHE_HOME", "")).is_absolute() or _has_home():
         folder = Path(platformdirs.user_cache_dir(HERE, appauthor=False))
         return folder if folder.is_absolute() else None
@@ -38,7 +38,7 @@ def _of_home() -> Path | None:
 
 
 def _has_home() -> bool:
-    """Whether "~" means a folder: an empty or relative HOME would be one of the current folder."""
+    """Whether "~" is a folder; an empty or relative HOME would be inside the current folder."""
     home = os.environ.get("HOME")
     if home is not None:
         return Path(home).is_absolute()
@@ -50,13 +50,13 @@ def _has_home() -> bool:
 
 
 def _temporary() -> Path:
-    """A folder among the temporary files that is ours; one that cannot exist where none can be."""
+    """Our own folder among the temporary files; if there is none, a path that cannot exist."""
     nowhere = Path(os.devnull) / HERE
     with contextlib.suppress(OSError):
         folder = Path(tempfile.gettempdir()) / f"{HERE}-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
-        # Everybody may write beside it: somebody may have made it before us.
+        # Anyone may create files there, so somebody else may have made it before us.
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
             return folder
     return nowhere

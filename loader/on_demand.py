@@ -32,9 +32,9 @@ def on_demand(
     manifest: Path | None,
     network: Network | None,
 ) -> Iterator[Checkpoint]:
-    """The checkpoint of a source, of which a folder receives what is read while the block runs.
+    """The checkpoint of a source; what is read while the block runs is fetched into a folder.
 
-    Where no manifest names the tensors, they are read off the files first, and kept.
+    If no manifest names the tensors, they are first found from the headers of the files, and kept.
 
     Args:
         source: as of `grokfetch fetch`; None for what the folder was begun with, or else Grok-1.
@@ -75,11 +75,11 @@ def filled_on_demand(
     network: Network,
     shown: Callable[[Events], Events] = lambda events: events,
 ) -> Iterator[None]:
-    """Have a folder filled with what is required of it while the block runs.
+    """While the block runs, fetch what is required of a folder into it.
 
     Args:
         store: the folder, on demand.
-        wanted: where from.
+        wanted: what to fetch, and from where.
         network: whom to ask.
         shown: passes on the events of the fetch, and may show them.
 

@@ -1,4 +1,4 @@
-"""How our own files reach the disk: whole, or not at all."""
+"""Writes our own files to the disk completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from grokfetch.torrent.read_back import advise
 __all__ = ["flush", "make_folder", "put", "replacing"]
 
 ATTEMPTS = 2
-"""How often a file is written whose bytes read back changed."""
+"""How often to write a file at most if its bytes do not read back unchanged."""
 
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What fsync says where there is nothing to force: folders on CIFS, VirtualBox and FUSE. There the
-server decides when data is safe. EIO and ENOSPC are other answers: the data is lost."""
+"""The errors of fsync where it is not supported: folders on CIFS, VirtualBox and FUSE. There the
+server decides when data is safe. EIO and ENOSPC are different: the data is lost."""
 
 
 def put(path: Path, data: bytes) -> None:
-    """Put bytes in the place of a file once they have been read back; written again if they differ.
+    """Replace a file by bytes that were written and read back, and written again if they differed.
 
     Raises:
-        OSError: they cannot be written, or differ again; `path` is as it was.
+        OSError: they cannot be written, or differed again; `path` is unchanged.
     """
     with _beside(path) as beside:
         for _ in range(ATTEMPTS):
@@ -41,17 +41,17 @@ def put(path: Path, data: bytes) -> None:
 
 def _read_back(path: Path) -> bytes:
     with path.open("rb") as file:
-        # Otherwise the page cache answers, which has not been to the disk.
+        # Otherwise the bytes would come from the page cache and not from the disk.
         advise(file.fileno(), 0, 0, "DONTNEED")
         return file.read()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well, and leaves no trace if not.
+    """A file that replaces `path` when the block succeeds, and is removed when it fails.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OSError: it cannot be written; `path` is unchanged.
     """
     with _beside(path) as beside, beside.open("wb") as file:
         yield file
@@ -61,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """The name of a file that takes the place of `path` when the block ends well."""
+    """The path of a file that replaces `path` when the block succeeds."""
     beside = path.with_name(with_ending(f".{path.name}", f".{os.getpid()}.new"))
     try:
         yield beside
@@ -73,10 +73,10 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it where they are missing, and flush the new names.
+    """Make a folder and its parents if they are missing, and flush the new names.
 
     Raises:
-        OSError: a folder cannot be made, or the disk refuses.
+        OSError: a folder cannot be made or flushed.
     """
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -85,10 +85,10 @@ def make_folder(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk, where the file system can do that.
+    """Flush a file, or the names in a folder, to the disk, if the file system supports that.
 
     Raises:
-        OSError: the disk refuses, or it is not there.
+        OSError: flushing fails, or `path` does not exist.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself: manifest, torrent, what is asked for, the record."""
+"""The state files of a checkpoint folder: manifest, torrent, what is asked for, the record."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ __all__ = ["Documents", "part_name"]
 
 
 def part_name(path: PurePosixPath) -> PurePosixPath:
-    """Where the bytes of a file lie that is not asked for."""
+    """The path for the bytes of a file that is not asked for."""
     return path.with_name(with_ending(path.name, ".part"))
 
 
 class Documents:
-    """The state files of one checkpoint folder, read when they are first asked about.
+    """The state files of one checkpoint folder, each read when it is first needed.
 
-    What is read is kept until it is forgotten. Writing needs the exclusive lock.
+    What was read is kept until it may have changed. Writing needs the exclusive lock.
 
     Args:
-        root: the checkpoint folder; need not exist yet.
+        root: the checkpoint folder; it need not exist yet.
         state: where our own files are; `root/.grokfetch` by default.
 
     Attributes:
         root: the checkpoint folder.
         state: the folder of our own files.
-        warnings: what a person should know about state that could not be used.
+        warnings: for the user, about state that could not be used.
     """
 
     def __init__(self, root: Path, state: Path | None = None) -> None:
@@ -65,7 +65,7 @@ class Documents:
 
     @property
     def _beside_payload(self) -> bool:
-        """Whether our own files lie where they do by default."""
+        """Whether our own files are in the default place."""
         return self.state == self.root / STATE_FOLDER
 
     # --- reading ----------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Documents:
 
         Raises:
             StateMissing: there is none.
-            StorageFailed: the disk does not give it.
+            StorageFailed: the disk cannot read it.
         """
         found = self.manifest_or_none()
         if found is None:
@@ -90,11 +90,11 @@ class Documents:
         return found
 
     def hint_nearby(self) -> str:
-        """What to name instead of this folder, in which nothing was begun; nothing if unknown."""
+        """A hint at a folder nearby, if nothing was begun in this one; empty if there is none."""
         return hint_nearby(self.root) if self._beside_payload else ""
 
     def manifest_or_none(self) -> Manifest | None:
-        """The manifest in force, its paths those where files lie here; None if there is none."""
+        """The manifest in force, with the paths that files have here; None if there is none."""
         if self._manifest is None:
             name = "manifest.json"
             known = self._files.read(name, lambda it: manifests.parse(it, str(self.state / name)))
@@ -107,7 +107,7 @@ class Documents:
         self._entries = {file.path: file for file in manifest.files}
 
     def places(self) -> Places:
-        """Where files lie that do not lie where the torrent puts them."""
+        """Where files are that are not where the torrent puts them."""
         if self._places is None:
             self._places = self._files.read("places.json", placing.decode) or {}
         return self._places
@@ -123,8 +123,8 @@ class Documents:
     def layout(self) -> Layout | None:
         """The torrent's layout, None if there is no torrent.
 
-        Files that are not asked for lie under another name: they may hold bytes that share a piece
-        with a file that is, and must not look whole.
+        Files that are not asked for have another name: they may hold bytes that share a piece with
+        a file that is, and must not look complete.
         """
         self.torrent()
         if self._layout is not None and not self._settled:
@@ -133,10 +133,11 @@ class Documents:
         return self._layout
 
     def _moves(self, layout: Layout) -> dict[PurePosixPath, PurePosixPath]:
-        """From the torrent's paths to ours, for the files that lie elsewhere."""
+        """From the torrent's paths to ours, for the files that are elsewhere."""
         asked, moves = self.asked(), dict(self.places())
         selection = self.selection()
-        # What is read next is not known, and a file that is being written cannot change its name.
+        # On demand, nobody knows what is read next, and a file cannot be renamed while it is
+        # written.
         parts = asked is not None and selection is not None and not selection.on_demand
         for file in layout.payload:
             place = moves.get(file.name, file.name)
@@ -153,7 +154,7 @@ class Documents:
     def asked(self) -> Spans | None:
         """The bytes that are asked for; None for everything.
 
-        A file that only its sha256 can prove is asked for as a whole, or not at all.
+        A file that only its sha256 can prove is asked for as a whole or not at all.
         """
         selection, manifest = self.selection(), self.manifest_or_none()
         if selection is None or manifest is None:
@@ -174,7 +175,7 @@ class Documents:
     def record(self) -> Record:
         """What is proven; empty if nothing is.
 
-        Pieces of another torrent than the one in `metadata.torrent` do not count.
+        Pieces of a torrent other than that in `metadata.torrent` do not count.
         """
         if self._record is None:
             torrent, layout = self.torrent(), self.layout()
@@ -182,13 +183,13 @@ class Documents:
             record = self._files.read("record.json", records.decode) or Record(info_hash)
             self._record = of_torrent(record, info_hash, layout)
             if record.info_hash == info_hash and record.pieces and not self._record.pieces:
-                self.warnings.append(f"{self.state / 'record.json'}: it names pieces there are not")
+                self.warnings.append(f"{self.state / 'record.json'}: it names unknown pieces")
         return self._record
 
     # --- writing, under the exclusive lock ----------------------------------------------------
 
     def save_manifest(self, manifest: Manifest) -> None:
-        """Put a manifest in force, its paths those where files lie here.
+        """Put a manifest in force; its paths are those that files have here.
 
         Raises:
             StorageFailed: the state folder cannot be written.
@@ -198,14 +199,14 @@ class Documents:
         self._keep(manifest)
 
     def save_tensors(self, tensors: tuple[ManifestTensor, ...]) -> None:
-        """Keep which tensors the files hold, of which the manifest in force says nothing.
+        """Keep which tensors the files hold, if the manifest in force does not say so.
 
         Raises:
             StorageFailed: the state folder cannot be written.
         """
         manifest = dataclasses.replace(self.manifest(), tensors=tensors)
         self._write_manifest(manifest)
-        # Readers go on meanwhile, and of the files nothing else is known now.
+        # Readers continue meanwhile, and nothing else about the files has changed.
         self._keep(manifest)
 
     def _write_manifest(self, manifest: Manifest) -> None:
@@ -213,7 +214,7 @@ class Documents:
         self._files.write("manifest.json", manifests.encode(manifest.moved(names)))
 
     def save_places(self, places: Places) -> None:
-        """Keep where files lie that do not lie where the torrent puts them.
+        """Keep where files are that are not where the torrent puts them.
 
         Raises:
             StorageFailed: the state folder cannot be written.
@@ -246,7 +247,7 @@ class Documents:
         self._forget()
 
     def extend_selection(self, more: Spans) -> None:
-        """Keep that more bytes were read of a folder that is read on demand.
+        """Keep that more bytes were read, in a folder that is read on demand.
 
         Raises:
             StorageFailed: the state folder cannot be written.
@@ -255,11 +256,11 @@ class Documents:
         assert earlier is not None
         selection = earlier.grown(more)
         self._files.write("selection.json", selections.encode(selection))
-        # Readers go on meanwhile, and no file has another name now.
+        # Readers continue meanwhile, and no file has changed its name.
         self._selection, self._asked = selection, None
 
     def save_record(self, record: Record) -> None:
-        """Keep what is proven. The data it speaks of must be on the disk by now.
+        """Keep what is proven. The proven data must be on the disk by now.
 
         Raises:
             StorageFailed: the state folder cannot be written.
@@ -290,7 +291,7 @@ def _with_layout(data: bytes) -> tuple[TorrentFile, Layout]:
     """A torrent file and its layout.
 
     Raises:
-        TorrentInvalid: it is none, has changed since it was written, or has no sound layout.
+        TorrentInvalid: it is not one, has changed since it was written, or has no sound layout.
     """
     torrent = parse_torrent(data)
     return torrent, parse_info(torrent.info, torrent.piece_layers)

@@ -1,4 +1,4 @@
-"""Which folder somebody may have meant by one in which nothing was begun."""
+"""Finds the folder that a user may have meant, if nothing was begun in the one given."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from grokfetch.torrent.names import STATE_FOLDER
 __all__ = ["hint_nearby"]
 
 MOST_BELOW = 1000
-"""Folders in a folder that are looked at."""
+"""How many entries of a folder are looked at."""
 
 
 def hint_nearby(root: Path) -> str:
-    """What to name instead of a folder or file; nothing if nothing was begun above or just below.
+    """A hint at what to name instead; empty if nothing was begun above or just below.
 
     Args:
-        root: where no state is.
+        root: a folder or file without state.
     """
     if root.is_file():
         return f"a folder is wanted; of a torrent or a manifest: grokfetch fetch {root} --to DIR"

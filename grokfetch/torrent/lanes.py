@@ -1,8 +1,8 @@
-"""SHA-1 of several pieces, and SHA-256 of several blocks, at once by a C program, on one core.
+"""SHA-1 of several pieces, or SHA-256 of several blocks, at once on one core, by a C program.
 
-A hash of one stream waits for each of its own steps. `lanes.c` hashes as many streams as a vector
-register has lanes, and reads what it hashes itself. Where there is no compiler, or the processor
-has no wide vectors, everything is hashed by hashlib.
+Each step of one hash waits for the step before. `lanes.c` hashes as many streams as a vector
+register has lanes, and reads the data itself. Without a compiler, or if the processor has no wide
+vectors, hashlib does everything.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["FEWEST", "Lanes", "Shared", "build", "lanes", "load"]
 SOURCE = Path(__file__).with_name("lanes.c")
 
 FEWEST = 6
-"""Streams at a time from which lanes are faster than one stream after another, by far."""
+"""With at least this many streams, lanes are much faster than hashing one after another."""
 
 WORTH_BUILDING = 1 << 28
-"""Bytes hashed by this process after which compiling, half a second, is soon won back."""
+"""Once this process has hashed so many bytes, half a second for compiling soon pays off."""
 
 CHECKED = (0, 1, 55, 56, 63, 64, 65, 119, 120, 127, 128, 4096 + 55, 4096 + 56)
-"""Lengths about the bounds of blocks and of their padding, of which the program must be right."""
+"""Lengths near the limits of blocks and padding, for which the program's hashes are checked."""
 
 
 class Lanes:
@@ -38,7 +38,7 @@ class Lanes:
 
     Attributes:
         count: streams at a time.
-        blocks: whether SHA-256 gains by it as well.
+        blocks: whether SHA-256 is faster in lanes as well.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -57,7 +57,7 @@ class Lanes:
             buffer: to read into, at least 64 bytes for each lane.
 
         Returns:
-            Of each span 20 bytes, or None if not all of it could be read.
+            20 bytes for each span, or None if not all of it could be read.
         """
         if len(spans) > self.count or buffer.nbytes < 64 * self.count:
             raise ValueError(f"{len(spans)} spans and {buffer.nbytes} bytes for {self.count} lanes")
@@ -76,7 +76,7 @@ class Lanes:
         ]
 
     def sha256(self, data: memoryview) -> list[bytes]:
-        """SHA-256 of `count` parts of equal length, which follow each other in writable memory."""
+        """SHA-256 of `count` consecutive parts of equal length, in writable memory."""
         length = data.nbytes // self.count
         digests = (ctypes.c_uint8 * (32 * self.count))()
         source = (ctypes.c_uint8 * data.nbytes).from_buffer(data)
@@ -91,18 +91,18 @@ def load(file: Path) -> Lanes | None:
         program = Lanes(ctypes.CDLL(str(file)))
         return program if program.count and all(_right(program, n) for n in CHECKED) else None
     except (OSError, AttributeError):
-        # AttributeError: a home that moved to another system.
+        # AttributeError: the home folder was moved to another system.
         return None
 
 
 def _right(program: Lanes, length: int) -> bool:
-    """Whether both hashes of random inputs of a length are those of hashlib."""
+    """Whether both hashes of random inputs of a length are the same as from hashlib."""
     data = bytearray(random.randbytes(length * program.count))  # noqa: S311 - no secret
     parts = [data[lane * length : (lane + 1) * length] for lane in range(program.count)]
     with tempfile.TemporaryFile(buffering=0) as file:
         file.write(data)
         spans = [(file.fileno(), lane * length) for lane in range(program.count)]
-        # A buffer of two blocks for each lane: longer inputs come in parts.
+        # The buffer has two blocks for each lane, so longer inputs come in parts.
         found = program.sha1(spans, length, memoryview(bytearray(128 * program.count)))
     return found == [
         hashlib.sha1(part, usedforsecurity=False).digest() for part in parts
@@ -110,7 +110,7 @@ def _right(program: Lanes, length: int) -> bool:
 
 
 def build(folder: Path, *, compiling: bool) -> Lanes | None:
-    """The program as `folder` holds it, or else, if `compiling`, as it is compiled into it."""
+    """The program in `folder`; if there is none and `compiling`, it is compiled into it."""
     program = CProgram(f"grokfetch_lanes_{digest_of([SOURCE])}", (SOURCE,), OPTIONS)
     with contextlib.suppress(OSError):
         file = program.kept(folder) or (program.compiled(folder) if compiling else None)
@@ -119,7 +119,7 @@ def build(folder: Path, *, compiling: bool) -> Lanes | None:
 
 
 class Shared:
-    """The program of this process: looked for once, compiled once it is worth it."""
+    """The program for this process: looked up once, and compiled when that is worth it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -128,10 +128,10 @@ class Shared:
         self._program: Lanes | None = None
 
     def get(self, worth: int) -> Lanes | None:
-        """The program, or None for as long as there is none; `worth` bytes are hashed now."""
+        """The program, or None while there is none; the caller will hash `worth` bytes now."""
         if self._program is not None or self._unbuilt <= 0:
             return self._program
-        # While one thread compiles, the others hash on as they can.
+        # While one thread compiles, the others continue without the program.
         if not self._lock.acquire(blocking=False):
             return None
         try:
@@ -152,6 +152,6 @@ def lanes(worth: int = 0) -> Lanes | None:
     """The C program, compiled once this process has hashed enough; None without it.
 
     Args:
-        worth: bytes that are hashed now.
+        worth: bytes that the caller will hash now.
     """
     return _shared.get(worth)

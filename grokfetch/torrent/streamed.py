@@ -1,6 +1,6 @@
-"""A torrent of files that pass by once: each is fed in order, and no byte of it is kept. Pure.
+"""A torrent of streamed files: each is read once, in order, and not kept. Pure.
 
-What comes out is to the byte what `create.make` makes of the same files on a disk.
+The result is the same, byte for byte, as what `create.make` makes of the same files on a disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FileHasher:
     Args:
         size: of the file, in bytes.
         piece_length: bytes, a power of two from 16 KiB on.
-        padded: whether zeros fill its last piece in v1: the torrent has other files.
+        padded: whether its last piece is padded with zeros in v1, as in a torrent with other files.
 
     Attributes:
         done: bytes fed so far.
@@ -77,7 +77,7 @@ class FileHasher:
         self._begin()
 
     def result(self) -> FileHashes:
-        """The hashes, once the whole file was fed."""
+        """The hashes, once the whole file has been fed."""
         v1, v2 = self._hashes
         return FileHashes(self._whole.hexdigest(), b"".join(v1), b"".join(v2))
 
@@ -91,18 +91,18 @@ def made_of(  # noqa: PLR0913  # the files, and what a publisher may choose by n
     trackers: Sequence[str] = (),
     web_seeds: Sequence[str] = (),
 ) -> Made:
-    """The hybrid torrent of files that were hashed as they passed by.
+    """The hybrid torrent of files that were hashed while they were streamed.
 
     Args:
         name: of its top folder.
-        files: path below that folder and size in bytes, in the order of a torrent.
-        piece_length: with which they were hashed.
-        hashes: of each.
-        trackers: where peers can be asked for.
-        web_seeds: where the files lie.
+        files: path below that folder and size in bytes, in the torrent's order.
+        piece_length: with which they were hashed, in bytes.
+        hashes: of each file.
+        trackers: URLs of trackers.
+        web_seeds: URLs of copies of the files.
 
     Raises:
-        TorrentInvalid: a name is too long, or it is too large.
+        TorrentInvalid: a name is too long, or the torrent is too large.
     """
     pieces = [[Pieces(n, 0, hashes[p].v1, hashes[p].v2, s)] for n, (p, s) in enumerate(files)]
     info, layers = hybrid_info(name, files, piece_length, pieces)
