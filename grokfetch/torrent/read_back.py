@@ -76,14 +76,10 @@ class FileResult:
 
 
 class Hashers(Generic[T]):
-    """A pool of threads, each with a buffer.
+    """A pool of threads, one per core that this process may use, each with a buffer."""
 
-    Args:
-        threads: how many; by default one per core that this process may use.
-    """
-
-    def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads or cores()
+    def __init__(self) -> None:
+        self._threads = cores()
         self._pool = ThreadPoolExecutor(self._threads, "hash")
         self._local = threading.local()
         self._running: set[Future[T]] = set()

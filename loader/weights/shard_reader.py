@@ -14,7 +14,6 @@ Source of the format: CPython `Lib/pickletools.py` and `Modules/_pickle.c`, NumP
 
 from __future__ import annotations
 
-import mmap
 import os
 import pickletools
 import stat
@@ -37,7 +36,7 @@ from loader.weights.shard_values import (
     Shard,
 )
 
-__all__ = ["ArraySpan", "Shard", "Slices", "read_frame", "read_shard", "read_slices"]
+__all__ = ["ArraySpan", "Shard", "Slices", "read_shard", "read_slices"]
 
 # An official shard has at most 140 opcodes, an array of 64 dimensions some 200. As each opcode adds
 # at most one value, this bounds the stack, the memo and all nesting as well as the work.
@@ -64,20 +63,12 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
         raise StorageFailed(f"cannot be read: {error.strerror or error}", path=path) from error
 
 
-def read_frame(
-    buffer: bytes | bytearray | memoryview | mmap.mmap, path: str | os.PathLike[str]
-) -> Shard:
-    """The spans of the array that `buffer`, the whole content of `path`, describes.
-
-    Raises:
-        ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.
-    """
-    with memoryview(buffer) as view:
-        return read_slices(view, path)
-
-
 def read_slices(view: Slices, path: str | os.PathLike[str]) -> Shard:
-    """The same for a file whose parts are read on request.
+    """The same for the content of a file, of which only slices are read.
+
+    Args:
+        view: the content.
+        path: of the file, for the error message.
 
     Raises:
         ShardInvalid: it is not a pickled array of the official form; nothing of it was executed.

@@ -61,7 +61,7 @@ class Shard:
 
 
 class Refusal(Exception):
-    """What is wrong with the opcode at hand; `read_frame` adds where."""
+    """What is wrong with the opcode at hand; `read_slices` adds where."""
 
 
 class Flag(enum.Enum):

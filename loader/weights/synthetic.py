@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -33,20 +33,13 @@ _LOGIT_SPREAD: Final = 2.5
 _ROUTER_SPREAD: Final = 2.0
 
 
-def write_checkpoint(
-    folder: str | os.PathLike[str],
-    config: GrokConfig,
-    *,
-    seed: int = 0,
-    report: Callable[[Path, int], object] | None = None,
-) -> None:
+def write_checkpoint(folder: str | os.PathLike[str], config: GrokConfig, *, seed: int = 0) -> None:
     """Write every shard of a checkpoint of `config` into `folder`, which is made if needed.
 
     Args:
         folder: where the files go; conventionally named ckpt-0.
         config: the model.
         seed: same seed, same bytes (under one version of NumPy).
-        report: called after each file with its path and size in bytes.
 
     Raises:
         OSError: as writing files does.
@@ -54,10 +47,7 @@ def write_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for spec in parameters(config):
-        path = folder / spec.file
-        size = write_tensor(path, spec, config, seed=seed)
-        if report is not None:
-            report(path, size)
+        write_tensor(folder / spec.file, spec, config, seed=seed)
 
 
 def write_tensor(

@@ -28,7 +28,7 @@ from grokfetch.torrent.magnet import parse_magnet
 from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
 from loader.export import gguf
 from loader.weights.inventory import expected
-from loader.weights.shard_reader import read_frame
+from loader.weights.shard_reader import read_slices
 
 FILES = {"a/b": content(100_000), "c": content(10), "empty": b""}
 MAGNET = (
@@ -57,7 +57,7 @@ def torrent(data, _folder):
 
 
 def shard(data, _folder):
-    read_frame(data, "shard")
+    read_slices(data, "shard")
 
 
 def manifest(data, _folder):

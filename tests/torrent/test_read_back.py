@@ -2,14 +2,20 @@ import threading
 
 import pytest
 
+from grokfetch.torrent import read_back
 from grokfetch.torrent.read_back import CHUNK, Hashers
 
 DEADLINE_S = 60
 
 
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    monkeypatch.setattr(read_back, "cores", lambda: 2)
+
+
 def test_who_takes_waits_for_the_first_result_and_not_for_all():
     released = threading.Event()
-    with Hashers[str](2) as hashers:
+    with Hashers[str]() as hashers:
         hashers.submit(lambda _: "held" if released.wait(DEADLINE_S) else "never released")
         hashers.submit(lambda _: "done")
         assert hashers.take(DEADLINE_S) == ["done"]
@@ -21,12 +27,12 @@ def test_who_takes_waits_for_the_first_result_and_not_for_all():
 
 
 def test_taking_where_nothing_runs_returns_at_once():
-    with Hashers[int](1) as hashers:
+    with Hashers[int]() as hashers:
         assert hashers.take(None) == []
 
 
 def test_what_a_job_raises_is_raised_to_who_takes_and_the_rest_can_still_be_taken():
-    with Hashers[int](1) as hashers:
+    with Hashers[int]() as hashers:
         hashers.submit(lambda _: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             hashers.take(DEADLINE_S)
@@ -42,7 +48,7 @@ def test_of_many_jobs_few_are_begun_before_the_first_results_are_taken():
             begun.append(number)
             yield lambda _, number=number: number
 
-    with Hashers[int](2) as hashers:
+    with Hashers[int]() as hashers:
         results = hashers.run(jobs())
         first = next(results)
         assert len(begun) == 8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.official import QuantizedWeight8bit
 
 from loader.weights.schema import GrokConfig, parameters
-from loader.weights.shard_reader import read_frame, read_shard
+from loader.weights.shard_reader import read_shard, read_slices
 from loader.weights.shard_writer import frame_layout, write_blocks, write_shard
 
 DATA = Path(__file__).parents[1] / "data"
@@ -39,7 +39,7 @@ def written(array, scales=None):
     file = io.BytesIO()
     layout = frame_layout(array.dtype.name, array.shape, scale_shape)
     write_blocks(file, layout, [array], [] if scales is None else [scales])
-    assert read_frame(file.getvalue(), "x") == layout.shard
+    assert read_slices(file.getvalue(), "x") == layout.shard
     assert len(file.getvalue()) == layout.size
     return file.getvalue()
 
@@ -142,7 +142,7 @@ def test_numpy_1_pickles_are_rewritten_byte_for_byte(name):
     # and in the reference files. No reader looks at them.
     theirs = (DATA / "numpy-1.26" / name).read_bytes()
     data = theirs.replace(b"K\2K\2K\x50", b"K\2K\2K\x40")
-    shard = read_frame(data, name)
+    shard = read_slices(data, name)
     scale_shape = None if shard.scales is None else shard.scales.shape
     layout = frame_layout(shard.array.dtype, shard.array.shape, scale_shape)
     assert layout.shard == shard

@@ -49,12 +49,6 @@ def test_same_config_has_files_of_the_same_size_as_the_reference(tmp_path):
     assert sizes == {path.name: path.stat().st_size for path in (TINY / "ckpt-0").iterdir()}
 
 
-def test_every_file_is_reported_with_its_size(tmp_path):
-    reported = []
-    write_checkpoint(tmp_path, CONFIG, report=lambda path, size: reported.append((path, size)))
-    assert reported == [(path, path.stat().st_size) for path in sorted(tmp_path.iterdir())]
-
-
 def test_same_seed_gives_the_same_bytes_whatever_was_written_before(folder, tmp_path):
     for spec in reversed(parameters(CONFIG)):
         size = write_tensor(tmp_path / spec.file, spec, CONFIG, seed=5)
