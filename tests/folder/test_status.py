@@ -8,8 +8,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -27,15 +25,14 @@ from grokfetch.fetch import Limits, fetch
 from grokfetch.folder import history
 from grokfetch.folder.history import Sample, rates, thinned
 from grokfetch.folder.journal import checked
-from grokfetch.folder.lock import read_owner, seeding
+from grokfetch.folder.lock import seeding
 from grokfetch.folder.overview import overview
 from grokfetch.folder.record import FileProof, Record
 from grokfetch.folder.store import Store
-from grokfetch.folder.survey import Group, piece_map, survey
+from grokfetch.folder.survey import Group, survey
 from grokfetch.folder.verify import verify
 from grokfetch.manifest.schema import Manifest, ManifestTensor
 from grokfetch.output.terminal import ASCII_SHADES, SHADES, Screen, screen
-from grokfetch.units import share_text
 
 PIECE = 32768
 FILES = {"a": content(3 * PIECE - 100), "b": content(1000), "c": content(5 * PIECE)}
@@ -144,28 +141,6 @@ def test_a_fetch_that_has_no_metadata_yet_is_told_from_a_folder_of_nobody(tmp_pa
         assert "has not received the torrent's metadata yet" in text
 
 
-def test_the_name_that_a_dead_process_left_is_not_at_work(tmp_path):
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait(60)
-    lock = tmp_path / "lock"
-    lock.write_text(json.dumps({"pid": done.pid, "host": socket.gethostname()}))
-    assert read_owner(tmp_path) is None
-    lock.write_text(json.dumps({"pid": done.pid, "host": "another"}))
-    assert str(read_owner(tmp_path)) == f"process {done.pid} on another"
-    lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-    assert read_owner(tmp_path).pid == os.getpid()
-    for noise in (
-        "",
-        "[]",
-        '{"pid": "x", "host": 1}',
-        "\xff",
-        '{"pid": 1e400, "host": "h"}',
-        '{"pid": 0, "host": "h"}',
-    ):
-        lock.write_text(noise)
-        assert read_owner(tmp_path) is None
-
-
 def test_layers_stand_in_numeric_order_and_the_rest_after_them(tmp_path):
     files = {f"t{index}": content(PIECE, index) for index in range(12)}
     torrent = v1_torrent(files, PIECE)
@@ -241,79 +216,6 @@ def test_plain_text_has_no_picture_and_says_one_thing_a_line(fetched):
     assert all(": " in line for line in text.splitlines())
     asked = invoke("status", fetched, env={"GROKFETCH_PLAIN": "1", "COLUMNS": "30"})
     assert re.sub(r"[\d.]+ s ago", "", asked.output) == re.sub(r"[\d.]+ s ago", "", text)
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(
-    ("environment", "coloured"),
-    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
-)
-def test_colour_is_for_terminals_that_know_it_and_people_who_want_it(
-    monkeypatch, environment, coloured
-):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert screen(Terminal()).colour is coloured
-    assert screen(io.StringIO()).colour is False
-    row = dataclasses.replace(screen(Terminal()), colour=coloured).painted([0, 2, 4, 4])
-    assert row == ("·\x1b[33m▒\x1b[0m\x1b[32m██\x1b[0m" if coloured else "·▒██")
-
-
-def test_bars_and_shares_say_all_and_nothing_only_where_it_is_so():
-    view = Screen()
-    assert [view.bar(share, 4) for share in (0, 0.001, 0.5, 0.999, 1)] == [
-        "····",
-        "░···",
-        "██··",
-        "███▓",
-        "████",
-    ]
-    assert share_text(999_999, 1_000_000) == "99.9 %"
-    assert (share_text(0, 5), share_text(5, 5), share_text(0, 0)) == ("0.0 %", "100.0 %", "100.0 %")
-
-
-def test_a_table_that_does_not_fit_continues_below_aligned():
-    titles, rows = ("name", "bytes", "file"), [("a" * 12, "1", "x"), ("b", "22,000", "y" * 9)]
-    assert list(Screen(None).table(titles, rows, right=(1,))) == [
-        "name           bytes  file",
-        "aaaaaaaaaaaa       1  x",
-        "b             22,000  yyyyyyyyy",
-    ]
-    assert list(Screen(22).table(titles, rows, right=(1,))) == [
-        "name           bytes",
-        "  file",
-        "aaaaaaaaaaaa       1",
-        "  x",
-        "b             22,000",
-        "  yyyyyyyyy",
-    ]
-    assert list(Screen(plain=True).table(titles, rows)) == [
-        "aaaaaaaaaaaa: bytes 1, file x",
-        "b: bytes 22,000, file yyyyyyyyy",
-    ]
-
-
-def test_wide_characters_take_two_columns():
-    rows = [("重み", "1"), ("e\u0301", "2"), ("plain", "3")]
-    assert [line[-1] for line in Screen(80).table(("n", "k"), rows)] == ["k", "1", "2", "3"]
-    lines = list(Screen(80).table(("n", "k"), rows))
-    assert lines[1:] == ["重み   1", "e\u0301      2", "plain  3"]
-
-
-def test_the_map_says_all_and_nothing_only_where_it_is_so():
-    assert piece_map([True] * 5, 80) == [1.0] * 5
-    assert piece_map([False, True, True, True], 2) == [0.5, 1.0]
-    assert SHADES[Screen().shade(0.999)] == "▓"
-    assert SHADES[Screen().shade(0.001)] == "░"
-    assert sum(piece_map([piece % 7 == 0 for piece in range(7000)], 10)) == pytest.approx(10 / 7)
 
 
 def test_a_terminal_that_knows_ascii_only_gets_ascii(fetched):

@@ -1,9 +1,5 @@
 import errno
-import io
-import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +10,7 @@ from support.damage import make_read_only
 from support.program import invoke
 from support.torrents import content, lay_down, manifest_of, v1_torrent
 
-from grokfetch.errors import NotProven, StateLocked, StateMissing, StorageFailed
+from grokfetch.errors import NotProven, StateMissing, StorageFailed
 from grokfetch.folder import record as records
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.record import FileProof, Record, Stamp
@@ -237,76 +233,6 @@ def test_a_full_disk_is_told_with_a_hint_and_keeps_the_old_record(store, monkeyp
             store.save_record(Record())
     assert (store.state / "record.json").read_bytes() == before
     assert not list(store.state.glob(".*"))
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from grokfetch.folder.store import Store
-with Store(Path(sys.argv[1])).lock(exclusive=sys.argv[2] == "alone"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """Starts another process that holds the lock of `tmp_path`."""
-    started = []
-
-    def start(how):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path), how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_a_second_writer_is_told_who_holds_the_folder(tmp_path, holder):
-    process = holder("alone")
-    for exclusive in (True, False):
-        with (
-            pytest.raises(StateLocked, match=f"process {process.pid} on "),
-            Store(tmp_path).lock(exclusive=exclusive),
-        ):
-            pass
-
-
-def test_the_lock_of_a_killed_process_does_not_block(tmp_path, holder):
-    process = holder("alone")
-    process.kill()
-    process.wait()
-    with Store(tmp_path).lock():
-        owner = json.loads((tmp_path / ".grokfetch/lock").read_text())
-        assert owner["pid"] == os.getpid()
-
-
-def test_readers_share_and_keep_writers_out(tmp_path, holder):
-    (tmp_path / ".grokfetch").mkdir()
-    holder("shared")
-    with Store(tmp_path).lock(exclusive=False):
-        pass
-    with pytest.raises(StateLocked), Store(tmp_path).lock():
-        pass
-
-
-def test_a_lock_that_a_full_disk_does_not_take_is_reported(tmp_path, monkeypatch):
-    class Full(io.FileIO):
-        def write(self, _):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "open", lambda path, *_args, **_more: Full(path, "w+"))
-    with pytest.raises(StorageFailed, match="disk is full"), Store(tmp_path).lock():
-        pass
 
 
 def test_a_folder_that_cannot_be_written_is_read_without_a_lock(store, monkeypatch):
