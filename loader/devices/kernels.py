@@ -31,6 +31,12 @@ SPLIT = 100_000
 WIDE = 16_384
 """From so many columns on, a few rows fill a step."""
 
+SMALL = 1 << 16
+"""Values of a group of rows that stay in a cache; none of Grok-1's are so few."""
+
+FEW_ROWS = 8
+"""Rows of such a group in a step for one token: more only take longer to compile."""
+
 COLUMNS = 1024
 """Columns whose sums for a few tokens stay in the first-level cache while rows are added."""
 
@@ -130,10 +136,12 @@ def product(
 def _sums(x: Array, rows: Rows, tuning: Tuning) -> Array:
     """`x @ matrix`, float32 `[T, rows.count]` to `[T, rows.width]`."""
     tokens = x.shape[0]
+    most = FEW_ROWS if rows.count * rows.width <= SMALL else rows.count
     if tokens == 1:
-        return _accumulated(x, rows, rows.width, _rows_of_one(rows.width, tuning))
+        at_once = min(most, _rows_of_one(rows.width, tuning))
+        return _accumulated(x, rows, rows.width, at_once)
     if tokens <= tuning.few_tokens:
-        at_once = tuning.wide_rows if tokens == 2 else tuning.wide_rows // 2
+        at_once = min(most, tuning.wide_rows if tokens == 2 else tuning.wide_rows // 2)
         return _accumulated(x, rows, math.gcd(rows.width, COLUMNS), at_once)
     return _converted(x, rows, tuning)
 

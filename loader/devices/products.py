@@ -26,6 +26,7 @@ __all__ = [
     "Table",
     "Weights",
     "by_platform",
+    "chosen",
     "cut",
     "dots",
     "in_parts",
@@ -202,15 +203,34 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
 
 
 def by_platform(on_gpus: Callable[..., R], elsewhere: Callable[..., R], *args: Any) -> R:
-    """One of two functions with the same result, chosen when the program is compiled."""
-    result: R = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(GPUS, on_gpus))
-    return result
+    """One of two functions with the same result, for GPUs and for all other platforms."""
+    return chosen(GPUS, on_gpus, elsewhere, *args)
 
 
 def on_tpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
     """The same for TPUs."""
-    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(TPUS, there))
-    return result
+    return chosen(TPUS, there, elsewhere, *args)
+
+
+def chosen(
+    platforms: tuple[str, ...], there: Callable[..., R], elsewhere: Callable[..., R], *args: Any
+) -> R:
+    """One of two functions with the same result: the first on the platforms that are named.
+
+    Within a mesh only that one is traced, which is half of the time that tracing a layer takes.
+    Outside, and with JAX 0.9, whose meshes do not say what they consist of, both are traced, and
+    one is taken when the program is compiled.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    here = getattr(device, "platform", None)
+    if here is None:
+        result: R = lax.platform_dependent(
+            *args, default=elsewhere, **dict.fromkeys(platforms, there)
+        )
+        return result
+    # A mesh has one name for the GPUs of all makers.
+    names = ("cuda", "rocm") if here == "gpu" else (here,)
+    return there(*args) if set(names) & set(platforms) else elsewhere(*args)
 
 
 def reads_decide(weights: Weights, tokens: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.devices.products import in_parts
+from loader.devices.products import chosen, in_parts
 
 __all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares", "within"]
 
@@ -154,9 +154,8 @@ def within(array: Array, dtype: jnp.dtype) -> Array:
 
 
 def on_cpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
-    """One of two functions with the same result, chosen when the program is compiled."""
-    result: Array = lax.platform_dependent(*args, default=elsewhere, **dict.fromkeys(CPUS, there))
-    return result
+    """One of two functions with the same result, for the compilers of CPUs and for all others."""
+    return chosen(CPUS, there, elsewhere, *args)
 
 
 def in_blocks(

@@ -232,3 +232,15 @@ def test_no_product_widens_the_matrix(tokens):
     sums = 4 * tokens * columns
     block = 4 * Tuning().block_rows * Tuning().block_columns if tokens > Tuning().few_tokens else 0
     assert memory.temp_size_in_bytes < 3 * (sums + block)
+
+
+@pytest.mark.parametrize(("rows", "columns", "most"), [(64, 128, 8), (256, 8192, 32)])
+def test_small_matrices_are_added_in_few_rows_a_step_which_compile_sooner(rows, columns, most):
+    def compute(flat, x):
+        matrix = Rows(flat, jnp.int32(0), jnp.int32(0), rows, columns, columns)
+        return kernels.product(x, matrix, 1, lambda _: jnp.ones(columns), Tuning())
+
+    flat = jax.ShapeDtypeStruct((rows * columns,), jnp.int8)
+    x = jax.ShapeDtypeStruct((1, rows), jnp.float32)
+    text = str(jax.make_jaxpr(compute)(flat, x))
+    assert text.count("convert_element_type[new_dtype=float32") == most

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
+from support import golden
 
 from loader.devices import products as quantized
 from loader.devices.kernels import Tuning
-from loader.devices.products import EXACT, Quantized, cut, product, select, stack_product
+from loader.devices.products import (
+    EXACT,
+    Quantized,
+    by_platform,
+    cut,
+    on_tpus,
+    product,
+    select,
+    stack_product,
+)
 
 
 def made(rows, columns, groups, seed=0):
@@ -157,3 +169,34 @@ def test_cpu_multiplies_with_one_of_a_stack_where_it_lies_or_a_copy_if_it_is_too
     x = np.random.default_rng(1).standard_normal((5, 48), np.float32)
     run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
     np.testing.assert_allclose(run(x, stacked, 2), x @ stack[2][1], rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "forms"),
+    [
+        *(("cpu", ("elsewhere", "elsewhere")), ("tpu", ("elsewhere", "on TPUs"))),
+        *((name, ("on GPUs", "elsewhere")) for name in ("gpu", "cuda", "rocm")),
+    ],
+)
+def test_a_mesh_gets_the_forms_of_its_platform(monkeypatch, platform, forms):
+    mesh = SimpleNamespace(abstract_device=SimpleNamespace(platform=platform))
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert by_platform(lambda: "on GPUs", lambda: "elsewhere") == forms[0]
+    assert on_tpus(lambda: "on TPUs", lambda: "elsewhere") == forms[1]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its meshes do not name their platform")
+def test_no_form_but_that_of_the_platform_is_traced_within_a_mesh():
+    mesh, traced = golden.placed(golden.ONE)[0], []
+
+    def form(name):
+        return lambda x: traced.append(name) or x
+
+    def choose(x):
+        return by_platform(form("on GPUs"), form("elsewhere"), x)
+
+    everywhere = PartitionSpec()
+    jax.eval_shape(jax.shard_map(choose, mesh=mesh, in_specs=everywhere, out_specs=everywhere), 1.0)
+    assert traced == ["elsewhere"]
+    jax.eval_shape(choose, 1.0)
+    assert sorted(traced[1:]) == ["elsewhere", "on GPUs"]
