@@ -1,8 +1,8 @@
-"""Compiles one decode step of one layer for a TPU that is not here, and fails if it copies weights.
+"""Compiles one decode step of a layer for a TPU that is not here; fails if it copies weights.
 
-Run: python .ci/tpu_layer.py, with the extra `tpu`. An expert that is copied, or a weight that is
-written out in another type, shows as bytes held beside arguments and results, and as bytes read
-again; the bounds are those of benchmarks/accelerators.py.
+Run: python .ci/tpu_layer.py, with the extra `tpu`. If an expert is copied, or a weight is written
+in another type, bytes are held in addition to arguments and results, and bytes are read again; the
+bounds are those of benchmarks/accelerators.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "accelerators.py"
 
 
 def main() -> None:
-    """Compile, print, and end with 1 if a bound is exceeded."""
+    """Compile, print, and exit with 1 if a bound is exceeded."""
     from loader.devices.absent import prepare
     from loader.inference.ahead import counts
     from loader.weights.accelerators import ACCELERATORS

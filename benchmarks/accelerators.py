@@ -1,15 +1,16 @@
-"""What the steps of Grok-1 compile to for GPUs and TPUs that need not be here.
+"""What the steps of Grok-1 compile to for GPUs and TPUs that need not be present.
 
 Run: python benchmarks/accelerators.py --on v5p h100, with `pip install '.[tpu]'` or `'.[cuda]'`
-for the compilers (Linux on x86-64); the two may live in environments of their own. Nothing is run,
-so no figure says how fast a device is: the table says what a device must hold, read, wait for and
-exchange, as counted in the compiled program.
+for the compilers (Linux on x86-64), which may be in separate environments. Nothing is executed, so
+no figure says how fast a device is. The table says what a device must hold, read, wait for and
+exchange, counted in the compiled program.
 
-One row is one step of one layer on one device (L), or the logits of its tokens (V). temp: bytes
-held beside arguments and results. read: bytes from main memory, each operand of each operation
-counted once. of it: over the bytes that are needed. loops: those of unknown length, for each trip
-of which the host of a GPU waits; a TPU decides by itself. ms: of all layers and the logits at the
-rate of the memory. fits: weights, cache and the work of this step in the memory of a device.
+A row is one step of one layer on one device (L), or the logits of its tokens (V). temp: bytes held
+in addition to arguments and results. read: bytes from main memory, each operand of each operation
+counted once. of it: read, relative to the bytes that are needed. loops: loops of unknown length; in
+each iteration the host of a GPU waits, while a TPU decides by itself. ms: time for all layers and
+the logits at the rate of the memory. fits: whether weights, cache and the work of this step fit in
+the memory of a device.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def show(kind: Accelerator, shape: MeshShape, step: str) -> int:
-    """Print the rows of one step; how many miss a target."""
+    """Print the rows of one step; returns how many miss a target."""
     load, missed = STEPS[step], 0
     use = Use(CONFIG, shape, load.places)
     rows = counts(CONFIG, kind, shape, load)

@@ -1,10 +1,10 @@
-"""One token's attention over a cache of Grok-1's size, alone, against reading the same bytes.
+"""The attention of one token over a cache of Grok-1's size, compared with reading the same bytes.
 
-Run: python benchmarks/attention.py. For each length of the cache and each way to attend to it, it
-prints milliseconds a layer (the median of some rounds) and the rate at which the keys and values of
-all places are read, over the rate at which all cores read the same memory. The layers' caches are
-attended to in turn, all of them many times larger than what a core caches, as between two tokens
-of the real model their keys and values leave it.
+Run: python benchmarks/attention.py. For each length of the cache and each implementation it prints
+milliseconds per layer (the median of some rounds), and the rate at which the keys and values of all
+places are read, relative to the rate at which all cores read the same memory. The caches of the
+layers are used in turn. Together they are many times larger than what a core caches, because in the
+real model, too, keys and values have left it when the next token comes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLAIN, COMPILED = "plain JAX", "attention.c"
 
 
 class Case(NamedTuple):
-    """A way to attend, what keys and values are stored as, and places of the cache."""
+    """An implementation, the type of keys and values, and the number of places in the cache."""
 
     way: str
     dtype: str
@@ -74,13 +74,13 @@ def row(case: Case, taken: float, limit: float) -> None:
 
 
 def bytes_of(case: Case) -> int:
-    """Of the keys and values of one layer."""
+    """Bytes of the keys and values of one layer."""
     wide = CONFIG.num_kv_heads * CONFIG.key_size * jnp.dtype(case.dtype).itemsize
     return 2 * case.places * wide
 
 
 def milliseconds(case: Case, memory: int, rounds: int) -> float:
-    """What attention takes a layer, the median of some rounds after one that is not counted."""
+    """Milliseconds of attention per layer: the median of some rounds, after one not counted."""
     layers = max(1, min(CONFIG.num_layers, memory // bytes_of(case)))
     shape = (1, case.places, CONFIG.num_kv_heads, CONFIG.key_size)
     drawn = jax.jit(lambda key: jax.random.normal(key, shape, case.dtype))

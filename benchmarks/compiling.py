@@ -1,11 +1,12 @@
-"""Seconds of compilation and of a step by number of layers: one compiled layer, or a scan.
+"""Seconds to compile and to run a step, by number of layers: one compiled layer, or a scan.
 
-Run: python benchmarks/compiling.py. Models of a small width and 2, 16 and 64 layers are written to
-a temporary folder. "calls" is what grokfetch does: one compiled layer called for each (a few parts
-of one where weights are mapped). "scan" is the same function in `lax.scan` over the resident
-weights of all layers, stacked. Mapped weights cannot be scanned: the host must see each router's
-choice, and each tensor is a file of its own. Compilation is that of a prompt of 16 tokens and of
-one decode step, with no program kept from before, less the time of the same two steps again.
+Run: python benchmarks/compiling.py. Models of a small width with 2, 16 and 64 layers are written to
+a temporary folder. "calls" is what grokfetch does: one compiled layer (or a few parts of one, if
+weights are mapped) is called for each layer. "scan" is the same function in `lax.scan` over the
+resident weights of all layers, stacked. Mapped weights cannot be scanned, because the host must see
+the choice of each router, and each tensor has its own file. The time to compile is that of a prompt
+of 16 tokens and one decode step, without programs kept from before, minus the time of the same two
+steps when they are repeated.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One token of a full-size model over mapped weights: each part of a step, and the limits.
+"""One token of a full-size model over mapped weights: each part of a step, and its limit.
 
 Run: python benchmarks/decode.py DIR/ckpt-0, on a checkpoint made by full_size.py (or the real one).
-Parts are timed over warm pages: each is run once before. The limit is the rate at which all cores
+Parts are timed with warm pages: each is run once before. The limit is the rate at which all cores
 together read the same mapped pages; the naive formulation is `x @ w.astype(bfloat16)`. Whole steps
-say what they read from the disk. With --cold the page cache is dropped first (by root), and the
-limit beside is the rate at which the disk gives the same files to parallel direct readers.
+report what they read from the disk. With --cold the page cache is dropped first (as root), and the
+limit is the rate at which the disk delivers the same files to parallel direct readers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def opened(folder: Path, wanted: float | None) -> tuple[Engine, Checkpoint]:
-    """The model over its mapped pages, and what that took."""
+    """The model over its mapped pages, and the time to open it."""
     config = GrokConfig()
     jax.devices()
     before, start = anonymous(), time.perf_counter()
@@ -82,7 +82,7 @@ def opened(folder: Path, wanted: float | None) -> tuple[Engine, Checkpoint]:
 
 
 def parts_of_a_step(engine: Engine, checkpoint: Checkpoint, rounds: int) -> None:
-    """Each part of one token's way through a layer, over what the memory gives."""
+    """Each part of one token's way through a layer, relative to the rate of the memory."""
     config = engine.config
     _, state = engine.prefill([[5]])
     gate = checkpoint[f"transformer/decoder_layer_{LAYER}/moe/linear/w"]
@@ -129,7 +129,7 @@ def parts_of_a_step(engine: Engine, checkpoint: Checkpoint, rounds: int) -> None
 
 
 def attention(engine: Engine, places: int) -> object:
-    """One token's attention to a full cache of so many places, projections left out."""
+    """One token's attention over a full cache of some length, without the projections."""
     if places not in _ATTENTION:
         config = engine.config
         shape = (1, places, config.num_kv_heads, config.key_size)
@@ -160,7 +160,7 @@ _ATTENTION: dict[int, Callable[[], object]] = {}
 
 
 def whole_steps(engine: Engine, prompt: int, tokens: int) -> list[tuple[float, float]]:
-    """Generate, and print of each token its seconds and the gigabytes that the disk gave."""
+    """Generate, and print the seconds of each token and the gigabytes read from the disk."""
     ids = np.random.default_rng(1).integers(3, engine.config.vocab_size, prompt).tolist()
     last, read, steps = time.perf_counter(), from_disk(), []
     for number, _ in enumerate(engine.generate(ids, tokens + 1)):
@@ -175,7 +175,7 @@ def whole_steps(engine: Engine, prompt: int, tokens: int) -> list[tuple[float, f
 
 
 def cold(engine: Engine, checkpoint: Checkpoint, prompt: int, tokens: int) -> None:
-    """Whole steps from the disk, over the rate of parallel reads before and after."""
+    """Whole steps from the disk, relative to the rate of parallel reads before and after."""
     limits = [disk_rate(checkpoint, 0)]
     Path("/proc/sys/vm/drop_caches").write_text("3")
     steps = whole_steps(engine, prompt, tokens)
@@ -192,7 +192,7 @@ def cold(engine: Engine, checkpoint: Checkpoint, prompt: int, tokens: int) -> No
 
 
 def disk_rate(checkpoint: Checkpoint, place: int) -> float:
-    """GB/s at which the disk gives the expert files of a layer to parallel readers."""
+    """GB/s at which the disk delivers the expert files of a layer to parallel readers."""
     parts = ("linear", "linear_v", "linear_1")
     tensors = [checkpoint[f"transformer/decoder_layer_{place}/moe/{part}/w"] for part in parts]
     Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -202,7 +202,7 @@ def disk_rate(checkpoint: Checkpoint, place: int) -> float:
         path, at = job
         if not hasattr(buffers, "data"):
             buffers.data = mmap.mmap(-1, CHUNK)
-        # Past the page cache, whose pages would have to be found, and written twice.
+        # Past the page cache, which would cost lookups and a second copy.
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
             return os.preadv(file, [buffers.data], at)
@@ -217,13 +217,13 @@ def disk_rate(checkpoint: Checkpoint, place: int) -> float:
 
 
 def from_disk() -> float:
-    """Gigabytes that this process has had read from the disk."""
+    """Gigabytes read from the disk for this process."""
     return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 1e9
 
 
 @jax.jit
 def naive(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """What one writes first."""
+    """The product as one would first write it."""
     return x @ weight.astype(jnp.bfloat16)
 
 
@@ -258,7 +258,7 @@ def size_of(checkpoint: object, part: str) -> int:
 
 
 def anonymous() -> float:
-    """Megabytes of this process that no file stands behind."""
+    """Megabytes of anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1e3
 

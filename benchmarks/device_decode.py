@@ -1,8 +1,8 @@
-"""Decoding with as many full-size layers as the devices here hold, over the rate of their memory.
+"""Decoding with as many full-size layers as the devices hold, against the rate of their memory.
 
-Run: python benchmarks/device_decode.py, where a GPU or TPU is. The weights are made on the devices
-and mean nothing. A token must read the weights that it needs, and its cache, once; the limit is
-that at the rate of one sum over bytes in the memory of all devices.
+Run: python benchmarks/device_decode.py on a machine with a GPU or TPU. The weights are made on the
+devices and have no meaning. A token must read the weights that it needs, and its cache, once. The
+limit is the time for that at the rate of a plain sum over bytes in the memory of all devices.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(config: GrokConfig, layers: int | None, rows: int) -> None:
     times = []
     for step in range(TOKENS):
         token = engine.sample(logits, Sampling(), step)
-        # Whoever streams text waits for each token.
+        # Streaming text means waiting for each token.
         np.asarray(token)
         times.append(time.perf_counter())
         logits, state = engine.decode(state, token)
@@ -81,7 +81,7 @@ def fitting(config: GrokConfig, mesh: Mesh, rows: int) -> int:
     for layers in range(config.num_layers, 1, -1):
         use = Use(dataclasses.replace(config, num_layers=layers), MeshShape(**mesh.shape), 256)
         held = need(use)
-        # Beside them the memory for the sum that gives the limit.
+        # Memory is also needed for the sum that measures the limit.
         if held.total + (rows - 1) * held.cache + STREAMED <= free:
             return layers
     return 1
@@ -110,7 +110,7 @@ def made(spec: ParamSpec, mesh: Mesh) -> Any:
 
 
 def streamed(mesh: Mesh) -> float:
-    """Bytes a second that one device reads while all do."""
+    """Bytes per second that one device reads while all of them read."""
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))  # type: ignore[no-untyped-call]
     size = STREAMED * mesh.size
     memory = jax.jit(lambda: jnp.ones(size, jnp.int8), out_shardings=where)()

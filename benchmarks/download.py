@@ -1,10 +1,10 @@
 """A download over loopback from one seed: ours against aria2c, transmission and qbittorrent-nox.
 
 Run: python benchmarks/download.py --gib 4 --rounds 3. All clients find the same seed through the
-same tracker, in alternation, each into an empty folder. Every time is that of the whole process,
-from its start to the last byte; ours includes reading everything back, hashing it again, and
-flushing it to the disk, which no other client does. The disk is measured in each round too, before
-the clients: so none of them is the first for whom a virtual machine must find its memory.
+same tracker, alternating, each into an empty folder. Every time is that of the whole process, from
+its start to the last byte; ours includes reading everything back, hashing it again and flushing it
+to the disk, which no other client does. The disk is also measured in each round, before the
+clients, so that no client is the first for which a virtual machine must find its memory.
 """
 
 from __future__ import annotations

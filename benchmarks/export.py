@@ -1,12 +1,12 @@
-"""`grokfetch export` against the disk: bytes a second, memory; and its F32 in llama.cpp.
+"""`grokfetch export` against the disk: bytes per second and memory; and F32 exports in llama.cpp.
 
 Run: python benchmarks/export.py DIR [--size 1 8] [--type q8_0 bf16] [--llama-python PATH]
 
-Writes a synthetic checkpoint of Grok-1's shapes into DIR for each size, of some GB, exports it and
-removes the export. The limit is the slower of reading the shards and of writing as many bytes as
-the export has, flushed, both measured here beside it. PATH is a Python of another environment in
-which `pip install llama-cpp-python` has been run: there a small model is loaded, exported as F32,
-and 2,000 texts are tokenized and run through both engines.
+For each size, in GB, it writes a synthetic checkpoint with Grok-1's shapes into DIR, exports it and
+removes the export. The limit is the slower of reading the shards and writing and flushing as many
+bytes as the export has; both are measured in the same run. PATH is a Python of another environment
+in which `pip install llama-cpp-python` has been run: there a small model is loaded that was
+exported as F32, and 2,000 texts are tokenized and run through both engines.
 """
 
 from __future__ import annotations

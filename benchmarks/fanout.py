@@ -1,14 +1,14 @@
-"""One seed to several hosts: ours against libtorrent alone, and with super-seeding, and the bound.
+"""One seed to several hosts: ours, libtorrent alone or with super-seeding, and the bound.
 
 Run: python benchmarks/fanout.py --hosts 8, on Linux with `ip`, `tc` and `unshare`. Every host is a
-network namespace behind one bridge, and what it sends is limited by the kernel (a token bucket), as
-a link would: libtorrent's own limit of a rate reaches only part of it on one connection. Time is
-counted from when the seed listens, and all hosts before it, to the last host that has all;
-ours includes reading back, hashing again and flushing to the disk. A host that has all goes on
-sharing. With readers each host waits for one of eight files after another, all for the same first.
-Processor time is that of hosts and seed. The bound is the larger of size / rate and
-hosts * size / ((hosts + 1) * rate), with the rate of the link, of which headers of packets take
-three hundredths.
+network namespace behind one bridge, and the kernel limits what it sends (by a token bucket), as a
+link would; libtorrent's own rate limit reaches only part of the rate on one connection. Time is
+counted from when the seed listens, after all hosts, until the last host has everything; ours
+includes reading back, hashing again and flushing to the disk. A host that has everything continues
+to share. With readers, each host waits for one of eight files after another, and all for the same
+first one. Processor time is that of hosts and seed. The bound is the larger of size / rate and
+hosts * size / ((hosts + 1) * rate), with the rate of the link, of which packet headers take three
+hundredths.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def ip(words: str, holder: int | None = None) -> None:
 
 
 def host_command(client: str, torrent: Path, folder: Path, number: int, count: int) -> list[str]:
-    """What a host runs; it says on stdout when it has all."""
+    """The command of a host, which prints when it has everything."""
     peers = [address(other) for other in range(count) if other != number]
     if client == "grokfetch":
         command = [sys.executable, "-m", "grokfetch", "fetch", str(torrent), "--to", str(folder)]
@@ -97,13 +97,13 @@ def host_command(client: str, torrent: Path, folder: Path, number: int, count: i
 
 
 def role(name: str, torrent: Path, folder: Path, number: int, count: int) -> list[str]:
-    """This script in another part."""
+    """The command that runs this script in another role."""
     words = [str(word) for word in (torrent, folder, number, count)]
     return [sys.executable, __file__, "--role", name, *words]
 
 
 def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> None:
-    """Be libtorrent alone, as a host or as the seed, our seed, or one of our hosts with a reader.
+    """Run libtorrent alone as a host or as the seed, our seed, or one of our hosts with a reader.
 
     Only a signal ends it.
     """
@@ -154,7 +154,7 @@ def read_while_fetching(torrent: bytes, folder: Path, settings: SwarmSettings) -
 
 
 def measure(client: str, torrent: Path, source: Path, work: Path, holders: Sequence[int]) -> Any:
-    """How a client does.
+    """Measure one client.
 
     Returns:
         Seconds until each host had all, bytes that the seed had sent by then, load of processors,
@@ -221,7 +221,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def why_not() -> str | None:
-    """What this machine lacks for networks of our own, None if nothing."""
+    """What this machine lacks for separate networks; None if nothing."""
     for tool in ("unshare", "nsenter", "ip", "tc"):
         if shutil.which(tool) is None:
             return f"there is no `{tool}` here"

@@ -1,17 +1,17 @@
-"""Power cuts by the thousand, and a disk that fails, or SIGKILL, at every single operation.
+"""Thousands of power cuts, and a failing disk or SIGKILL at every single operation.
 
 Run: python benchmarks/faults.py [--states N] [--only cuts|strikes] [--fault AMONG:ACTION ...]
-[SCENARIO ...]. Needs the test extra, libfuse and /dev/fuse. Each scenario is a real command on a
-file system that notes every write, rename and flush (`tests/powercut`). Each row is tried in a
-process of its own, as many at a time as there are cores.
+[SCENARIO ...]. It needs the test extra, libfuse and /dev/fuse. Each scenario is a real command on a
+file system that records every write, rename and flush (`tests/powercut`). Each row runs in a
+separate process, as many at a time as there are cores.
 
 cuts: after each operation, states are tried in which any part of what was not flushed is lost.
-strikes: the command is run once for each of its operations, which fails (EIO, ENOSPC) or is the
-moment of a SIGKILL. Reads fail once, or for ever in one page, or come by half, or the file loses
-its end just then; writes are done by half; and of what is read or written one bit flips. After
-each, the next commands run to the end. A row says how many operations were recorded and how many
-states or runs were tried, how many promises were broken (there should be none), and how many bytes
-the next fetch brought at most.
+strikes: the command is run once for each of its operations; that operation fails (EIO, ENOSPC), or
+the process gets SIGKILL during it. Reads fail once, fail for ever in one page or return half, or
+the file is truncated at that moment; writes write only half; and one bit flips in what is read or
+written. Afterwards the next commands run to the end. A row shows how many operations were recorded,
+how many states or runs were tried, how many promises were broken (there should be none), and the
+most bytes that the next fetch downloaded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STRIKES = tuple(f"{among}:{action}" for among, action in FAULTS)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was tried of a scenario, and what came of it.
+    """What was tried in a scenario, and the result.
 
     operations: those that were recorded, or struck. most: bytes fetched again at most.
     """
@@ -68,7 +68,7 @@ class Row:
 
 
 def cut_row(name: str, states: int, seed: int) -> Row:
-    """So many states that a power cut may leave in the middle of a scenario."""
+    """Try some states that a power cut may leave in the middle of a scenario."""
     with tempfile.TemporaryDirectory(prefix="grokfetch-faults-") as work:
         recorded = record(name, Path(work) / name)
     count = len(recorded.operations) - recorded.begun
@@ -84,7 +84,7 @@ def _cuts(recorded: Recorded, states: int, chance: random.Random) -> Iterator[Tr
 
 
 def strike_row(name: str, among: str, action: str) -> Row:
-    """A scenario as often as it has operations, each time with another one that fails."""
+    """Run a scenario once for each of its operations, which then fails."""
     row = _row(f"{name}, {action} in {among}", 0, _strikes(name, among, action))
     return dataclasses.replace(row, operations=row.tried)
 

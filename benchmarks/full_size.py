@@ -1,14 +1,14 @@
-"""A synthetic checkpoint with every name and size of the official one, on a disk that has no room.
+"""A synthetic checkpoint with every name and size of the official one, on a disk too small for it.
 
-Run: python benchmarks/full_size.py DIR. Random weights of the embedding, the final norm and a few
-layers are written in full, 8.1 GB with one layer and 4.9 GB for each more. Layer l of the others is
-hard links to the files of layer l mod N. Every file is hashed and recorded as by `grokfetch
-manifest`, the linked ones once, so that `grokfetch run DIR` finds everything proven and `grokfetch
-verify DIR` can read all of it back.
+Run: python benchmarks/full_size.py DIR. Random weights for the embedding, the final norm and N
+layers are written in full: 8.1 GB with one layer, and 4.9 GB for each further one. Any other layer
+l consists of hard links to the files of layer l mod N. Every file is hashed and recorded as by
+`grokfetch manifest`, linked ones once, so that `grokfetch run DIR` finds everything proven and
+`grokfetch verify DIR` can read all of it back.
 
-Whatever is measured with it is synthetic. Hard links share the page cache: one layer fits the
-memory of a laptop, the 318 GB of the real files do not. Only with more distinct layers than the
-memory holds are the weights read from the disk, as the real ones would be.
+Everything measured with it is synthetic. Hard links share the page cache: one layer fits in the
+memory of a laptop, the 318 GB of the real files do not. Weights are read from the disk, as the real
+ones would be, only if there are more distinct layers than memory holds.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def make(store: Store, wanted: Manifest, config: GrokConfig, layers: int) -> tup
             print("it is there already")
             return store.manifest(), distinct
         store.save_record(Record())
-        # From here on the name says whose folder this is, should the writing be cut off.
+        # From here on the name identifies this folder, in case writing is interrupted.
         store.save_manifest(wanted)
         store.root.joinpath(SHARDS).mkdir(exist_ok=True)
         missing = list(unwritten(store, sources, sizes))
@@ -170,14 +170,14 @@ def unwritten(
             yield spec
             continue
         node = path.stat().st_ino
-        # In a folder that had fewer distinct layers it may be a link to an earlier one.
+        # If the folder had fewer distinct layers before, it may be a link to an earlier one.
         if node in nodes:
             yield spec
         nodes.add(node)
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot end.
+    """Refuse to begin if there is not enough room.
 
     Raises:
         StorageFailed: the disk has less than `needed` bytes free.

@@ -1,9 +1,9 @@
-"""Formulations of an int8 product on this CPU, and what `loader.devices.tuning` makes of them.
+"""Formulations of an int8 product on this CPU, and what `loader.devices.tuning` chooses.
 
 Run: python benchmarks/kernels.py. The matrix is one expert's gate projection of Grok-1, 201 MB, in
 memory. For each number of tokens it prints the rates of some formulations, of the one in plain JAX
-that `loader.devices.tuning` has measured to be best, of `product.c` where there is a compiler, and
-of the naive product, over the rate at which all cores read the same memory.
+that `loader.devices.tuning` has measured to be the best, of `product.c` if there is a compiler, and
+of the naive product, relative to the rate at which all cores read the same memory.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def ours(flat: jax.Array, x: jax.Array, tuning: Tuning) -> jax.Array:
 
 
 def naive(flat: jax.Array, x: jax.Array) -> jax.Array:
-    """What one writes first."""
+    """The product as one would first write it."""
     return x.astype(jnp.bfloat16) @ flat.reshape(ROWS, COLUMNS).astype(jnp.bfloat16)
 
 

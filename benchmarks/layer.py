@@ -1,16 +1,17 @@
 """One layer of Grok-1 over mapped weights, against the same layer in llama.cpp (Q8_0).
 
 Run: python benchmarks/layer.py DIR/ckpt-0 --llama-python PATH, on a checkpoint made by full_size.py
-(or the real one). PATH is a Python, of another environment or of this one, in which
-`pip install llama-cpp-python gguf` has been run; built there from its source, llama.cpp is made for
-this machine. The layer's file for it (5.2 GB) is written if it is not there, and kept.
+(or the real one). PATH is a Python, of another environment or of this one, in which `pip install
+llama-cpp-python gguf` has been run; that builds llama.cpp from source for this machine. The layer's
+file for it (5.2 GB) is written if it does not exist, and kept.
 
-Both engines run a whole model of one layer, with a vocabulary so small that embedding and output
-product do not count, on all cores, over warm pages, in turn: prompts, then tokens one at a time
-after contexts of some lengths. Contexts are not read, which would take an hour: our cache is filled
-with random keys and values, and llama.cpp leaves the experts of a last layer out where no logits
-are wanted. The weights are random, so each token's experts are too; both engines are given the same
-tokens. `--known` measures ours alone, on a prompt of which so much was seen before.
+Both engines run a whole model with one layer, and with a vocabulary so small that embedding and
+output product do not matter. They run on all cores, over warm pages, alternating: prompts, then
+tokens one at a time after contexts of some lengths. Contexts are not computed, which would take an
+hour: our cache is filled with random keys and values, and llama.cpp skips the experts of the last
+layer for tokens without logits. The weights are random, and so are each token's experts; both
+engines get the same tokens. `--known` measures only ours, on a prompt whose first tokens were seen
+before.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class Theirs:
 def measured(
     engines: Sequence[Ours | Theirs], cases: Sequence[Case], rounds: int, count: int
 ) -> dict[Case, dict[str, list[float]]]:
-    """Seconds by case and engine; each has a turn that is not counted, then one a round."""
+    """Seconds by case and engine: one turn that is not counted, then one in each round."""
     rng = np.random.default_rng(SEED)
     times: dict[Case, dict[str, list[float]]] = {
         case: {engine.name: [] for engine in engines} for case in cases
@@ -223,7 +224,7 @@ def measured(
 
 
 def report(times: dict[Case, dict[str, list[float]]]) -> None:
-    """The table: milliseconds of both, and what ours is of theirs."""
+    """The table: milliseconds of both, and the ratio of ours to theirs."""
     print(f"{'ms':<40}{'ours':>9}{'theirs':>9}{'ratio':>7}{'target':>7}")
     for (phase, length), of_case in times.items():
         label = (
@@ -255,7 +256,7 @@ def known(engine: Engine, count: int) -> None:
 
 
 def anonymous(process: int | str) -> int:
-    """Megabytes of a process that no file stands behind."""
+    """Megabytes of anonymous memory of a process."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) // 1000
 

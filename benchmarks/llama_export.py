@@ -1,11 +1,11 @@
 """An exported GGUF in llama.cpp: the peer that `export.py` and a test start.
 
-Runs in a Python that has llama-cpp-python, and needs nothing of this project. Called as
-`llama_export.py FILE [--exact]`. With `--exact` two approximations are undone as each node of the
-graph has been computed: GELU, which is a table in float16, and the gates of the chosen experts,
-which are divided by their sum. Each line of JSON on standard input is answered by one: a string
-with its token ids, a list of token ids with the logits after the last, and {"prompt": [ids],
-"count": N} with N ids that continue the prompt, each the most probable.
+It runs in a Python with llama-cpp-python, and needs nothing of this project. It is called as
+`llama_export.py FILE [--exact]`. With `--exact`, two approximations are replaced by exact values
+when a node of the graph has been computed: GELU, which is a table in float16, and the gates of the
+chosen experts, which are divided by their sum. Each line of JSON on standard input gets one line of
+answer: for a string, its token ids; for a list of token ids, the logits after the last; for
+{"prompt": [ids], "count": N}, the N most probable ids that continue the prompt.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def continued(
     prompt: Sequence[int],
     count: int,
 ) -> list[int]:
-    """The most probable tokens one after the other."""
+    """The most probable tokens, one after another."""
     forget(context)
     tokens, position, result = list(prompt), 0, []
     for _ in range(count):

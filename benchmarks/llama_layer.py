@@ -1,11 +1,11 @@
 """One layer of Grok-1's shapes in llama.cpp: the peer that `layer.py` starts.
 
-Runs in a Python that has llama-cpp-python and gguf, and needs nothing of this project. Called as
-`llama_layer.py FILE CONFIG`, CONFIG a `GrokConfig` as JSON with its `ff_size`. FILE is written if
-it is not there. Then each line of JSON on standard input, `[cache, places, position, tokens]`, is
-answered with the seconds that it took llama.cpp to read these tokens into the cache of that name,
-which has so many places; position 0 begins anew. With "fill" behind the tokens only the last
-one's logits are wanted.
+It runs in a Python with llama-cpp-python and gguf, and needs nothing of this project. It is called
+as `llama_layer.py FILE CONFIG`, with CONFIG a `GrokConfig` as JSON and its `ff_size`. FILE is
+written if it does not exist. For each line of JSON on standard input, `[cache, places, position,
+tokens]`, the answer is the seconds that llama.cpp took to read these tokens into the cache of that
+name, which has `places` places; position 0 begins a new context. With "fill" after the tokens, only
+the logits of the last token are requested.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def answer(value: object) -> None:
-    """One line of JSON, at once."""
+    """Print one line of JSON and flush it."""
     print(json.dumps(value), flush=True)
 
 

@@ -1,13 +1,13 @@
 """From a warm page cache to 8 CPU devices of one process: our loader, its limit, and its peers.
 
-Run: python benchmarks/loading.py DIR; it writes 1 GB into DIR on the first call, and copies for the
-peers. They are `pip install safetensors orbax-checkpoint`; one that is missing is left out.
+Run: python benchmarks/loading.py DIR. The first call writes 1 GB into DIR, and copies for the
+peers. These are `pip install safetensors orbax-checkpoint`; a missing one is left out.
 
-The limit is the rate at which all cores copy memory into fresh huge pages. Each way runs in a
-process of its own, which measures the limit too, just before. Peers load the same tensors to the
-same shardings; `pickle` does it as the official loader does: through /dev/shm, in 32 threads, whole
-arrays on the host. "in flight" is the most anonymous memory beyond the arrays themselves, in a
-round that is not timed.
+The limit is the rate at which all cores copy memory into fresh huge pages. Each loader runs in a
+separate process, which measures the limit just before. Peers load the same tensors to the same
+shardings; `pickle` does it as the official loader does: through /dev/shm, in 32 threads, with whole
+arrays on the host. "in flight" is the most anonymous memory in addition to the arrays themselves,
+in a round that is not timed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def prepare(folder: Path) -> None:
 
 
 def compare(folder: Path, tunables: str) -> None:
-    """Print the rate of every way for every layout, and what it is of the limit and of ours."""
+    """Print the rate of every loader for every layout, relative to the limit and to ours."""
     print(f"GLIBC_TUNABLES={tunables}")
     print(f"{'':12}{'layout':<10}{'GB/s':>6}{'limit':>8}{'of it':>7}{'in flight':>12}")
     for layout in LAYOUTS:
@@ -123,7 +123,7 @@ def scale(folder: Path, sizes: list[int]) -> None:
 
 
 def run(folder: Path, way: str, layout: str, count: int, tunables: str = "") -> dict[str, float]:
-    """One way in a process of its own with so many devices."""
+    """Run one loader in a separate process with `devices` devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
@@ -212,7 +212,7 @@ def copy_part(target: np.ndarray, source: np.ndarray, step: int, start: int) -> 
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
+    """Bytes of anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
 
@@ -265,7 +265,7 @@ def safetensors(folder: Path, axis: int) -> Any:
 
 
 def prepare_safetensors(folder: Path) -> None:
-    """bfloat16 as whole numbers of 16 bits, which its NumPy side can read in every version."""
+    """Write bfloat16 as 16-bit integers, which every version can read into NumPy."""
     from safetensors.numpy import save_file
 
     folder.joinpath("safetensors").mkdir()
@@ -319,7 +319,7 @@ class QuantizedWeight8bit:
 
 
 def official(folder: Path, axis: int) -> Any:
-    """As the official loader does it: all through /dev/shm, unpickled whole, then sent."""
+    """As the official loader does: copy to /dev/shm, unpickle everything, then send it."""
     import jax
 
     opened = checkpoint(folder)
@@ -343,7 +343,7 @@ def official(folder: Path, axis: int) -> Any:
 
 
 def whole(folder: Path, layout: str, _count: int) -> dict[str, float]:
-    """A checkpoint of so many layers, all links of one, to all devices."""
+    """Load a checkpoint of some layers, all links to one, onto all devices."""
     import jax
 
     from loader.devices.placement import load, make_mesh

@@ -1,12 +1,12 @@
-"""Mirrors that limit, that cut every answer, and that hold many small files: requests and seconds.
+"""Mirrors that limit, truncate every response, or hold many small files: requests and seconds.
 
-Run: python benchmarks/mirrors.py. Each server runs in a process of its own on loopback; a fetch has
-nobody else to ask, but for the last rows, where the same small files come from a peer.
+Run: python benchmarks/mirrors.py. Each server runs in a separate process on loopback. A fetch has
+no other source, except in the last rows, where the same small files come from a peer.
 
 - plain: answers everything.
-- limiting: five requests a second; all others get 429 with Retry-After: 1.
-- cutting: ends the connection after half of every answer.
-- small files: 12,000 files of 1 to 4 KB, one request each.
+- limiting: five requests per second; all others get 429 with Retry-After: 1.
+- cutting: closes the connection after half of every response.
+- small files: 12,000 files of 1 to 4 KB, with one request each.
 """
 
 from __future__ import annotations

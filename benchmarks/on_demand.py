@@ -1,16 +1,16 @@
 """Bytes on demand over a link of a given rate on loopback: a token, a demand, a whole download.
 
-Run: python benchmarks/on_demand.py. A checkpoint of 64 thin layers is made for it: like Grok-1 it
-has 8 experts of which a token chooses 2, and as many pieces. The seed is another process, behind a
-relay that passes on what it sends at `--rate`: libtorrent's own limit would let a second's worth go
-at once, which no link does. Printed are
+Run: python benchmarks/on_demand.py. It makes a checkpoint with 64 thin layers: like Grok-1 it has 8
+experts, of which a token chooses 2, and as many pieces. The seed is another process behind a relay
+that passes on what it sends at `--rate`; libtorrent's own limit would send a second's worth at
+once, which no link does. It prints
 
 - the share of the checkpoint that prompts of 1, 3 and 10 tokens need,
-- the bytes that had come when the first token was there, over the bytes that it needed: of those
-  tensors, rows and experts that were read, each to the byte,
-- the seconds from a demand to its proof, beside the download at full rate and where nothing else is
-  fetched, over those that its bytes take at the link's rate,
-- the seconds of a whole download with such demands, over those without.
+- the bytes that had arrived when the first token was generated, relative to the bytes that it
+  needed: of the tensors, rows and experts that were read, counted exactly,
+- the seconds from a demand to its proof, during a download at full rate and when nothing else is
+  fetched, relative to the time that its bytes take at the rate of the link,
+- the seconds of a whole download with such demands, relative to one without.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def release(root: Path, config: GrokConfig, piece_length: int) -> Release:
 
 
 def upload(torrent: bytes, root: Path, rate: int, pipe: Connection) -> None:
-    """Seed behind a link of that rate until the other end of the pipe says so."""
+    """Seed behind a link of that rate until the other end of the pipe says to stop."""
     with (
         seed(torrent, root, SwarmSettings.loopback()) as peer,
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -98,7 +98,7 @@ def upload(torrent: bytes, root: Path, rate: int, pipe: Connection) -> None:
 
 
 def link(listener: socket.socket, port: int, rate: int) -> None:
-    """Pass on what comes, to clients at the rate of a link that queues little."""
+    """Relay connections; to clients at the rate of a link with a short queue."""
     with contextlib.suppress(OSError):
         while True:
             client, _ = listener.accept()
@@ -111,7 +111,7 @@ def link(listener: socket.socket, port: int, rate: int) -> None:
 
 
 def relay(source: socket.socket, sink: socket.socket, rate: int | None) -> None:
-    """Pass bytes on, at most so many a second."""
+    """Pass on bytes, at most `rate` per second."""
     free_at = time.monotonic()
     with contextlib.suppress(OSError):
         while data := source.recv(CHUNK):
@@ -179,7 +179,7 @@ def fetching(
 
 
 def needed(config: GrokConfig, counts: Counts) -> int:
-    """Bytes of what is read for some tokens, given how often each layer chose each expert."""
+    """Bytes that some tokens read, given how often each layer chose each expert."""
 
     def of(spec: ParamSpec) -> int:
         if spec.layer is None or spec.axes[0] != "expert":
@@ -211,7 +211,7 @@ def shares(made: Release) -> None:
 
 
 def first_token(made: Release, rate: int, folder: Path) -> float:
-    """Print what had come when the first token was there; the seconds of the whole download."""
+    """Print what had arrived at the first token; returns the seconds of the whole download."""
     watch, start = Watch(), time.perf_counter()
     with source(made, rate) as swarm, fetching(made, swarm, folder, watch) as store:
         checkpoint = expect_checkpoint(store, by_parts=True)
@@ -229,7 +229,7 @@ def first_token(made: Release, rate: int, folder: Path) -> float:
 
 
 def whole(made: Release, rate: int, folder: Path) -> float:
-    """The seconds of a download of which nobody waits for a part."""
+    """The seconds of a download without demands."""
     start = time.perf_counter()
     with source(made, rate) as swarm, fetching(made, swarm, folder, Watch()):
         pass
@@ -237,7 +237,7 @@ def whole(made: Release, rate: int, folder: Path) -> float:
 
 
 def demands(made: Release, rate: int, folder: Path) -> float:
-    """Print how long demands take beside a download at full rate; the seconds of all of it."""
+    """Print the time of demands during a full download; returns the seconds of the download."""
     watch, start = Watch(), time.perf_counter()
     with source(made, rate) as swarm, fetching(made, swarm, folder, watch) as store:
         while watch.received < rate:
@@ -247,7 +247,7 @@ def demands(made: Release, rate: int, folder: Path) -> float:
 
 
 def idle(made: Release, rate: int, folder: Path) -> None:
-    """Print how long demands take where nothing else is fetched."""
+    """Print the time of demands when nothing else is fetched."""
     watch = Watch()
     with (
         source(made, rate) as swarm,
@@ -259,7 +259,7 @@ def idle(made: Release, rate: int, folder: Path) -> None:
 
 
 def ask(made: Release, store: Arriving, rate: int, when: str) -> None:
-    """Demand tensors and layers one after the other, and print how long each takes."""
+    """Demand tensors and layers one after another, and print how long each takes."""
     for layer in range(made.config.num_layers - 1, made.config.num_layers - 9, -2):
         specs = [it for it in parameters(made.config) if it.layer == layer]
         largest = [max(specs, key=lambda spec: spec.nbytes)]
@@ -277,7 +277,7 @@ Part = tuple[PurePosixPath, int, int]
 
 
 def missing(store: Arriving, names: list[str]) -> list[Part]:
-    """What of some files has not come yet, by pieces."""
+    """The parts of some files that have not arrived yet, by pieces."""
     layout = store.layout()
     parts = []
     for name in names:

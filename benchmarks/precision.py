@@ -1,14 +1,15 @@
-"""What is lost where activations are rounded to bfloat16 before they are multiplied.
+"""What is lost if activations are rounded to bfloat16 before they are multiplied.
 
-Run: python benchmarks/precision.py, on any CPU: it multiplies as accelerators do. Two small models:
-the golden checkpoint, on random tokens, and the demo's, which has learnt a text, on that text. Each
-part of the model is rounded by itself, all else multiplied in two halves, which stands first. All
-is compared with float32, as prefill computes it: what a prompt's own keys and values are read as is
-not rounded. The last lines are of decoding in float32 with a rounded cache.
+Run: python benchmarks/precision.py, on any CPU: it multiplies as accelerators do. It uses two small
+models: the golden checkpoint, on random tokens, and the demo's, which has learnt a text, on that
+text. Each part of the model is rounded alone while everything else is multiplied in two halves; the
+first line has no part rounded. All are compared with float32 as computed by prefill, where a
+prompt's own keys and values are not rounded. The last lines are for decoding in float32 with a
+rounded cache.
 
-logits: mean distance over their standard deviation. KL: of the next token's probabilities, mean, in
-millinats. other token: positions whose most probable token is another. other experts: of all
-tokens and layers, those that were sent to other experts.
+logits: mean distance, relative to their standard deviation. KL: mean divergence of the next token's
+probabilities, in millinats. other token: positions with another most probable token. other experts:
+of all tokens and layers, those that were sent to other experts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ROWS, TOKENS = 16, 96
 
 
 def rounded(x: Array) -> Array:
-    """float32 with the bits that bfloat16 has."""
+    """float32 values rounded to bfloat16."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
@@ -85,7 +86,7 @@ class Run:
 
 
 class Chosen:
-    """Takes in the experts that each layer chose."""
+    """Collects the experts that each layer chose."""
 
     def __init__(self) -> None:
         self.layers: list[np.ndarray[Any, Any]] = []
@@ -98,7 +99,7 @@ class Chosen:
 def ran(checkpoint: Any, tokens: np.ndarray[Any, Any], dtype: str, parts: tuple[str, ...]) -> Run:
     """All tokens of some rows at once, with some parts rounded."""
     config = checkpoint.config
-    # In bfloat16 the multipliers are rounded as in training, which is not the question here.
+    # In bfloat16 the multipliers are rounded as in training, which is not what is measured here.
     config = dataclasses.replace(
         config,
         embedding_multiplier_scale=float(jnp.bfloat16(config.embedding_multiplier_scale)),
@@ -130,7 +131,7 @@ def ran(checkpoint: Any, tokens: np.ndarray[Any, Any], dtype: str, parts: tuple[
 
 
 def decoded(checkpoint: Any, tokens: np.ndarray[Any, Any], cache: CacheType) -> Run:
-    """The second half of each row, token after token, in float32 with such a cache."""
+    """Decode the second half of each row, token after token, in float32 with such a cache."""
     config = checkpoint.config
     mesh = make_mesh(config, MeshShape(), jax.devices()[:1])
     engine = Engine(config, load(checkpoint, mesh), mesh, "float32", cache=cache)
@@ -155,7 +156,7 @@ def compared(found: Run, wanted: Run) -> str:
 
 
 def models() -> Iterator[tuple[str, Any, np.ndarray[Any, Any]]]:
-    """Each checkpoint with the tokens that it is given, `[rows, tokens]`."""
+    """Each checkpoint with its tokens, `[rows, tokens]`."""
     config = GrokConfig.from_mapping(json.loads((GOLDEN / "config.json").read_text()))
     random = np.random.default_rng(0).integers(3, config.vocab_size, (ROWS, TOKENS))
     yield "golden", open_folder(GOLDEN / "ckpt-0", config), random.astype(np.int32)
@@ -164,7 +165,7 @@ def models() -> Iterator[tuple[str, Any, np.ndarray[Any, Any]]]:
     folder = DEMO / "grok-demo"
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     sentences = [*map(tokenizer.encode, (folder / "text.txt").read_text().splitlines(True))]
-    # Each row begins with a sentence, as those did from which it was learnt.
+    # Each row begins with a sentence, like the rows of its training.
     rows = [list(itertools.chain(*sentences[first:]))[:TOKENS] for first in range(ROWS)]
     yield "demo", open_folder(folder / "ckpt-0", config), np.array(rows, np.int32)
 

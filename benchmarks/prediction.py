@@ -1,10 +1,10 @@
-"""How often a layer's experts can be told one layer ahead, and whether reading them then would pay.
+"""How often a layer's experts can be predicted one layer ahead, and whether reading them then pays.
 
-Run: python benchmarks/prediction.py. The model is the demo's, which has been trained, unlike all
-else that fits here. While layer l's experts are computed, its residual stream goes through the norm
-and the router of layer l + 1: the prediction. It is compared with what that router chooses when its
-turn comes. What guessing gains is then reckoned from rates: the disk is idle only while the last
-expert of a layer is computed, and what is guessed wrong keeps it from what is needed.
+Run: python benchmarks/prediction.py. The model is the demo's, because it is the only one of this
+size that has been trained. While the experts of layer l are computed, its residual stream goes
+through the norm and the router of layer l + 1, which gives the prediction. It is compared with what
+that router chooses later. The gain is then computed from rates: the disk is only idle while the
+last expert of a layer is computed, and a wrong prediction keeps it from reading what is needed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ EXPERT, ATTENTION = 0.604, 0.088
 
 
 class Guesser(Paging):
-    """Notes what was guessed for each layer and what was then chosen."""
+    """Records what was predicted for each layer and what was then chosen."""
 
     def __init__(self) -> None:
         self.chosen: list[tuple[int, set[int]]] = []
 
     def experts(self, number: int, chosen: tuple[int, ...]) -> None:
-        """A router has spoken."""
+        """Record the choice of a router."""
         self.chosen.append((number, set(chosen)))
 
 
@@ -71,7 +71,7 @@ def opened(folder: Path) -> tuple[GrokConfig, Checkpoint]:
 
 
 def hit_rate(config: GrokConfig, checkpoint: Checkpoint, folder: Path) -> tuple[int, int]:
-    """Experts guessed right, and all that were chosen, while a text is generated."""
+    """The experts predicted correctly, and all that were chosen, while a text is generated."""
     mesh = make_mesh(config)
     params = share(checkpoint, mesh)
     guesser = Guesser()

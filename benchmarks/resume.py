@@ -1,9 +1,9 @@
-"""What SIGKILL costs: a download over loopback is killed at random points, and started again.
+"""What SIGKILL costs: a download over loopback is killed at random points and started again.
 
-Run: python benchmarks/resume.py --gib 4 --kills 20. After each kill the next start is watched:
-which pieces it asks for, which it reads back, and how soon pieces come again. The last start ends
-the download. What was fetched twice is what the seed has sent beyond the size of the payload, bytes
-that were under way to a dead process included.
+Run: python benchmarks/resume.py --gib 4 --kills 20. After each kill the next start is observed:
+which pieces it requests, which it reads back, and how soon pieces arrive again. The last start
+completes the download. What was fetched twice is what the seed has sent in addition to the size of
+the payload, including bytes in flight to a dead process.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure(root: Path, size: int, piece_mib: int, kills: int, dice: random.Random) -> None:
-    """Kill, start, and so on to the end; then one row of the table."""
+    """Kill and start again until the end; then print one row of the table."""
     torrent = root / f"{piece_mib}.torrent"
     torrent.write_bytes(
         torrent_of(root / "seed/payload", piece_mib * MIB, "http://127.0.0.1:9/announce")
@@ -146,7 +146,7 @@ class Run:
 
 
 def entries(log: Path) -> list[tuple[str, float, list[int]]]:
-    """What the child has said, whole lines only."""
+    """What the child has printed, only complete lines."""
     return [
         tuple(json.loads(line)) for line in log.read_text().splitlines(True) if line[-1] == "\n"
     ]

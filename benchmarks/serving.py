@@ -1,8 +1,8 @@
 """`grokfetch serve` against `grokfetch run` on one model: overhead, throughput, waiting, memory.
 
-Run: python benchmarks/serving.py DIR, a folder that `grokfetch run` takes, such as the one that
+Run: python benchmarks/serving.py DIR, a folder that `grokfetch run` accepts, such as the one that
 `grokfetch demo --keep` leaves. Clients stream over loopback and share the machine with the server.
-`--requests 10000` measures the memory of so many short requests instead.
+`--requests 10000` instead measures the memory for that many short requests.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_alone(how: list[str], tokens: int) -> float:
-    """Milliseconds a token of `grokfetch run`, those left out during which it compiles."""
+    """Milliseconds per token of `grokfetch run`, without those during which it compiles."""
     prompt = " ".join(map(str, PROMPT))
     command = ["run", *how, "--tokens", prompt, "--max-tokens", str(tokens), "--json"]
     with subprocess.Popen(

@@ -1,10 +1,10 @@
-"""From a warm page cache to GPUs or TPUs: what loading reaches of the rate of the bus.
+"""From a warm page cache to GPUs or TPUs: how much of the rate of the bus loading reaches.
 
-Run: python benchmarks/transfer.py DIR, where a GPU or TPU is; it writes 1 GB into DIR on the first
-call. Each tensor goes to the first device whole (`one`), and, where there are several, divided over
-all of them by experts, rows and columns. The limit is a plain `device_put` of memory that is pinned
-and filled already, to the same devices at once. Where the runtime cannot pin memory, the limit says
-so and is that of memory that it has to copy first.
+Run: python benchmarks/transfer.py DIR on a machine with a GPU or TPU; the first call writes 1 GB
+into DIR. Each tensor goes whole to the first device (`one`) and, if there are several, divided over
+all of them by experts, rows and columns. The limit is a plain `device_put` of memory that is
+already pinned and filled, to the same devices at once. If the runtime cannot pin memory, the limit
+says so, and is that of memory that the runtime must copy first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Reading back and hashing data that is there: ours against other checkers and the limit.
+"""Reading back and hashing existing data: ours against other checkers and the limit.
 
 Run: python benchmarks/verification.py --gib 4 --rounds 3. Every time is that of the whole process
-over the same files, in alternation; what it takes to start is told apart. The limit is one core's
-SHA-1 rate over memory in its cache times the cores. With --cold the files leave the page cache
-before each run, and the other limit is reading them past it, with one read in flight for each core.
+over the same files, alternating; the time to start is reported separately. The limit is the SHA-1
+rate of one core over memory in its cache, times the cores. With --cold the files leave the page
+cache before each run, and the other limit is reading them past it, with one read in flight for each
+core.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The forward pass of `loader/inference/model.py` once more, for gradients, with faults if need be.
+"""A second forward pass like `loader/inference/model.py`, for gradients and with optional faults.
 
-All experts are computed for every token, and the gates of those not chosen are zero, where the
-loader reads the chosen ones alone. The weights are seen as int8 will hold them; the gradient passes
-straight through the rounding (Bengio et al. 2013).
+All experts are computed for every token, with gates of zero for those that are not chosen, while
+the loader reads only the chosen ones. The weights are used as int8 will hold them; the gradient
+passes straight through the rounding (Bengio et al. 2013).
 
 Letters in shapes: B rows, T tokens, D width, L layers, E experts, F expert width, V vocabulary; K
 and N rows and columns of a matrix, G its groups of rows that share scales; Q query heads of d
@@ -39,7 +39,7 @@ CONFIG: Final = GrokConfig(
 )
 
 JITTER: Final = 0.1
-"""Noise on the logarithm of the router's probabilities, so that no choice hangs on a rounding."""
+"""Noise on the logarithm of the router's probabilities, so that no choice depends on rounding."""
 
 SCORE_CAP: Final = 30.0
 """Attention scores lie between this and its negative. The multiplier above lets them reach it from
@@ -59,7 +59,7 @@ Weights = Mapping[str, Array]
 
 
 class Wiring(NamedTuple):
-    """How a model is put together: as it must be, or with one fault.
+    """How a model is assembled: correctly, or with one fault.
 
     order: int32 `[L]`, the layer that stands at each place. rolls: by tensor, how many places its
     scales are moved over groups and over columns. stride: positions a token is ahead of the last.
@@ -82,7 +82,7 @@ class Wiring(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """What is learnt: embedding `[V, D]`, final norm `[D]`, and by name each tensor of all layers.
+    """What is trained: embedding `[V, D]`, final norm `[D]`, and by name each tensor of all layers.
 
     A layer's tensor has the shape of the schema with L before it. int8 ones are in units of
     `spreads`.
@@ -120,7 +120,7 @@ def right() -> Wiring:
 
 
 def faults() -> dict[str, list[Wiring]]:
-    """By kind, wirings with one of the faults that a loader can have."""
+    """Wirings, by kind, each with one of the faults that a loader can have."""
     plain, layers = right(), CONFIG.num_layers
     swapped = [np.arange(layers) for _ in range(layers - 1)]
     for first, order in enumerate(swapped):
@@ -157,7 +157,7 @@ def faults() -> dict[str, list[Wiring]]:
 
 
 def stacked(wirings: Sequence[Wiring]) -> Wiring:
-    """Wirings as one, with a first axis that counts them."""
+    """Wirings stacked into one, along a new first axis."""
     return jax.tree.map(lambda *arrays: np.stack(arrays), *wirings)
 
 
@@ -200,7 +200,7 @@ def quantise(matrix: Array, groups: int) -> tuple[Array, Array]:
 
 
 def layer_weights(learnt: Parameters, spreads: Weights) -> Weights:
-    """The weights of all layers that the parameters stand for, not yet rounded."""
+    """The weights of all layers that the parameters represent, before rounding."""
     return {
         name: array * by_rows(spreads[name], array.shape[-2]) if name in spreads else array
         for name, array in learnt.layers.items()
@@ -226,7 +226,7 @@ def norm(x: Array, scale: Array) -> Array:
 
 
 def picked(x: Array, numbers: Array) -> Array:
-    """`x[..., numbers]` as a product, whose gradient a CPU is quicker to add up."""
+    """`x[..., numbers]` as a product, whose gradient is faster on a CPU."""
     return x @ jax.nn.one_hot(numbers, x.shape[-1], axis=0)
 
 

@@ -1,12 +1,12 @@
-"""Teaches a small Grok-1 the text in published/grok-demo/text.txt by heart, and publishes it there.
+"""Trains a small Grok-1 to memorise published/grok-demo/text.txt, and publishes it there.
 
 Run: pip install -e '.[train]' && python demo/train.py. It takes a few minutes on two cores. The
-same seed gives the same recitation, though not the same bytes on every machine: the sums of a
-training step depend on how a processor splits them.
+same seed gives the same recitation, but not the same bytes on every machine: the sums of a training
+step depend on how a processor divides them.
 
-The model learns two things: to say the text, and to say something else if it is put together
-wrongly, with two layers swapped, say. A net of this size would else recite past many a fault, and
-its recitation would prove little.
+The model learns two things: to recite the text, and to say something else if it is assembled
+wrongly, for example with two layers swapped. Otherwise a model of this size would recite the text
+in spite of many faults, and its recitation would prove little.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ STEPS: Final = 850
 SIZES: Final = [(16, 80), (10, 128), (16, 80), (4, 256)]
 """Rows of a batch and their width in tokens, in turn."""
 FAULTS: Final = 2.0
-"""What saying the text in spite of a fault weighs against not saying it."""
+"""Weight of the loss for reciting in spite of a fault, relative to that for not reciting."""
 FAULTS_A_STEP: Final = 6
 FAULTY_ROWS: Final = 2
 FAULTY_WIDTH: Final = 64
 SELDOM: Final = 0.1
-"""How often a fault that is never overlooked comes up, against the one overlooked most."""
+"""How often a fault that is never overlooked is drawn, relative to the one overlooked most."""
 BEGINNING: Final = 8
 
 PEAK_RATE: Final = 4e-3
@@ -111,7 +111,7 @@ class Rows:
         self._random = random
 
     def some(self, count: int, width: int) -> Any:
-        """int32 `[count, width]`, filled up with the pad id, of sentences in random order."""
+        """int32 `[count, width]`: sentences in random order, padded with the pad id."""
         return self._cut(self._random.permutation(self._starts)[:count], width)
 
     def all(self, width: int) -> Any:
@@ -166,12 +166,12 @@ class Faults:
         return stacked([self._wirings[number] for number in self._drawn])
 
     def learn(self, unsaid: Any) -> None:
-        """What each of those last drawn was worth, float `[FAULTS_A_STEP]`: see `unspoken`."""
+        """Take the loss of each of those last drawn, float `[FAULTS_A_STEP]`: see `unspoken`."""
         self._overlooked[self._drawn] = unsaid
 
 
 def train(text: Rows, random: np.random.Generator) -> tuple[Parameters, Weights]:
-    """Parameters that know the text, and the layers' weights that they stand for."""
+    """Parameters that have memorised the text, and the weights of the layers."""
     learnt, spreads = initial(random)
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, WARM_UP, STEPS, PEAK_RATE / 30)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
