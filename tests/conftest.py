@@ -1,4 +1,4 @@
-"""What must be settled before any test imports jax."""
+"""Settings that must be made before any test imports jax."""
 
 import gc
 import os
@@ -17,14 +17,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # `.ci/run` with all that is marked slow.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    # Later ones know no other emitters, and end at a flag that they do not know.
+    # Later versions have no other emitters, and fail at an unknown flag.
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", QUICK) + " --xla_force_host_platform_device_count=8"
 )
 
-# Programs and measurements are those of this run of the tests, not the user's, and one worker
-# uses what another has compiled.
+# Programs and measurements belong to this run of the tests, not to the user; workers share what is
+# compiled.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.TemporaryDirectory(prefix="grokfetch-tests-")
     os.environ["XDG_CACHE_HOME"] = _caches.name
@@ -36,7 +36,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# In the background of a script Ctrl-C is ignored, also by the programs that tests interrupt.
+# If tests run in the background of a script, Ctrl-C is ignored, even by programs that they
+# interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -44,21 +45,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("grokfetch", deadline=None)
 settings.load_profile("grokfetch")
 
-# jax, hypothesis and what they trace are objects by the hundred thousand that live as long as the
-# process: to look through them again and again took a twentieth of the suite's CPU time. A test's
-# own cycles are still collected, if later, and a test that waits for one calls `gc.collect`.
+# jax, hypothesis and what they trace are hundreds of thousands of objects that live as long as the
+# process; scanning them again and again took a twentieth of the suite's CPU time. Cycles that a
+# test makes are still collected, but later, and a test that waits for that calls `gc.collect`.
 gc.set_threshold(100_000, 50, 1000)
 
 
 def pytest_collection_finish():
-    """Leave what was imported and collected out of every later collection."""
+    """Exclude what was imported and collected from all later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _compiled_as_it_is_patched(request):
-    """Let no test that patches run what was compiled before, nor another what it has compiled."""
+    """Keep tests that patch the code from sharing compiled programs with other tests."""
     patches = "monkeypatch" in request.fixturenames
     if patches:
         forget_programs()

@@ -1,4 +1,4 @@
-"""The model that these tests export, made once, and what it becomes."""
+"""The model that these tests export, made once, and its export."""
 
 import os
 

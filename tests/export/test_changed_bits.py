@@ -1,4 +1,4 @@
-"""`grokfetch export` on a disk that keeps another bit than it was given."""
+"""`grokfetch export` on a disk that changes a bit of what it is given."""
 
 import json
 import os
@@ -16,7 +16,7 @@ NAME = "small-model-Q8_0.gguf"
 
 @pytest.fixture
 def flipping(monkeypatch):
-    """Have one bit flip in writes of this process: those that `wanted(path, offset)`."""
+    """Flip one bit in the writes of this process for which `wanted(path, offset)` is true."""
 
     def begin(wanted, times=1):
         real, struck = os.pwrite, []
@@ -37,7 +37,7 @@ def flipping(monkeypatch):
 
 
 def tensor_at(file, offset):
-    """The name of the tensor of a GGUF that has a byte."""
+    """The name of the tensor of a GGUF that contains a byte."""
     tensors = gguf.read(file).tensors.items()
     [name] = [name for name, it in tensors if it.offset <= offset < it.offset + it.nbytes]
     return name
@@ -109,7 +109,7 @@ def test_a_disk_that_changes_a_bit_each_time_ends_the_export_and_proves_nothing(
     assert "nor when it is written again" in said
     assert "the same command writes again what is wrong" in said
     grokfetch("verify", out, code=errors.StateMissing.exit_code)
-    # The disk has been mended.
+    # The disk has been repaired.
     assert "corrupt" in invoke("export", model, out).stderr
     assert (out / NAME).read_bytes() == exported.read_bytes()
 

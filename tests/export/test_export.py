@@ -1,4 +1,4 @@
-"""`grokfetch export`: what it writes, and what becomes of it when it is ended half-way."""
+"""`grokfetch export`: what it writes, and what happens if it is interrupted."""
 
 import errno
 import hashlib
@@ -35,12 +35,12 @@ def whole(exported):
 
 @pytest.fixture
 def copy(model, tmp_path):
-    """A checkpoint of one's own to spoil."""
+    """A copy of the checkpoint that the test may damage."""
     return shutil.copytree(model, tmp_path / "copy")
 
 
 def values_of(file, entry):
-    """float64 of a tensor's shape, by the definition of its type."""
+    """The tensor in float64, by the definition of its type."""
     data = file.read_bytes()[entry.offset : entry.offset + entry.nbytes]
     if entry.kind != "Q8_0":
         return np.frombuffer(data, DTYPES[entry.kind]).reshape(entry.shape).astype(np.float64)
@@ -49,7 +49,7 @@ def values_of(file, entry):
 
 
 def expected(model):
-    """By GGUF name, each tensor of the checkpoint as llama.cpp wants it, in float64."""
+    """Each tensor of the checkpoint as llama.cpp needs it, in float64, by its GGUF name."""
     names = {
         "moe/linear/w": "ffn_gate_exps",
         "moe/linear_v/w": "ffn_up_exps",
@@ -94,7 +94,7 @@ def test_other_types_hold_what_the_weights_stand_for(model, tmp_path, kind, erro
     file = tmp_path / f"out/small-model-{kind.upper()}.gguf"
     held = gguf.read(file)
     for name, values in expected(model):
-        # Below the normal numbers of float16 the error is a step, not a share.
+        # For subnormal float16 numbers the error is absolute, not relative.
         bound = error * np.abs(values) + (2**-25 if kind == "f16" else 0)
         assert (np.abs(values_of(file, held.tensors[name]) - values) <= bound).all(), name
     assert held.tensors["blk.0.attn_q.weight"].kind == kind.upper()
@@ -240,7 +240,7 @@ def test_a_file_name_for_out_is_a_usage_error(model, tmp_path):
 
 
 def killed_once_saved(model, out):
-    """Export in a process that is killed when the first tensors are recorded; their names."""
+    """Export in a process that is killed once tensors are recorded; returns their names."""
     killed("grokfetch.folder.advisory", "write", 1, "export", model, out)
     return json.loads((out / ".grokfetch/export.json").read_text())["done"]
 

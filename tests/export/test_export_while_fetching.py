@@ -1,4 +1,4 @@
-"""An export beside the fetch of its shards: each tensor is written when it has arrived."""
+"""An export during the fetch of its shards: each tensor is written when it has arrived."""
 
 import errno
 import json
@@ -35,13 +35,13 @@ LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors")
 
 @pytest.fixture(scope="module")
 def published(model, tmp_path_factory):
-    """The folder above a release, its torrent, and the manifest as a file."""
+    """The folder that contains a release, its torrent, and the path of its manifest."""
     above = tmp_path_factory.mktemp("published")
     return above, *loadable.publish(model, above)
 
 
 def pieces_of(torrent, manifest, names):
-    """The pieces over some tensors; of None those over files that hold no tensor."""
+    """The pieces with bytes of some tensors; for None, those of files without a tensor."""
     layout = parse_info(torrent.info, torrent.piece_layers)
     tensor_of = {tensor.file: tensor.name for tensor in parse(manifest.read_bytes(), "").tensors}
     files = [file for file in layout.payload if tensor_of.get(file.path) in names]
@@ -49,7 +49,7 @@ def pieces_of(torrent, manifest, names):
 
 
 def exporting(published, tmp_path, swarm):
-    """Export beside a fetch from a swarm in memory, until either ends."""
+    """Export during a fetch from a swarm in memory, until either ends."""
     _, _, manifest = published
     described = parse(manifest.read_bytes(), "")
     store = Arriving(tmp_path / "grok")
@@ -65,7 +65,7 @@ def exporting(published, tmp_path, swarm):
 
 @pytest.fixture
 def interrupting(monkeypatch):
-    """Ctrl-C when all early tensors are written and nothing else is to be done."""
+    """Press Ctrl-C when all early tensors are written and nothing else can be done."""
     real = Work.await_more
 
     def interrupted(work):
@@ -79,12 +79,12 @@ def interrupting(monkeypatch):
 
 
 def recorded(out):
-    """The tensors that are on the disk by the export's own record."""
+    """The tensors that are on the disk according to the export's record."""
     return json.loads((out / ".grokfetch/export.json").read_text())["done"].keys()
 
 
 def never_written(file, names, writes):
-    """Whether nothing was written where these tensors lie."""
+    """Whether nothing was written in the places of these tensors."""
     spans = [entry for name, entry in gguf.read(file).tensors.items() if name in names]
     return not any(it.offset <= at < it.offset + it.nbytes for it in spans for at in writes)
 
@@ -129,7 +129,7 @@ def test_what_is_written_when_it_is_interrupted_is_recorded_after_what_was_writt
         first = mine and not began.is_set()
         if first:
             began.set()
-            # For as long as another could overtake it.
+            # Long enough for another to overtake it.
             another.wait(1)
         real(path, schema, fields)
         if mine and not first:

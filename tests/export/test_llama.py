@@ -59,7 +59,7 @@ def peer(model, tmp_path):
 
 @contextlib.contextmanager
 def asking(command, vocabulary):
-    """A function that asks a peer of llama.cpp, which must have a vocabulary of that size."""
+    """A function that queries a process with llama.cpp; its vocabulary must have that size."""
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -79,7 +79,7 @@ def asking(command, vocabulary):
 
 
 def differences(ask, engine):
-    """Of the last logits of some random prompts, between llama.cpp and us."""
+    """The distance between llama.cpp's last logits and ours, for some random prompts."""
     random = np.random.default_rng(0)
     gaps = []
     for length in (1, 2, 5, 17, 50):

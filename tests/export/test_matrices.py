@@ -27,7 +27,7 @@ def weight():
 
 
 def products(values, scales):
-    """What int8 and scales stand for, in float64."""
+    """The weights that int8 values and scales represent, in float64."""
     return values * np.repeat(scales.astype(np.float64), ROWS // GROUPS, axis=0)
 
 

@@ -1,4 +1,4 @@
-"""A small model filled up with zeros to a shape that llama.cpp loads."""
+"""A small model padded with zeros to a shape that llama.cpp loads."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_a_padded_model_computes_the_same(demo, tmp_path):
         prompt = Tokenizer.load(demo / "grok-demo/tokenizer.model").encode("In the demo")
         plain = logits(checkpoint, prompt)
         padded = logits(write_padded(checkpoint, tmp_path), prompt)
-    # The epsilon of norms counts for four times as much.
+    # The epsilon of norms has four times the effect.
     assert np.abs(padded - plain).max() < 1e-2 * plain.std()
     assert padded.argmax() == plain.argmax()
 

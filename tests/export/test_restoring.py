@@ -1,4 +1,4 @@
-"""The way back: a GGUF is proven to be the official shards, and becomes them again."""
+"""A GGUF is proven to be the official shards, and converted back into them."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ SHARDS = 2 + 12 * loadable.CONFIG.num_layers
 
 @pytest.fixture
 def copy(exported, tmp_path):
-    """A GGUF of one's own to spoil."""
+    """A copy of the GGUF that the test may damage."""
     return shutil.copyfile(exported, tmp_path / "copy.gguf")
 
 
@@ -94,7 +94,7 @@ def test_a_changed_byte_is_found_in_its_piece(torrent, copy):
 
 
 def test_what_was_not_made_of_a_shard_spoils_only_its_own_pieces(torrent, copy):
-    # A scale: the blocks of its group differ from then on, and there is no shard of them.
+    # This changes a scale. The blocks of its group then differ, and no shard could have had them.
     spoil(copy, gguf.read(copy).tensors["blk.0.attn_k.weight"].offset + 34 * 9)
     said = grokfetch("verify", copy, "--against", torrent, code=20)
     findings = [line for line in said.splitlines() if line.startswith("corrupt")]

@@ -73,7 +73,7 @@ def rounded(values):
 
 
 def expected(model, names, norm):
-    """Every tensor as the engine wants it: `[out, in]`, bfloat16 where it is multiplied."""
+    """Every tensor as the engine needs it: `[out, in]`, and bfloat16 if it is multiplied."""
     for name, tensor in open_folder(model / "ckpt-0", CONFIG).items():
         values = tensor.dequantize()
         outer, _, within = name.partition("/decoder_layer_")

@@ -1,4 +1,4 @@
-"""What lies in the folder in another layout than the torrent's is found, proven and kept there."""
+"""Files in another layout than the torrent's are found, proven and kept where they are."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def pieces_of(swarm):
 
 
 def check(root):
-    """All commands that read agree that everything is proven; what verify finds beside."""
+    """Check that all reading commands find everything proven; returns verify's other findings."""
     *findings, summary = (e for e in verify(Store(root)) if isinstance(e, Finding | Summary))
     assert summary.complete
     assert set(survey(Store(root)).files.values()) == {"proven"}
@@ -203,7 +203,7 @@ def test_what_aria2_has_begun_at_its_whole_length_is_adopted_by_its_hashes(tmp_p
     root = tmp_path / "dir"
     hugging_face(root / top)
     path = root / top / T1
-    # It makes the file as long as it will be, and keeps beside it which pieces it has.
+    # Such a client allocates the whole file, and keeps a list of its pieces beside it.
     path.write_bytes(FILES[str(T1)][: 4 * PIECE].ljust(len(FILES[str(T1)]), b"\0"))
     control = path.with_name("t1.aria2")
     control.write_bytes(b"\0\1")
@@ -296,7 +296,7 @@ def test_the_commands_know_where_adopted_files_lie(tmp_path):
 
 @pytest.mark.slow
 def test_an_adopted_checkpoint_is_verified_and_run_with_the_tokenizer_that_lies_there(tmp_path):
-    """The tutorial's way: what a manifest names by path is found where it was adopted."""
+    """As in the tutorial: what a manifest names by path is found where it was adopted."""
     published, root = demo_folder(), tmp_path / "hf"
     shutil.copytree(published / "grok-demo", root)
     torrent, manifest = published / "grok-demo.torrent", published / "grok-demo.json"

@@ -1,4 +1,4 @@
-"""Files of ours that reach the disk whole, or not at all."""
+"""Our own files reach the disk completely or not at all."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from grokfetch.torrent.metainfo import parse_torrent
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Has files whose name has `part` in it lose a bit as they are forced to the disk."""
+    """Flip a bit of files with `part` in their names when they are flushed to the disk."""
 
     def begin(part, times):
         real, struck = os.fsync, []

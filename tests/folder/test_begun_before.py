@@ -47,7 +47,7 @@ def part(begun, tmp_path):
 
 
 def unread(monkeypatch):
-    """Make every attempt to read payload back fail."""
+    """Make every attempt to read back payload fail."""
 
     def refuse(*_):
         raise AssertionError("payload is read")

@@ -26,7 +26,7 @@ from grokfetch.torrent import read_back
 
 
 def refusing(code, real=None, when=lambda *_: True):
-    """A system call that answers with an error code, or the real one where it does not apply."""
+    """A system call that fails with an error code, or the real one if that does not apply."""
 
     def call(*args, **kwargs):
         if when(*args):
@@ -111,7 +111,7 @@ def test_without_locks_a_folder_is_verified_and_run(demo, lockless):
 
 @pytest.fixture
 def unmappable(monkeypatch):
-    """Files cannot be mapped; memory of no file can."""
+    """Refuse to map files, but allow anonymous memory."""
     no_mapping = refusing(errno.ENODEV, mmap.mmap, lambda handle, *_: handle != -1)
     monkeypatch.setattr(mmap, "mmap", no_mapping)
 

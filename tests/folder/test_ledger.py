@@ -34,7 +34,7 @@ def at_work(tmp_path):
 
 
 class AtOnce(Executor):
-    """Has done what it is given before it returns."""
+    """An executor that runs each job before it returns."""
 
     def submit(self, function, /, *arguments):
         future = Future()

@@ -1,4 +1,4 @@
-"""Whoever is asked what is proven gives the same answer, and never one about changed bytes."""
+"""All parts of the program agree on what is proven, and never believe changed bytes."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def torrent_of(version, files):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A checkpoint that was proven, and what has become of it since."""
+    """A checkpoint that was proven, and what has happened to it since."""
 
     version: int
     files: dict[str, bytes]
@@ -43,7 +43,7 @@ class Case:
     changes: dict[str, str]
 
     def touched(self, name):
-        """Whether the file must count as changed: our own writing may touch it and make it long."""
+        """Whether the file must count as changed; our own writing may touch and extend it."""
         harmless = ("none", "touched", "longer") if name in self.marked else ("none",)
         return self.changes[name] not in harmless
 
@@ -62,7 +62,7 @@ def cases(draw):
         draw(st.frozensets(st.integers(0, 12), max_size=3)),
         marked,
         {
-            # What we had open ourselves nobody else has written: that is what the mark says.
+            # The mark says that we had the file open, so nobody else has written it.
             name: draw(
                 st.sampled_from([it for it in CHANGES if not (name in marked and it == "spoilt")])
             )
@@ -103,7 +103,7 @@ def change(path, how, number):
     elif how == "longer":
         path.write_bytes(path.read_bytes() + b"x")
     if how != "none":
-        # As later as the clock can tell, whatever this file system rounds times to.
+        # Late enough to be noticed, however this file system rounds times.
         os.utime(path, (number + 1, number + 1))
 
 
@@ -116,7 +116,7 @@ def required(root, path, start=0, length=None):
 
 
 def check_agreement(root, case):
-    """All that are asked agree with each other, and what they say is true."""
+    """Check that all answers agree with each other and are true."""
     store = Store(root)
     seen, layout, proven = survey(store), store.layout(), store.proven()
     pieces = {piece for piece, right in enumerate(seen.pieces) if right}
@@ -147,7 +147,7 @@ def check_agreement(root, case):
 
 
 def untouched(layout, case):
-    """The pieces that were proven and none of whose files has changed, looked at another way."""
+    """The proven pieces without a changed file, computed in another way."""
     starts = {file.path.name: (file.start, file.end) for file in layout.payload if file.size}
     return {
         piece
@@ -173,7 +173,7 @@ def test_all_who_are_asked_agree_after_any_change_and_after_a_verification(case)
         check_agreement(root, case)
         seen = survey(Store(root))
         if "longer" not in case.changes.values():
-            # Pieces of a file that is too long do read right, but no span of it may be read.
+            # Pieces of a file that is too long are right, but no span of it may be read.
             assert summary.proven == seen.proven
         assert summary.complete == (set(seen.files.values()) == {"proven"})
 
@@ -181,7 +181,7 @@ def test_all_who_are_asked_agree_after_any_change_and_after_a_verification(case)
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.data())
 def test_what_is_not_read_again_keeps_its_proof_only_if_all_its_files_are_unchanged(case, data):
-    """A verification that is asked for one file alone, beside the others' changes."""
+    """Verify only one file, while the others have changed."""
     case = dataclasses.replace(case, named=True, digests=False, missing=frozenset())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

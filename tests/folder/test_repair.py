@@ -27,7 +27,7 @@ def swarm(request):
 
 
 def rot(path, offset):
-    """Change a byte as a failing disk does: the file looks as before."""
+    """Change a byte as a failing disk does: size and time of the file stay."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(offset)

@@ -124,7 +124,7 @@ def test_beside_a_running_fetch_status_tells_who_is_at_work_and_how_fast(tmp_pat
 
 
 class Turns:
-    """A clock on which every look is an hour later."""
+    """A clock that advances by an hour each time it is read."""
 
     now = 0.0
 
@@ -238,7 +238,7 @@ def test_a_history_of_days_stays_small_even_and_keeps_its_ends():
     assert samples[-1].worked == 9999
     gaps = [b.worked - a.worked for a, b in pairwise(samples)]
     assert max(gaps) <= 4 * 10_000 / history.LIMIT
-    # Bytes a second follow from the bytes, which no thinning changes.
+    # Bytes per second follow from the bytes, which thinning does not change.
     found = rates(samples, 10)
     assert sum(found) / 10 == pytest.approx(9999)
     assert found == pytest.approx([(2 * n + 1) * 999.9 for n in range(10)], rel=0.02)
@@ -276,7 +276,7 @@ def test_a_second_fetch_goes_on_with_the_history_of_the_first(tmp_path):
     )
     (sender,) = told["sent"]
     assert sender == {"kind": "peer", "name": "192.0.2.1", "bytes": told["history"][-1]["received"]}
-    # The pieces that were not yet recorded when the first died came twice, or were read back.
+    # Pieces that the first had not recorded when it died were sent twice, or were read back.
     assert SIZE <= sender["bytes"] <= SIZE + 4 * PIECE
 
 

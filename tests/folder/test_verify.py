@@ -33,7 +33,7 @@ def begun(root, *, torrent=None, manifest=None):
 
 @pytest.fixture(params=["v1", "v2", "sha256"])
 def store(request, tmp_path):
-    """A whole checkpoint, to be proven in one of the three ways."""
+    """A complete checkpoint that can be proven in one of the three ways."""
     lay_down(tmp_path, FILES)
     if request.param == "sha256":
         return begun(tmp_path, manifest=manifest_of(FILES, None, digests=True))
@@ -41,7 +41,7 @@ def store(request, tmp_path):
 
 
 def check(store):
-    """Findings and summary of a fresh look."""
+    """Findings and summary of a new verification."""
     events = list(verify(Store(store.root)))
     assert isinstance(events[-1], Summary)
     done = [event.done for event in events if isinstance(event, Progress)]

@@ -145,7 +145,7 @@ SEEDS = {
     gguf_file: ggufs,
     completion: bodies,
 }
-"""What is tried, and well-formed input for it."""
+"""The functions that are tried, each with well-formed input."""
 
 each_target = pytest.mark.parametrize("target", SEEDS, ids=lambda it: it.__name__)
 
@@ -157,7 +157,7 @@ def test_well_formed_input_is_understood(target, tmp_path):
 
 
 def held(target, folder):
-    """What tries one input: an error of ours is an answer, any other is a find."""
+    """A function that tries one input: errors of ours are answers, any other is a failure."""
 
     def attempt(data):
         with contextlib.suppress(GrokfetchError):

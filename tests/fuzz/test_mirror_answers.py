@@ -50,7 +50,7 @@ SETTINGS = MirrorSettings(connections=2, patience_s=2.0, rest_s=0.01, attempts=3
 LARGEST = 100_000
 LONGEST_TEXT = 500
 MOST_S = 3600.0
-"""Longer than anything takes with so small files, all rests apart that a mirror asks for."""
+"""Longer than anything takes with such small files, apart from pauses that a mirror asks for."""
 
 GOOD = (
     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes <<range>>\r\n"
@@ -93,7 +93,7 @@ def layout():
 
 @pytest.fixture
 def network(monkeypatch, tmp_path):
-    """Where everything is that is tried: its clock, its mirror, and a folder."""
+    """What every attempt uses: a clock, a mirror and a folder."""
     known = SimpleNamespace(clock=Clock(), mirror=None, folder=tmp_path)
 
     async def connect(_, host, port, **__):
@@ -120,7 +120,7 @@ def network(monkeypatch, tmp_path):
 
 
 def check_text(text):
-    """What is shown to a person is short, and holds nothing that a terminal would obey."""
+    """Check that a message is short, and contains no control sequences for a terminal."""
     assert len(text) <= LONGEST_TEXT
     assert text.isprintable()
 
@@ -130,7 +130,7 @@ def check_notice(notice):
 
 
 def pieces(network, settings=SETTINGS):
-    """Whatever is said to have arrived is right; in the end all has, or the mirror is given up."""
+    """Check that what has arrived is right; finally all has, or the mirror is given up."""
     known = layout()
     mirror = state.Mirror(network.mirror.url, "mirror", SETTINGS.connections)
     root = network.folder / "pieces"
@@ -158,7 +158,7 @@ def pieces(network, settings=SETTINGS):
 
 
 class Taker:
-    """Takes a file, and no byte more."""
+    """Receives a file, and not a byte more."""
 
     def __init__(self, size):
         self.size = size
@@ -177,7 +177,7 @@ class Taker:
 
 
 def whole_files(network):
-    """A file that is said to be whole has its length; of each that is not, it is said why."""
+    """Check that a complete file has its length, and that a reason is given for any other."""
     takers = {path: Taker(len(data)) for path, data in zip(PATHS, FILES.values(), strict=True)}
     told = {}
 
@@ -199,7 +199,7 @@ def whole_files(network):
 
 
 def passing_files(network):
-    """Of files that pass by exactly as many bytes are hashed and counted as the server promised."""
+    """Check that of streamed files exactly the promised bytes are hashed and counted."""
     promised = lengths(URL, PATHS, SETTINGS, check_notice)
     takers = {path: Taker(length[0]) for path, length in promised.items()}
     counts = []
@@ -210,7 +210,7 @@ def passing_files(network):
 
 
 def documents(network):
-    """No document is too large, and a tokenizer is the right one or none."""
+    """Check that no document is too large, and that a tokenizer is the right one or missing."""
     notice = bring_tokenizer(Store(network.folder / "tokenizer"), SETTINGS)
     check_text(notice.text)
     tokenizer = network.folder / "tokenizer" / "tokenizer.model"
@@ -226,7 +226,7 @@ each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda it: it.__nam
 
 
 def played(target, network):
-    """What plays a script to a target, and checks the promises that hold for all of them."""
+    """A function that plays a script to a target, and checks what must hold for all targets."""
 
     def attempt(script):
         network.mirror = mirror = Mirror(TOP, script)
@@ -257,7 +257,7 @@ def test_a_document_that_never_ends_has_its_time(network, monkeypatch):
     chunk = b"ea60\r\n" + bytes(60_000) + b"\r\n"
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     network.mirror = Mirror(TOP, head + b"<<here>>" + chunk + b"<<endless>>")
-    # So much may come in that time that it is not held to be too much.
+    # In that time so much may arrive without being too much.
     network.mirror.answers = 100
     began = network.clock.now
     with network.clock.most(MOST_S), pytest.raises(OutOfReach, match="within 300 s"):

@@ -96,7 +96,7 @@ GOOD = request("POST", "/v1/completions", BODY, "Connection: close")
 
 
 class Notebook(logging.Handler):
-    """Errors that are logged, which are finds."""
+    """Collects logged errors, which are failures."""
 
     def __init__(self):
         super().__init__(logging.ERROR)
@@ -108,7 +108,7 @@ class Notebook(logging.Handler):
 
 @pytest.fixture
 def attempt(monkeypatch):
-    """Says bytes to a server, and checks all promises."""
+    """Sends bytes to a server, and checks all promises."""
     monkeypatch.setattr(gate, "LARGEST_BODY", LARGEST_BODY)
     notebook, clock, echo = Notebook(), Clock(), Echo(SERVED.vocabulary)
     worker = Worker(Jobs(echo), SERVED.slots, 2)
@@ -159,7 +159,7 @@ def attempt(monkeypatch):
     with contextlib.closing(clock.loop()) as loop:
         loop.set_exception_handler(lambda _, context: notebook.errors.append(str(context)))
         loop.run_until_complete(start())
-        # Uvicorn's are not handed on to the others.
+        # Uvicorn's loggers do not pass records on to the root logger.
         loggers = [logging.getLogger(), logging.getLogger("uvicorn")]
         for logger in loggers:
             logger.addHandler(notebook)
@@ -173,7 +173,7 @@ def attempt(monkeypatch):
 
 
 def check(told, scopes, *, broken):
-    """Every request is answered, and every answer is one that a client can understand."""
+    """Check that every request is answered, in a way that a client can understand."""
     methods = [scope["method"] for scope in scopes]
     found = list(answers(told, methods, broken=broken))
     assert broken or len(scopes) <= len(found) <= len(scopes) + 1
@@ -221,12 +221,12 @@ def test_the_treacherous_requests_do_no_harm_on_real_sockets(monkeypatch):
 
 
 def spoken(url, text):
-    """What a server answers over a socket, up to the end of the connection."""
+    """Everything that a server answers over a socket until the connection ends."""
     host, port = url.removeprefix("http://").split(":")
     told = b""
     with (
         socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection,
-        # The server may have ended the connection already.
+        # The server may have closed the connection already.
         contextlib.suppress(ConnectionError),
     ):
         for part in parts(text):
@@ -290,11 +290,11 @@ FITTING = {
     "n": [1, 2],
     "best_of": [1, 2],
 }
-"""Values that are allowed, most of them at a bound."""
+"""Allowed values, most of them at a limit."""
 
 
 def bodies(dice):
-    """A body that is likely to reach the model, with values at the bounds of what is allowed."""
+    """A body that probably reaches the model, with values at the limits of what is allowed."""
     chosen = dice.choices(FIELDS, k=dice.randint(1, 6))
     wild = dice.random() < 0.2
     return BODY | {name: dice.choice(VALUES if wild else FITTING[name]) for name in chosen}

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint: what is asked for becomes pieces, and nothing else is brought."""
+"""Parts of a checkpoint: what is asked for becomes pieces, and nothing else is fetched."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def names(root):
 
 
 def whole(root):
-    """The files that lie there under their own names; each must have its own content."""
+    """The files that have their own names; each must have its own content."""
     found = [name for name in names(root) if not name.endswith(".part")]
     for name in found:
         assert (root / "top" / name).read_bytes() == FILES[name], name
@@ -173,7 +173,7 @@ def test_later_run_extends_what_was_asked_for_and_fetches_the_difference(swarm, 
     outcome = run(tmp_path, swarm, layers=(0,))
     second = set(swarm.orders[-1].want)
     assert not first & second
-    # Bytes beside those that came with an edge piece share a block of the disk with them.
+    # Bytes next to those of an edge piece share a disk block with them.
     assert outcome.rehashed <= 2
     assert whole(tmp_path) == ["ckpt/t0", "ckpt/t1", "ckpt/t2", "ckpt/t3", "ckpt/t4"]
     assert summary(tmp_path).complete

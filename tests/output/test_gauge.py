@@ -1,4 +1,4 @@
-"""The bar fits every width: all facts are there, and nothing is cut."""
+"""The bar fits every width: it shows all facts, and truncates nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What machines read: one stream of JSON lines with a schema, from `started` to the end."""
+"""What programs read: one stream of JSON lines with a schema, from `started` to the end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PIECES = -(-SIZE // PIECE)
 
 @pytest.fixture
 def begun(tmp_path):
-    """A folder fetched before, in which one byte of piece 4 has been damaged since."""
+    """A fetched folder in which one byte of piece 4 has been damaged since."""
     list(fetch(Store(tmp_path), FakeSwarm(TORRENT, dict(FILES))))
     path = tmp_path / "top/c"
     data = bytearray(path.read_bytes())
@@ -56,7 +56,7 @@ def begun(tmp_path):
 
 
 def events(*arguments, code=0):
-    """The events that the program prints, after a look at what holds for every stream."""
+    """The events that the program prints, checked for what must hold in every stream."""
     result = invoke(*arguments, "--json", code=code)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert found[0]["event"] == "started"

@@ -1,4 +1,4 @@
-"""Progress: bars for terminals, sparse lines elsewhere, figures that people can read."""
+"""Progress: bars for terminals, few lines elsewhere, and figures that people can read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_a_terminal_only_sparse_lines_are_written(clock):
 
 
 def shown(text):
-    """What stands in each line of a terminal in the end."""
+    """The final content of each line of a terminal."""
     return [line.split("\r")[-1].rstrip() for line in text.split("\n")]
 
 

@@ -89,7 +89,7 @@ class Page(HTMLParser):
 
 
 def check_numbers(text, told):
-    """Every number that both show is the same."""
+    """Check that all numbers that both show are equal."""
     page = Page(text)
     assert page.data["bytes-total"] == told["bytes"]["total"]
     assert page.data["bytes-proven"] == told["bytes"]["proven"]
@@ -122,7 +122,7 @@ def check_numbers(text, told):
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """A folder with something to tell of every kind, and strangers' names in it."""
+    """A folder with something of every kind to report, including names from strangers."""
     root = tmp_path_factory.mktemp("filled")
     store = Store(root)
     made = manifest_of(FILES, TORRENT.info_hash, name="<img src=x onerror=alert(2)>")
@@ -203,13 +203,13 @@ def test_a_browser_opens_the_page_without_a_complaint(filled, tmp_path):
     dom, complaints = opened(target, tmp_path / "one")
     assert not complaints
     check_numbers(dom, told_of(filled))
-    # The same look finds what is wrong with a page: here its own policy forbids the script.
+    # The same check finds errors in a page: here its own policy forbids the script.
     target.write_text(target.read_text().replace("</body>", "<script>1</script></body>"))
     assert "Content Security Policy" in opened(target, tmp_path / "two")[1][0]
 
 
 def opened(page, profile):
-    """The page as the browser has understood it, and what stands in its console."""
+    """The page as the browser has understood it, and the messages in its console."""
     options = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
         "--disable-background-networking --disable-component-update --disable-sync "

@@ -100,7 +100,7 @@ def test_program_that_hashes_otherwise_than_hashlib_is_not_used(tmp_path, monkey
     source.write_text(text)
     if lanes.build(tmp_path / "right", compiling=True) is None:
         pytest.skip("this processor has no wide vectors")
-    # The first of them spoils SHA-1 alone, the second SHA-256.
+    # The first change breaks only SHA-1, the second only SHA-256.
     for right, wrong in (("LEFT(x, 1)", "LEFT(x, 2)"), ("(y >> 10)", "(y >> 11)")):
         assert right in text
         source.write_text(text.replace(right, wrong))
@@ -150,7 +150,7 @@ def test_while_one_thread_compiles_the_others_do_without(monkeypatch):
 
 @pytest.fixture
 def used(program, monkeypatch):
-    """Have pieces hashed by the program; what it has found right and wrong is noted."""
+    """Hash pieces with the program, and record which it found right and wrong."""
     noted = []
 
     def sha1(spans, length, buffer, real=program.sha1):

@@ -1,4 +1,4 @@
-"""Magnet links as people have them: copied from mails, pages and chats, whole and damaged."""
+"""Magnet links as people have them: copied from mails, pages and chats, complete and damaged."""
 
 from __future__ import annotations
 

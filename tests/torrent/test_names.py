@@ -1,4 +1,4 @@
-"""Names: what a stranger may give us, why not, and names of ours that fit a file system."""
+"""Names: which ones we accept from strangers, and our own names, which fit a file system."""
 
 from pathlib import PurePosixPath
 

@@ -1,4 +1,4 @@
-"""Devices are known by name, and what a model takes of them follows from the shapes."""
+"""Devices are known by name, and what a model needs of them follows from the shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFICIAL = GrokConfig()
         ("h100", "h100", 1),
         ("H200x4", "h200", 4),
         ("a100x16", "a100", 16),
-        # Google counts TensorCores of v4 and v5p, two a device, and chips of the others.
+        # Google counts TensorCores for v4 and v5p, two per device, and chips for the others.
         ("v5p-8", "v5p", 4),
         ("v4-64", "v4", 32),
         ("v5e-32", "v5e", 32),

@@ -80,7 +80,7 @@ def test_file_with_another_tensor_than_the_model_needs_is_refused(store, array, 
 
 def test_array_in_fortran_order_is_refused(store):
     path = store.root / "ckpt-0" / SPECS["transformer/decoder_layer_0/router/w"].file
-    # NEWFALSE before the payload says C order, NEWTRUE Fortran order.
+    # NEWFALSE before the payload means C order, NEWTRUE Fortran order.
     data = bytearray(path.read_bytes())
     data[read_shard(path).array.offset - 6] = 0x88
     path.write_bytes(data)

@@ -76,14 +76,14 @@ def test_copies_of_the_weights_take_memory_and_to_do_without_them_helps():
     assert need(copied).weights == need(dataclasses.replace(EIGHT, shape=MeshShape(1, 4))).weights
     found = shortage(copied, Memory(need(EIGHT).total))
     assert (found.tokens, found.mesh) == (None, MeshShape(1, 8))
-    # Devices of one host have the copies in one piece of memory; caches they have each.
+    # Devices of one host share one copy of the weights, but each has its own cache.
     less = Memory(sum(spec.nbytes for spec in parameters(OFFICIAL)) + 8 * need(copied).cache, 8)
     assert shortage(copied, less).needed - less.free == 8 * need(copied).work
     assert not shortage(copied, Memory(GB, 8)).mapped
 
 
 def test_cpu_devices_share_their_memory_and_can_leave_weights_in_files():
-    # All 318 GB are there once, though every device is said to hold the small tensors.
+    # All 318 GB are in memory once, though every device counts the small tensors.
     once = sum(spec.nbytes for spec in parameters(OFFICIAL))
     rest = 8 * (need(EIGHT).cache + need(EIGHT).work)
     assert shortage(EIGHT, Memory(once + rest, sharers=8)) is None

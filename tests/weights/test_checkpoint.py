@@ -1,4 +1,4 @@
-"""Names become lazy views of the right bytes, and of nothing that is not proven."""
+"""Names become lazy views of the right bytes, and only of proven ones."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ print(len(arrays), len(os.listdir("/dev/fd")))
 
 
 def map_all(root, hard_limit):
-    """Map all tensors of a deep model in a process that may open so many files at most."""
+    """Map all tensors of a deep model in a process with a hard limit on open files."""
     config = dataclasses.replace(CONFIG, num_layers=8)
     write_checkpoint(root / "top", config)
     manifested(Store(root), manifest_of(config, "top"))

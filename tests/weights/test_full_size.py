@@ -18,7 +18,7 @@ from loader.weights.inventory import expected
 from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 
-# Twelve layers: as file names 10 and 11 stand before 2.
+# Twelve layers, because 10 and 11 come before 2 among file names.
 CONFIG = GrokConfig(
     vocab_size=96,
     sequence_len=32,
@@ -65,7 +65,7 @@ def of_layer(found, layer):
 
 
 def check(store, layers, distinct):
-    """Everything is proven, and layer l is a link to layer l mod `layers`, and to no other."""
+    """Check that everything is proven, and layer l is linked only to layer l mod `layers`."""
     *_, summary = verify(Store(store.root))
     assert isinstance(summary, Summary)
     assert summary.complete

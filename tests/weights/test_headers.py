@@ -1,4 +1,4 @@
-"""What a model is, told by the shapes of its shards and their order."""
+"""A model is recognised by the shapes of its shards and their order."""
 
 from __future__ import annotations
 

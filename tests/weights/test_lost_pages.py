@@ -1,4 +1,4 @@
-"""Where pages of mapped weights are gone the process says why before it ends."""
+"""If pages of mapped weights are lost, the process says why before it ends."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_serve_says_in_one_line_that_a_weight_file_shrank(tmp_path):
         try:
             answer = httpx.post(f"{url}/completions", json=body, timeout=DEADLINE_S)
         except httpx.TransportError:
-            # Pages were touched before the next look at the files.
+            # Pages were touched before the files were checked again.
             assert server.wait(DEADLINE_S) == StorageFailed.exit_code
         else:
             assert answer.status_code == 500

@@ -1,4 +1,4 @@
-"""The table of tensors, against the official checkpoint's listing and the small golden one."""
+"""The table of tensors agrees with the listing of the official checkpoint and the golden one."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def refusal(data):
 
 
 def shard_or_refusal(data):
-    """Read any bytes; whatever is accepted must lie inside them."""
+    """Read any bytes; accepted spans must lie inside them."""
     try:
         shard = read_slices(data, "the/file")
     except ShardInvalid:
@@ -294,7 +294,7 @@ def test_quantised_weight_with_other_fields_is_refused(fields):
 
 
 def with_frame_length(data):
-    """The same pickle, its single frame made to end with the file."""
+    """The same pickle, with its single frame ending at the end of the file."""
     return data[:3] + (len(data) - 11).to_bytes(8, "little") + data[11:]
 
 

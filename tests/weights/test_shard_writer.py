@@ -56,7 +56,7 @@ def floats(*shape):
     return np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
 
 
-# Sizes and offsets of the official files, as people who hold them published them.
+# Sizes and offsets of the official files, as published by people who have them.
 @pytest.mark.parametrize(
     ("dtype", "shape", "scale_shape", "offsets", "size"),
     [
@@ -188,8 +188,8 @@ def test_sizes_beyond_32_bits_are_spelt_as_the_real_pickle_spells_them(size):
 
 
 def test_every_place_where_a_frame_may_end_is_where_cpython_ends_it():
-    # A frame that fills up just before, within or after the scales' own header ends in each case
-    # elsewhere, and the rest may be so short that it gets no header.
+    # A frame that becomes full just before, within or after the header of the scales ends at a
+    # different place in each case, and the rest may be so short that it gets no header.
     for columns in range(65_536 - 460, 65_536 + 4):
         array, scales = int8(1, columns), bf16(1, columns)
         assert written(array, scales) == pickled(array, scales), columns

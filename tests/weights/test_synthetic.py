@@ -1,4 +1,4 @@
-"""Synthetic checkpoints are official in form, reproducible, and behave."""
+"""Synthetic checkpoints have the official form, are reproducible, and give sensible numbers."""
 
 from __future__ import annotations
 

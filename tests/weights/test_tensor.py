@@ -1,4 +1,4 @@
-"""What a researcher asks of a checkpoint: lazy tensors by name, parts of them, their values."""
+"""What a researcher needs from a checkpoint: lazy tensors by name, parts of them, their values."""
 
 from __future__ import annotations
 
