@@ -6,7 +6,7 @@ link would; libtorrent's own rate limit reaches only part of the rate on one con
 counted from when the seed listens, after all hosts, until the last host has everything; ours
 includes reading back, hashing again and flushing to the disk. A host that has everything continues
 to share. With readers, each host waits for one of eight files after another, and all for the same
-first one. Processor time is that of hosts and seed. The bound is the larger of size / rate and
+first one; with readers apart, each begins with a different one. Processor time is that of hosts and seed. The bound is the larger of size / rate and
 hosts * size / ((hosts + 1) * rate), with the rate of the link, of which packet headers take three
 hundredths.
 """
@@ -92,8 +92,8 @@ def host_command(client: str, torrent: Path, folder: Path, number: int, count: i
         command += ["--listen", f"{address(number)}:{PORT}", "--no-discovery", "--json"]
         command += ["--seed", "--for", f"{TIMEOUT_S:.0f}s"]
         return command + [word for peer in peers for word in ("--peer", f"{peer}:{PORT}")]
-    name = "reader" if client == "with readers" else "alone"
-    return role(name, torrent, folder, number, count)
+    parts = {"with readers": "reader", "readers apart": "reader apart"}
+    return role(parts.get(client, "alone"), torrent, folder, number, count)
 
 
 def role(name: str, torrent: Path, folder: Path, number: int, count: int) -> list[str]:
@@ -109,9 +109,10 @@ def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> Non
     """
     peers = tuple(f"{address(other)}:{PORT}" for other in range(count) if other != number)
     settings = SwarmSettings(f"{address(number)}:{PORT}", discovery=False, peers=peers)
-    if name == "reader":
-        read_while_fetching(torrent.read_bytes(), folder, settings)
-    if name in {"our seed", "reader"}:
+    if name in {"reader", "reader apart"}:
+        first = number if name == "reader apart" else 0
+        read_while_fetching(torrent.read_bytes(), folder, settings, first)
+    if name in {"our seed", "reader", "reader apart"}:
         with seed(torrent.read_bytes(), folder, settings) as seeder:
             while True:
                 seeder.wait()
@@ -140,15 +141,23 @@ def play(name: str, torrent: Path, folder: Path, number: int, count: int) -> Non
             print(json.dumps({"event": "finished"}), flush=True)
 
 
-def read_while_fetching(torrent: bytes, folder: Path, settings: SwarmSettings) -> None:
-    """Fetch while a reader waits for one file after another, as a model that is being loaded."""
+def read_while_fetching(torrent: bytes, folder: Path, settings: SwarmSettings, first: int) -> None:
+    """Fetch while a reader waits for one file after another, as a model that is being loaded.
+
+    Args:
+        torrent: the bytes of a .torrent.
+        folder: where to fetch to.
+        settings: of the swarm.
+        first: the file to begin with; after the last come those before it.
+    """
     store = Arriving(folder)
     source = Swarm(parse_torrent(torrent), settings)
     with store.filled(fetch(store, source, demand=store.demand)):
         layout = store.layout()
         assert layout is not None
-        for file in layout.payload:
-            store.require(file.path)
+        files = layout.payload
+        for place in range(len(files)):
+            store.require(files[(first + place) % len(files)].path)
             print(json.dumps({"event": "file"}), flush=True)
     print(json.dumps({"event": "finished"}), flush=True)
 
@@ -238,7 +247,7 @@ def main() -> None:
     options.add_argument("--mb", type=int, default=200)
     options.add_argument("--mb-per-s", type=float, default=10)
     options.add_argument("--piece-kib", type=int, default=1024)
-    clients = ["grokfetch", "with readers", "libtorrent", "super-seeding"]
+    clients = ["grokfetch", "with readers", "readers apart", "libtorrent", "super-seeding"]
     options.add_argument("--clients", nargs="+", choices=clients, default=clients)
     chosen = options.parse_args()
     size, rate = chosen.mb * 1_000_000 // 8 * 8, int(chosen.mb_per_s * 1e6)

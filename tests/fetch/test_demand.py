@@ -23,7 +23,9 @@ from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.demand import Demand
 from grokfetch.fetch.mirror import MirrorSettings, Together
+from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
+from grokfetch.fetch.swarm.urgent import Urgent
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.torrent.info_dictionary import parse_info
@@ -343,3 +345,34 @@ def test_a_demand_is_refused_while_another_process_holds_the_folder(tmp_path):
     with Store(tmp_path).lock(), pytest.raises(StateLocked), filled(tmp_path, source) as store:
         store.require(*span(3))
     assert not source.orders
+
+
+class Told:
+    """What libtorrent is told, in place of a torrent of it."""
+
+    def __init__(self, pieces):
+        self.levels = dict.fromkeys(pieces, 4)
+        self.after_each_call = []
+
+    def prioritize_pieces(self, levels):
+        self.levels |= dict(levels)
+        self.after_each_call.append(dict(self.levels))
+
+    def set_piece_deadline(self, piece, _milliseconds):
+        self.prioritize_pieces([(piece, 7)])
+
+    def set_queue_time(self, _seconds):
+        pass
+
+
+@pytest.mark.parametrize("waited", [[], [5, 3]])
+def test_no_peer_that_connects_meanwhile_hears_that_nothing_is_wanted(tmp_path, waited):
+    demand = Demand(lambda: None)
+    demand.ask(waited)
+    want = frozenset(range(PIECES))
+    order = Order(TORRENT, LAYOUT, tmp_path, frozenset(), want, demand=demand)
+    told = Told(want)
+    Urgent(told, told, order).heed(set(want), set())
+    assert 0 in told.levels.values()
+    assert all(any(levels.values()) for levels in told.after_each_call)
+    assert all(told.levels[piece] == 7 for piece in waited)

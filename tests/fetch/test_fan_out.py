@@ -4,6 +4,7 @@ import dataclasses
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import libtorrent
 import pytest
@@ -13,8 +14,9 @@ from support.torrents import content
 from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
-from grokfetch.fetch.swarm.fan_out import Patience, Peer, Share, priorities, share_of
+from grokfetch.fetch.swarm.fan_out import Demanded, Patience, Peer, Share, priorities, share_of
 from grokfetch.fetch.swarm.session import session_settings
+from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
 from grokfetch.torrent.metainfo import parse_torrent
 
@@ -119,6 +121,26 @@ def test_what_is_wanted_earlier_comes_earlier_in_the_share_and_beside_it():
     assert levels[2] > levels[0] > levels[3] > levels[1] > levels[5] == 0
 
 
+def test_what_readers_wait_for_comes_first_in_the_share_and_then_what_they_will_need():
+    demanded = Demanded(waited=(8, 4), ahead=(6,))
+    levels = priorities(range(10), [6] * 10, [1] * 10, Share(0, 2), demanded=demanded)
+    assert levels[8] == levels[4] > levels[6] > levels[0] >= levels[2] > levels[1] == 0
+
+
+def test_of_what_other_hosts_have_that_comes_first_which_readers_wait_for():
+    levels = priorities(range(4), [6] * 4, [2] * 4, Share(0, 2), demanded=Demanded(waited=(3,)))
+    assert levels[3] > levels[0] == levels[1] == levels[2] > 0
+
+
+def test_what_readers_wait_for_is_left_to_its_owner_until_it_is_late():
+    waited = (1, 3)
+    levels = priorities(
+        range(20), [3] * 20, [1] * 20, Share(0, 2), demanded=Demanded(waited, late={3})
+    )
+    assert levels[1] == 0
+    assert levels[3] > levels[0] > 0
+
+
 @pytest.mark.parametrize(
     ("peers", "near"),
     [
@@ -165,10 +187,10 @@ def free_ports(count):
     return ports
 
 
-def host(port, peers, torrent, store):
+def host(port, peers, torrent, store, **options):
     settings = dataclasses.replace(SwarmSettings.loopback(peers), listen=f"127.0.0.1:{port}")
     source = Swarm(parse_torrent(torrent), settings)
-    return fetch(store, source, limits=Limits(metadata_s=20, stall_s=20))
+    return fetch(store, source, limits=Limits(metadata_s=20, stall_s=20), **options)
 
 
 @pytest.mark.slow
@@ -230,3 +252,22 @@ def test_hosts_go_on_with_another_seed_where_the_one_that_they_divide_goes_away(
         assert not any(end.done() for end in ends)
         with seed(torrent, root, dataclasses.replace(slow, listen=f"127.0.0.1:{second}")):
             assert all(isinstance(end.result(), Outcome) for end in ends)
+
+
+@pytest.mark.slow
+def test_readers_that_wait_for_the_same_share_what_the_seed_sends(tmp_path, published):
+    root, torrent = published
+    slow = dataclasses.replace(SwarmSettings.loopback(), up=400_000)
+    ports = free_ports(4)
+    with seed(torrent, root, slow) as seeder, ThreadPoolExecutor(4) as pool:
+        peers = tuple(f"127.0.0.1:{port}" for port in (seeder.port, *ports))
+
+        def run(port):
+            store = Arriving(tmp_path / str(port))
+            with store.filled(host(port, peers, torrent, store, demand=store.demand)):
+                layout = store.layout()
+                for file in sorted(layout.payload, key=lambda file: file.path, reverse=True):
+                    store.require(PurePosixPath(file.path))
+
+        list(pool.map(run, ports))
+        assert seeder.uploaded() < 1.6 * 48 * PIECE

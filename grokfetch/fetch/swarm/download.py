@@ -195,8 +195,7 @@ class _Download:
         self._flushing: set[int] = set()
         self._flush_at = 0.0
         self._traffic_at = 0.0
-        self._urgent = Urgent(session, handle, order)
-        self._fan_out = FanOut(session, handle, order)
+        self._fan_out = FanOut(session, handle, order, Urgent(session, handle, order))
 
     @property
     def left(self) -> frozenset[int]:
@@ -225,15 +224,14 @@ class _Download:
             if new:
                 self._known |= new
                 self._left |= new
-            self._urgent.heed(self._left, self._finished | self._flushing)
-            self._fan_out.heed(self._left)
+            self._fan_out.heed(self._left, self._finished | self._flushing)
             for alert in self._session.alerts():
                 yield from self._take(alert)
             now = time.monotonic()
             due = (
                 now >= self._flush_at
                 or len(self._finished) == len(self._left)
-                or not self._urgent.waited.isdisjoint(self._finished)
+                or not self._finished.isdisjoint(demand.waited)
             )
             if self._finished and not self._flushing and due:
                 self._flush_at = now + FLUSH_INTERVAL_S
@@ -255,7 +253,7 @@ class _Download:
         received = self._before + status.total_payload_download
         if received > self.received:
             self.received, self._moved_at = received, time.monotonic()
-        self._urgent.look(status.total_payload_download, self._finished | self._flushing)
+        self._fan_out.look(status.total_payload_download, self._finished | self._flushing)
         self._tally.look((peer.ip, peer.total_download) for peer in self._handle.get_peer_info())
         return Traffic(
             received,

@@ -3,8 +3,9 @@
 By default libtorrent lets every host ask the seed for whatever it lacks, at any time: the seed then
 sends most pieces more than once, and all wait for it. Here each host asks the seed for its own
 share, and for other pieces only when another host has them; a host whose share is complete helps
-others with theirs. Hosts agree on the shares without messages, by the order of their peer ids, and
-nobody waits for a host that does not do its part.
+others with theirs. What readers wait for comes first in every share, because readers of several
+hosts mostly wait for the same. Hosts agree on the shares without messages, by the order of their
+peer ids, and nobody waits for a host that does not do its part.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm.session import CLIENT, Session, libtorrent
-from grokfetch.fetch.swarm.urgent import priority
+from grokfetch.fetch.swarm.urgent import AHEAD, WAITED, Urgent, priority
 
-__all__ = ["FanOut", "Peer", "Share", "priorities", "share_of"]
+__all__ = ["Demanded", "FanOut", "Peer", "Share", "priorities", "share_of"]
 
 TURN_S = 0.1
 """How often to compute which pieces may be asked for; less often if that takes long."""
@@ -54,6 +56,21 @@ class Peer:
     id: bytes
     seeds: bool
     divides: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demanded:
+    """What readers of this host need.
+
+    Attributes:
+        waited: pieces that they wait for, in this order; these come before all others.
+        ahead: pieces that they will need next; these come second.
+        late: pieces that this host asks for itself, whoever owns them.
+    """
+
+    waited: Sequence[int] = ()
+    ahead: Sequence[int] = ()
+    late: AbstractSet[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +120,7 @@ def priorities(  # noqa: PLR0913  # all that a host sees, each by name
     begun: Collection[int] = (),
     *,
     patient: bool = True,
+    demanded: Demanded = Demanded(),
 ) -> dict[int, int]:
     """The priority of each piece that is still to come, 0 if it must not be asked for yet.
 
@@ -120,8 +138,10 @@ def priorities(  # noqa: PLR0913  # all that a host sees, each by name
         begun: the pieces of which this host has asked for a part.
         patient: whether to leave to others what they are probably being sent; False if they have
             received nothing for a while.
+        demanded: what readers need.
     """
-    left = sorted(pieces, key=lambda piece: (-usual[piece], piece))
+    places = {piece: place for place, piece in enumerate((*demanded.waited, *demanded.ahead))}
+    left = sorted(pieces, key=lambda piece: (places.get(piece, len(places)), -usual[piece], piece))
     lone = [piece for piece in left if copies[piece] < 2]
     shares: list[list[int]] = [[] for _ in range(share.hosts)]
     for piece in lone:
@@ -129,10 +149,15 @@ def priorities(  # noqa: PLR0913  # all that a host sees, each by name
     mine = shares[share.rank]
     if len(mine) < FEW:
         mine = [*mine, *_help(shares, share, begun, patient=patient)]
-    levels = {piece: 1 + (usual[piece] > 3) for piece in left} | dict.fromkeys(lone, 0)
-    for place, piece in enumerate(mine):
+    overdue = [piece for piece in lone if piece in demanded.late]
+    early = places.keys() if places else {piece for piece in left if usual[piece] > 3}
+    levels = {piece: 1 + (piece in early) for piece in left} | dict.fromkeys(lone, 0)
+    highest = AHEAD - 1 if places else WAITED
+    for place, piece in enumerate(dict.fromkeys((*overdue, *mine))):
         tier = max(0, 2 - place // SOON)
-        levels[piece] = 3 + (usual[piece] - 1) // 2 + tier
+        levels[piece] = min(highest, 3 + (usual[piece] - 1) // 2 + tier)
+        if piece in places:
+            levels[piece] = WAITED if places[piece] < len(demanded.waited) else AHEAD
     return levels
 
 
@@ -182,50 +207,92 @@ class Patience:
 
 
 class FanOut:
-    """Divides the only seed with the other hosts, in one session; otherwise does nothing.
+    """Divides the only seed with the other hosts, in one session; otherwise leaves all to `alone`.
 
     Args:
         session: of libtorrent.
         handle: libtorrent's, of the torrent.
         order: what to bring.
+        alone: decides what is asked for while nothing is divided.
     """
 
-    def __init__(self, session: Session, handle: Any, order: Order) -> None:
+    def __init__(self, session: Session, handle: Any, order: Order, alone: Urgent) -> None:
         self._session = session
         self._handle = handle
-        # With demands, these decide what may be asked for.
-        self._idle = order.demand.readers or order.demand.stays
+        self._demand = order.demand
+        self._alone = alone
         self._usual = [priority(order.urgency.get(i, 4)) for i in range(order.layout.piece_count)]
         self._share: Share | None = None
         self._set: dict[int, int] = {}
         self._turn_at = 0.0
-        self._patience = Patience(time.monotonic())
+        self._patience = self._waiting = Patience(0.0)
+        self._waited: set[int] = set()
+        self._late: set[int] = set()
 
-    def heed(self, left: Collection[int]) -> None:
-        """Note which peers are there and what they have; called at each turn.
+    def heed(self, left: AbstractSet[int], arrived: AbstractSet[int]) -> None:
+        """Note which peers are there, what they have and what is demanded; called at each turn.
 
         Args:
             left: the pieces that are still to come.
+            arrived: those of them that have come but have not been reported yet.
         """
         start = time.monotonic()
-        if self._idle or start < self._turn_at:
-            return
-        share = share_of(self._session.peer_id, _peers(self._handle.get_peer_info()))
-        if (share is None) != (self._share is None):
-            self._session.divide(yes=share is not None)
-        if share is None and self._share is not None:
-            self._prioritize({piece: self._usual[piece] for piece in left})
-        self._share = share
-        # It is empty once libtorrent has everything.
-        if share is not None and (copies := self._handle.piece_availability()):
-            patient = self._patience.lasts(sum(copies[piece] < 2 for piece in left), start)
-            begun = {part["piece_index"] for part in self._handle.get_download_queue()}
-            self._prioritize(priorities(left, self._usual, copies, share, begun, patient=patient))
-        now = time.monotonic()
-        self._turn_at = now + max(TURN_S, (now - start) / BUSY)
+        demanded = self._share is not None and not self._waited.issuperset(self._demand.waited)
+        # A host that stays wants only what is read there.
+        if not self._demand.stays and (demanded or start >= self._turn_at):
+            self._meet(left, start)
+            if self._share is not None:
+                self._divide(self._share, left, start)
+            now = time.monotonic()
+            self._turn_at = now + max(TURN_S, (now - start) / BUSY)
+        if self._share is None:
+            self._alone.heed(left, arrived)
 
-    def _prioritize(self, levels: dict[int, int]) -> None:
-        new = {i: level for i, level in levels.items() if self._set.get(i, self._usual[i]) != level}
+    def look(self, received: int, arrived: AbstractSet[int]) -> None:
+        """Check the rate, and whether awaited pieces come.
+
+        Args:
+            received: payload bytes in this session.
+            arrived: pieces that have come but have not been reported yet.
+        """
+        if self._share is None:
+            self._alone.look(received, arrived)
+
+    def _meet(self, left: AbstractSet[int], now: float) -> None:
+        """Learn which hosts there are, and begin or end to divide."""
+        share = share_of(self._session.peer_id, _peers(self._handle.get_peer_info()))
+        if share is not None and self._share is None:
+            self._alone.leave()
+            self._session.divide(yes=True)
+            self._patience, self._waiting, self._late = Patience(now), Patience(now), set()
+            self._set = {}
+        elif share is None and self._share is not None:
+            self._session.divide(yes=False)
+            self._alone.begin(left)
+        self._share = share
+
+    def _divide(self, share: Share, left: AbstractSet[int], now: float) -> None:
+        asked = self._demand.waited
+        self._waited = set(asked)
+        copies = self._handle.piece_availability()
+        if not copies:  # libtorrent has everything.
+            return
+        waited = [piece for piece in asked if piece in left]
+        lone = [piece for piece in waited if copies[piece] < 2]
+        if not lone:
+            self._waiting = Patience(now)
+        elif not self._waiting.lasts(len(lone), now):
+            self._late.update(lone)
+        levels = priorities(
+            left,
+            self._usual,
+            copies,
+            share,
+            {part["piece_index"] for part in self._handle.get_download_queue()},
+            patient=self._patience.lasts(sum(copies[piece] < 2 for piece in left), now),
+            demanded=Demanded(waited, self._demand.ahead, self._late),
+        )
+        new = {piece: level for piece, level in levels.items() if self._set.get(piece) != level}
         if new:
             self._set |= new
             self._handle.prioritize_pieces(list(new.items()))

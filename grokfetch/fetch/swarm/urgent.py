@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm.session import Session
 
-__all__ = ["Urgent", "priority"]
+__all__ = ["AHEAD", "WAITED", "Urgent", "priority"]
 
 WAITED, AHEAD = 7, 6
 """The priorities of pieces that readers wait for, and of those they will need next. All others are
@@ -72,17 +73,39 @@ class Urgent:
         self._came = (0, 0)
         self._insist_s, self._insist_at = INSIST_S, 0.0
         self._received, self._rate, self._looked_at = 0, 0.0, time.monotonic()
+        self._session = session
+        self._levels: dict[int, int] = {}
         self._open: set[int] = set()
         self._later: Iterator[int] = iter(())
         self.waited: set[int] = set()
         if self._demand.readers:
-            session.set_queue_time(QUEUE_S)
-            self._prioritize(dict.fromkeys(order.want, 0))
+            self.begin(order.want)
+
+    def begin(self, left: Collection[int]) -> None:
+        """From now on decide what is asked for.
+
+        Args:
+            left: the pieces that are still to come.
+        """
+        readers = self._demand.readers
+        self._heeded = -1
+        self._open = set()
+        self._levels = {piece: 0 if readers else self._usual(piece) for piece in left}
+        if readers:
+            self._session.set_queue_time(QUEUE_S)
             # Random: peers that all fetch the same pieces could give each other nothing.
-            later = random.sample(sorted(order.want), len(order.want))
+            later = random.sample(sorted(left), len(left))
             self._later = iter(sorted(later, key=self._usual, reverse=True))
 
-    def heed(self, left: set[int], arrived: set[int]) -> None:
+    def leave(self) -> None:
+        """Leave the decision to another, who must set all priorities.
+
+        libtorrent lowers those of pieces whose deadlines are removed.
+        """
+        self._handle.clear_piece_deadlines()
+        self.waited = set()
+
+    def heed(self, left: AbstractSet[int], arrived: AbstractSet[int]) -> None:
         """Note what has been demanded since; called at each turn.
 
         A deadline makes libtorrent take back what it has asked of peers, and ask all of them for
@@ -93,47 +116,48 @@ class Urgent:
             left: the pieces that are still to come.
             arrived: those of them that have come but have not been reported yet.
         """
+        waited = None
         if self._demand.version != self._heeded:
             self._heeded = self._demand.version
-            self._set_deadlines([piece for piece in self._demand.waited if piece in left])
+            waited = [piece for piece in self._demand.waited if piece in left]
+            # Those without a deadline, too: otherwise peers would be asked for others meanwhile.
+            self._levels |= dict.fromkeys((p for p in waited if p not in self.waited), WAITED)
         if self._demand.readers:
             self._open_more(left, arrived)
+        # All at once: a peer that connects while nothing is wanted learns, for good, that this host
+        # only uploads.
+        if self._levels:
+            self._handle.prioritize_pieces(list(self._levels.items()))
+            self._levels = {}
+        if waited is not None:
+            self._set_deadlines(waited)
 
     def _set_deadlines(self, waited: list[int]) -> None:
         soonest = waited[: max(2, WINDOW // self._size)]
-        new = [piece for piece in waited if piece not in self.waited]
-        # Those beyond the window, too: otherwise peers would be asked for others meanwhile.
-        self._prioritize(dict.fromkeys(new, WAITED))
         for place, piece in enumerate(soonest):
             if piece not in self.waited:
                 self._handle.set_piece_deadline(piece, place * DEADLINE_STEP_MS)
-        if new:
+        if not self.waited.issuperset(waited):
             self._insist_s, self._insist_at = INSIST_S, time.monotonic() + INSIST_S
         self.waited = set(soonest)
 
-    def _open_more(self, left: set[int], arrived: set[int]) -> None:
+    def _open_more(self, left: AbstractSet[int], arrived: AbstractSet[int]) -> None:
         """Let some pieces that no reader waits for be asked for."""
         self._open = (self._open & left) - arrived
         most = max(2, int(max(LEAST_OPEN, self._rate * OPEN_S) / self._size)) - len(
             self.waited - arrived
         )
-        opened = {}
         later = itertools.chain(self._demand.ahead, self._later)
         while len(self._open) < most and (piece := next(later, None)) is not None:
             if piece in left and piece not in self._open and piece not in arrived:
                 self._open.add(piece)
-                opened[piece] = self._usual(piece)
-        self._prioritize(opened)
+                self._levels[piece] = self._usual(piece)
 
     def _usual(self, piece: int) -> int:
         """The priority of a piece that no reader waits for."""
         return priority(self._order.urgency.get(piece, 4))
 
-    def _prioritize(self, levels: Mapping[int, int]) -> None:
-        if levels:
-            self._handle.prioritize_pieces(list(levels.items()))
-
-    def look(self, received: int, arrived: set[int]) -> None:
+    def look(self, received: int, arrived: AbstractSet[int]) -> None:
         """Check the rate, and whether awaited pieces come.
 
         Args:
@@ -155,7 +179,7 @@ class Urgent:
             self._insist(now, waited)
         self._came = came
 
-    def _insist(self, now: float, waited: set[int]) -> None:
+    def _insist(self, now: float, waited: AbstractSet[int]) -> None:
         """Ask again for awaited pieces of which nothing comes."""
         self._insist_s = min(2 * self._insist_s, LONGEST_INSIST_S)
         self._insist_at = now + self._insist_s
