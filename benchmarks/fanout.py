@@ -6,9 +6,9 @@ link would; libtorrent's own rate limit reaches only part of the rate on one con
 counted from when the seed listens, after all hosts, until the last host has everything; ours
 includes reading back, hashing again and flushing to the disk. A host that has everything continues
 to share. With readers, each host waits for one of eight files after another, and all for the same
-first one; with readers apart, each begins with a different one. Processor time is that of hosts and seed. The bound is the larger of size / rate and
-hosts * size / ((hosts + 1) * rate), with the rate of the link, of which packet headers take three
-hundredths.
+first one; with readers apart, each begins with a different one. Processor time is that of hosts and
+seed. The bound is the larger of size / rate and hosts * size / ((hosts + 1) * rate), with the rate
+of the link, of which packet headers take three hundredths.
 """
 
 from __future__ import annotations
