@@ -6,8 +6,10 @@ success, an unforeseen failure and click's own usage error; 130 is Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -221,6 +223,19 @@ class Inexact(GrokfetchError):
 
     exit_code = 28
     next_step = "choose another --type, or another --format"
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raise an `OSError` of the block as the error that explains it to a user.
+
+    Args:
+        path: the file or folder that the block reads or writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_failed(error, path) from error
 
 
 def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:

@@ -21,7 +21,7 @@ from grokfetch.commands.help import Explained
 from grokfetch.commands.loading import loading_shown
 from grokfetch.commands.tokenizer import find_tokenizer
 from grokfetch.commands.verify import check_bytes, check_tensors
-from grokfetch.errors import Damaged, StorageFailed, storage_failed
+from grokfetch.errors import Damaged, StorageFailed, storage_errors
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.interruption import Held
@@ -138,18 +138,16 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         with temporary as folder:
             yield Path(folder)
         return
-    try:
+    with storage_errors(keep):
         if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
             raise StorageFailed("not a new or empty folder", path=keep, hint="choose another one")
         keep.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_failed(error, keep) from error
     yield keep
 
 
 def _publish(folder: Path) -> Manifest:
     """Lay out the checkpoint that comes with grokfetch, as `grokfetch publish` left it."""
-    try:
+    with storage_errors(folder):
         # Contents only: an installation may be read-only, its copy must not be.
         for source in demo_folder().rglob("*"):
             target = folder / source.relative_to(demo_folder())
@@ -157,8 +155,6 @@ def _publish(folder: Path) -> Manifest:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
         text = folder.joinpath(f"{NAME}.json").read_bytes()
-    except OSError as error:
-        raise storage_failed(error, folder) from error
     return parse(text, f"{NAME}.json")
 
 

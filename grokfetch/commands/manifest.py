@@ -24,7 +24,7 @@ from grokfetch.errors import (
     Damaged,
     ManifestInvalid,
     StorageFailed,
-    storage_failed,
+    storage_errors,
 )
 from grokfetch.folder.atomic import put
 from grokfetch.folder.record import FileProof
@@ -226,7 +226,5 @@ def write_file(path: Path, text: bytes) -> None:
     Raises:
         StorageFailed: it cannot be written.
     """
-    try:
+    with storage_errors(path):
         put(path, text)
-    except OSError as error:
-        raise storage_failed(error, path) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from grokfetch.commands.prompt_options import Entry, Listed
-from grokfetch.errors import Contradiction, PromptInvalid, StateLocked, storage_failed
+from grokfetch.errors import Contradiction, PromptInvalid, StateLocked, storage_errors
 from grokfetch.events import Progress
 from grokfetch.output.reporting import ended, reporter
 from grokfetch.units import count_text, seconds_text, speed_text
@@ -129,18 +129,15 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         StateLocked: another process is writing it.
         StorageFailed: it cannot be written.
     """
-    try:
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StateLocked("another process is writing this file", path=path) from None
-            except OSError:
-                # A file system without locks: assume that nobody else writes there.
-                pass
-            yield file
-    except OSError as error:
-        raise storage_failed(error, path) from error
+    with storage_errors(path), path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateLocked("another process is writing this file", path=path) from None
+        except OSError:
+            # A file system without locks: assume that nobody else writes there.
+            pass
+        yield file
 
 
 # --- the texts -----------------------------------------------------------------------------------
@@ -208,11 +205,9 @@ class Work:
         return Progress(total - left, total, "prompts", "text")
 
     def _write(self, entry: Entry, ids: list[int], finished: str) -> None:
-        try:
+        with storage_errors(self.listed.output):
             self.file.write(_line(entry, ids, finished, self.tokenizer, self.settings))
             self.file.flush()
-        except OSError as error:
-            raise storage_failed(error, self.listed.output) from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from grokfetch.commands.manifest import (
     read_config,
     write_file,
 )
-from grokfetch.errors import storage_failed
+from grokfetch.errors import storage_errors
 from grokfetch.manifest.schema import Manifest, ManifestFile, TokenizerSource, encode
 from grokfetch.torrent.create import Made
 from grokfetch.torrent.metainfo import TorrentFile, encode_torrent
@@ -116,9 +116,7 @@ def _write(torrent: TorrentFile, torrent_path: Path, manifest: Manifest, path: P
     Raises:
         StorageFailed: one cannot be written.
     """
-    try:
+    with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_failed(error, path.parent) from error
     write_file(torrent_path, encode_torrent(torrent))
     write_file(path, encode(manifest))

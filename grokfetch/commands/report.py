@@ -9,7 +9,7 @@ import click
 
 from grokfetch.commands.help import Explained
 from grokfetch.commands.options import folder_argument, state_option
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import StorageFailed, storage_errors
 from grokfetch.folder.atomic import put
 from grokfetch.folder.overview import overview
 from grokfetch.folder.store import Store
@@ -55,8 +55,6 @@ def report(folder: Path, output: Path, *, state: Path | None) -> None:
         raise StorageFailed(
             "is not a folder", path=output.parent, hint="create it, or choose another: -o FILE"
         )
-    try:
+    with storage_errors(output):
         put(output, page)
-    except OSError as error:
-        raise storage_failed(error, output) from error
     click.echo(f"{output}: {bytes_text(len(page))}, open it in a browser")

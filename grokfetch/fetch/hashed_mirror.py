@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grokfetch.errors import Damaged, storage_failed
+from grokfetch.errors import Damaged, storage_errors
 from grokfetch.events import Notice
 from grokfetch.fetch.mirror import Length, MirrorSettings, pass_by
 from grokfetch.folder import advisory
@@ -153,7 +153,7 @@ class _Hashing:
         ]
         if not parts:
             return
-        try:
+        with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -166,8 +166,6 @@ class _Hashing:
                         part, start = part[written:], start + written  # noqa: PLW2901
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise storage_failed(error, self.path) from error
 
     def end(self) -> None:
         if self.frame:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import StorageFailed, storage_errors
 from grokfetch.folder.atomic import flush
 from grokfetch.manifest.schema import Manifest
 from grokfetch.manifest.selection import Spans
@@ -252,10 +252,8 @@ def probe(folder: Path, longest: int) -> Place:
         StorageFailed: the folder cannot even be examined.
     """
     place = nearest(folder)
-    try:
+    with storage_errors(place):
         room = os.statvfs(place)
-    except OSError as error:
-        raise storage_failed(error, place) from error
     system = _file_system(place)
     limit = min(FILE_LIMITS.get(system, UNLIMITED), _soft(resource.RLIMIT_FSIZE))
     refused, sparse = "", True

@@ -25,6 +25,7 @@ from grokfetch.errors import (
     SourceInvalid,
     Stalled,
     StorageFailed,
+    storage_errors,
     storage_failed,
 )
 from grokfetch.events import FetchEvent, Finding, Notice, Origin, Outcome, Phase, Status
@@ -131,7 +132,7 @@ class _File:
         return self.entry.size
 
     def take(self, data: memoryview) -> None:
-        try:
+        with storage_errors(self.part):
             self.part.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             handle = os.open(self.part, flags, 0o666)
@@ -142,14 +143,10 @@ class _File:
                     self.done += written
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise storage_failed(error, self.part) from error
 
     def restart(self) -> None:
-        try:
+        with storage_errors(self.part):
             self.part.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_failed(error, self.part) from error
         self.done, self.earlier = 0, False
         self.senders.clear()
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import storage_failed
+from grokfetch.errors import storage_errors
 from grokfetch.events import Progress
 from grokfetch.folder.payload import behind_link
 from grokfetch.folder.store import Store
@@ -157,11 +157,9 @@ def _named(root: Path, places: Places) -> dict[PurePosixPath, PurePosixPath]:
             away = place.parent != proper.parent and behind_link(root, root / proper) is not None
             if away or os.path.lexists(root / proper):
                 continue
-            try:
+            with storage_errors(root / place):
                 (root / proper).parent.mkdir(parents=True, exist_ok=True)
                 (root / place).rename(root / proper)
-            except OSError as error:
-                raise storage_failed(error, root / place) from error
         named[name] = proper
     return named
 

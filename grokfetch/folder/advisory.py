@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import StorageFailed, storage_errors
 from grokfetch.folder.atomic import put
 
 __all__ = ["count", "number", "read", "write", "write_first"]
@@ -43,10 +43,8 @@ def write_first(path: Path, schema: int, fields: dict[str, Any]) -> None:
     Raises:
         StorageFailed: it cannot be written.
     """
-    try:
+    with storage_errors(path):
         put(path, (json.dumps({"schema": schema, **fields}) + "\n").encode())
-    except OSError as error:
-        raise storage_failed(error, path) from error
 
 
 def number(value: Any) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from grokfetch.errors import StateLocked, StorageFailed, storage_failed
+from grokfetch.errors import StateLocked, StorageFailed, storage_errors, storage_failed
 from grokfetch.folder.atomic import make_folder
 
 __all__ = ["SEEDER", "Owner", "folder_lock", "read_owner", "seeding"]
@@ -87,11 +87,9 @@ def _acquire(
             without, path=folder, hint="keep the state on another file system: --state DIR"
         ) from error
     if exclusive:
-        try:
+        with storage_errors(folder / "lock"):
             file.truncate(0)
             file.write(_named().encode())
-        except OSError as error:
-            raise storage_failed(error, folder / "lock") from error
 
 
 def _owner(file: IO[bytes]) -> str:

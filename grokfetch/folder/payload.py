@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.errors import StorageFailed, TorrentInvalid, storage_errors, storage_failed
 from grokfetch.folder import atomic
 from grokfetch.folder.atomic import replacing
 from grokfetch.folder.documents import part_name
@@ -76,13 +76,11 @@ def refuse_look_alikes(root: Path, layout: Layout) -> None:
     alike = look_alikes(file.path for file in layout.payload)
     if not alike:
         return
-    try:
+    with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".grokfetch-", dir=root) as trial:
             for number, group in enumerate(alike):
                 _tell_apart(root, Path(trial, str(number)), group)
-    except OSError as error:
-        raise storage_failed(error, root) from error
 
 
 def _tell_apart(root: Path, trial: Path, paths: Iterable[PurePosixPath]) -> None:
@@ -123,10 +121,8 @@ def own(store: Store, files: Iterable[LayoutFile]) -> Iterator[LayoutFile]:
             refuse_linked_folders(store, path)
             looked_at.add(path.parent)
         if path.is_symlink():
-            try:
+            with storage_errors(path):
                 _copy_in_place(path, file.size)
-            except OSError as error:
-                raise storage_failed(error, path) from error
             yield file
 
 
@@ -151,10 +147,8 @@ def cut_long_files(store: Store, layout: Layout) -> Iterator[LayoutFile]:
         if now is not None and now.size > file.size:
             path = store.payload(file.path)
             if not list(own(store, [file])):
-                try:
+                with storage_errors(path):
                     os.truncate(path, file.size)
-                except OSError as error:
-                    raise storage_failed(error, path) from error
             yield file
 
 
@@ -177,14 +171,12 @@ def name_asked_files(store: Store, layout: Layout) -> dict[PurePosixPath, PurePo
         if not asked or layout.file(before) is not None or not store.payload(before).is_file():
             continue
         path = store.payload(file.path)
-        try:
+        with storage_errors(path):
             if not path.exists():
                 store.payload(before).rename(path)
                 renamed[before] = file.path
             elif before in ours:
                 store.payload(before).unlink()
-        except OSError as error:
-            raise storage_failed(error, path) from error
     return renamed
 
 
@@ -197,11 +189,9 @@ def make_empty_files(store: Store, layout: Layout) -> None:
     for file in layout.payload:
         path = store.payload(file.path)
         if file.size == 0 and not path.exists():
-            try:
+            with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
-            except OSError as error:
-                raise storage_failed(error, path) from error
 
 
 def flush(paths: Iterable[Path], root: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from grokfetch.errors import ManifestInvalid, StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.errors import ManifestInvalid, StorageFailed, TorrentInvalid, storage_errors
 from grokfetch.folder.atomic import put
 from grokfetch.folder.lock import folder_lock
 from grokfetch.folder.record import RecordDamaged
@@ -101,12 +101,10 @@ class StateFiles:
             StorageFailed: the folder cannot be written.
         """
         path = self.folder / name
-        try:
+        with storage_errors(path):
             # The lock has made the folder. If it is gone so is the lock, and making it anew would
             # let two processes write.
             put(path, data)
-        except OSError as error:
-            raise storage_failed(error, path) from error
         self._unread.pop(name, None)
 
     def remove(self, name: str) -> None:
@@ -116,7 +114,5 @@ class StateFiles:
             StorageFailed: the folder cannot be written.
         """
         path = self.folder / name
-        try:
+        with storage_errors(path):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_failed(error, path) from error

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from grokfetch.errors import StorageFailed, TorrentInvalid, storage_failed
+from grokfetch.errors import StorageFailed, TorrentInvalid, storage_errors
 from grokfetch.events import Hashed
 from grokfetch.torrent import bencode
 from grokfetch.torrent.bencode import Value
@@ -185,10 +185,8 @@ def _check_unchanged(
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    try:
+    with storage_errors(path):
         status = path.stat()
-    except OSError as error:
-        raise storage_failed(error, path) from error
     return status.st_size, status.st_mtime_ns
 
 
@@ -213,7 +211,7 @@ def _hash_whole(path: Path, index: int, buffer: memoryview) -> _Whole:
 
 def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> Pieces:
     v1, v2 = [], []
-    try:
+    with storage_errors(path):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             for start in range(span.start, span.stop, span.piece_length):
@@ -226,8 +224,6 @@ def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> Pie
                 v2.append(two.digest())
         finally:
             os.close(handle)
-    except OSError as error:
-        raise storage_failed(error, path) from error
     first = span.start // span.piece_length
     return Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
 
@@ -257,14 +253,12 @@ def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) ->
         hasher = piece_hasher(1, 0)
         for part in layout.segments(piece):
             path = folder / part.file.path
-            try:
+            with storage_errors(path):
                 handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                 try:
                     _feed(handle, part.offset, part.offset + part.length, (hasher,), buffer)
                 finally:
                     os.close(handle)
-            except OSError as error:
-                raise storage_failed(error, path) from error
             length += part.length
         hashes.append(hasher.digest())
     return Pieces(0, pieces.start, b"".join(hashes), b"", length)

@@ -28,6 +28,7 @@ from grokfetch.errors import (
     Inexact,
     ManifestInvalid,
     StorageFailed,
+    storage_errors,
     storage_failed,
 )
 from grokfetch.events import Progress
@@ -293,7 +294,5 @@ def _begin(exported: Exported, store: Store) -> None:
         )
     # Without this the next export would take our own folder for somebody else's.
     advisory.write_first(state, SCHEMA, {"plan": plan, "done": {}})
-    try:
+    with storage_errors(folder):
         make_folder(folder)
-    except OSError as error:
-        raise storage_failed(error, folder) from error

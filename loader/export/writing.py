@@ -30,6 +30,7 @@ from grokfetch.errors import (
     Inexact,
     NotProven,
     StorageFailed,
+    storage_errors,
     storage_failed,
 )
 from grokfetch.events import Finding, Progress
@@ -191,18 +192,14 @@ class Export:
             # Without this the next export would take our own files for somebody else's.
             advisory.write_first(self._state, SCHEMA, self._fields())
             with contextlib.ExitStack() as opened:
-                try:
+                with storage_errors(self._store.root):
                     files = self._opened(opened)
-                except OSError as error:
-                    raise storage_failed(error, self._store.root) from error
                 yield from self._write(left, files)
-        try:
+        with storage_errors(self._store.root):
             for path, partial in zip(self._paths, self._partial, strict=True):
                 if partial.exists():
                     partial.replace(path)
             flush(self._store.root)
-        except OSError as error:
-            raise storage_failed(error, self._store.root) from error
 
     def _opened(self, opened: contextlib.ExitStack) -> list[TargetFile]:
         """The files under their temporary names, at their full size, with their heads written."""
@@ -263,10 +260,8 @@ class Export:
         parts = [part for part in self._plan.parts if part.name in written]
         kept = {part.name: _Kept(self._stamp(part), written[part.name]) for part in parts}
         for index in {part.file for part in parts}:
-            try:
+            with storage_errors(self._partial[index]):
                 files[index].flush()
-            except OSError as error:
-                raise storage_failed(error, self._partial[index]) from error
         self._done |= kept
         advisory.write(self._state, SCHEMA, self._fields())
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from pathlib import Path
 
-from grokfetch.errors import StorageFailed, storage_failed
+from grokfetch.errors import StorageFailed, storage_errors
 from grokfetch.events import Notice
 from grokfetch.fetch.mirror.addresses import label, unusable
 from grokfetch.fetch.mirror.answers import Failed, Faulty, Refused, Span
@@ -65,11 +65,9 @@ def _bring(
     data = asyncio.run(_read(url, source.size, settings))
     if hashlib.sha256(data).hexdigest() != source.sha256:
         raise Refused(f"what is there has another sha256 than {source.sha256}")
-    try:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         put(path, data)
-    except OSError as error:
-        raise storage_failed(error, path) from error
 
 
 async def _read(url: str, size: int, settings: MirrorSettings) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from grokfetch.errors import storage_failed
+from grokfetch.errors import storage_errors
 from grokfetch.fetch.mirror.addresses import places
 from grokfetch.fetch.mirror.answers import Refused, Short, Span
 from grokfetch.fetch.mirror.http import Http
@@ -115,7 +115,7 @@ class Writer:
         Raises:
             StorageFailed: the disk does not take it.
         """
-        try:
+        with storage_errors(self._root / file.path):
             if file is not self._file:
                 self.__exit__()
                 self._handle = _opened(self._root / file.path)
@@ -123,8 +123,6 @@ class Writer:
             while data:
                 written = os.pwrite(self._handle, data, offset)
                 data, offset = data[written:], offset + written
-        except OSError as error:
-            raise storage_failed(error, self._root / file.path) from error
 
 
 def _opened(path: Path) -> int:

@@ -19,7 +19,7 @@ from grokfetch.errors import (
     SourceInvalid,
     StorageFailed,
     TorrentInvalid,
-    storage_failed,
+    storage_errors,
 )
 
 __all__ = ["Proxy", "Session", "SwarmSettings", "address", "libtorrent", "session_settings"]
@@ -238,11 +238,9 @@ class Session:
         try:
             str(root).encode()
         except UnicodeEncodeError:
-            try:
+            with storage_errors(root):
                 root.mkdir(parents=True, exist_ok=True)
                 handle = os.open(root, os.O_RDONLY)
-            except OSError as error:
-                raise storage_failed(error, root) from error
             self._folders.callback(os.close, handle)
             return f"/dev/fd/{handle}"
         return str(root)
