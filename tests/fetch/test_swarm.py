@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import PurePosixPath
 
 import pytest
 from support.damage import spoil
+from support.fake_swarm import TickingClock
 from support.patience import wait_for
 from support.peer import Peer
 from support.torrents import content, lay_down, manifest_of, torrent_of
@@ -20,6 +22,7 @@ from grokfetch.events import Finding, Notice, Origin, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, seed
+from grokfetch.fetch.swarm.inquiry import Inquiry
 from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
@@ -154,40 +157,26 @@ for event in fetch(Store(Path(sys.argv[1])), swarm, limits=Limits(20, 20, save_s
 """
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """(folder, torrent file) of so many bytes that a fetch can be interrupted."""
-    folder = tmp_path_factory.mktemp("large")
-    (folder / "big").mkdir()
-    for index in range(4):
-        (folder / "big" / f"part{index}").write_bytes(content(48 << 20, index))
-    return folder, torrent_of(folder / "big", 1 << 18, version="v1")
-
-
 @pytest.mark.parametrize(
     # SIGKILL at any moment: `test_kill`.
-    "signals",
-    [[signal.SIGINT], pytest.param([signal.SIGKILL], marks=pytest.mark.slow)],
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
 )
-def test_after_a_signal_no_proven_piece_is_fetched_again(tmp_path, large, signals):
-    folder, data = large
+def test_after_a_signal_no_proven_piece_is_fetched_again(tmp_path, torrent, number):
+    folder, data = torrent
+    known = parse_torrent(data)
+    pieces = parse_info(known.info, known.piece_layers).piece_count
+    # It cannot be over before it is interrupted: this seed lacks some of the pieces.
+    with seed(data, folder, HERE, range(pieces - 10)) as seeder:
+        interrupt(tmp_path, link(data, seeder.port), number, pieces // 2)
+    proven = Store(tmp_path).record().pieces
+    assert len(proven) >= pieces // 2 or number == signal.SIGKILL
     with seed(data, folder, HERE) as seeder:
-        magnet = link(data, seeder.port)
-        for count, number in enumerate(signals, 1):
-            interrupt(tmp_path, magnet, number, 60 * count)
-            proven = Store(tmp_path).record().pieces
-            assert proven
-        sent = seeder.uploaded()
-        swarm = Swarm(parse_magnet(magnet), HERE)
-        result = list(fetch(Store(tmp_path), swarm, limits=LIMITS))[-1]
-        pieces = Store(tmp_path).layout().piece_count
+        result = run(tmp_path, link(data, seeder.port))[-1]
         assert result.fetched + result.rehashed <= 2 * (pieces - len(proven))
         assert result.fetched <= pieces - len(proven)
-        assert seeder.uploaded() - sent <= (pieces - len(proven) + 4) << 18
-    for index in range(4):
-        part = f"big/part{index}"
-        assert (tmp_path / part).read_bytes() == (folder / part).read_bytes()
-    assert check(tmp_path)[1].complete
+        assert seeder.uploaded() <= (pieces - len(proven)) * PIECE
+    assert whole(tmp_path)
 
 
 def interrupt(root, magnet, number, pieces):
@@ -279,11 +268,29 @@ def test_of_a_v2_torrent_the_files_that_a_partial_seed_holds_are_fetched_and_the
     assert Store(root).layout().unprovable == ()
 
 
-def test_a_file_whose_hashes_no_peer_gives_is_named(tmp_path, partial_seed):
+def test_a_file_whose_hashes_no_peer_gives_is_named_and_asked_for_ever_more_seldom(
+    tmp_path, partial_seed, monkeypatch
+):
     data, port = partial_seed
+    clock = TickingClock()
+    answers = []
+    real = Inquiry._torrent
+
+    def heeded(inquiry, params):
+        answers.append(real(inquiry, params))
+        # The hashes of the large file that the seed holds have come: the patience is over when they
+        # have been the only ones in so many answers.
+        if sum(len(answer.piece_layers) == 1 for answer in answers) == 8:
+            clock.now += LIMITS.metadata_s + 1
+        return answers[-1]
+
+    monkeypatch.setattr(Inquiry, "_torrent", heeded)
     swarm = Swarm(parse_magnet(link(data, port)), HERE)
+    begun = time.monotonic()
     with pytest.raises(Stalled, match=r"no peer has given the hashes of top/ckpt-0/c"):
-        list(fetch(Store(tmp_path / "out"), swarm, limits=Limits(metadata_s=3)))
+        list(fetch(Store(tmp_path / "out"), swarm, limits=LIMITS, clock=clock))
+    # 10 ms, and each time twice as long.
+    assert time.monotonic() - begun > 0.01 * (2**6 - 1)
 
 
 def test_a_swarm_without_peers_is_silence(tmp_path, torrent):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from grokfetch.errors import TorrentInvalid
 from grokfetch.events import Notice, Traffic
-from grokfetch.fetch.swarm.session import Session
+from grokfetch.fetch.swarm.session import WAIT_S, Session
 from grokfetch.torrent.info_dictionary import parse_info, right_layers
 from grokfetch.torrent.layout import BLOCK, power_of_two_above
 from grokfetch.torrent.metainfo import TorrentFile, torrent_file
@@ -16,6 +17,11 @@ __all__ = ["PAD", "Inquiry", "complete"]
 
 PAD = 1
 """libtorrent's flag for a pad file."""
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.005, 0.5
+"""How long not to ask libtorrent for the metadata again: it does not tell when more hashes have
+come. Each time without any the pause doubles, because an answer costs as much as the torrent is
+large."""
 
 
 class Inquiry:
@@ -32,29 +38,44 @@ class Inquiry:
         self._session = session
         self._handle = handle
         self._asked = False
+        self._pause = FIRST_PAUSE_S
+        self._ask_at = 0.0
 
     def run(self) -> Iterator[Traffic | Notice | TorrentFile]:
         """Traffic, and the torrent; this again whenever more hashes come, until all have."""
         handed_out: TorrentFile | None = None
+        wait_s = WAIT_S
         while True:
-            for alert in self._session.alerts():
+            for alert in self._session.alerts(wait_s):
                 if isinstance(alert, self._lt.save_resume_data_alert):
-                    self._asked = False
                     torrent = self._torrent(alert.params)
+                    self._answered(new=torrent != handed_out)
                     if torrent != handed_out:
                         yield torrent
                     handed_out = torrent
                     if complete(torrent):
                         return
                 elif isinstance(alert, self._lt.save_resume_data_failed_alert):
-                    self._asked = False
+                    self._answered(new=False)
                 elif isinstance(alert, self._lt.metadata_failed_alert):
                     yield Notice("a peer sent metadata that is not the torrent's")
             status = self._handle.status()
-            if status.has_metadata and not self._asked:
-                self._handle.save_resume_data(self._lt.torrent_handle.save_info_dict)
-                self._asked = True
+            wait_s = self._ask() if status.has_metadata and not self._asked else WAIT_S
             yield Traffic(0, 0.0, status.num_peers)
+
+    def _ask(self) -> float:
+        """Ask if it is time, and return how many seconds there is nothing else to do."""
+        pause = self._ask_at - time.monotonic()
+        if pause > 0:
+            return min(pause, WAIT_S)
+        self._handle.save_resume_data(self._lt.torrent_handle.save_info_dict)
+        self._asked = True
+        return WAIT_S
+
+    def _answered(self, *, new: bool) -> None:
+        self._asked = False
+        self._pause = FIRST_PAUSE_S if new else min(2 * self._pause, LAST_PAUSE_S)
+        self._ask_at = time.monotonic() + self._pause
 
     def _torrent(self, params: Any) -> TorrentFile:
         """The metadata, with the link's trackers and web seeds, and the v2 hashes so far.

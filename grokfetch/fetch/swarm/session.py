@@ -262,11 +262,11 @@ class Session:
             {name: DIVIDING[name] if yes else usual[name] for name in DIVIDING}
         )
 
-    def alerts(self) -> list[Any]:
+    def alerts(self, wait_s: float = WAIT_S) -> list[Any]:
         """The current alerts, after a short wait for at least one."""
         alerts = self._session.pop_alerts()
         if not alerts:
-            select.select([self._wake], [], [], WAIT_S)
+            select.select([self._wake], [], [], wait_s)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096)
             alerts = self._session.pop_alerts()
