@@ -21,15 +21,14 @@ from grokfetch.errors import OutOfReach, SourceInvalid, Stalled, StorageFailed, 
 from grokfetch.events import Finding, Notice, Origin, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.source import Order
-from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, seed
-from grokfetch.fetch.swarm.inquiry import Inquiry
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, download, inquiry, seed
 from grokfetch.fetch.swarm.tally import Tally
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
 from grokfetch.manifest.selection import Request
 from grokfetch.torrent.info_dictionary import parse_info
 from grokfetch.torrent.magnet import parse_magnet
-from grokfetch.torrent.metainfo import encode_torrent, parse_torrent
+from grokfetch.torrent.metainfo import encode_torrent, parse_torrent, torrent_file
 
 PIECE = 32768
 FILES = {
@@ -274,17 +273,16 @@ def test_a_file_whose_hashes_no_peer_gives_is_named_and_asked_for_ever_more_seld
     data, port = partial_seed
     clock = TickingClock()
     answers = []
-    real = Inquiry._torrent
 
-    def heeded(inquiry, params):
-        answers.append(real(inquiry, params))
+    def heeded(info, layers, **rest):
+        answers.append(layers)
         # The hashes of the large file that the seed holds have come: the patience is over when they
         # have been the only ones in so many answers.
-        if sum(len(answer.piece_layers) == 1 for answer in answers) == 8:
+        if sum(len(layers) == 1 for layers in answers) == 8:
             clock.now += LIMITS.metadata_s + 1
-        return answers[-1]
+        return torrent_file(info, layers, **rest)
 
-    monkeypatch.setattr(Inquiry, "_torrent", heeded)
+    monkeypatch.setattr(inquiry, "torrent_file", heeded)
     swarm = Swarm(parse_magnet(link(data, port)), HERE)
     begun = time.monotonic()
     with pytest.raises(Stalled, match=r"no peer has given the hashes of top/ckpt-0/c"):
