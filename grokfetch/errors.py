@@ -226,19 +226,22 @@ class Inexact(GrokfetchError):
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, *, reading: bool = False) -> Iterator[None]:
     """Raise an `OSError` of the block as the error that explains it to a user.
 
     Args:
-        path: the file or folder that the block reads or writes.
+        path: the file or folder that the block uses.
+        reading: whether the block only reads it.
     """
     try:
         yield
     except OSError as error:
-        raise storage_failed(error, path) from error
+        raise storage_failed(error, path, reading=reading) from error
 
 
-def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
+def storage_failed(
+    error: OSError, path: Path | None = None, *, reading: bool = False
+) -> GrokfetchError:
     """The error that explains an `OSError` of the file system to a user."""
     where = path or error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -254,9 +257,11 @@ def storage_failed(error: OSError, path: Path | None = None) -> GrokfetchError:
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StorageFailed(
-            f"cannot be written ({error.strerror})",
+            f"cannot be {'read' if reading else 'written'} ({error.strerror})",
             path=where,
-            hint="choose a folder that you may write to, or keep the state elsewhere: --state DIR",
+            hint="allow this user to read it"
+            if reading
+            else "choose a folder that you may write to, or keep the state elsewhere: --state DIR",
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StorageFailed(

@@ -115,7 +115,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise storage_failed(error, path) from error
+        raise storage_failed(error, path, reading=True) from error
 
 
 def _as_text(data: bytes, path: Path) -> str:

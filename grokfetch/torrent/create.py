@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,7 +32,7 @@ from grokfetch.torrent.layout import (
     power_of_two_above,
 )
 from grokfetch.torrent.metainfo import TorrentFile, torrent_file
-from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, chunks, sha256_of
+from grokfetch.torrent.read_back import BATCH, FileResult, Hashers, chunks, opened, sha256_of
 
 __all__ = ["Made", "MadeFile", "Pieces", "hybrid_info", "make", "suitable_piece_length"]
 
@@ -185,7 +184,7 @@ def _check_unchanged(
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    with storage_errors(path):
+    with storage_errors(path, reading=True):
         status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -211,19 +210,15 @@ def _hash_whole(path: Path, index: int, buffer: memoryview) -> _Whole:
 
 def _hash_pieces(path: Path, index: int, span: _Span, buffer: memoryview) -> Pieces:
     v1, v2 = [], []
-    with storage_errors(path):
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            for start in range(span.start, span.stop, span.piece_length):
-                stop = min(start + span.piece_length, span.stop)
-                one, two = piece_hasher(1, 0), piece_hasher(2, span.width)
-                _feed(handle, start, stop, (one, two), buffer)
-                if span.padded:
-                    one.update(bytes(start + span.piece_length - stop))
-                v1.append(one.digest())
-                v2.append(two.digest())
-        finally:
-            os.close(handle)
+    with storage_errors(path, reading=True), opened(path) as handle:
+        for start in range(span.start, span.stop, span.piece_length):
+            stop = min(start + span.piece_length, span.stop)
+            one, two = piece_hasher(1, 0), piece_hasher(2, span.width)
+            _feed(handle, start, stop, (one, two), buffer)
+            if span.padded:
+                one.update(bytes(start + span.piece_length - stop))
+            v1.append(one.digest())
+            v2.append(two.digest())
     first = span.start // span.piece_length
     return Pieces(index, first, b"".join(v1), b"".join(v2), span.stop - span.start)
 
@@ -253,12 +248,8 @@ def _hash_v1(folder: Path, layout: Layout, pieces: range, buffer: memoryview) ->
         hasher = piece_hasher(1, 0)
         for part in layout.segments(piece):
             path = folder / part.file.path
-            with storage_errors(path):
-                handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-                try:
-                    _feed(handle, part.offset, part.offset + part.length, (hasher,), buffer)
-                finally:
-                    os.close(handle)
+            with storage_errors(path, reading=True), opened(path) as handle:
+                _feed(handle, part.offset, part.offset + part.length, (hasher,), buffer)
             length += part.length
         hashes.append(hasher.digest())
     return Pieces(0, pieces.start, b"".join(hashes), b"", length)

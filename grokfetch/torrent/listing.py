@@ -51,7 +51,7 @@ def list_files(
     """
 
     def failed(error: OSError) -> None:
-        raise storage_failed(error, Path(error.filename or folder)) from error
+        raise storage_failed(error, Path(error.filename or folder), reading=True) from error
 
     reason = unsafe_name(folder.name)
     if reason is not None:
@@ -96,7 +96,7 @@ def _entry(folder: Path, relative: PurePosixPath) -> tuple[PurePosixPath, int]:
         # It was listed a moment ago, so it is a link.
         reason = f"it is a link to {str(path.readlink())!r:.100}, which does not exist"
     except OSError as error:
-        raise storage_failed(error, path) from error
+        raise storage_failed(error, path, reading=True) from error
     else:
         if reason is None and not stat.S_ISREG(status.st_mode):
             reason = "it is not a regular file"

@@ -99,7 +99,7 @@ class Exported:
                     yield bytes_of(make())[max(0, start - at) : stop - at]
                 at += nbytes
         except OSError as error:
-            raise storage_failed(error, path) from error
+            raise storage_failed(error, path, reading=True) from error
         except Inexact as error:
             raise Inexact(
                 f"{entry.name} was not made from an official shard: {error.what}", path=path

@@ -163,7 +163,7 @@ class Export:
         try:
             status = self._checkpoint[part.spec.name].path.stat()
         except OSError as error:
-            raise storage_failed(error) from error
+            raise storage_failed(error, reading=True) from error
         return Stamp(status.st_size, status.st_mtime_ns)
 
     def _fields(self) -> dict[str, Any]:
