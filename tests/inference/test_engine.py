@@ -227,7 +227,7 @@ def alike(made, wanted):
         wrong.append(made)
 
 def work():
-    for step in range(6):
+    for step in range(2):
         one, other = engine.generate(p0, 8), engine.generate(p1, 8)
         first = itertools.islice(one, step)
         alike(first, w0)
@@ -237,7 +237,7 @@ def work():
 
 def served():
     batch = Batch(engine, slots=4, chunk=4)
-    for number in range(12):
+    for number in range(6):
         batch.add(number, Job(p1, 8))
     made = {}
     while batch.busy:
