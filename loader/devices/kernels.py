@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -85,18 +85,23 @@ class Rows:
     width: int
     stride: int
 
-    def row(self, index: Array) -> Array:
-        """One row, float32 `[width]`."""
-        at = self.start + index * self.stride + self.column
-        return lax.dynamic_slice_in_dim(self.flat, at, self.width).astype(jnp.float32)
+    def rows(self, first: Array, count: int) -> Iterator[Array]:
+        """Some rows from one of ours on, each float32 `[width]`."""
+        at = self.start + first * self.stride + self.column
+        for number in range(count):
+            yield _cut(self.flat, at + number * self.stride, self.width).astype(jnp.float32)
 
     def block(self, row: Array, rows: int, column: Array, columns: int) -> Array:
         """A block that begins at one of our rows and columns, int8 `[rows, columns]`."""
         at = self.start + row * self.stride
-        whole = lax.dynamic_slice_in_dim(self.flat, at, rows * self.stride)
-        return lax.dynamic_slice_in_dim(
-            whole.reshape(rows, self.stride), self.column + column, columns, axis=1
-        )
+        whole = _cut(self.flat, at, rows * self.stride)
+        return _cut(whole.reshape(rows, self.stride), self.column + column, columns, axis=1)
+
+
+def _cut(array: Array, start: Array, size: int, axis: int = 0) -> Array:
+    """A slice from an index that is never negative: looking for that takes longer to compile."""
+    cut: Array = lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
+    return cut
 
 
 def product(
@@ -123,7 +128,7 @@ def product(
     def group(number: Array, total: Array) -> Array:
         first = number * height
         part = dataclasses.replace(rows, start=rows.start + first * rows.stride, count=height)
-        factors = lax.dynamic_slice_in_dim(x, first, height, axis=1)
+        factors = _cut(x, first, height, axis=1)
         return total + _sums(factors, part, tuning) * scale(number)
 
     zero = jnp.zeros((x.shape[0], rows.width), jnp.float32)
@@ -159,10 +164,10 @@ def _accumulated(x: Array, rows: Rows, columns: int, at_once: int) -> Array:
 
     def add(index: Array, total: Array) -> Array:
         at = index * step
-        factors = lax.dynamic_slice_in_dim(x, at, step, axis=1)
-        for row in range(step):
-            values = rows.row(at + row).reshape(runs, 1, columns)
-            total = total + factors[None, :, row, None] * values
+        factors = _cut(x, at, step, axis=1)
+        for number, values in enumerate(rows.rows(at, step)):
+            factor = lax.slice_in_dim(factors, number, number + 1, axis=1)
+            total = total + factor[None] * values.reshape(runs, 1, columns)
         return total
 
     zero = jnp.zeros((runs, tokens, columns), jnp.float32)
@@ -183,7 +188,7 @@ def _converted(x: Array, rows: Rows, tuning: Tuning) -> Array:
     def columns(index: Array, sums: Array) -> Array:
         def multiply(number: Array, total: Array) -> Array:
             block = rows.block(number * height, height, index * width, width).astype(x.dtype)
-            part = lax.dynamic_slice_in_dim(x, number * height, height, axis=1)
+            part = _cut(x, number * height, height, axis=1)
             return total + jnp.dot(
                 part,
                 block,
