@@ -33,35 +33,46 @@ def made(rows, columns, groups, seed=0):
     weight = random.integers(-127, 128, (rows, columns), np.int8)
     scales = random.uniform(0.001, 0.1, (groups, columns)).astype(ml_dtypes.bfloat16)
     matrix = weight * np.repeat(scales.astype(np.float64), rows // groups, axis=0)
-    return Quantized(jnp.asarray(weight), jnp.asarray(scales)), matrix
+    return Quantized(weight, scales), matrix
+
+
+def one_stack(weights):
+    """Matrices as one stack."""
+    return jax.tree.map(lambda *parts: np.stack(parts), *weights)
+
+
+def products_of(weights, batches, dtype):
+    """Random rows `[*batch, K]` of each shape of a batch, and their products by one program."""
+    random = np.random.default_rng(1)
+    xs = [
+        random.standard_normal((*batch, weights.weight.shape[0]), np.float32) for batch in batches
+    ]
+    run = jax.jit(lambda xs, weights: [product(x, weights, jnp.dtype(dtype)) for x in xs])
+    return zip(xs, run(xs, weights), strict=True)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 8])
-@pytest.mark.parametrize("batch", [(), (1,), (2, 5)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tuning", [None, Tuning()], ids=["accelerator", "cpu"])
-def test_product_is_that_of_the_dequantised_matrix(groups, batch, dtype, tuning):
+def test_product_is_that_of_the_dequantised_matrix(groups, dtype, tuning):
     weights, matrix = made(48, 7, groups)
     weights = dataclasses.replace(weights, tuning=tuning)
-    x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
-    found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype(dtype))
-    assert found.dtype == jnp.float32
-    assert found.shape == (*batch, 7)
-    # In bfloat16 too: eight bits would be off by 1e-2 and more.
-    np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
+    for x, found in products_of(weights, [(), (1,), (2, 5)], dtype):
+        assert found.dtype == jnp.float32
+        assert found.shape == (*x.shape[:-1], 7)
+        # In bfloat16 too: eight bits would be off by 1e-2 and more.
+        np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 8])
-@pytest.mark.parametrize("batch", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("part", [2, 128])
-def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, part, groups, batch):
+def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, part, groups):
     monkeypatch.setattr(quantized, "GPUS", ("cpu",))
     monkeypatch.setattr(quantized, "PART", part)
     weights, matrix = made(48, 7, groups)
-    x = np.random.default_rng(1).standard_normal((*batch, 48), np.float32)
-    found = jax.jit(product, static_argnums=2)(x, weights, jnp.dtype("bfloat16"))
-    assert found.shape == (*batch, 7)
-    np.testing.assert_allclose(found, x @ matrix, rtol=1e-5, atol=3e-4)
+    for x, found in products_of(weights, [(), (1,), (1, 1)], "bfloat16"):
+        assert found.shape == (*x.shape[:-1], 7)
+        np.testing.assert_allclose(found, x @ matrix, rtol=1e-5, atol=3e-4)
 
 
 @pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
@@ -74,7 +85,7 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
     monkeypatch.setattr(quantized, "GPUS", gpus)
     monkeypatch.setattr(quantized, "SHORTEST", 4)
     stack = [made(48, 7, groups, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = one_stack(weights for weights, _ in stack)
     x = np.random.default_rng(1).standard_normal((3, 5, 48), np.float32)
     found = jax.jit(stack_product, static_argnums=2)(x, stacked, jnp.dtype(dtype))
     wanted = np.stack([rows @ matrix for rows, (_, matrix) in zip(x, stack, strict=True)])
@@ -87,16 +98,20 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
 def test_a_part_of_a_stack_is_multiplied_by_way_of_any_type(number, dtype):
     """Every int8 value is exact in each of the types, -128 too; groups keep their scales."""
     stack = [made(48, 8, 3, seed) for seed in range(4)]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
-    stacked = dataclasses.replace(stacked, weight=stacked.weight.at[2, 16].set(-128))
+    stacked = one_stack(weights for weights, _ in stack)
+    stacked.weight[2, 16] = -128
     box = (slice(1, 3), slice(16, 48), slice(4, 8))
-    part = cut(stacked, number, jnp.dtype(dtype), box)
-    np.testing.assert_array_equal(part.weight.astype(jnp.int8), stacked.weight[box])
-    np.testing.assert_array_equal(part.scales, stacked.scales[1:3, 1:3, 4:8])
     x = np.random.default_rng(1).standard_normal((5, 32), np.float32)
-    found = jax.jit(stack_product, static_argnums=2)(x, part, jnp.dtype(dtype))
+
+    def multiplied(x, stacked):
+        part = cut(stacked, number, jnp.dtype(dtype), box)
+        return part, stack_product(x, part, jnp.dtype(dtype))
+
+    part, found = jax.jit(multiplied)(x, stacked)
+    np.testing.assert_array_equal(np.asarray(part.weight).astype(np.int8), stacked.weight[box])
+    np.testing.assert_array_equal(part.scales, stacked.scales[1:3, 1:3, 4:8])
     scales = np.repeat(np.asarray(part.scales, np.float64), 16, axis=1)
-    wanted = x @ (np.asarray(stacked.weight[box], np.float64) * scales)
+    wanted = x @ (stacked.weight[box].astype(np.float64) * scales)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=3e-4)
 
 
@@ -137,7 +152,7 @@ def test_group_boundaries_are_contiguous_rows():
 def test_one_matrix_of_a_stack_is_chosen_at_run_time(monkeypatch, gpus, rows):
     monkeypatch.setattr(quantized, "GPUS", gpus)
     stack = [made(48, 7, 3, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = one_stack(weights for weights, _ in stack)
     x = np.random.default_rng(1).standard_normal((rows, 48), np.float32)
     run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
     for number, (_, matrix) in enumerate(stack):
@@ -148,7 +163,7 @@ def test_one_matrix_of_a_stack_is_chosen_at_run_time(monkeypatch, gpus, rows):
 def test_rows_of_a_chosen_matrix_are_cut_out_of_the_stack_and_the_matrix_is_not(groups):
     """An accelerator's compiler would copy a matrix of which several products take rows."""
     stack = [made(64, 8, groups, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = one_stack(weights for weights, _ in stack)
     traced = jax.make_jaxpr(lambda x, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))
     cuts = [
         equation.outvars[0].aval.shape
@@ -164,7 +179,7 @@ def test_cpu_multiplies_with_one_of_a_stack_where_it_lies_or_a_copy_if_it_is_too
 ):
     monkeypatch.setattr(quantized, "LONGEST", longest)
     stack = [made(48, 7, 3, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(weights for weights, _ in stack))
+    stacked = one_stack(weights for weights, _ in stack)
     stacked = dataclasses.replace(stacked, tuning=Tuning())
     x = np.random.default_rng(1).standard_normal((5, 48), np.float32)
     run = jax.jit(lambda x, stacked, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ def on_a_gpu(queries, keys, values, allowed, places=PLACES):
     held = [array[:, :places] for array in (keys, values)]
     step = [array[:, places:].astype(np.float32) for array in (keys, values)]
     given = (allowed[:, :, :places], allowed[:, 0, places:])
-    return np.asarray(heads.one_token(jnp.asarray(queries, jnp.float32), held, step, given, weight))
+    # Not the same function twice: it would not be traced again after a test's patch.
+    run = jax.jit(lambda *arrays: heads.one_token(*arrays, weight))
+    return np.asarray(run(queries.astype(np.float32), held, step, given))
 
 
 def attended(queries, keys, values, allowed):
@@ -48,7 +51,7 @@ def test_one_token_on_a_gpu_attends_as_a_softmax_does(monkeypatch, dtype, size, 
     queries[0], keys[0] = -np.abs(queries[0]), np.abs(keys[0])
     given = [array.astype(dtype) for array in (queries, keys, values)]
     allowed = random.random((ROWS, 1, PLACES + 1)) < 0.5
-    found = on_a_gpu(*map(jnp.asarray, given), allowed)
+    found = on_a_gpu(*given, allowed)
     wanted = attended(*(array.astype(np.float64) for array in given), allowed)
     assert np.abs(wanted).max() > 0.01
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
@@ -61,7 +64,7 @@ def test_what_is_masked_has_no_part_in_the_result_and_a_row_of_nothing_is_zero()
     # Of the last row the token itself is masked too.
     allowed = np.arange(PLACES + 1) < np.array([0, 1, 700])[:, None, None]
     keys[2, 700:], values[2, 700:] = 100.0, 1e6
-    given = [jnp.asarray(array, jnp.float32) for array in (queries, keys, values)]
+    given = [array.astype(np.float32) for array in (queries, keys, values)]
     found = on_a_gpu(*given, allowed)
     assert not found[0].any()
     np.testing.assert_allclose(found[1, 0], np.repeat(values[1, 0, :, None], GROUP, 1), rtol=1e-5)
@@ -74,7 +77,7 @@ def test_a_token_that_may_see_nothing_else_sees_itself():
     queries = random.standard_normal((ROWS, 1, HEADS, GROUP, SIZE))
     keys, values = random.standard_normal((2, ROWS, PLACES + 1, HEADS, SIZE))
     allowed = np.broadcast_to(np.arange(PLACES + 1) == PLACES, (ROWS, 1, PLACES + 1))
-    given = [jnp.asarray(array, jnp.float32) for array in (queries, keys, values)]
+    given = [array.astype(np.float32) for array in (queries, keys, values)]
     alone = np.repeat(values[:, -1:, :, None], GROUP, 3)
     np.testing.assert_allclose(on_a_gpu(*given, allowed), alone, rtol=1e-5)
 
@@ -89,7 +92,7 @@ def test_shares_are_those_of_a_softmax_at_every_level_of_scores(dtype, level):
     draw = np.random.default_rng(13)
     scores = np.clip(level + draw.normal(size=(4, 64)), -30, 30).astype(np.float32)
     allowed = draw.random((4, 64)) < 0.7
-    weights, sums = heads.shares(jnp.asarray(scores), jnp.asarray(allowed), jnp.dtype(dtype))
+    weights, sums = jax.jit(heads.shares, static_argnums=2)(scores, allowed, jnp.dtype(dtype))
     assert weights.dtype == dtype
     found = np.asarray(weights, np.float64) / np.asarray(sums, np.float64)[:, None]
     wanted = np.where(allowed, np.exp(scores.astype(np.float64) - level), 0)
