@@ -16,10 +16,7 @@ from support.web_server import SocksProxy, WebServer
 from grokfetch.errors import OutOfReach, Stalled, StorageFailed
 from grokfetch.events import Arrived, Finding, Notice, Origin, Outcome, Status, Summary
 from grokfetch.fetch import Limits, fetch
-from grokfetch.fetch.mirror import MirrorSettings, Together, bring_tokenizer, division
-from grokfetch.fetch.mirror.addresses import label, places, unusable
-from grokfetch.fetch.mirror.answers import Faulty
-from grokfetch.fetch.mirror.http import redirected
+from grokfetch.fetch.mirror import MirrorSettings, Together, division
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.folder.store import Store
 from grokfetch.folder.verify import verify
@@ -145,26 +142,6 @@ def test_a_redirect_to_something_else_than_http_ends_the_mirror(tmp_path, torren
     events = run(tmp_path, NoPeers(torrent_v1), f"{bare.url}/main/{{path}}", top.url)
     assert whole(tmp_path)
     assert any("redirects to file" in text for text in notices(events))
-
-
-@pytest.mark.parametrize(
-    ("here", "there", "end"),
-    [
-        ("https://h/a", "http://h/a", "from https to http"),
-        ("https://h/a", "ftp://h/a", "not HTTP"),
-        ("https://h.example/a", "https://169.254.169.254/a", "private network"),
-        ("http://h.example/a", "//localhost/a", "private network"),
-        ("https://h/a/b", "../c?x=1", "https://h/c?x=1"),
-        ("http://127.0.0.1:1/a", "http://127.0.0.1:2/b", "http://127.0.0.1:2/b"),
-        ("http://h/a", "https://g.example/a", "https://g.example/a"),
-    ],
-)
-def test_where_a_redirect_may_lead(here, there, end):
-    if end.startswith("http"):
-        assert redirected(here, there, None) == end
-    else:
-        with pytest.raises(Faulty, match=end):
-            redirected(here, there, None)
 
 
 def test_a_circle_of_redirects_ends_the_mirror(tmp_path, torrent_v1, top, bare):
@@ -447,102 +424,10 @@ def test_a_link_put_in_the_way_is_not_written_through(tmp_path, torrent_v1, top)
     assert secret.read_bytes() == b"mine"
 
 
-# --- addresses ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("address", "path", "expected"),
-    [
-        ("http://h/x", "top/a", ["http://h/x/top/a"]),
-        ("http://h/x/", "top/a b#%", ["http://h/x/top/a%20b%23%25"]),
-        ("http://h/one.bin", "one", ["http://h/one.bin"]),
-        ("http://h/d/", "one", ["http://h/d/one"]),
-        ("http://h/m/{path}?x=1", "top/c/a", ["http://h/m/c/a?x=1", "http://h/m/top/c/a?x=1"]),
-        ("http://h/{path}", "one", ["http://h/one"]),
-    ],
-)
-def test_where_a_file_lies(address, path, expected):
-    assert list(places(address, PurePosixPath(path))) == expected
-
-
-def test_what_is_no_address_of_a_mirror():
-    for address in (
-        "",
-        "host/x",
-        "ftp://h/",
-        "http://",
-        "http:///x",
-        "http://h:port/",
-        "http://a b",
-    ):
-        assert unusable(address, stranger=False), address
-    assert unusable("http://localhost:80/?x", stranger=True)
-    assert unusable("http://[::1]/?x", stranger=True)
-    assert unusable("http://localhost:80/?x", stranger=False) is None
-    assert unusable("https://h/{path}?x", stranger=True) is None
-    assert label("https://user:pass@h:1/x?token=1#y") == "https://h:1/x"
-
-
-# --- the tokenizer --------------------------------------------------------------------------------
-
-WORDS = content(5000, 7)
-
-
-@pytest.fixture
-def with_tokenizer(tmp_path, torrent_v1):
-    """A fetched folder whose manifest names a tokenizer at some address."""
-
-    def make(url, data=WORDS, path="tokenizer.model"):
-        root = tmp_path / "out"
-        lay_down(root, FILES)
-        source = TokenizerSource(
-            PurePosixPath(path), len(data), hashlib.sha256(data).hexdigest(), url
-        )
-        manifest = dataclasses.replace(manifest_of(FILES, torrent_v1.info_hash), tokenizer=source)
-        list(fetch(Store(root), FakeSwarm(torrent_v1, {}), manifest=manifest))
-        return root
-
-    return make
-
-
-def test_the_tokenizer_is_fetched_once_and_a_wrong_one_is_replaced(with_tokenizer):
-    with WebServer({"t": WORDS}) as server:
-        server.redirects = {"first": f"{server.url}/t"}
-        root = with_tokenizer(f"{server.url}/first")
-        assert "tokenizer fetched" in bring_tokenizer(Store(root)).text
-        assert (root / "tokenizer.model").read_bytes() == WORDS
-        assert bring_tokenizer(Store(root)) is None
-        (root / "tokenizer.model").write_bytes(b"another")
-        assert bring_tokenizer(Store(root)) is not None
-        assert (root / "tokenizer.model").read_bytes() == WORDS
-        assert server.asked == ["first", "t"] * 2
-
-
-@pytest.mark.parametrize("served", [None, WORDS[::-1], WORDS + b"x", WORDS[:-1]])
-def test_another_tokenizer_is_refused_and_what_lay_there_stays(with_tokenizer, served):
-    with WebServer({} if served is None else {"t": served}) as server:
-        root = with_tokenizer(f"{server.url}/t")
-        (root / "tokenizer.model").write_bytes(b"old")
-        assert "could not be fetched" in bring_tokenizer(Store(root)).text
-    assert (root / "tokenizer.model").read_bytes() == b"old"
-    assert {path.name for path in root.iterdir()} == {".grokfetch", "top", "tokenizer.model"}
-
-
-def test_a_tokenizer_is_not_written_over_the_payload_or_through_a_link(with_tokenizer, tmp_path):
-    with WebServer({"t": WORDS}) as server:
-        root = with_tokenizer(f"{server.url}/t", path="top/readme")
-        assert bring_tokenizer(Store(root)) is None
-        root = with_tokenizer(f"{server.url}/t", path="link/tokenizer.model")
-        (tmp_path / "elsewhere").mkdir()
-        (root / "link").symlink_to(tmp_path / "elsewhere")
-        assert "symbolic link" in bring_tokenizer(Store(root)).text
-        assert not list((tmp_path / "elsewhere").iterdir())
-        assert server.asked == []
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
+WORDS = content(5000, 7)
 HERE = ("--listen", "127.0.0.1:0", "--no-discovery", "--timeout", "20")
 
 
