@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def help_of(*arguments: str) -> str:
-    """Code that prints the help of a command and goes on."""
+    """Code that prints the help of a command and continues."""
     call = f"main({[*arguments, '--help']})"
     return f"from grokfetch.cli import main\ntry: {call}\nexcept SystemExit: pass"
 

@@ -27,7 +27,7 @@ from loader.weights.capacity import Memory
 
 LOOPBACK = ("--listen", "127.0.0.1:0", "--no-discovery", "--no-mirrors", "--timeout", "60")
 ALONE = ("--dtype", "float32", "--mesh", "model=1")
-"""On one of the test's eight devices, which compiles in a fraction of the time."""
+"""Use one of the test's eight devices, which compiles in a fraction of the time."""
 
 TOKENIZER = TokenizerSource(
     PurePosixPath("tokenizer.model"), 9, "ab" * 32, "https://host.example/t"
@@ -242,7 +242,7 @@ def test_a_folder_about_which_nothing_is_known_says_what_to_do(tmp_path):
 
 @pytest.fixture
 def copied(tmp_path):
-    """The golden checkpoint as it lies on a disk that no torrent filled."""
+    """The golden checkpoint on a disk, not fetched by a torrent."""
     return shutil.copytree(golden.TINY, tmp_path / "tiny")
 
 

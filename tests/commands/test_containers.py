@@ -37,7 +37,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def homeless(tmp_path, monkeypatch):
-    """No variable says where the user's files are; the current folder and the temporary one."""
+    """Unset all variables for the user's files; the current and the temporary folder are inside."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     (tmp_path / "here").mkdir()
@@ -123,7 +123,7 @@ def test_too_little_address_space_for_a_model_is_refused_by_name(demo):
 
 @pytest.fixture(scope="module")
 def unshare():
-    """The tool that gives a program process numbers of its own, where that is permitted."""
+    """The tool that runs a program with its own process ids, if that is permitted."""
     tool = shutil.which("unshare")
     command = [tool or "unshare", "--pid", "--fork"]
     if (
@@ -135,7 +135,7 @@ def unshare():
 
 
 def ended_as_process_1(unshare, until, *arguments):
-    """The exit code and stderr of the program that SIGTERM reached once a line had `until`."""
+    """The exit code and stderr of the program that got SIGTERM after a line with `until`."""
     command = [*unshare, sys.executable, "-m", "grokfetch", *map(str, arguments)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

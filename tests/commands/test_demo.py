@@ -1,4 +1,4 @@
-"""The checkpoint that comes with grokfetch says its text on every mesh, and noise if miswired."""
+"""The demo's checkpoint recites its text on every mesh, and gives noise if miswired."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def engine(hold=load, shape=ONE, dtype="float32"):
 
 
 def recite(engine, numbers, count):
-    """What each of some sentence beginnings goes on with, greedily, `count` tokens of it."""
+    """The `count` tokens that continue each of some sentence beginnings, decoded greedily."""
     prompts = [TOKENIZER.encode(start(SENTENCES[number])) for number in numbers]
     logits, state = engine.prefill(prompts)
     said = [list(prompt) for prompt in prompts]
@@ -71,7 +71,7 @@ def check_recitation(engine, numbers, count):
 
 
 def hits(engine, skip=8, width=64):
-    """Of each sentence's text the tokens that follow `skip` others: which the engine expects."""
+    """For each sentence, whether the engine predicts each token of its text after `skip` others."""
     rows = [from_sentence(number)[:width] for number in range(len(SENTENCES))]
     best = np.asarray(engine.full_logits(rows)).argmax(axis=-1)
     return [best[i, skip : len(row) - 1] == row[skip + 1 :] for i, row in enumerate(rows)]
@@ -134,7 +134,7 @@ def test_mapped_weights_recite_and_every_expert_is_chosen():
 
 
 def check_noise(engine, most=0.2):
-    """Nothing is recited, and few tokens are right even where all before them are given."""
+    """Check that nothing is recited, and few tokens are right even after the right ones."""
     found = hits(engine)
     assert not any(row.all() for row in found)
     assert np.concatenate(found).mean() < most
@@ -156,7 +156,7 @@ def with_scales_moved(params, name, axis):
 
 
 def not_multiplied(params):
-    # The logits are smaller by the same factor, which no choice of the largest notices.
+    # All logits are smaller by the same factor, which does not change which one is the largest.
     table = params.embedding / CONFIG.embedding_multiplier_scale
     return dataclasses.replace(params, embedding=table)
 
@@ -188,7 +188,7 @@ WRONG_WEIGHTS = {
 
 @pytest.fixture(scope="module")
 def miswired():
-    """An engine of its own, since other weights are put into it, and the right ones."""
+    """A separate engine, because its weights will be replaced, and the right weights."""
     mesh = make_mesh(CONFIG, ONE)
     params = load(CHECKPOINT, mesh)
     return Engine(CONFIG, params, mesh, "float32"), params
@@ -213,7 +213,7 @@ def queries_one_position_ahead(patch):
 
 
 def experts_chosen(patch, first, count, weigh=lambda gates: gates):
-    """Have each token served by those experts that come `first` to `first + count` in its order."""
+    """Send each token to its experts of rank `first` to `first + count`."""
     right = model.route
 
     def route(x, router, _chosen):
@@ -274,7 +274,7 @@ def test_it_has_two_megabytes_at_most():
 @pytest.mark.slow
 def test_the_demo_walks_the_whole_road_and_keeps_what_it_is_told_to(tmp_path):
     keep = tmp_path / "kept"
-    # On one of the test's devices, which compiles in a fraction of the time.
+    # Use one of the test's devices, which compiles in a fraction of the time.
     command = [sys.executable, "-m", "grokfetch", "demo", "--keep", keep]
     text = subprocess.run(
         command, env=with_devices(1), capture_output=True, text=True, check=True

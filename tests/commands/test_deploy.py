@@ -1,4 +1,4 @@
-"""The files of docs/deploy are what their readers understand, and what they start works."""
+"""The files of docs/deploy can be read by the tools for them, and their commands work."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def environment(tmp_path):
-    """Four devices a process, and `grokfetch` on the PATH."""
+    """Four devices per process, and `grokfetch` on the PATH."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin/grokfetch", f'exec {shlex.quote(sys.executable)} -m grokfetch "$@"')
     return with_devices(4) | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}

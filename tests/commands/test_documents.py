@@ -65,7 +65,7 @@ def test_links_between_documents_lead_somewhere(document):
 
 
 def messages():
-    """Every text in the program, with dots for what is filled in."""
+    """Every string in the program, with dots for inserted values."""
     for path in [*ROOT.glob("grokfetch/**/*.py"), *ROOT.glob("loader/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]

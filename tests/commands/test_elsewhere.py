@@ -1,4 +1,4 @@
-"""`plan --on` says of devices that are not here whether they can run the model."""
+"""`plan --on` says whether devices that are not present can run the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_devices_that_can_run_the_model_are_a_success(tmp_path):
     text = invoke("plan", "--to", tmp_path, *on("h100x8", "v5p-8")).stdout
     assert max(map(len, text.splitlines())) <= 80
     assert [line.split()[-1] for line in text.splitlines() if "expert=" in line] == ["yes", "yes"]
-    # Of this machine nothing is said.
+    # Nothing is said about this machine.
     assert "free disk" not in text
 
 
@@ -87,7 +87,7 @@ def test_a_compiler_that_is_not_here_is_named_with_what_brings_it(tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["h100x8", "v5e-4"])
 def test_the_compilers_figures_take_the_place_of_the_estimates(monkeypatch, name):
-    """The compiler is that for the CPU devices that are here."""
+    """Compile for the CPU devices of this machine."""
     monkeypatch.setattr(ahead, "absent", lambda _, count: jax.devices()[:count])
     estimated = prospect(golden.CONFIG, slice_of(name), golden.CONFIG.sequence_len)
     found = ahead.confirmed(estimated)

@@ -50,7 +50,7 @@ from loader.weights.synthetic import write_checkpoint
 MESH = MeshShape(2, 4)
 MIB_16 = 16 * 2**20
 MOST_S = 30.0
-"""Seconds in which the other hosts end when one has died."""
+"""Seconds within which the other hosts end when one has died."""
 PLACE = PurePosixPath("release/ckpt-0")
 
 
@@ -83,7 +83,7 @@ def cases(draw):
 
 
 def needed(spec, entry, size, share):
-    """A byte of the file each: whether it is outside the array, or of a block of the share."""
+    """For each byte of the file, whether it is outside the array, or in a block of the share."""
     item = 4 if spec.dtype == "float32" else 1
     array = np.zeros((*spec.shape, item), bool)
     for place in share.positions:
@@ -102,7 +102,7 @@ def test_spans_are_the_blocks_and_what_surrounds_the_array(case, gap):
             assert not marks[start:stop].any()
             marks[start:stop] = True
     assert (exact == wanted).all()
-    # Of a gap that was bridged no piece of that length fits in.
+    # No piece of that length fits into a gap that was bridged.
     assert not (wanted & ~near).any()
     pieces = [slice(at, at + gap) for at in range(0, len(wanted), gap)]
     assert [near[p].any() for p in pieces] == [wanted[p].any() for p in pieces]
@@ -120,7 +120,7 @@ def test_hosts_together_need_every_byte(mesh, hosts, name):
     shares = [share_of_host(MeshShape(*mesh), host, hosts) for host in range(hosts)]
     marks = sum(needed(spec, entry, size, share).astype(int) for share in shares)
     assert (marks > 0).all()
-    # Every weight is on one host alone, but for what surrounds the array.
+    # Every weight is on one host only; bytes around the array are on all.
     assert (marks[7:-3] == 1).all()
 
 
@@ -212,7 +212,7 @@ def test_host_fetches_the_pieces_of_its_share_and_the_folder_remembers(published
         found = survey(Store(folder)).asked
         assert found.proven == found.total
     assert manifest.model
-    # Of the other host's experts whole pieces of 16 KiB are left out.
+    # Whole pieces of 16 KiB with the other host's experts are left out.
     assert len(Store(fetched[0]).record().pieces) < layout.piece_count
 
 
@@ -269,7 +269,7 @@ def run_hosts(folders):
 
 
 def start_hosts(folders, prompt, tokens_to_come, at=None):
-    """`at`: a host by number, and where it says that it is."""
+    """`at`: the number of a host, and the point that it reports."""
     tokens = ",".join(map(str, prompt))
     coordinator = f"127.0.0.1:{free_port()}"
     return [
@@ -332,7 +332,7 @@ def test_host_that_lacks_bytes_ends_the_other_one_too(fetched):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory):
-    """A checkpoint whose text goes on for minutes."""
+    """A checkpoint whose text continues for minutes."""
     root = tmp_path_factory.mktemp("talkative")
     config = dataclasses.replace(golden.CONFIG, sequence_len=20_000)
     write_checkpoint(root / "ckpt-0", config)
@@ -367,7 +367,7 @@ def test_a_host_that_ends_after_it_has_loaded_ends_the_other(talkative, number, 
             assert processes[0].stdout.read(1), processes[0].stderr.read()
         else:
             assert f"it is {place}\n" in iter(processes[number].stderr.readline, "")
-            # Next it works along, or waits.
+            # Then it computes with the others, or waits.
             assert any(it.startswith("loaded") for it in iter(processes[other].stderr.readline, ""))
         processes[number].send_signal(how)
         struck = time.monotonic()
@@ -382,5 +382,5 @@ def test_a_host_that_ends_after_it_has_loaded_ends_the_other(talkative, number, 
     assert seconds < MOST_S
     assert "Traceback" not in outputs[0][1] + outputs[1][1]
     if how != signal.SIGKILL:
-        # jax waits in vain for a host that has ended without a word to it, and aborts.
+        # jax waits in vain for a host that ended without telling it, and aborts.
         assert "Check failure" not in outputs[0][1] + outputs[1][1]

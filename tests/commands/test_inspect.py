@@ -1,4 +1,4 @@
-"""`grokfetch inspect` of what is not there: only the frames come, from a swarm or from mirrors."""
+"""`grokfetch inspect` without the files: only the frames come, from a swarm or from mirrors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def listing(published):
-    """What is said of the files where they lie."""
+    """What is printed for the same files on the disk."""
     return grokfetch("inspect", published, "--json")
 
 
@@ -77,7 +77,7 @@ def test_only_pieces_with_a_frame_come_and_are_kept_where_one_wants_them(
             with_a_frame.update(layout.pieces_over(file, min(start, file.size - 1), 1))
     assert Store(tmp_path / "kept").record().pieces == with_a_frame
     assert len(with_a_frame) < layout.piece_count
-    # Nobody is asked again.
+    # Nothing is requested again.
     assert grokfetch(*given) == listing
 
 

@@ -60,7 +60,7 @@ def silent_peer():
 
 @pytest.fixture
 def commands(folder, tmp_path, silent_peer):
-    """Every command so that it takes a while, or as long as it takes."""
+    """Every command, in a form that takes a while or waits for ever, if there is one."""
     release = folder / "release"
     model = ("--dtype", "float32")
     tokenizer = ("--tokenizer", demo_folder() / "grok-demo/tokenizer.model")
@@ -83,7 +83,7 @@ def commands(folder, tmp_path, silent_peer):
 
 
 def interrupted(arguments, after_s, number=signal.SIGINT):
-    """The code and stderr of a program to which a signal was sent so long after its first line."""
+    """The exit code and stderr of a program that got a signal some time after its first line."""
     command = [sys.executable, "-c", FIRST_LINE, *map(str, arguments)]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -91,7 +91,7 @@ def interrupted(arguments, after_s, number=signal.SIGINT):
         try:
             while MARK not in (line := child.stderr.readline()):
                 assert line, "ended before its first line"
-            # The moment is what is tested; there is no event to wait for.
+            # The test is about the moment, and there is no event to wait for.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(after_s)
             ended_before = child.poll() is not None
@@ -99,7 +99,7 @@ def interrupted(arguments, after_s, number=signal.SIGINT):
             _, text = child.communicate(timeout=PATIENCE_S)
         finally:
             child.kill()
-    # Before the handler stands SIGTERM ends a program itself, which shells give the same code.
+    # Before the handler is installed, SIGTERM itself ends a program; shells give the same code.
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     return code, text, ended_before
 
@@ -110,10 +110,11 @@ def check(name, code, text, ended_before, number):
     if ended_before or "no new requests" in text:
         return
     if name == "seed" and "uploaded in" in text:
-        # That is how it is meant to end.
+        # This is how it should end.
         assert code == 0
         return
-    # What was about to end when the signal came has ended; what goes on for ever has not.
+    # A command that was about to end when the signal came has ended; one that waits for ever has
+    # not.
     ends = name not in ("serve", "fetch", "inspect", "seed", "run", "demo")
     assert code == 128 + number or (ends and code == 0), (name, code, text)
 
@@ -285,7 +286,7 @@ import signal, threading, time
 from grokfetch import interruption
 interruption.install()
 with interruption.Held():
-    # Of a process, and so any thread's: blocked in one it is taken by another.
+    # The signal is sent to the process: if one thread blocks it, another one takes it.
     other = threading.Thread(target=lambda: signal.raise_signal(signal.SIGTERM))
     other.start()
     other.join()

@@ -1,4 +1,4 @@
-"""What a newcomer does wrong is told in a line or two, the last of which says what to do."""
+"""A newcomer's mistake gets a message of a line or two, and the last one says what to do."""
 
 from __future__ import annotations
 

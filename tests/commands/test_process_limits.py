@@ -1,4 +1,4 @@
-"""A process may take what affinity, cgroup and `ulimit` leave it, pages of files not counted."""
+"""A process may use what affinity, cgroup and `ulimit` leave, not counting the page cache."""
 
 import os
 import subprocess

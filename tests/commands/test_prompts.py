@@ -1,4 +1,4 @@
-"""Where `run` takes prompts from, and why their texts are not longer."""
+"""Where `run` gets prompts, and why their texts end."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_is_not_utf_8_is_refused_before_the_folder_is_looked_at(tmp_path):
 
 
 class Typist:
-    """Somebody at the terminal of a program."""
+    """A user at the terminal of a program."""
 
     def __init__(self, *arguments):
         self._terminal, theirs = pty.openpty()
@@ -122,7 +122,7 @@ class Typist:
         os.close(self._terminal)
 
     def waits_for(self, text):
-        """What the terminal shows up to a text, one character at least; it is read away."""
+        """Read what the terminal shows up to a text, at least one character."""
         shown, deadline = b"", time.monotonic() + DEADLINE_S
         while not shown or text.encode() not in shown:
             assert time.monotonic() < deadline, shown
@@ -134,7 +134,7 @@ class Typist:
         os.write(self._terminal, text.encode())
 
     def presses_ctrl_c(self):
-        # As the terminal would, had the program one of its own.
+        # As the terminal would, if it were the controlling terminal.
         self._program.send_signal(signal.SIGINT)
 
     def leaves(self):

@@ -46,7 +46,7 @@ def made(folder, piece_length=PIECE, **kwargs):
 
 
 def publish(*arguments, code=0):
-    """The program's stdout, or both streams where it is to fail."""
+    """The program's stdout, or both streams if it should fail."""
     return grokfetch("publish", *arguments, code=code).strip()
 
 

@@ -1,4 +1,4 @@
-"""Publishing from a mirror: hashed as it streams by, to the same torrent as from a disk."""
+"""Publishing from a mirror: files are hashed while streaming; the torrent is that of a disk."""
 
 import contextlib
 import json
@@ -124,7 +124,7 @@ def test_it_is_the_torrent_and_the_manifest_that_publish_makes_of_the_folder(
     torrent, manifest = read(tmp_path / "out")
     assert (torrent.info, torrent.piece_layers) == (from_disk[0].info, from_disk[0].piece_layers)
     assert manifest.files == from_disk[1].files
-    # What stands before the torrent's own name and a file's path is a web seed as BEP 19 has it.
+    # What precedes the torrent's name and a file's path is a web seed as in BEP 19.
     assert torrent.web_seeds == (f"{web.url}/",)
     assert manifest.mirrors == (f"{web.url}/top/{{path}}",)
     assert told.stdout.strip() == manifest.magnet
@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_with_the_files_that_were_not_whole(
     web.halt.clear()
     web.asked.clear()
     publish(web, listed, out)
-    # Each file is asked for its length; beyond that only what was not whole.
+    # The length of each file is requested; beyond that, only incomplete files are.
     assert sorted(web.asked) == sorted([*web.files, "top/deep/er/e%20f"])
     assert read(out)[0].info == from_disk[0].info
     assert not out.joinpath(".top.publishing").exists()
@@ -222,7 +222,7 @@ def test_a_file_that_changes_in_the_middle_is_an_error_that_says_so(web, listed,
 
 
 def allow(monkeypatch, limited_s):
-    """How long servers may have us wait."""
+    """Limit how long servers may let us wait."""
     settings = partial(MirrorSettings, rest_s=0.01, limited_s=limited_s)
     monkeypatch.setattr(wanted, "MirrorSettings", settings)
 
@@ -244,7 +244,7 @@ def test_a_server_that_only_has_us_wait_is_given_up_with_what_it_answers(
     assert f"{web.url}/top/{{path}}: top/" in told.stderr
     assert f"it answers {status}, and has us wait for 0.50 s or more" in told.stderr
     assert "run the same command again later" in told.stderr
-    # It is asked in between, but not after each answer.
+    # Requests are made in between, but not after each response.
     assert answered + 2 <= len(web.asked) <= answered + 50
     web.before = lambda _path: None
     web.status = None
@@ -335,13 +335,13 @@ def shards(tmp_path):
 
 
 def tensors(tmp_path):
-    """What the manifest that was published says of each tensor."""
+    """What the published manifest says about each tensor."""
     found = read(tmp_path / "out", "tiny")[1].tensors
     return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
 
 
 def described():
-    """The same as the release has it."""
+    """The same from the release."""
     found = describe(golden.TINY, golden.TINY / "config.json").tensors
     return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
 
@@ -371,7 +371,7 @@ def test_a_shard_of_which_a_kept_bit_changes_is_read_anew_and_no_other(tmp_path,
             file.write(b"\0")
         asked = len(web.asked)
         grokfetch(*command)
-        # Each is asked for its length first.
+        # The length of each is requested first.
         again = [path for path in set(web.asked[asked:]) if web.asked[asked:].count(path) > 1]
     assert again == ["tiny/ckpt-0/tensor00003_000"]
     assert tensors(tmp_path) == described()

@@ -93,7 +93,7 @@ def test_device_reads_the_pages_of_the_file_themselves():
 
 
 def anonymous():
-    """Bytes of this process that no file stands behind."""
+    """Bytes of anonymous memory of this process."""
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -112,7 +112,7 @@ def test_sharing_a_checkpoint_takes_no_memory_of_its_size(tmp_path):
     before = anonymous()
     params = share(checkpoint, mesh)
     Engine(config, params, mesh).prefill([[5, 6, 7]])
-    # Compiled programs and activations take some; a copy would take more than all of this.
+    # Compiled programs and activations take some memory; a copy would take more than all of this.
     assert anonymous() - before < size / 2
 
 

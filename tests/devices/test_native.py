@@ -1,4 +1,4 @@
-"""The C program's products are those of plain JAX, and do without it where there is no compiler."""
+"""The C program's products equal those of plain JAX, which is used if there is no compiler."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ def multiply():
 
 @pytest.fixture
 def unbuilt(monkeypatch):
-    """As if this process had built nothing yet; jax takes a function of a name only once."""
+    """Pretend that this process has built nothing; jax registers a function's name only once."""
     monkeypatch.setattr(native, "LOADED", [])
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_args, **_more: None)
 
@@ -155,7 +155,7 @@ def test_compiled_for_an_older_processor_it_is_the_same_and_without_a_warning(
 
 
 def flags():
-    """The instructions of this processor, where Linux tells them."""
+    """The instruction sets of this processor, if Linux reports them."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
@@ -189,7 +189,7 @@ def test_products_in_integers_are_the_same_to_the_bit_on_every_processor(
     here = [np.asarray(multiply(*case, integers=True)) for case in cases]
     built_for(processor, tmp_path, monkeypatch)
     for case, found in zip(cases, here, strict=True):
-        # The columns that fill no tile are summed in float32.
+        # Columns that do not fill a tile are summed in float32.
         whole = found.shape[1] // 64 * 64
         other = np.asarray(native.product(*case, integers=True))
         np.testing.assert_array_equal(other[:, :whole], found[:, :whole])
@@ -202,7 +202,7 @@ def test_tokens_of_zeros_behind_the_others_are_left_out(multiply, count):
     x = np.zeros((40, 300), np.float32)
     x[:count] = random.standard_normal((count, 300))
     flat, place = random.integers(-127, 128, 300 * 130, np.int8), np.array([0, 0, 130], np.int32)
-    # Had they been multiplied, some would be no number.
+    # If they had been multiplied, some results would be NaN.
     scales = np.full((1, 130), np.inf, np.float32)
     scales[0, :100] = 1
     alone, padded = (
@@ -224,7 +224,7 @@ def test_every_float16_is_read_as_it_is_and_the_nearest_is_written(by_rows):
     values = np.concatenate([every, between, *beside, large])
     values = np.resize(values, (-(-len(values) // 128), 128))
     wanted = np.clip(values, -65504, 65504).astype(np.float16)
-    # Where nothing may be seen a token sees itself, so that what it has written comes back.
+    # A token that may see nothing sees itself, so the result is what it has written.
     rows, tokens = (len(values), 1) if by_rows else (1, len(values))
     step = values.reshape(rows, tokens, 1, 128)
     zeros, cache = np.zeros_like(step), [jnp.zeros(step.shape, jnp.float16) for _ in "kv"]
@@ -239,7 +239,7 @@ def test_every_float16_is_read_as_it_is_and_the_nearest_is_written(by_rows):
 @needs_compiler
 @pytest.mark.parametrize("integers", [False, True])
 def test_largest_sums_are_exact_and_what_is_no_number_stays_none(multiply, integers):
-    # Of 512 rows whose products all have the largest size and one sign.
+    # The sums are of 512 rows whose products all have the largest size and the same sign.
     matrix, x = np.full((512, 64), -128, np.int8), np.full((16, 512), -3e38, np.float32)
     x[1] = 1e-38
     x[2:5, 7] = np.nan, np.inf, -np.inf
@@ -265,7 +265,7 @@ def test_sums_do_not_depend_on_which_thread_was_faster(multiply, tokens, integer
 
 @pytest.fixture
 def engine_over(multiply):  # what it has built is used
-    """An engine that computes by the C program over mapped weights, on so many devices."""
+    """An engine that uses the C program over mapped weights, on `devices` devices."""
 
     def made(devices, dtype):
         mesh = make_mesh(golden.CONFIG, MeshShape(1, devices))
@@ -306,7 +306,7 @@ def test_what_was_built_is_used_again_and_half_a_file_is_not(tmp_path, unbuilt, 
     native.LOADED.clear()
     assert native.built(tmp_path, pytest.fail)
     native.LOADED.clear()
-    # A copy is cut, since the file itself is mapped.
+    # A copy is truncated, because the file itself is mapped.
     half = tmp_path / "half"
     half.mkdir()
     (half / file.name).write_bytes(file.read_bytes()[:1000])

@@ -31,7 +31,7 @@ CONFIG = GrokConfig(
     vocab_size=256, emb_size=256, num_layers=2, num_q_heads=8, num_kv_heads=8, key_size=32,
     widening_factor=8, sequence_len=64, attn_output_multiplier=0.2,
 )  # fmt: skip
-"""Experts of 1 MB: what one weighs is seen among pages."""
+"""Experts of 1 MB, large enough to be measured in pages."""
 
 
 class Ready:
@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 def expert_span(checkpoint, layer, expert, part="linear"):
-    """First byte and length of one expert's matrix, cut to whole pages that are its alone."""
+    """First byte and length of one expert's matrix, reduced to pages that only it uses."""
     tensor = checkpoint[f"transformer/decoder_layer_{layer}/moe/{part}/w"]
     each = tensor.array.nbytes // CONFIG.num_experts
     start = tensor.array.offset + expert * each
@@ -150,7 +150,7 @@ def test_experts_beyond_the_budget_are_dropped_once_they_are_used(folder):
     managed.used(0, 2, ready)
     assert ready.waited
     assert mapped(checkpoint, 0, 2) == 0
-    # Neighbours may share a large page of the cache with it; most of it is gone.
+    # Neighbours may share a large page of the cache with it, but most of it is gone.
     assert cached(checkpoint, 0, 2) < 0.6
 
 
@@ -234,7 +234,7 @@ def run_child(folder, **parts):
 
 @LINUX
 def test_small_limit_on_locked_memory_is_told_and_ends_nothing(folder):
-    # Only a process without the privilege to lock at will meets the limit.
+    # Only a process without the privilege to lock unlimited memory reaches the limit.
     prepare = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)

@@ -28,7 +28,7 @@ from loader.devices.products import (
 
 
 def made(rows, columns, groups, seed=0):
-    """Random weights, and the matrix that they stand for in float64."""
+    """Random weights, and the matrix that they represent, in float64."""
     random = np.random.default_rng(seed)
     weight = random.integers(-127, 128, (rows, columns), np.int8)
     scales = random.uniform(0.001, 0.1, (groups, columns)).astype(ml_dtypes.bfloat16)
@@ -60,7 +60,7 @@ def test_product_is_that_of_the_dequantised_matrix(groups, dtype, tuning):
     for x, found in products_of(weights, [(), (1,), (2, 5)], dtype):
         assert found.dtype == jnp.float32
         assert found.shape == (*x.shape[:-1], 7)
-        # In bfloat16 too: eight bits would be off by 1e-2 and more.
+        # In bfloat16 too: with eight bits the error would be 1e-2 or more.
         np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
 
 
@@ -161,7 +161,7 @@ def test_one_matrix_of_a_stack_is_chosen_at_run_time(monkeypatch, gpus, rows):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_rows_of_a_chosen_matrix_are_cut_out_of_the_stack_and_the_matrix_is_not(groups):
-    """An accelerator's compiler would copy a matrix of which several products take rows."""
+    """An accelerator's compiler would copy a matrix if several products used rows of it."""
     stack = [made(64, 8, groups, seed) for seed in range(3)]
     stacked = one_stack(weights for weights, _ in stack)
     traced = jax.make_jaxpr(lambda x, at: product(x, select(stacked, at), jnp.dtype("bfloat16")))

@@ -1,4 +1,4 @@
-"""Bytes, loops and exchanges are those of the program, as its text says them."""
+"""Bytes, loops and exchanges are counted as they are in the text of a program."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_text_of_this_version_of_jax_is_understood():
     text = jax.jit(step).lower(x, w).compile().as_text()
     found = cost(text)
     assert found.unknown_loops == 0
-    # Each trip reads the matrix, and little else.
+    # Each iteration reads the matrix, and little else.
     assert 5 * w.nbytes <= found.read < 5.5 * w.nbytes
     unknown = jax.jit(lambda n, x: lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x))
     assert cost(unknown.lower(3, x).compile().as_text()).unknown_loops == 1

@@ -1,4 +1,4 @@
-"""Buffers between files and devices: several under way, bounded, never filled too early, pinned."""
+"""Buffers between files and devices: several in flight, bounded, never refilled early, pinned."""
 
 from __future__ import annotations
 

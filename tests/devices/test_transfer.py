@@ -1,4 +1,4 @@
-"""Devices get the bytes of the file; host memory in flight is bounded, and nobody writes theirs."""
+"""Devices get the bytes of the file; host memory in flight is bounded; arrays stay as they are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def resident(monkeypatch):
 
 
 def staged(monkeypatch):
-    """As for devices with memory of their own."""
+    """Transfer as to devices with separate memory."""
     monkeypatch.setattr(assemble, "on_host", lambda _: False)
 
 
@@ -157,7 +157,7 @@ def test_buffers_and_the_runtimes_copies_of_them_stay_within_the_bound(in_flight
 
 
 BIG = (4096, 6144)
-"""Of 96 MiB."""
+"""The shape of a tensor of 96 MiB."""
 
 BOUND = 32 * 2**20
 
@@ -207,7 +207,7 @@ def test_host_memory_beyond_the_arrays_stays_within_the_bound(tmp_path):
     write_shard(tmp_path / "big", np.ones(BIG, np.float32))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, tmp_path / "big"],
-        # What the CPU devices that stand in for others free is to be free.
+        # What CPU devices free, which stand for others here, goes back to the system.
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What suits a processor is measured once, kept, and believed only by whom it was measured for."""
+"""What suits a processor is measured once, kept, and used only for that processor."""
 
 import json
 

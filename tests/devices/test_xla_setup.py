@@ -1,4 +1,4 @@
-"""JAX is set up for this machine before its first use, where nobody else has decided."""
+"""JAX is set up for this machine before its first use, unless the environment decides otherwise."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def get(root, torrent, port, limits=LIMITS, **settings):
 
 @contextlib.contextmanager
 def seeding(*arguments):
-    """The program in a process of its own and its port, once it seeds; it is to end by itself."""
+    """The program in a separate process and its port, once it seeds; it must end by itself."""
     with started(*arguments, *LOOPBACK, until="sharing") as (child, lines):
         yield child, int(re.search(r"port (\d+)", lines[-1])[1])
         child.wait(20)

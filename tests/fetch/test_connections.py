@@ -23,7 +23,7 @@ BODY = b"0123456789"
 WHOLE = Span(0, len(BODY), len(BODY))
 ANSWER = b"HTTP/1.1 206 x\r\nContent-Length: 10\r\nContent-Range: bytes 0-9/10\r\n\r\n" + BODY
 END = b"<end>"
-"""At the end of an answer: so does the connection."""
+"""At the end of an answer: the connection ends too."""
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""What somebody waits for comes first: over real swarms and mirrors, well-behaved and not."""
+"""What a reader waits for comes first: over real swarms and mirrors, well-behaved and not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NEVER_SAVED = Limits(metadata_s=20, stall_s=60, save_s=1000)
 
 
 def span(piece):
-    """Where a piece lies: path, start and length, as the door is asked."""
+    """The place of a piece, as `require` takes it: path, start and length."""
     return PurePosixPath("top", "ab"[piece // 20]), piece % 20 * PIECE, PIECE
 
 
@@ -127,7 +127,7 @@ def test_the_events_say_what_is_waited_for_by_piece_and_by_tensor(tmp_path):
 
 
 SLOW = 40_000
-"""Bytes a second, at which all of it takes half a minute, and a piece one second."""
+"""Bytes per second; everything then takes half a minute, and a piece one second."""
 
 
 def test_a_demanded_piece_comes_before_those_that_peers_were_asked_for_before(tmp_path):
@@ -142,7 +142,7 @@ def test_a_demanded_piece_comes_before_those_that_peers_were_asked_for_before(tm
         store.require(*span(last))
         assert content_at(tmp_path / "to", last) == block(last, 0, PIECE)
         assert len(store.demand.proven(range(PIECES))) < PIECES // 2
-        # The record knows nothing of it yet.
+        # It is not in the record yet.
         assert store.record().pieces == frozenset()
     assert last in Store(tmp_path / "to").record().pieces
 
@@ -189,7 +189,7 @@ def test_a_demanded_piece_that_comes_wrong_is_brought_by_another_peer(tmp_path):
         return bytes(length)
 
     class Lied:
-        """The whole piece is the liar's: of two who sent a bad one together neither is known."""
+        """Let the liar send the whole piece: of two who send a bad one, neither can be blamed."""
 
         def wait(self, _seconds):
             wait_for(lambda: liar.sent == 2)
@@ -248,7 +248,7 @@ def test_a_mirror_is_asked_for_demanded_ranges_next_though_its_connections_are_b
         server.before = before
         source = Together(NoPeers(TORRENT), [server.url], settings=ONE_BY_ONE)
         with filled(tmp_path, source) as store:
-            # The first half of the pieces is the swarm's, the second the mirror's.
+            # The swarm has the first half of the pieces, the mirror the second.
             wait_for(lambda: server.asked)
             store.require(*span(39))
             demanded.set()
@@ -276,7 +276,7 @@ def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror_and_the_rest_stays
     done = threading.Event()
 
     def before(path):
-        # The mirrors' own half keeps them from being idle.
+        # Their own half keeps the mirrors busy.
         if "top/b" in path:
             done.wait(PATIENCE_S)
 

@@ -1,4 +1,4 @@
-"""Several hosts that fetch from one seed: who asks it for what, and how often it sends a byte."""
+"""Several hosts fetch from one seed: which pieces each requests, and how often a byte is sent."""
 
 import dataclasses
 import socket

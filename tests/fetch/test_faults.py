@@ -1,4 +1,4 @@
-"""What disks, people and clocks do to a fetch: a clear error, or it goes on; nothing is lost."""
+"""Faults of disks, people and clocks: a clear error, or the fetch continues; nothing is lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(root, source, **kwargs):
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    """A real seed: its torrent, and what makes a source of it."""
+    """A real seed: its torrent, and a function that makes a source of it."""
     folder = tmp_path_factory.mktemp("seed")
     lay_down(folder, FILES)
     data = torrent_of(folder / "top", PIECE)
@@ -62,7 +62,7 @@ def peer(tmp_path_factory):
 
 
 def fill(disk, leaving):
-    """Another program takes the disk but for so many bytes."""
+    """Another program fills the disk except for `left` bytes."""
     free = os.statvfs(disk)
     with (disk / "filler").open("wb") as file:
         file.write(bytes(free.f_bavail * free.f_frsize - leaving))
@@ -126,7 +126,7 @@ def test_a_file_longer_than_the_process_may_write_is_refused(tmp_path):
 
 
 def during(root, source, when, deed):
-    """A fetch in the middle of which `deed` is done once, after `when` proven pieces."""
+    """A fetch during which `deed` is done once, after `when` proven pieces."""
     events, done = [], False
     for event in fetch(Store(root), source, limits=EAGER):
         events.append(event)
@@ -229,7 +229,7 @@ def test_a_state_folder_that_vanishes_costs_only_a_rehash(tmp_path):
 
 
 class Clock:
-    """A clock that is set by `jumps`, one a look, and stands still afterwards."""
+    """A clock that jumps by the next of `jumps` each time it is read, and then stands still."""
 
     def __init__(self, *jumps):
         self.now, self.jumps = 1000.0, list(jumps)

@@ -18,7 +18,7 @@ from grokfetch.manifest.schema import ManifestFile
 from grokfetch.torrent import read_back as hashing
 
 EAGER = Limits(save_s=0)
-"""Every result is saved at once, so that a kill finds a record."""
+"""Every result is saved at once, so that a killed fetch leaves a record."""
 
 
 @pytest.fixture(params=["v1", "v2"])
@@ -59,7 +59,7 @@ def test_a_second_run_reads_nothing_asks_nothing_and_writes_nothing(tmp_path, sw
 
 
 def times(root):
-    """When the state of a folder was written, but for what only `status` and `report` read."""
+    """When the state of a folder was written, except what only `status` and `report` read."""
     shown = {"progress.json", "findings.json"}
     state = (root / ".grokfetch").glob("*.*")
     return {path.name: path.stat().st_mtime_ns for path in state if path.name not in shown}
@@ -76,7 +76,7 @@ def test_after_a_kill_no_proven_piece_is_fetched_or_hashed_again(
     again = FakeSwarm(swarm.torrent, dict(FILES))
     result = outcome(run(tmp_path, again))
     assert result.rehashed <= pieces_of(swarm) - proven
-    # One piece at most was on the disk and not yet in the record; the half one is fetched again.
+    # At most one piece was on the disk but not in the record; the half one is fetched again.
     assert result.rehashed <= 2
     assert result.fetched == pieces_of(swarm) - after
     assert whole(tmp_path)
@@ -97,7 +97,7 @@ def test_after_a_kill_behind_the_last_piece_the_next_fetch_records_what_it_finds
 
 
 def kill(root, swarm, monkeypatch):
-    """Run until the source dies, and let nothing be written after that, as SIGKILL does."""
+    """Run until the source dies, and allow no writes after that, as with SIGKILL."""
     real = proofs.Proofs.end_writing
     monkeypatch.setattr(proofs.Proofs, "end_writing", lambda _self: None)
     with pytest.raises(Killed):
@@ -126,7 +126,7 @@ def test_files_stay_marked_until_the_source_has_stopped_writing(tmp_path, swarm)
     )
     with contextlib.closing(fetch(Store(tmp_path), swarm)) as events:
         next(event for event in events if isinstance(event, Status) and event.pieces_done)
-        # Held here, the source lives on unless it is closed.
+        # A reference is kept here, so the source lives until it is closed.
         assert swarm.closed == 0
     assert marked
     assert not any(proof.writing for proof in Store(tmp_path).record().files.values())

@@ -1,4 +1,4 @@
-"""HTTP under whatever the environment holds: proxies, certificates and the Hub."""
+"""HTTP with whatever is in the environment: proxies, certificates and the Hub."""
 
 import dataclasses
 import ssl
@@ -158,7 +158,7 @@ def test_the_proxy_of_the_scheme_goes_before_that_of_all_and_lower_case_before_u
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """A certificate for 127.0.0.1 that nobody has signed, and a server's context with it."""
+    """A self-signed certificate for 127.0.0.1, and a server's context with it."""
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650"]

@@ -1,4 +1,4 @@
-"""SIGKILL at moments that chance chooses, again and again; every promise is checked after each."""
+"""SIGKILL at random moments, again and again; every promise is checked after each."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ say("done", outcome.fetched, [])
 
 @dataclasses.dataclass
 class Watch:
-    """What one run asked for and hashed, by its log."""
+    """What one run requested and hashed, according to its log."""
 
     fetched: set[int]
     rehashed: list[int]
@@ -85,7 +85,7 @@ def published(request, tmp_path):
 
 
 def run(folder, seeder, target):
-    """Run a fetch until the seed has sent so many bytes in all, then kill it; None: to the end."""
+    """Run a fetch until the seed has sent some bytes in all, then kill it; None: to the end."""
     log = folder / "log"
     log.write_bytes(b"")
     arguments = (folder / "theirs", folder / "ours/top.torrent", f"127.0.0.1:{seeder.port}", log)
@@ -121,12 +121,12 @@ def test_whatever_moment_the_process_is_killed_at_nothing_proven_is_lost(publish
         for kill in range(KILLS + 1):
             target = None if kill == KILLS else sent + dice.randrange(SIZE // KILLS)
             watch = run(folder, seeder, target)
-            # What was proven before is neither asked for nor read again.
+            # What was proven before is neither requested nor read again.
             assert not watch.fetched & proven
             assert not watch.hashed & proven
-            # Read again, once, is what had begun to come and was not recorded. File systems tell
-            # data from holes by the block, and pieces here end within one: what lies beside a
-            # piece may be read as well.
+            # Pieces that had begun to arrive and were not recorded are read again once. File
+            # systems distinguish data from holes by the block, and pieces here end within one, so
+            # the neighbours of a piece may be read as well.
             assert len(watch.rehashed) == len(set(watch.rehashed))
             assert set(watch.rehashed) <= {piece + step for piece in begun for step in (-1, 0, 1)}
             now = set(Store(folder / "theirs").record().pieces)
@@ -144,7 +144,7 @@ def test_whatever_moment_the_process_is_killed_at_nothing_proven_is_lost(publish
 
 
 def pieces_begun(root, layout):
-    """The pieces of which any byte lies on the disk: the content has no long run of zeros."""
+    """The pieces with any byte on the disk; the content has no long runs of zeros."""
 
     def lies_there(part):
         path = root / part.file.path

@@ -49,7 +49,7 @@ def torrent(request):
 
 @pytest.fixture
 def top():
-    """A mirror laid out as BEP 19 has it."""
+    """A mirror with the layout of BEP 19."""
     with WebServer(dict(TOP)) as server:
         yield server
 
@@ -63,7 +63,7 @@ def bare():
 
 @pytest.fixture
 def torrent_v1():
-    """Where the version makes no difference."""
+    """A torrent for tests where the version makes no difference."""
     return v1_torrent(FILES, PIECE)
 
 
@@ -109,7 +109,7 @@ def test_a_template_is_tried_without_and_with_the_top_folder(tmp_path, torrent, 
     events = run(tmp_path, NoPeers(torrent), address)
     assert whole(tmp_path)
     assert not notices(events)
-    # It is remembered which form answered: no more than the first requests go wrong.
+    # The form that worked is remembered, so at most the first requests fail.
     missed = [path for path in server.asked if path not in server.files]
     assert len(missed) <= (SETTINGS.connections if layout == "top" else 0)
 

@@ -1,4 +1,4 @@
-"""Mirrors that limit, cut, expire or fail: nothing is asked for twice that need not be."""
+"""Mirrors that limit, truncate, expire or fail: nothing is requested twice without need."""
 
 import contextlib
 import dataclasses
@@ -80,7 +80,7 @@ def test_fewer_connections_go_to_who_limits_and_more_again_later():
     mirror = Mirror("http://h/", "h", 8.0, active=8)
     mirror.limit(1.0, 0.0, SETTINGS)
     assert mirror.allowed == 4
-    # What was under way when it limited us counts once.
+    # Requests in flight when it limited us count once.
     mirror.limit(1.0, 0.0, SETTINGS)
     assert mirror.allowed == 4
     for _ in range(20):
@@ -102,7 +102,7 @@ NOW = 1_800_000_000.0
         ({"retry-after": "soon"}, None),
         ({"retry-after": formatdate(NOW + 90, usegmt=True)}, 90),
         ({"retry-after": formatdate(NOW - 90, usegmt=True)}, 0),
-        # The server's clock decides where it says what it shows.
+        # If the server tells its time, its clock decides.
         (
             {
                 "retry-after": formatdate(NOW + 5000, usegmt=True),
@@ -158,7 +158,7 @@ def test_a_server_that_sends_one_byte_at_a_time_is_dropped(tmp_path, server, mon
 
 
 def first_notice(root, *addresses, swarm=None, **settings):
-    """The first thing that is said, and the seconds until then."""
+    """The first message, and the seconds until it comes."""
     source = Together(
         swarm or NoPeers(TORRENT), addresses, settings=dataclasses.replace(SETTINGS, **settings)
     )

@@ -25,7 +25,7 @@ HERE = SwarmSettings.loopback()
 LIMITS = Limits(metadata_s=20, stall_s=20)
 PIECE = 16 * 1024
 
-# What libtorrent 2.1 takes out of names or replaces, and one character of every category.
+# What libtorrent 2.1 removes from names or replaces, and one character of every category.
 REWRITTEN = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202e\u2060\u2064\u2066\u2069\ufeff\x80\x9f"
 CATEGORIES = {
     unicodedata.category(character): character
@@ -49,7 +49,7 @@ paths = st.lists(parts, min_size=1, max_size=3).map("/".join)
 
 
 def fetched(folder, version, names, top="top", request=None):
-    """What of the published names lies in a folder that was fetched from a seed."""
+    """Which of the published names are in a folder that was fetched from a seed."""
     files = {name: f"{index} of them".encode() for index, name in enumerate(names)}
     lay_down(folder / "seed", files, top)
     data = torrent_of(folder / "seed" / top, PIECE, version)

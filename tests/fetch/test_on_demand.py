@@ -1,4 +1,4 @@
-"""A checkpoint that is fetched as it is read: nothing comes but what is looked at."""
+"""A checkpoint that is fetched as it is read: only what is looked at is fetched."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_only_the_pieces_under_what_is_read_come_and_they_are_proven(published, 
     selection = str(Store(tmp_path).selection())
     assert selection == "what was read"
     with opened(published, tmp_path) as grok:
-        # Nobody is there, and nobody is needed.
+        # There is no peer, and none is needed.
         assert np.array_equal(grok[GATE][3, :, 8:16], part)
     assert proven(tmp_path) == few
 
@@ -148,7 +148,7 @@ def test_a_torrent_without_a_manifest_is_read_too_but_its_hyperparameters_are_no
     few = proven(tmp_path)
     assert 0 < len(few) < count(published)
     with loader.open_checkpoint(None, tmp_path, fetch=True, network=network()) as grok:
-        # The names are kept, and nobody is asked.
+        # The names were kept, and nothing is requested.
         assert np.array_equal(grok[GATE].dequantize(np.s_[3, :, 8:16]), part)
     assert proven(tmp_path) == few
     with pytest.raises(NoModel):
@@ -285,11 +285,11 @@ def test_a_swarm_is_waited_for_as_long_as_it_brings_what_is_waited_for():
     assert not patience.ends(10.0, {1, 2}, 0, 0.0)
     assert not patience.ends(11.9, {1, 2}, 0, 0.0)
     assert patience.ends(12.1, {1, 2}, 0, 0.0)
-    # Bytes of others come, at a piece a second.
+    # Other bytes come, at one piece per second.
     assert not patience.ends(12.2, {1, 2}, 1, 1e6)
     assert not patience.ends(15.9, {1, 2}, 2, 1e6)
     assert patience.ends(16.1, {1, 2, 3}, 3, 1e6)
-    # One that was waited for has come.
+    # One that a reader waited for has come.
     assert not patience.ends(16.2, {2, 3}, 4, 1e6)
     assert not patience.ends(100.0, set(), 4, 1e6)
     assert not patience.ends(200.0, {9}, 4, 1e6)

@@ -1,4 +1,4 @@
-"""Where nobody answers it is said once, with what else works; the disk is looked at before."""
+"""If nobody answers, one message says what else works; the disk is checked before that."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def silent(clock):
 
 
 def said(silence, clock, *moments):
-    """What is said at moments, each a time and the traffic then."""
+    """The messages at some moments, each a time and the traffic then."""
     texts = []
     for clock.now, traffic in moments:
         texts += [(clock.now, notice.text) for notice in silence.after(traffic)]

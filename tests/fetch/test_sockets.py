@@ -22,5 +22,5 @@ def test_a_connection_that_is_given_up_while_it_is_made_is_closed(steps):
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         asyncio.run(give_up(server.getsockname()[1]))
-        # A socket that nobody has closed is reported when it is collected: an error here.
+        # A socket that was not closed is reported when it is collected, which is an error here.
         gc.collect()

@@ -1,4 +1,4 @@
-"""Real libtorrent on 127.0.0.1: seeds of ours in this process, and a peer that lies."""
+"""Real libtorrent on 127.0.0.1: our own seeds in this process, and a peer that lies."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ ONE_VERSION = pytest.mark.parametrize(
     ["hybrid", *(pytest.param(version, marks=pytest.mark.slow) for version in ("v1", "v2"))],
     indirect=True,
 )
-"""For tests that wait: those of the other versions are for the gate."""
+"""For tests that wait; the other versions are tested by the gate."""
 
 
 @pytest.fixture(scope="session", params=["v1", "v2", "hybrid"])
@@ -135,7 +135,7 @@ def test_an_abandoned_fetch_goes_on_where_it_was(tmp_path, seeded):
     assert before > 3
     pieces = Store(tmp_path).layout().piece_count
     result = run(tmp_path, seeded)[-1]
-    # What had come but was not proven when it ended is read back, not fetched.
+    # What had arrived but was not proven when it ended is read back, not fetched.
     assert result.fetched <= pieces - before
     assert result.rehashed <= pieces - before
     assert whole(tmp_path)
@@ -179,13 +179,13 @@ def test_after_a_signal_no_proven_piece_is_fetched_again(tmp_path, torrent, numb
 
 
 def interrupt(root, magnet, number, pieces):
-    """Start a fetch in another process and send a signal when so many pieces are proven."""
+    """Start a fetch in another process and send a signal when some pieces are proven."""
     command = [sys.executable, "-c", CHILD, str(root), magnet]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
         assert any(int(line) >= pieces for line in child.stdout)
-        # What is proven is told before the record of it has reached a slow disk.
+        # Proven pieces are reported before the record has reached a slow disk.
         wait_for(lambda: Store(root).record().pieces)
         child.send_signal(number)
         child.stdout.read()
@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_written_ends_the_fetch(tmp_path, seeded):
 
 @pytest.fixture
 def partial_seed(tmp_path):
-    """A v2 torrent, and a seed that holds two of its files and knows of no other's pieces."""
+    """A v2 torrent, and a seed with two of its files that knows no pieces of the others."""
     lay_down(tmp_path / "whole", FILES)
     torrent = parse_torrent(torrent_of(tmp_path / "whole/top", PIECE, version="v2"))
     layout = parse_info(torrent.info, torrent.piece_layers)
@@ -303,7 +303,7 @@ def test_a_swarm_without_peers_is_silence(tmp_path, torrent):
 def test_a_layout_that_libtorrent_understands_otherwise_is_refused(tmp_path, torrent):
     _, data = torrent
     known = parse_torrent(data)
-    # One file is longer by a byte, and where padding follows it, that is shorter by one.
+    # One file is longer by a byte, and padding after it is shorter by a byte.
     info = known.info.replace(b"lengthi100e", b"lengthi101e")
     other = parse_info(info.replace(b"lengthi32668e", b"lengthi32667e"), known.piece_layers)
     order = Order(known, other, tmp_path, frozenset(), frozenset({0}))

@@ -55,7 +55,7 @@ def path(name):
 
 
 class Gated(FakeSwarm):
-    """Brings the pieces from `held` on only when `gate` opens; says nothing new until then."""
+    """Brings the pieces from `held` on only when `gate` opens, and nothing until then."""
 
     def __init__(self, torrent, files, held):
         super().__init__(torrent, files, stall_after=held, tick=self._wait)
@@ -72,7 +72,7 @@ def swarm():
 
 
 def following(store, swarm, **options):
-    """A block that runs beside a fetch, once it is known what is to come."""
+    """Run a block during a fetch, once it is known what will come."""
     options = {"manifest": manifest_of(FILES, None), "limits": AT_ONCE} | options
     return store.filled(fetch(store, swarm, **options))
 
@@ -204,7 +204,7 @@ def published(tmp_path_factory):
 
 
 SLOW = 100_000
-"""Bytes a second, at which the checkpoint takes half a minute and more."""
+"""Bytes per second; the checkpoint then takes more than half a minute."""
 
 SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
 EVERYTHING = share_of_host(golden.ONE, 0, 1)
@@ -250,12 +250,12 @@ def test_tensors_are_placed_and_the_model_compiled_before_the_last_pieces_come(
         assert list(engine.generate(prompt, 6)) == wanted[:6]
     late = [it.getMessage() for it in caplog.records if it.created > store.opened_at > 0]
     late = [text for text in late if text.startswith("Finished XLA compilation")]
-    # Where experts are called one by one, a layer may give one a number of tokens not met before.
+    # If experts are called one by one, a layer may give one a new number of tokens.
     assert len(late) <= {"mapped": 4, "sharded": 0}[placement]
 
 
 class OnlyAsked(FakeSwarm):
-    """Brings what somebody waits for or will need next, and the rest when `gate` opens."""
+    """Brings what readers wait for or will need next, and the rest when `gate` opens."""
 
     def __init__(self, torrent, files):
         super().__init__(torrent, files)
@@ -280,7 +280,7 @@ class OnlyAsked(FakeSwarm):
 
 @pytest.fixture(scope="module")
 def first_tokens(published, tmp_path_factory):
-    """A prompt, what follows it, what the routers chose, and the pieces that had come by then."""
+    """A prompt, its text, the choices of the routers, and the pieces that had arrived by then."""
     root, torrent, manifest = published
     layout = parse_info(torrent.info, torrent.piece_layers)
     files = {
@@ -316,7 +316,7 @@ def test_a_token_is_generated_as_soon_as_its_own_weights_are_there(published, fi
 
 
 def expert_pieces(manifest, layout, layer, expert):
-    """The pieces over one expert's weights."""
+    """The pieces with one expert's weights."""
     found = set()
     for tensor in manifest.tensors:
         if f"layer_{layer}/moe/" in tensor.name and len(tensor.shape) == 3:

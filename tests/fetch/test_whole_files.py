@@ -116,7 +116,7 @@ def test_an_interrupted_file_has_no_name_and_no_proof_and_goes_on_where_it_ended
     events = fetch(Store(tmp_path), mirrors, manifest=MANIFEST, limits=LIMITS)
     part = tmp_path / "model/large.part"
     with contextlib.closing(events):
-        # The others are whole, lest what is left of them counts below.
+        # The others are complete, so that only this one counts below.
         while not (
             part.exists()
             and part.stat().st_size >= 1 << 20
@@ -170,7 +170,7 @@ def test_a_wrong_file_of_the_only_mirror_is_asked_for_once_more_and_then_given_u
     error = bring_until_it_fails(tmp_path, web)
     assert isinstance(error, errors.Contradiction)
     assert f"{address(web)} sends another file" in str(error)
-    # Its length is asked for each time, too.
+    # Its length is also requested each time.
     assert web.asked.count("main/large") == 4
     web.spoil.clear()
     assert bring(tmp_path, web)[-1].fetched == 1

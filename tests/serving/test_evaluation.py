@@ -56,14 +56,14 @@ def write_task(folder, name, kind, documents):
 
 
 def sentences():
-    """Each sentence of the demo's text as its first three words, and the others."""
+    """Each sentence of the demo's text, divided into its first three words and the rest."""
     text = demo_folder().joinpath("grok-demo/text.txt").read_text()
     split = [sentence.rstrip(".").split() for sentence in text.splitlines()]
     return [(" ".join(words[:3]), words[3:]) for words in split]
 
 
 def evaluated(url, tasks, out):
-    """What lm_eval says of each document of each task."""
+    """What lm_eval reports for each document of each task."""
     arguments = f"model=grok-demo,base_url={url}/completions,num_concurrent=4,max_length=512"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
     command += ["--tasks", "choice,generate", "--include_path", tasks, "--output_path", out]
@@ -84,7 +84,7 @@ def evaluated(url, tasks, out):
 
 
 def log_likelihood(engine, start, rest):
-    """The sum of the log-probabilities of what `rest` adds, by the Python API."""
+    """The sum of the log-probabilities of the tokens in `rest`, by the Python API."""
     prompt, whole = engine.tokenizer.encode(start), engine.tokenizer.encode(start + rest)
     scores = jax.nn.log_softmax(engine.full_logits([whole])[0], axis=-1)
     return sum(float(scores[at - 1, whole[at]]) for at in range(len(prompt), len(whole)))

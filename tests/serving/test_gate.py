@@ -1,4 +1,4 @@
-"""What clients may leave open, say oddly, or never finish, spoken over plain sockets."""
+"""What clients may leave open, write in odd ways, or never finish, sent over plain sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def url():
 
 
 def speak(url, request, *, until_closed=False):
-    """What a server answers to some bytes, up to the end of the connection or of the headers."""
+    """A server's answer to some bytes, up to the end of the connection or of the headers."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
         connection.sendall(request)
@@ -85,7 +85,7 @@ def test_a_body_whose_length_is_told_twice_is_refused_and_the_connection_ends(ur
     )
     assert told.startswith(b"HTTP/1.1 400")
     assert b"ambiguous_length" in told
-    # The second request may be part of the first one's body: nobody answers it.
+    # The second request may be part of the first one's body, so it is not answered.
     assert told.count(b"HTTP/1.1") == 1
 
 
@@ -161,7 +161,7 @@ def test_scripts_of_the_pages_that_were_named_may_ask_and_no_others():
     asked = {"Access-Control-Request-Method": "POST"}
     headers = {"Access-Control-Request-Headers": "authorization, content-type"}
     with serving(Held(), key="secret", origins=(page,)) as (url, _):
-        # A browser asks without the key whether it may ask with it.
+        # A browser asks without the key whether it may send the key.
         may = httpx.options(
             f"{url}/v1/completions", headers={"Origin": page} | asked | headers
         ).headers

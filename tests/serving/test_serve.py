@@ -1,4 +1,4 @@
-"""Clients that are not ours speak to the server over HTTP, behave badly, and get what is due."""
+"""Other people's clients use the server over HTTP, some badly, and get the right answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    # It takes half a second to import, which only the worker pays that runs these tests.
+    # Importing it takes half a second, which only the worker that runs these tests should pay.
     import openai
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -389,7 +389,7 @@ def test_what_vllms_clients_send_changes_the_text_as_it_says(client):
     assert len(set(text(presence_penalty=2, frequency_penalty=2, max_tokens=9)[0])) > 1
     assert text(logit_bias={"9": 100}, repetition_penalty=100, max_tokens=2)[0][0] == letters([9])
     assert text(min_p=1, temperature=1.0, max_tokens=5) == (WANTED[:5], "length")
-    # Before min_tokens no stop string is looked for.
+    # Stop strings are ignored before min_tokens.
     assert text(stop=WANTED[1], min_tokens=3, max_tokens=5) == (WANTED[:5], "length")
 
 

@@ -1,4 +1,4 @@
-"""Clients that do not read what they have asked for, over sockets with small buffers."""
+"""Clients that do not read the responses to their requests, over sockets with small buffers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from grokfetch.serving import connection
 SMALL = 4096
 LONG = {"prompt": P1, "max_tokens": 100, "n": 4, "logprobs": 5, "echo": True}
 LEAST = 65536
-"""Bytes of the answer to `LONG` at least, far more than both buffers hold."""
+"""The least number of bytes in the response to `LONG`, far more than both buffers hold."""
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server's address and worker, whose sockets hold little."""
+    """The address and the worker of a server with small socket buffers."""
     monkeypatch.setattr(connection, "UNREAD_S", 0.3)
     real = socket.socket.listen
 
     def listen(listener, *backlog):
-        # Connections have it from the listener.
+        # Connections inherit this from the listener.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
         real(listener, *backlog)
 
@@ -39,7 +39,7 @@ def server(monkeypatch):
 
 @contextlib.contextmanager
 def asking(url, **fields):
-    """A connection on which something was asked."""
+    """A connection with a request."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps(LONG | fields).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
