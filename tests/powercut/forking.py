@@ -1,7 +1,6 @@
 """Processes forked from one that has imported the program, so that none of them imports it again.
 
-Of a command that is done after a tenth of a second, an interpreter that starts afresh takes three
-tenths more for its imports.
+For a command that takes a tenth of a second, a new interpreter needs three tenths more to import.
 """
 
 import atexit
@@ -20,26 +19,26 @@ import sys
 from pathlib import Path
 
 LONGEST = 1 << 16
-"""Bytes of a request: the code, and the names of modules."""
+"""Most bytes of a request, which is the code and the names of modules."""
 
 IMPORTED = (
     *(f"grokfetch.commands.{it}" for it in ("fetch", "verify", "publish", "manifest", "export")),
     *("grokfetch.fetch.mirror.pool", "loader.export.padding", "loader.export.writing"),
     *("encodings.idna", "libtorrent", "psutil", "sentencepiece", "powercut.recorder", "mfusepy"),
 )
-"""What the parent imports: what the commands import when they are called, and the recorder."""
+"""What the parent imports: everything that commands import later, and the recorder."""
 
 
 @dataclasses.dataclass
 class Forked:
-    """A forked process: its number, where its exit code comes from, and that code once known."""
+    """A forked process: its id, the pipe for its exit code, and that code once known."""
 
     pid: int
     ends: socket.socket
     code: int | None = None
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, of a signal the negative; None if it has not ended by then."""
+        """The exit code, negative for a signal; None if the process has not ended by then."""
         if self.code is None and select.select([self.ends], [], [], seconds)[0]:
             (self.code,) = struct.unpack("i", self.ends.recv(4))
             self.ends.close()
@@ -52,7 +51,7 @@ class Forked:
 
 
 def forked(code: str, stdout: int, stderr: int) -> Forked:
-    """Run Python code in a process of its own, which has `IMPORTED`; the others are handles."""
+    """Run Python code in a process that has `IMPORTED`; the others are file descriptors."""
     ends, told = socket.socketpair()
     with told:
         handles = [told.fileno(), stdout, stderr]
@@ -63,7 +62,7 @@ def forked(code: str, stdout: int, stderr: int) -> Forked:
 
 @functools.cache
 def _parent() -> socket.socket:
-    """What the parent takes its requests from; it ends when this process does."""
+    """The socket for requests to the parent, which ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
     call = "from powercut.forking import serve; serve()"
@@ -81,14 +80,14 @@ def _parent() -> socket.socket:
 
 
 def serve() -> None:
-    """Fork a process for each request on stdin, until nobody can make one any more."""
+    """Fork a process for each request on stdin, until the other end is closed."""
     for name in IMPORTED:
         importlib.import_module(name)
-    # A process that ends would look through all of it once more.
+    # Otherwise each process would scan all of it once more when it ends.
     gc.collect()
     gc.freeze()
     requests = socket.socket(fileno=0)
-    # Nobody waits for the watchers.
+    # The watchers are not waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         text, handles, _, _ = socket.recv_fds(requests, LONGEST, 3)
@@ -101,7 +100,7 @@ def serve() -> None:
 
 
 def _watch(code: str, told: int, stdout: int, stderr: int) -> None:
-    """Fork the process that is asked for, and tell its number and then its exit code."""
+    """Fork the requested process, and report its id and then its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if not pid:
@@ -109,7 +108,7 @@ def _watch(code: str, told: int, stdout: int, stderr: int) -> None:
         for old, new in ((os.open(os.devnull, os.O_RDONLY), 0), (stdout, 1), (stderr, 2)):
             os.dup2(old, new)
             os.close(old)
-        # As an interpreter does with -c.
+        # As an interpreter with -c does.
         exec(code, {"__name__": "__main__"})
         sys.exit()
     os.write(told, struct.pack("i", pid))

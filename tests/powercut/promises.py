@@ -1,4 +1,4 @@
-"""What must hold of every state that a power cut can leave, tried by the next commands."""
+"""What must hold for every state that a power cut can leave, checked by the next commands."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ from grokfetch.torrent.layout import Segment
 from grokfetch.torrent.metainfo import parse_torrent
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""Where states are tried: nothing has to reach a disk any more."""
+"""Where states are tried; nothing needs to reach a disk there."""
 
 STORAGE_FAILED = StorageFailed.exit_code
 DAMAGED = Damaged.exit_code
@@ -67,7 +67,7 @@ EXPORTED = "to/.grokfetch/export.json"
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One state: the promises that were broken, and bytes that were fetched again."""
+    """The result for one state: broken promises, and bytes that were fetched again."""
 
     broken: tuple[str, ...]
     fetched: int
@@ -76,9 +76,9 @@ class Tried:
 def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
     """What has been done, flushed and recorded, and must not have to be done again.
 
-    Of a fetch the numbers of pieces, of an export the names of tensors, of what is published from a
-    mirror paths of files until their hashes are removed; of other commands one thing once they have
-    ended: that they have.
+    For a fetch these are numbers of pieces, for an export names of tensors, for publishing from a
+    mirror paths of files until their hashes are removed. For other commands it is only the fact
+    that they have ended.
     """
     if recorded.name == "export":
         fields = _safe_file(past, EXPORTED)
@@ -93,7 +93,7 @@ def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
     torrent = parse_torrent(recorded.torrent)
     layout = parse_info(torrent.info, torrent.piece_layers)
     now = Cut(list(past), len(past)).best()
-    # Pieces that somebody has damaged since then do not count.
+    # Pieces that were damaged since then do not count.
     return frozenset(
         piece
         for piece in records.decode(text).pieces
@@ -105,7 +105,7 @@ def safe(recorded: Recorded, past: Sequence[Operation]) -> frozenset[object]:
 
 
 def _hashed(past: Sequence[Operation]) -> frozenset[object]:
-    """Files whose hashes are kept; once those are being removed, that the command has ended."""
+    """Files whose hashes are kept; once those are being removed, the fact that it has ended."""
     if any(
         it.kind == "unlink" and it.path.startswith(f"{PurePath(HASHED).parent}/") for it in past
     ):
@@ -115,7 +115,7 @@ def _hashed(past: Sequence[Operation]) -> frozenset[object]:
 
 
 def _safe_file(past: Sequence[Operation], path: str) -> bytes | None:
-    """A state file as it was when its folder was flushed last."""
+    """A state file as it was when its folder was last flushed."""
     folder = path.rpartition("/")[0]
     flushes = [at for at, it in enumerate(past) if it.kind == "fsyncdir" and it.path == folder]
     return Cut(list(past), flushes[-1] + 1).best().content(path) if flushes else None
@@ -129,7 +129,7 @@ def _bytes_at(disk: Disk, files: Mapping[str, bytes], path: str, part: Segment) 
 
 
 def tried(recorded: Recorded, disk: Disk, kept: frozenset[object]) -> Tried:
-    """Lay a state down and run the next commands on it."""
+    """Write a state to the disk and run the next commands on it."""
     with tempfile.TemporaryDirectory(prefix="powercut-", dir=MEMORY) as place:
         disk.lay_down(Path(place))
         try:
@@ -139,7 +139,7 @@ def tried(recorded: Recorded, disk: Disk, kept: frozenset[object]) -> Tried:
 
 
 def outlived(struck: Struck) -> Tried:
-    """What is left of a program that a failing disk, or SIGKILL, has met, tried in its place."""
+    """Check what a program has left after a disk fault or SIGKILL, in the folder itself."""
     fault, ended = struck.fault, struck.ended
     assert fault is not None
     broken = []
@@ -147,12 +147,12 @@ def outlived(struck: Struck) -> Tried:
         broken.append(f"exit code {ended.code}: {ended.said[-300:]}")
     if ended is not None and "Traceback" in ended.said:
         broken.append(f"a traceback: {ended.said[-600:]}")
-    # What a run says is made only where it is to be compared: it takes seconds, for jax.
+    # The text to compare with is only made when it is needed: it takes seconds, because of jax.
     if fault.action != "flip" and struck.text is not None and struck.text != _text():
         broken.append(f"a run that ended well has said {struck.text}")
     folder = struck.disk / "to"
     try:
-        # A server's files lie nowhere here.
+        # The files of a server are not on this disk.
         if fault.action == "flip" and folder.is_dir():
             broken += _found_by_verification(struck.recorded, folder)
         if fault.action == "truncated" and struck.recorded.name == "run":
@@ -164,9 +164,9 @@ def outlived(struck: Struck) -> Tried:
 
 
 def _clear(code: int, action: str) -> bool:
-    """Whether an exit code says what has happened."""
+    """Whether an exit code reports what has happened."""
     match action:
-        # Of what came by half, or is truncated, zeros take the place of the rest of a page.
+        # After half a read, or a truncation, the rest of a page reads as zeros.
         case "flip" | "short" | "truncated":
             return code >= SourceInvalid.exit_code
         case "kill":
@@ -176,12 +176,12 @@ def _clear(code: int, action: str) -> bool:
 
 @functools.cache
 def _text() -> str:
-    """What a run says that nothing has met."""
+    """The output of a run without a fault."""
     return invoke(*running(model())).stdout
 
 
 def _found_by_verification(recorded: Recorded, folder: Path) -> Iterator[str]:
-    """A bit that has changed unseen is found by who reads everything back, and by nobody else."""
+    """Check that a silently changed bit is found by `verify`, which reads everything back."""
     said = CliRunner().invoke(main, ["verify", str(folder)])
     if said.exit_code and said.exit_code < SourceInvalid.exit_code:
         yield f"verify ends with {said.exit_code}: {said.output[-300:]} {said.exception!r}"
@@ -195,7 +195,7 @@ def _found_by_verification(recorded: Recorded, folder: Path) -> Iterator[str]:
 
 
 def _refused_until_it_is_back(folder: Path) -> None:
-    """A file that has become shorter is not trusted; once it is back `verify` proves it again."""
+    """Check that a shorter file is not trusted, and that `verify` proves it once it is restored."""
     right = payload(model())
     right[MANIFEST] = (model() / MANIFEST).read_bytes()
     shorter = [path for path, data in right.items() if (folder / path).read_bytes() != data]
@@ -237,7 +237,7 @@ def _try(recorded: Recorded, folder: Path, kept: frozenset[object]) -> Tried:
 
 
 def _trusted_and_wrong(folder: Path, right: Mapping[str, bytes]) -> Iterator[str]:
-    """Bytes that count as proven here and are not right, before anything reads them back."""
+    """Bytes that count as proven and are wrong, before anything reads them back."""
     store = Store(folder)
     try:
         if store.manifest_or_none() is None:
@@ -284,7 +284,7 @@ def _ends_well(folder: Path, swarm: FakeSwarm) -> Iterator[str]:
 
 
 def _outputs(folder: Path) -> tuple[Path, Path]:
-    """The torrent and the manifest of what is published as a folder."""
+    """The torrent and the manifest of a published folder."""
     return folder.with_name("to.torrent"), folder.with_name("to.json")
 
 
@@ -292,7 +292,7 @@ def _published(folder: Path, kept: frozenset[object]) -> Iterator[str]:
     torrent, described = _outputs(folder)
     if kept and not (torrent.exists() and described.exists()):
         yield "what was published is lost after its command has ended"
-    # What is there is whole; half of one is an error here.
+    # Existing ones must be complete; half a document is an error here.
     if torrent.exists():
         parse_torrent(torrent.read_bytes())
     if described.exists():
@@ -315,7 +315,7 @@ def _mirrored(folder: Path, kept: frozenset[object]) -> Iterator[str]:
             yield f"{path.name} is not what it should be"
     with mirrored() as server:
         invoke(*mirroring(folder, server))
-    # Each is asked for its length first.
+    # The length of each is requested first.
     asked = [f"to/{url.removeprefix(f'{MIRROR}/')}" for url in server.asked]
     again = sorted(str(path) for path in kept if asked.count(str(path)) > 1)
     if again:
@@ -326,7 +326,7 @@ def _mirrored(folder: Path, kept: frozenset[object]) -> Iterator[str]:
 
 @functools.cache
 def _published_from_mirror() -> tuple[bytes, bytes]:
-    """Torrent and manifest that nothing has met."""
+    """Torrent and manifest without a fault."""
     with tempfile.TemporaryDirectory(prefix="powercut-") as place, mirrored() as server:
         invoke(*mirroring(Path(place) / "to", server))
         torrent, described = _outputs(Path(place) / "to")
@@ -339,7 +339,7 @@ def _described(folder: Path, kept: frozenset[object]) -> Iterator[str]:
 
 def _has_run(folder: Path, kept: frozenset[object]) -> Iterator[str]:
     store = Store(folder)
-    # Of the model nothing was written.
+    # Nothing of the model was written.
     store.require_all()
     before = journal.runs(store)
     if kept and not before:
@@ -366,14 +366,14 @@ def _exported(folder: Path, kept: frozenset[object]) -> Iterator[str]:
 
 @functools.cache
 def _export() -> dict[str, bytes]:
-    """The files of an export that nothing has met."""
+    """The files of an export without a fault."""
     with tempfile.TemporaryDirectory(prefix="powercut-") as place:
         invoke(*exporting(Path(place) / "to"))
         return payload(Path(place) / "to")
 
 
 def _made(folder: Path, again: tuple[object, ...], kept: frozenset[object]) -> Iterator[str]:
-    """Whether what has ended is proven as it stands; the command ends well again, and `verify`."""
+    """Check that what has ended is proven unchanged, and the command and `verify` succeed again."""
     try:
         Store(folder).require_all()
     except GrokfetchError as error:
@@ -391,6 +391,6 @@ MADE = {
     "run": _has_run,
     "export": _exported,
 }
-"""What is tried after each of these commands, in the folder, by what is safe."""
+"""By command, the check after it, which takes the folder and what is safe."""
 
 RUN = journal.Run(1.0, "mapped", "cpu", 1, 1, 1.0, 1, 1, 1.0, None, None, None, None)

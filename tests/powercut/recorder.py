@@ -1,8 +1,7 @@
 """A file system in user space that passes everything on and records, in order, what changes.
 
 `mount` ends when the file system is unmounted; its log is then a sequence of pickled `Operation`s.
-What lies there already comes first, as it would have been written and flushed. Reads are not
-recorded.
+Existing files come first, as if they had been written and flushed. Reads are not recorded.
 """
 
 import dataclasses
@@ -16,10 +15,10 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operation:
-    """One change, or one flush.
+    """One change or one flush.
 
     kind: create, mkdir, write, truncate, rename, link, unlink, rmdir, symlink, times, fsync,
-    fsyncdir; begun, before the first that was recorded; or struck, where the `Fault` is. path:
+    fsyncdir; begun, before the first recorded one; or struck, at the `Fault`. path:
     relative to the mount, where a name changes or a folder is flushed; `other` is the new name of a
     rename or link, the target of a symbolic link. inode: a number of our own for the file whose
     bytes change or are flushed. mtime_ns: of that file after the operation.
@@ -61,13 +60,13 @@ AMONG = {"changes": CHANGES, "reads": frozenset({"read"}), "writes": frozenset({
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, once: at the operation number `at`, from 1 on.
+    """What goes wrong once, at the operation with the number `at`, counted from 1.
 
-    among: a key of `AMONG`. action: the name of an errno; "kill", which ends the process that asked
-    with SIGKILL before the operation is done; "short", where only half of a read or write is done;
-    "sector", where one page of what is read can never be read again; "truncated", where the file
-    loses all from the middle of what is read; or "flip", where one bit in the middle of what is
-    read or written is another one, which nothing reports.
+    among: a key of `AMONG`. action: the name of an errno; "kill", which ends the calling process
+    with SIGKILL before the operation is done; "short", which does only half of a read or write;
+    "sector", which makes one page of what is read unreadable for ever; "truncated", which cuts the
+    file off in the middle of what is read; or "flip", which changes one bit in the middle of what
+    is read or written, without any error.
     """
 
     among: str
@@ -120,7 +119,8 @@ def mount(place: str, backing: str, log: str, fault: Fault | None = None) -> Non
 
         def struck(self, act, *args):
             self.count += 1
-            # The kernel itself, which writes pages back, asks as process 0 and cannot be killed.
+            # When the kernel itself writes pages back, it calls as process 0, which cannot be
+            # killed.
             asks = mfusepy.fuse_get_context()[2]
             if self.count >= fault.at and not self.done and (asks or fault.action != "kill"):
                 self.done = True

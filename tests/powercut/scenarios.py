@@ -42,7 +42,7 @@ CONFIG = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a command has done to a disk: its operations, and what it was about.
+    """What a command has done to a disk: its operations, and the files it was about.
 
     `files` are those of the torrent, by their paths below its top folder. The first `begun`
     operations had been done, and flushed, before the command.
@@ -70,7 +70,7 @@ def available() -> str | None:
 def recorded_disk(
     work: Path, fault: Fault | None = None
 ) -> Iterator[tuple[Path, Callable[[], list[Operation]]]]:
-    """`work / "backing"` as a mounted disk, and what gives its operations after the block."""
+    """`work / "backing"` as a mounted disk; after the block, the result gives its operations."""
     place, backing, log = (work / name for name in ("disk", "backing", "log"))
     place.mkdir()
     code = "import os\nfrom powercut.recorder import Fault, mount\n"
@@ -79,7 +79,7 @@ def recorded_disk(
     deadline = time.monotonic() + 20
     try:
         while not os.path.ismount(place):
-            # Gives the other process the processor, and looks again.
+            # Lets the other process run, and looks again.
             if process.wait(0.001) is not None or time.monotonic() > deadline:
                 raise RuntimeError("the recording file system did not come up")
         yield place, lambda: recordings(log)
@@ -99,11 +99,11 @@ class Ended(Exception):
 
 
 def program(*arguments: object) -> str:
-    """What grokfetch says on stdout, in a process of its own, with the fault that is planted."""
+    """The stdout of grokfetch in a separate process, with a planted fault if there is one."""
     call = f"{_planted}\nfrom grokfetch.cli import main\nmain({[*map(str, arguments)]!r})"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if _planted:
-            # What is broken must be so before another module has imported it.
+            # The fault must be planted before another module has imported the function.
             command = [sys.executable, "-c", call]
             done = subprocess.run(command, stdout=out, stderr=err, timeout=60, check=False)
             code = done.returncode
@@ -128,7 +128,7 @@ _planted = ""
 
 @contextlib.contextmanager
 def planted(code: str) -> Iterator[None]:
-    """Have every program run `code` first, which breaks it."""
+    """Make every program first run `code`, which breaks it."""
     global _planted  # noqa: PLW0603
     _planted = code
     try:
@@ -141,8 +141,8 @@ def planted(code: str) -> Iterator[None]:
 class Struck:
     """A scenario on a disk that failed once, or not at all: how it ended, and the disk then.
 
-    `reached` is False where the scenario had fewer operations than the fault's number. `text` is
-    what a run that ended well has said.
+    `reached` is False if the scenario had fewer operations than the fault's number. `text` is what
+    a successful run has printed.
     """
 
     recorded: Recorded
@@ -303,12 +303,12 @@ def describing(folder: Path) -> tuple[object, ...]:
 
 
 def mirrored() -> WebServer:
-    """A server that holds `model` at an address that does not change, and is its own proxy."""
+    """A server with `model` at a constant address, reached by using the server as a proxy."""
     return WebServer({f"{MIRROR}/{path}": data for path, data in payload(model()).items()})
 
 
 def mirroring(folder: Path, server: WebServer) -> tuple[object, ...]:
-    """The command that publishes what lies on `mirrored`, as `folder` with other endings."""
+    """The command that publishes the files of `mirrored`, beside `folder` and under its name."""
     listed = model().with_suffix(".list")
     listed.write_text("\n".join(payload(model())))
     what = ("publish", f"{MIRROR}/{{path}}", "--files", listed, "--name", folder.name)
@@ -333,7 +333,7 @@ def payload(root: Path) -> dict[str, bytes]:
 
 @functools.cache
 def model() -> Path:
-    """A small checkpoint, proven by its manifest; as long as this process."""
+    """A small checkpoint, proven by its manifest; it exists as long as this process."""
     place = tempfile.TemporaryDirectory(prefix="powercut-model-")
     _kept.append(place)
     return loadable.make(Path(place.name) / "model", CONFIG)
@@ -362,6 +362,6 @@ _SCENARIOS = {
     "publish again": (_published, _publish),
     "publish from a mirror": (_nothing, _publish_mirror),
 }
-"""What lies on the disk before, and the command: each takes disk, origin and torrent."""
+"""What is on the disk before, and the command: each takes disk, origin and torrent."""
 
 NAMES = tuple(_SCENARIOS)

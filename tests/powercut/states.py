@@ -1,13 +1,12 @@
-"""What a disk may hold after a power cut, by the record of what was written and flushed before it.
+"""What a disk may hold after a power cut, given what was written and flushed before it.
 
-The rules are those that POSIX leaves an application, which are harsher than any one file system:
+The rules are what POSIX guarantees to an application, which is less than any one file system does:
 
-- Bytes of a file are safe once the file was flushed after they were written. Of what came later,
-  any writes may be lost, whole, in single pages, or from some byte on, and so may truncations. The
-  length of the file is one that it had at some time since, and pages that were lost read as zeros
-  or as what they were before.
+- Bytes of a file are safe once the file was flushed after they were written. Any later write may be
+  lost, completely, in single pages or from some byte on, and so may a truncation. The length of the
+  file is one that it had at some time since, and lost pages read as zeros or as they were before.
 - A change of names (create, mkdir, rename, link, unlink) is safe once every folder that it changes
-  was flushed after it. Of the others any may be lost; flushing a file does not save its name.
+  was flushed after it. Any other may be lost; flushing a file does not save its name.
 - The time of a file is one that it had since it was flushed, whatever else was lost.
 """
 
@@ -45,15 +44,15 @@ class Cut:
         ]
 
     def worst(self) -> "Disk":
-        """Everything is lost that may be."""
+        """The state in which everything is lost that may be."""
         return self._disk(set(self.unsafe_names) | set(self.unsafe_bytes), None)
 
     def best(self) -> "Disk":
-        """Nothing is lost."""
+        """The state in which nothing is lost."""
         return self._disk(set(), None)
 
     def some(self, chance: random.Random) -> "Disk":
-        """Chance decides what is lost."""
+        """A state with random losses."""
         share = chance.choice((0.1, 0.5, 0.9))
         lost = {at for at in self.unsafe_bytes if chance.random() < share}
         match chance.randrange(3):
@@ -92,7 +91,7 @@ def _parent(path: str) -> str:
 
 
 class Disk:
-    """Names and bytes as they are found after a cut."""
+    """Names and bytes after a power cut."""
 
     def __init__(self) -> None:
         self.names: dict[str, int | str | None] = {"": None}
@@ -101,7 +100,7 @@ class Disk:
         self.times: dict[int, int] = {}
 
     def apply(self, done: Operation) -> None:
-        """An operation that was not lost, if what it needs was not."""
+        """Apply an operation that was not lost, if what it needs was not lost either."""
         content = self.bytes.setdefault(done.inode, bytearray()) if done.inode else bytearray()
         match done.kind:
             case "write":
@@ -124,7 +123,7 @@ class Disk:
             self.times[done.inode] = done.mtime_ns
 
     def tear(self, done: Operation, chance: random.Random) -> None:
-        """Some pages of a write, or its beginning."""
+        """Apply some pages of a write, or its beginning."""
         content = self.bytes.setdefault(done.inode, bytearray())
         if chance.random() < 0.5:
             self._put(content, done.offset, done.data[: chance.randint(0, len(done.data))])
@@ -138,7 +137,7 @@ class Disk:
         self.times[done.inode] = done.mtime_ns
 
     def outside(self, done: Operation, *, length: bool) -> None:
-        """How a file looks from outside after an operation of which no byte has come."""
+        """Apply only the length and time of an operation whose bytes were lost."""
         content = self.bytes.setdefault(done.inode, bytearray())
         if length and done.kind == "write":
             content.extend(bytes(max(0, done.offset + len(done.data) - len(content))))

@@ -1,7 +1,8 @@
-"""After a power cut nothing wrong is trusted, nothing safe fetched again; the fetch ends well.
+"""After a power cut nothing wrong is trusted, nothing safe is fetched again, and the fetch
+succeeds.
 
-Real commands are recorded on a file system of ours; states that a cut may leave are tried. The
-campaign over many thousands is benchmarks/faults.py.
+Real commands are recorded on our own file system, and states that a cut may leave are tried.
+benchmarks/faults.py tries many thousands of them.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from grokfetch.folder.verify import verify
 
 CUTS = 6
 SLOW = ("run", "while fetching", "publish from a mirror")
-"""Scenarios that take seconds, for jax or for their many files; campaign and gate try them."""
+"""Scenarios that take seconds, for jax or many files: for benchmarks/faults.py and the gate."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def _recorder():
 
 
 def broken(recorded, cuts, seed=0):
-    """The promises that do not hold on states after so many cuts, at even distances."""
+    """The promises broken in states after `count` cuts at even distances."""
     chance = random.Random(seed)
     count = len(recorded.operations) - recorded.begun
     for number in range(cuts):
@@ -65,7 +66,7 @@ def test_a_record_written_before_its_data_is_found(tmp_path):
     fault = "import grokfetch.folder.payload as it; it.flush_one = lambda path: None"
     with planted(fault):
         recorded = record("swarm", tmp_path / "swarm")
-    # One seed in fourteen leaves the data of every record whole.
+    # One seed in fourteen leaves the data of every record complete.
     promises = itertools.chain.from_iterable(broken(recorded, 30, seed) for seed in range(8))
     assert any("count as proven and are wrong" in promise for promise in promises)
 
