@@ -221,9 +221,10 @@ def _misfit(config: GrokConfig, shape: MeshShape) -> str:
 def arrangements(config: GrokConfig, devices: int) -> Iterator[MeshShape]:
     """Every mesh of so many devices that fits without copies, most on `model` first."""
     for model in range(devices, 0, -1):
-        shape = MeshShape(devices // model, model)
-        if devices % model == 0 and not _misfit(config, shape):
-            yield shape
+        if devices % model == 0:
+            shape = MeshShape(devices // model, model)
+            if not _misfit(config, shape):
+                yield shape
 
 
 def what_works(config: GrokConfig, devices: int) -> str:

@@ -1,6 +1,7 @@
 """HTTP with whatever is in the environment: proxies, certificates and the Hub."""
 
 import dataclasses
+import os
 import ssl
 import subprocess
 
@@ -161,7 +162,8 @@ def certificate(tmp_path_factory):
     """A self-signed certificate for 127.0.0.1, and a server's context with it."""
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650"]
+    command = ["openssl", "req", "-x509", "-nodes", "-days", "3650"]
+    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command += ["-keyout", key, "-out", cert, "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
     try:
@@ -188,6 +190,29 @@ def test_a_certificate_that_the_environment_names_is_trusted(tmp_path, certifica
     cert, context = certificate
     with WebServer({"top/a": FILES["a"]}, context) as server:
         assert run(tmp_path, server.url, {name: str(cert)}) == []
+
+
+def test_certificates_are_read_once_and_again_when_their_file_has_changed(
+    tmp_path, certificate, monkeypatch
+):
+    read = []
+
+    class Context(ssl.SSLContext):
+        def load_verify_locations(self, cafile):
+            read.append(cafile)
+            super().load_verify_locations(cafile)
+
+    monkeypatch.setattr(ssl, "SSLContext", Context)
+    file = tmp_path / "certificates.pem"
+    contents = [b"none yet", certificate[0].read_bytes()]
+    for index, data in enumerate(contents):
+        file.write_bytes(data)
+        os.utime(file, (index, index))
+        for _ in range(2):
+            found = environment({"SSL_CERT_FILE": str(file)})
+            assert found.certificates == (file if index else None)
+            assert bool(found.notices) == (not index)
+    assert read == [file, file]
 
 
 def test_mirrors_are_reached_through_an_http_proxy_with_tls_and_without(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import ipaddress
 import re
 import ssl
@@ -167,11 +168,18 @@ def _unusable_certificates(name: str, path: Path) -> str | None:
     try:
         if path.is_dir():
             return "it is a folder" if name == "SSL_CERT_FILE" else None
+        return _unusable_file(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+@functools.cache
+def _unusable_file(path: Path, mtime_ns: int) -> str | None:  # noqa: ARG001  # read again if changed
+    """Why certificates cannot be used; to read a system's takes 30 ms, and each source asks."""
+    try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
     except ssl.SSLError:
         return "there are no certificates in it"
-    except OSError as error:
-        return error.strerror or str(error)
     return None
 
 
