@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,12 @@ def shipped() -> Iterator[Manifest]:
     """Every manifest that comes with this installation."""
     folder = next(place for place in _PLACES if place.is_dir())
     for path in sorted(folder.glob("*.json")):
-        yield parse(path.read_bytes(), str(path))
+        yield _read(path)
+
+
+@functools.cache
+def _read(path: Path) -> Manifest:
+    return parse(path.read_bytes(), str(path))
 
 
 def demo_folder() -> Path:

@@ -1,6 +1,7 @@
 """Publishing from a mirror: files are hashed while streaming; the torrent is that of a disk."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from grokfetch.manifest.schema import parse
 from grokfetch.torrent.create import make
 from grokfetch.torrent.metainfo import parse_torrent
 from grokfetch.torrent.streamed import FileHasher, made_of
+from loader.weights.synthetic import write_checkpoint
 
 PIECE = 1 << 15
 FILES = {
@@ -322,10 +324,19 @@ def test_a_checkpoint_has_its_tensors_and_its_model_in_the_manifest(tmp_path):
         )
 
 
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A checkpoint of one layer, and the configuration of its model."""
+    root = tmp_path_factory.mktemp("release") / "tiny"
+    config = dataclasses.replace(golden.CONFIG, num_layers=1)
+    write_checkpoint(root / "ckpt-0", config)
+    root.joinpath("config.json").write_text(json.dumps(config.to_mapping()))
+    return root
+
+
 @contextlib.contextmanager
-def shards(tmp_path):
+def shards(release, tmp_path):
     """A server that holds the shards of a release, and the command that publishes them."""
-    release = golden.TINY
     names = [str(path.relative_to(release)) for path in release.glob("ckpt-0/*")]
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(names))
@@ -340,29 +351,33 @@ def tensors(tmp_path):
     return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
 
 
-def described():
+def described(release):
     """The same from the release."""
-    found = describe(golden.TINY, golden.TINY / "config.json").tensors
+    found = describe(release, release / "config.json").tensors
     return [(it.file.name, it.dtype, it.shape, it.offset) for it in found]
 
 
-def test_what_is_kept_of_shards_is_whole_where_the_disk_takes_it_by_halves(tmp_path, monkeypatch):
+def test_what_is_kept_of_shards_is_whole_where_the_disk_takes_it_by_halves(
+    release, tmp_path, monkeypatch
+):
     real = os.pwrite
 
     def halves(handle, data, offset):
         return real(handle, data[: -(-len(data) // 2)], offset)
 
     monkeypatch.setattr(os, "pwrite", halves)
-    with shards(tmp_path) as (_web, command):
+    with shards(release, tmp_path) as (_web, command):
         grokfetch(*command)
-    assert tensors(tmp_path) == described()
+    assert tensors(tmp_path) == described(release)
 
 
-def test_a_shard_of_which_a_kept_bit_changes_is_read_anew_and_no_other(tmp_path, monkeypatch):
+def test_a_shard_of_which_a_kept_bit_changes_is_read_anew_and_no_other(
+    release, tmp_path, monkeypatch
+):
     def interrupted(*_):
         raise errors.StorageFailed("the disk is full")
 
-    with shards(tmp_path) as (web, command):
+    with shards(release, tmp_path) as (web, command):
         with monkeypatch.context() as patched:
             patched.setattr("grokfetch.commands.publish_mirror.put_out", interrupted)
             grokfetch(*command, code=errors.StorageFailed.exit_code)
@@ -374,10 +389,12 @@ def test_a_shard_of_which_a_kept_bit_changes_is_read_anew_and_no_other(tmp_path,
         # The length of each is requested first.
         again = [path for path in set(web.asked[asked:]) if web.asked[asked:].count(path) > 1]
     assert again == ["tiny/ckpt-0/tensor00003_000"]
-    assert tensors(tmp_path) == described()
+    assert tensors(tmp_path) == described(release)
 
 
-def test_a_bit_of_a_shard_that_changes_as_it_is_kept_is_found_and_mended(tmp_path, monkeypatch):
+def test_a_bit_of_a_shard_that_changes_as_it_is_kept_is_found_and_mended(
+    release, tmp_path, monkeypatch
+):
     real = os.pwrite
     flipped = []
 
@@ -387,16 +404,16 @@ def test_a_bit_of_a_shard_that_changes_as_it_is_kept_is_found_and_mended(tmp_pat
             data = bytes([data[0] ^ 1]) + bytes(data[1:])
         return real(handle, data, offset)
 
-    with shards(tmp_path) as (_web, command):
+    with shards(release, tmp_path) as (_web, command):
         with monkeypatch.context() as patched:
             patched.setattr(os, "pwrite", flip)
             said = grokfetch(*command, code=errors.Damaged.exit_code)
         assert str(flipped[0]) in said
         grokfetch(*command)
-    assert tensors(tmp_path) == described()
+    assert tensors(tmp_path) == described(release)
 
 
-def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatch):
+def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(release, tmp_path, monkeypatch):
     frames = tmp_path / "out/.tiny.publishing/frames/tiny"
     flushed, recorded, early = set(), set(), set()
     real = os.fsync
@@ -411,7 +428,7 @@ def test_what_is_recorded_of_a_shard_is_on_the_disk_by_then(tmp_path, monkeypatc
         real(handle)
 
     monkeypatch.setattr(os, "fsync", watching)
-    with shards(tmp_path) as (web, command):
+    with shards(release, tmp_path) as (web, command):
         grokfetch(*command)
     assert len(recorded) == len(web.files)
     assert not early
