@@ -22,7 +22,7 @@ from grokfetch.errors import StateLocked
 from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
 from grokfetch.fetch.demand import Demand
-from grokfetch.fetch.mirror import MirrorSettings, Together
+from grokfetch.fetch.mirror import MirrorSettings, Together, division
 from grokfetch.fetch.source import Order
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.swarm.urgent import Urgent
@@ -232,6 +232,12 @@ def order(event):
 ONE_BY_ONE = MirrorSettings(connections=1, patience_s=30, rest_s=0.01, attempts=3)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Awaited pieces are soon not left to a swarm that brings no bytes, or others, for ever."""
+    monkeypatch.setattr(division, "DEMAND_QUIET_S", 0.2)
+
+
 def test_a_mirror_is_asked_for_demanded_ranges_next_though_its_connections_are_busy(tmp_path):
     demanded = threading.Event()
 
@@ -255,7 +261,9 @@ def test_a_mirror_is_asked_for_demanded_ranges_next_though_its_connections_are_b
             assert content_at(tmp_path, 39) == block(39, 0, PIECE)
 
 
-def test_what_a_silent_swarm_was_to_bring_comes_from_a_mirror_when_somebody_waits_for_it(tmp_path):
+def test_what_a_silent_swarm_was_to_bring_comes_from_a_mirror_when_somebody_waits_for_it(
+    tmp_path, impatient
+):
     released = threading.Event()
 
     def before(_path):
@@ -272,7 +280,9 @@ def test_what_a_silent_swarm_was_to_bring_comes_from_a_mirror_when_somebody_wait
             assert content_at(tmp_path, 3) == block(3, 0, PIECE)
 
 
-def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror_and_the_rest_stays_divided(tmp_path):
+def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror_and_the_rest_stays_divided(
+    tmp_path, impatient
+):
     done = threading.Event()
 
     def before(path):

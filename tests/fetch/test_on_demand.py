@@ -23,7 +23,7 @@ from support.web_server import WebServer
 import loader
 from grokfetch.errors import NoModel, StateLocked
 from grokfetch.fetch import fetch
-from grokfetch.fetch.mirror import Together
+from grokfetch.fetch.mirror import Together, division
 from grokfetch.fetch.mirror.division import Patience
 from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
 from grokfetch.fetch.waiting_store import Arriving
@@ -167,7 +167,13 @@ def demanding(folder, source):
         yield store
 
 
-def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror(tmp_path):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Awaited pieces are soon not left to a swarm that brings no bytes, or others, for ever."""
+    monkeypatch.setattr(division, "DEMAND_QUIET_S", 0.2)
+
+
+def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror(tmp_path, impatient):
     with WebServer({f"top/{name}": data for name, data in FILES.items()}) as server:
         swarm = Elsewhere(PLAIN)
         with demanding(tmp_path, Together(swarm, [server.url])) as store:
@@ -176,7 +182,7 @@ def test_what_a_busy_swarm_does_not_bring_comes_from_a_mirror(tmp_path):
     assert tmp_path.joinpath("top/a").read_bytes()[3 * PIECE :][:10] == FILES["a"][3 * PIECE :][:10]
 
 
-def test_what_no_mirror_has_is_asked_of_the_swarm_again(tmp_path):
+def test_what_no_mirror_has_is_asked_of_the_swarm_again(tmp_path, impatient):
     class Later(FakeSwarm):
         """Silent at first."""
 

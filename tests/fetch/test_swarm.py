@@ -389,7 +389,11 @@ def test_peers_that_were_all_banned_are_tried_once_more(tmp_path, torrent, monke
 
 
 @ONE_VERSION
-def test_a_peer_that_falls_silent_ends_the_fetch_and_another_one_goes_on(tmp_path, torrent):
+def test_a_peer_that_falls_silent_ends_the_fetch_and_another_one_goes_on(
+    tmp_path, torrent, monkeypatch
+):
+    monkeypatch.setattr(download, "TRAFFIC_INTERVAL_S", 0.05)
+    clock = TickingClock()
     folder, data = torrent
     known = parse_torrent(data)
     layout = parse_info(known.info, known.piece_layers)
@@ -400,10 +404,18 @@ def test_a_peer_that_falls_silent_ends_the_fetch_and_another_one_goes_on(tmp_pat
         whole = b"".join(bytes_of(part) for part in layout.segments(piece))
         return whole[begin : begin + length]
 
+    def look(event):
+        # Whenever the fetch says how it is going a second has passed, once the peer is silent.
+        if isinstance(event, Status) and event.pieces_done and peer.sent > 40:
+            clock.tick()
+
     with Peer(known.v1 or known.v2[:40], layout.piece_count, block) as peer:
         settings = SwarmSettings.loopback((f"127.0.0.1:{peer.port}",))
+        events = fetch(
+            Store(tmp_path), Swarm(known, settings), limits=Limits(20, stall_s=2), clock=clock
+        )
         with pytest.raises(Stalled, match="no data"):
-            list(fetch(Store(tmp_path), Swarm(known, settings), limits=Limits(20, stall_s=2)))
+            list(map(look, events))
     proven = Store(tmp_path).record().pieces
     assert proven
     with seed(data, folder, HERE) as seeder:
