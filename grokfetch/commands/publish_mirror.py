@@ -23,6 +23,7 @@ from grokfetch.manifest.schema import Manifest
 from grokfetch.output.progress import Bar
 from grokfetch.output.terminal import plain
 from grokfetch.torrent.create import suitable_piece_length
+from grokfetch.torrent.listing import torrent_order
 from grokfetch.torrent.names import unsafe_name, with_ending
 from grokfetch.torrent.streamed import made_of
 
@@ -80,7 +81,7 @@ def publish_mirror(
     known = None if source.manifest is None else read_manifest(source.manifest)
     name = source.name or _name(source.address, known)
     described = None if known is None else _below(known, name)
-    paths = _sorted(_listed(source, name, described))
+    paths = sorted(_listed(source, name, described), key=torrent_order)
     warn_of_look_alikes(paths)
     state = target / with_ending(f".{name}", ".publishing")
     with folder_lock(state, exclusive=True):
@@ -176,11 +177,6 @@ def _listed(source: MirrorSource, name: str, described: Manifest | None) -> list
     if not paths:
         raise SourceInvalid("lists no file", path=source.listed, hint="write one path per line")
     return [PurePosixPath(name, path) for path in dict.fromkeys(paths)]
-
-
-def _sorted(paths: Sequence[PurePosixPath]) -> list[PurePosixPath]:
-    """In the order in which a torrent has them."""
-    return sorted(paths, key=lambda path: [part.encode() for part in path.parts])
 
 
 def _check_sizes(found: Mapping[PurePosixPath, Length], described: Manifest | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from grokfetch.errors import StorageFailed, storage_failed
 from grokfetch.torrent.names import STATE_FOLDER, unsafe_name
 
-__all__ = ["leftovers", "list_files"]
+__all__ = ["leftovers", "list_files", "torrent_order"]
 
 
 def leftovers(folder: Path) -> list[PurePosixPath]:
@@ -84,7 +84,12 @@ def list_files(
             path=folder,
             hint="rename the folder",
         )
-    return tuple(sorted(files, key=lambda it: [part.encode() for part in it[0].parts]))
+    return tuple(sorted(files, key=lambda it: torrent_order(it[0])))
+
+
+def torrent_order(path: PurePosixPath) -> list[bytes]:
+    """The key that sorts paths in the order of a torrent."""
+    return [part.encode() for part in path.parts]
 
 
 def _entry(folder: Path, relative: PurePosixPath) -> tuple[PurePosixPath, int]:

@@ -31,7 +31,7 @@ IMPORTED = (
 
 @dataclasses.dataclass
 class Forked:
-    """A forked process: its id, the pipe for its exit code, and that code once known."""
+    """A forked process: its id, the socket for its exit code, and that code once known."""
 
     pid: int
     ends: socket.socket
