@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +21,6 @@ from loader.devices.kernels import Rows, Tuning
 from loader.devices.mapped import LONGEST, Mapped, MappedTable
 
 __all__ = [
-    "EXACT",
     "Quantized",
     "Table",
     "Weights",
@@ -29,6 +28,7 @@ __all__ = [
     "chosen",
     "cut",
     "dots",
+    "each_product",
     "in_parts",
     "lookup",
     "on_tpus",
@@ -57,9 +57,6 @@ FEW_GROUPS = 4
 
 LARGE = 8 << 20
 """From so many bytes of a product on, a GPU sums the groups of its matrix one after another."""
-
-EXACT = (jnp.int8, jnp.float16, jnp.int16, jnp.int32)
-"""Types that hold every int8 value; parts of a stack are converted by way of these, see `cut`."""
 
 BUSY, SHORTEST = 6144, 256
 """Columns that keep a GPU busy with few tokens, and the fewest rows in a part of the sum."""
@@ -115,37 +112,25 @@ def _matrix(weights: Quantized) -> Quantized:
     )
 
 
-def cut(
-    weights: Weights, number: int, dtype: jnp.dtype, box: tuple[slice, slice, slice]
-) -> Quantized:
+def cut(weights: Weights, box: tuple[slice, slice, slice]) -> Quantized:
     """A part of a stack, known at compile time, that a GPU reads in place.
 
-    Such a slice is fused into a product, unless something else needs its input. If two parts are
-    converted in the same way, the compiler instead converts the whole stack once and writes it out:
-    so each part of a program is converted by way of a different type. Parts beyond the number of
-    types are copied.
+    Its compiler fuses such a slice into a product, unless something else needs its input; see
+    `loader.devices.xla_setup.SLICES_APART`.
 
     Args:
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
-        number: of the part.
-        dtype: of the operands.
         box: which matrices, rows (whole groups) and columns.
 
     Returns:
-        weight `[e, k, n]` of a type of `EXACT`, scales `[e, g, n]`.
+        weight int8 `[e, k, n]`, scales `[e, g, n]`.
     """
     assert isinstance(weights, Quantized)
     height = weights.weight.shape[1] // weights.scales.shape[1]
     matrices, rows, columns = box
     first, last, _ = rows.indices(weights.weight.shape[1])
     groups = slice(first // height, last // height)
-    part = _box(weights.weight, *box)
-    # A larger type than the product's would be written out.
-    ways = [way for way in EXACT if jnp.dtype(way).itemsize <= dtype.itemsize]
-    if number >= len(ways):
-        part = lax.optimization_barrier(part)  # type: ignore[no-untyped-call]
-    part = part.astype((*ways, jnp.int8)[min(number, len(ways))])
-    return Quantized(part, _box(weights.scales, matrices, groups, columns))
+    return Quantized(_box(weights.weight, *box), _box(weights.scales, matrices, groups, columns))
 
 
 def _box(array: Array, *sides: slice) -> Array:
@@ -172,6 +157,23 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
     Returns:
         float32 `[..., N]`.
     """
+    return _product(x, weights, dtype, halves=halves)
+
+
+def each_product(x: Array, several: Sequence[Weights], dtype: jnp.dtype) -> tuple[Array, ...]:
+    """The `product` of the same `x` with each of several matrices.
+
+    For a few tokens a GPU's compiler makes one kernel of them, which reads `x` once, as their sums
+    are divided alike.
+    """
+    columns = sum(it.weight.shape[-1] for it in several if isinstance(it, Quantized))
+    return tuple(_product(x, weights, dtype, columns=columns) for weights in several)
+
+
+def _product(
+    x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True, columns: int = 0
+) -> Array:
+    """The same; columns: of all matrices that are multiplied with this `x`, 0 for this one's."""
     if weights.tuning is not None and dtype == jnp.float32:
         tuning = dataclasses.replace(weights.tuning, integers=False)
         weights = dataclasses.replace(weights, tuning=tuning)
@@ -190,7 +192,7 @@ def product(x: Array, weights: Weights, dtype: jnp.dtype, *, halves: bool = True
 
         def at_once(x: Array, weights: Quantized) -> Array:
             rows, one = x.reshape(-1, x.shape[-1]), jax.tree.map(lambda part: part[None], weights)
-            return stack_product(rows, one, dtype).reshape(*x.shape[:-1], -1)
+            return stack_product(rows, one, dtype, columns).reshape(*x.shape[:-1], -1)
 
         # For a matrix cut into groups, a GPU's compiler first writes all of it in another type, and
         # a TPU's holds the products of many groups in memory before it sums them.
@@ -257,13 +259,14 @@ def _summed(x: Array, weights: Quantized) -> Array:
     return jnp.sum(parts, axis=(0, 1)).reshape(*x.shape[:-1], columns)
 
 
-def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
+def stack_product(x: Array, weights: Weights, dtype: jnp.dtype, columns: int = 0) -> Array:
     """Each matrix of a stack with its own rows, as one product over the stack in place.
 
     Args:
         x: float32 `[E, T, K]`, or `[T, K]` if all have the same.
         weights: weight `[E, K, N]`, scales `[E, G, N]`, resident.
         dtype: as for `product`.
+        columns: of all products of these rows together, if there are others.
 
     Returns:
         float32 `[E, T, N]`.
@@ -271,9 +274,8 @@ def stack_product(x: Array, weights: Weights, dtype: jnp.dtype) -> Array:
     assert isinstance(weights, Quantized)
 
     def on_gpus(x: Array, weights: Quantized) -> Array:
-        stack, rows, columns = weights.weight.shape
-        groups = weights.scales.shape[1]
-        parts = in_parts(rows // groups, stack * groups * columns)
+        (stack, rows, width), groups = weights.weight.shape, weights.scales.shape[1]
+        parts = in_parts(rows // groups, stack * groups * max(columns, width))
         # Split within the product: a GPU's compiler would write out the results of both halves.
         exact = dtype == jnp.float32
         precision = lax.Precision.HIGHEST if exact else lax.DotAlgorithmPreset.BF16_BF16_F32_X3

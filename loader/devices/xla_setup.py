@@ -6,8 +6,10 @@ import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 
@@ -16,7 +18,14 @@ from grokfetch.process_limits import cores
 from loader.weights.limits import GPU_SHARE
 from loader.weights.schema import GrokConfig
 
-__all__ = ["keep_programs", "processor", "sums_undivided", "use_cores", "use_memory"]
+__all__ = [
+    "SLICES_APART",
+    "keep_programs",
+    "processor",
+    "sums_undivided",
+    "use_cores",
+    "use_memory",
+]
 
 CORES_A_DEVICE = 4
 """Two cores are faster as one device than as two; machines with more have not been measured."""
@@ -26,6 +35,15 @@ WORTH_KEEPING_S = 0.2
 
 UNDIVIDED = "xla_gpu_experimental_force_split_k"
 """XLA's option for how a GPU divides the sum of a product; JAX 0.9 has none."""
+
+SLICES_APART: Mapping[str, str | bool] = MappingProxyType(
+    {"xla_disable_hlo_passes": "slice-sinker"}
+)
+"""Options that keep XLA from converting several slices of a matrix as one.
+
+Otherwise, if the slices cover all of a stack, a GPU converts the stack once for all products, and
+writes and reads it in the larger type. A version that knows no such pass ignores its name.
+"""
 
 
 def processor() -> str:

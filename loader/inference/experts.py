@@ -16,7 +16,6 @@ from jax import Array, lax
 
 from loader.devices.placement import Layer
 from loader.devices.products import (
-    EXACT,
     Quantized,
     Weights,
     by_platform,
@@ -249,13 +248,11 @@ def _by_experts(weights: Layer, routed: Routed, held: int, dtype: jnp.dtype) -> 
         assert isinstance(down, Quantized)
         groups = down.scales.shape[1]
         parts, each = 1, 4 * x.shape[0] * (down.weight.shape[1] // groups + x.shape[1])
-        while held // parts * each > TOGETHER and 2 * parts * groups <= len(EXACT):
+        while held // parts * each > TOGETHER and held % (2 * parts) == 0:
             parts *= 2
-        if parts * groups == 1 or parts * groups > len(EXACT) or held % parts:
+        if parts * groups == 1:
             return together(x, weights, gates)
-        # For few tokens a GPU splits the numbers within the product, whatever their type.
-        some = pieces(weights, parts, jnp.dtype(jnp.float32))
-        return by_pieces(x, gates, some, all_outputs)
+        return by_pieces(x, gates, pieces(weights, parts), all_outputs)
 
     # In a loop a TPU would fetch a whole stack of few experts again for each of them.
     elsewhere = together if held <= FEW_HELD else one
@@ -324,7 +321,7 @@ def _by_blocks(
             # Rounded once, not for each piece.
             x, gates = routed.x.astype(dtype), _gates(routed, held)
             forward = functools.partial(_alone, dtype=dtype)
-            return by_pieces(x, gates, pieces(weights, held, dtype), forward)
+            return by_pieces(x, gates, pieces(weights, held), forward)
         larger = 2 * size
         most = routed.choices.size // larger + held - 1
         return all_blocks(by_groups, weights, routed, (larger, most))

@@ -23,8 +23,9 @@ writes out the whole cache in float32 for them."""
 BLOCK = 64
 """Places whose keys and values a CPU converts and multiplies at once; they fit its caches."""
 
-AT_ONCE = 1600 << 10
-"""Bytes of weights of a block on a GPU, all rows and queries; it holds a bit over twice that."""
+AT_ONCE, SHORTEST = 3600 << 10, 1024
+"""Bytes of a block on a GPU, all rows and queries: weights before and after the mask, and sums; and
+the fewest places to be had for that."""
 
 LARGEST_HALF = 65_504.0
 
@@ -92,12 +93,15 @@ def one_token(
             is.
         weight: the softmax numerators of float32 scores: at most 1, and above 1e-28.
     """
-    batch, _, heads, group, _ = queries.shape
-    places = held[0].shape[1]
-    most, blocks = AT_ONCE // (batch * heads * group * held[0].dtype.itemsize), 1
+    batch, _, heads, group, size = queries.shape
+    places, itemsize = held[0].shape[1], held[0].dtype.itemsize
+    every = batch * heads * group
+    # Queries and sums are as wide as all heads, see `_some_places`.
+    most = (AT_ONCE - every * heads * size * (itemsize + 4)) // (every * 2 * itemsize)
+    most, blocks = max(SHORTEST, most), 1
     while places // blocks > most and places % (2 * blocks) == 0:
         blocks *= 2
-    parts = in_parts(places, batch * heads * queries.shape[-1]) if blocks == 1 else 1
+    parts = in_parts(places, batch * heads * size) if blocks == 1 else 1
 
     own = jnp.sum(queries[:, 0] * step[0][:, 0, :, None], axis=-1, keepdims=True)
     total = jnp.where(allowed[1][..., None, None], weight(own), 0)
@@ -131,19 +135,21 @@ def _some_places(
     is divided.
     """
     batch, _, heads, group, size = queries.shape
-    keys, values = (array.reshape(batch, parts, -1, heads * size) for array in held)
+    # Each part is a row: with an axis for parts, some compilers write out the scores.
+    keys, values = (array.reshape(batch * parts, -1, heads * size) for array in held)
     own = jnp.eye(heads, dtype=queries.dtype)[:, None, :, None]
     spread = (queries[:, 0, :, :, None] * own).reshape(batch, 1, heads * group, heads * size)
     every = jnp.broadcast_to(spread, (batch, parts, *spread.shape[2:]))
-    weights = weight(_product("bpqc,bpsc->bpqs", every, keys))
+    weights = weight(_product("bqc,bsc->bqs", every.reshape(-1, *spread.shape[2:]), keys))
     # Float16 cannot hold such small numbers.
     kept = weights.astype(jnp.float32 if values.dtype == jnp.float16 else values.dtype)
     # Masked only here: with the mask above, the compiler would write out the scores before it.
     kept = lax.optimization_barrier(kept)  # type: ignore[no-untyped-call]
-    kept = jnp.where(allowed.reshape(batch, parts, 1, -1), kept, 0)
-    total = jnp.sum(kept.astype(jnp.float32), axis=(1, 3)).reshape(batch, heads, group, 1)
-    sums = jnp.sum(_product("bpqs,bpsc->bpqc", kept, values), axis=1)
-    return jnp.einsum("bkgkd->bkgd", sums.reshape(batch, heads, group, heads, size)), total
+    kept = jnp.where(allowed.reshape(batch * parts, 1, -1), kept, 0)
+    total = jnp.sum(kept.astype(jnp.float32).reshape(batch, parts, heads * group, -1), axis=(1, 3))
+    sums = _product("bqs,bsc->bqc", kept, values).reshape(batch, parts, heads, group, heads, size)
+    mixed = jnp.einsum("bkgkd->bkgd", jnp.sum(sums, axis=1))
+    return mixed, total.reshape(batch, heads, group, 1)
 
 
 def within(array: Array, dtype: jnp.dtype) -> Array:

@@ -29,9 +29,9 @@ from loader.devices import native
 from loader.devices.placement import Layer
 from loader.devices.products import (
     Table,
-    Weights,
     by_platform,
     dots,
+    each_product,
     lookup,
     on_tpus,
     product,
@@ -205,11 +205,12 @@ def attention(  # noqa: PLR0913 - a step is all of these
     """
     dtype = dtype or cache.keys.dtype
 
-    def projected(matrix: Weights) -> Array:
-        return product(x, matrix, dtype).reshape(*x.shape[:2], -1, config.key_size)
-
-    queries = rotate(projected(weights.query), window.positions)
-    step = KeyValues(rotate(projected(weights.key), window.positions), projected(weights.value))
+    queries, keys, values = (
+        projected.reshape(*x.shape[:2], -1, config.key_size)
+        for projected in each_product(x, (weights.query, weights.key, weights.value), dtype)
+    )
+    queries = rotate(queries, window.positions)
+    step = KeyValues(rotate(keys, window.positions), values)
     tuning = weights.query.tuning
     if tuning is not None and tuning.native:
         mixed, cache = _by_native(queries, cache, step, window, config)
@@ -257,9 +258,9 @@ def _attend_once(
     """One token a row, written into the cache after the cache has been read; for GPUs."""
     # The token's key and value are computed here: otherwise their inputs are kept.
     step = lax.optimization_barrier(step)  # type: ignore[no-untyped-call]
-    places = cache.keys.shape[1]
-    allowed = _allowed(window.positions, window, places)
-    here = jnp.arange(places) == window.positions[:, :, None]
+    visible = window.visible[:, : cache.keys.shape[1]]
+    earlier = visible[:, None] & (jnp.arange(visible.shape[1]) < window.positions[:, :, None])
+    here = jnp.take_along_axis(visible, window.positions, axis=1, mode="fill", fill_value=False)
 
     def weight(scores: Array) -> Array:
         return jnp.exp(soft_cap(scores * config.attn_output_multiplier) - SCORE_CAP)
@@ -268,7 +269,8 @@ def _attend_once(
         group_queries(queries, cache.keys.shape[2]),
         (cache.keys, cache.values),
         (step.keys, step.values),
-        (allowed & ~here, jnp.any(allowed & here, axis=-1)),
+        # As in `_allowed`, a token that may attend to nothing attends to itself.
+        (earlier, here | ~jnp.any(earlier, axis=-1)),
         weight,
     )
     cache, mixed = lax.optimization_barrier((cache, mixed))  # type: ignore[no-untyped-call]

@@ -21,25 +21,25 @@ Matrices: TypeAlias = tuple[Weights, Weights, Weights]
 """Gate, up and down of one expert."""
 
 
-def pieces(weights: Layer, parts: int, dtype: jnp.dtype) -> Iterator[tuple[slice, Matrices]]:
+def pieces(weights: Layer, parts: int) -> Iterator[tuple[slice, Matrices]]:
     """A GPU's experts in pieces that are read in place, and which experts each belongs to.
 
     The experts are divided into `parts`; a piece is, for the experts of one part, the rows of the
-    down projection that share a scale, with the columns that feed them. dtype: of the operands.
+    down projection that share a scale, with the columns that feed them.
     """
     down = weights.down
     assert isinstance(down, Quantized)
     held, groups = down.scales.shape[:2]
     rows, width = down.weight.shape[1] // groups, slice(None)
-    for number, (part, group) in enumerate(itertools.product(range(parts), range(groups))):
+    for part, group in itertools.product(range(parts), range(groups)):
         some = slice(part * held // parts, (part + 1) * held // parts)
         inner = slice(group * rows, (group + 1) * rows)
         yield (
             some,
             (
-                cut(weights.gate, number, dtype, (some, width, inner)),
-                cut(weights.up, number, dtype, (some, width, inner)),
-                cut(down, number, dtype, (some, inner, width)),
+                cut(weights.gate, (some, width, inner)),
+                cut(weights.up, (some, width, inner)),
+                cut(down, (some, inner, width)),
             ),
         )
 

@@ -26,7 +26,7 @@ from loader.devices.mapped import Mapped
 from loader.devices.paging import Paging
 from loader.devices.placement import Params
 from loader.devices.products import FEW
-from loader.devices.xla_setup import sums_undivided
+from loader.devices.xla_setup import SLICES_APART, sums_undivided
 from loader.inference import experts, model
 from loader.inference.model import KeyValues, Window
 from loader.inference.routing_counts import Choices
@@ -159,10 +159,14 @@ class Steps:
         self, function: Callable[..., Any], given: Any, result: Any, **settings: Any
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Compiled for many tokens and for few; only on GPUs do these differ."""
-        many = self._spread(function, given, result, **settings)
         if self._mesh.devices.flat[0].platform != "gpu":
-            return many, many
-        return many, self._spread(function, given, result, more=sums_undivided(), **settings)
+            both = self._spread(function, given, result, **settings)
+            return both, both
+        few = {**SLICES_APART, **sums_undivided()}
+        return (
+            self._spread(function, given, result, more=SLICES_APART, **settings),
+            self._spread(function, given, result, more=few, **settings),
+        )
 
     def _spread(
         self,

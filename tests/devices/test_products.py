@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -16,10 +17,10 @@ from support import golden
 from loader.devices import products as quantized
 from loader.devices.kernels import Tuning
 from loader.devices.products import (
-    EXACT,
     Quantized,
     by_platform,
     cut,
+    each_product,
     on_tpus,
     product,
     select,
@@ -93,10 +94,25 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
     assert quantized.in_parts(48 // groups, 3 * groups * 7) == (8 if groups == 1 else 4)
 
 
+@pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
+def test_products_of_the_same_tokens_are_divided_alike_on_a_gpu(monkeypatch, gpus):
+    """A wide matrix would have fewer parts than a narrow one, and the compiler two kernels."""
+    monkeypatch.setattr(quantized, "GPUS", gpus)
+    monkeypatch.setattr(quantized, "SHORTEST", 4)
+    monkeypatch.setattr(quantized, "BUSY", 100)
+    matrices = [made(48, columns, 1) for columns in (30, 7)]
+    x = np.random.default_rng(1).standard_normal((5, 48), np.float32)
+    run = jax.jit(lambda x: each_product(x, [it for it, _ in matrices], jnp.dtype("bfloat16")))
+    for found, (_, matrix) in zip(run(x), matrices, strict=True):
+        np.testing.assert_allclose(found, x @ matrix, rtol=1e-4, atol=3e-4)
+    if gpus:
+        text = run.lower(x).as_text()
+        assert re.findall(r"dot_general .*-> tensor<1x(\d+)x5x", text) == ["4", "4"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("number", range(len(EXACT) + 1))
-def test_a_part_of_a_stack_is_multiplied_by_way_of_any_type(number, dtype):
-    """Every int8 value is exact in each of the types, -128 too; groups keep their scales."""
+def test_a_part_of_a_stack_is_multiplied_with_its_own_scales(dtype):
+    """Some matrices, the rows of two groups of three, some columns; the least int8 value too."""
     stack = [made(48, 8, 3, seed) for seed in range(4)]
     stacked = one_stack(weights for weights, _ in stack)
     stacked.weight[2, 16] = -128
@@ -104,11 +120,11 @@ def test_a_part_of_a_stack_is_multiplied_by_way_of_any_type(number, dtype):
     x = np.random.default_rng(1).standard_normal((5, 32), np.float32)
 
     def multiplied(x, stacked):
-        part = cut(stacked, number, jnp.dtype(dtype), box)
+        part = cut(stacked, box)
         return part, stack_product(x, part, jnp.dtype(dtype))
 
     part, found = jax.jit(multiplied)(x, stacked)
-    np.testing.assert_array_equal(np.asarray(part.weight).astype(np.int8), stacked.weight[box])
+    np.testing.assert_array_equal(part.weight, stacked.weight[box])
     np.testing.assert_array_equal(part.scales, stacked.scales[1:3, 1:3, 4:8])
     scales = np.repeat(np.asarray(part.scales, np.float64), 16, axis=1)
     wanted = x @ (stacked.weight[box].astype(np.float64) * scales)

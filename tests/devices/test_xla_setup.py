@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+import jax
 import pytest
 
 from loader.devices import xla_setup
-from loader.devices.xla_setup import sums_undivided, use_memory
+from loader.devices.xla_setup import SLICES_APART, sums_undivided, use_memory
 from loader.weights.accelerators import ACCELERATORS
 
 VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -41,3 +42,7 @@ def test_xla_is_asked_not_to_divide_sums_only_if_it_knows_how_to_be(monkeypatch)
     assert sums_undivided.__wrapped__() == {"xla_cpu_prefer_vector_width": "1"}
     monkeypatch.setattr(xla_setup, "UNDIVIDED", "xla_gpu_no_such_option")
     assert sums_undivided.__wrapped__() == {}
+
+
+def test_xla_takes_the_option_that_keeps_slices_apart():
+    jax.jit(lambda: 0).lower().compile(compiler_options=dict(SLICES_APART))

@@ -44,6 +44,7 @@ def test_one_token_on_a_gpu_attends_as_a_softmax_does(monkeypatch, dtype, size, 
     """Scores at the cap or at minus the cap, all of them too: no weight is lost below others."""
     assert in_parts(PLACES, ROWS * HEADS * SIZE) > 1
     monkeypatch.setattr(heads, "AT_ONCE", at_once)
+    monkeypatch.setattr(heads, "SHORTEST", 64)
     random = np.random.default_rng(11)
     queries = size * random.standard_normal((ROWS, 1, HEADS, GROUP, SIZE))
     keys, values = random.standard_normal((2, ROWS, PLACES + 1, HEADS, SIZE))

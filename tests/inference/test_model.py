@@ -26,6 +26,8 @@ from loader.inference.engine import Engine
 from loader.inference.experts import route
 from loader.inference.model import KeyValues, Window
 from loader.inference.model import _attend as attend
+from loader.inference.model import _attend_once as attend_once
+from loader.inference.model import _store as store
 from loader.weights.checkpoint import open_folder
 from loader.weights.partition import MeshShape
 from loader.weights.schema import GrokConfig
@@ -142,6 +144,30 @@ def test_attention_in_blocks_of_places_is_that_of_all_places_at_once(
     wanted = attended((), keys, values)
     held = [jnp.asarray(part, dtype) for part in (keys, values)]
     assert furthest(attended(("cpu",), *held), wanted) < 1e-5
+
+
+def test_a_gpu_attends_before_it_writes_a_token_as_others_do_afterwards():
+    """A row of nothing but pads, rows whose token is a pad or the only one, and random rows."""
+    random, config, places = np.random.default_rng(0), golden.CONFIG, 192
+    positions = np.array([70, 5, 126, 0, 191], np.int32)[:, None]
+    rows = len(positions)
+    visible = random.random((rows, places)) < 0.8
+    np.put_along_axis(visible, positions, [[True], [False], [False], [True], [True]], axis=1)
+    visible[1] = False
+    window = Window(positions, np.ones(positions.shape, bool), visible, fresh=False)
+
+    def some(length, count):
+        array = random.standard_normal((rows, length, count, config.key_size), np.float32)
+        return jnp.asarray(array)
+
+    queries = 5 * some(1, config.num_q_heads)
+    held = KeyValues(*(some(places, config.num_kv_heads) for _ in "kv"))
+    step = KeyValues(*(some(1, config.num_kv_heads) for _ in "kv"))
+    found, kept = jax.jit(lambda: attend_once(queries, held, step, window, config))()
+    written = store(held, step, window)
+    wanted = jax.jit(lambda: attend(queries, written, window, config))()
+    assert furthest(found, wanted) < 1e-5
+    jax.tree.map(np.testing.assert_array_equal, kept, written)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
