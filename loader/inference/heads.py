@@ -205,12 +205,7 @@ def in_blocks(
 
 def _block(array: Array, start: Array) -> Array:
     """BLOCK places of `[B, S, K, d]` as float32 `[B, K, BLOCK, d]`."""
-    if array.dtype == jnp.bfloat16:
-        # XLA's CPU compiler slices bfloat16 as float32, and converts all of it first.
-        array = lax.bitcast_convert_type(array, jnp.uint16)
     block = lax.dynamic_slice_in_dim(array, start, BLOCK, axis=1)
-    if array.dtype == jnp.uint16:
-        block = lax.bitcast_convert_type(block.astype(jnp.uint32) << 16, jnp.float32)
     return jnp.swapaxes(block.astype(jnp.float32), 1, 2)
 
 

@@ -172,13 +172,19 @@ def test_a_gpu_attends_before_it_writes_a_token_as_others_do_afterwards():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_attention_on_a_cpu_never_holds_the_cache_in_another_type(dtype):
+    """Fully optimised, and with positions known only at run time: in a loop of known length the
+    compiler may convert less."""
     config, places = golden.CONFIG, 64 * heads.BLOCK
     shape = 1, places, config.num_kv_heads, config.key_size
-    window = Window(np.full((1, 1), 9), np.ones((1, 1), bool), np.ones((1, places), bool), False)
-    held = KeyValues(*(jax.ShapeDtypeStruct(shape, dtype) for _ in "kv"))
-    queries = jax.ShapeDtypeStruct((1, 1, config.num_q_heads, config.key_size), jnp.float32)
-    step = jax.jit(lambda queries, held: attend(queries, held, window, config))
-    memory = step.lower(queries, held).compile().memory_analysis()
+
+    def some(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    window = Window(some((1, 1), "int32"), some((1, 1), "bool"), some((1, places), "bool"), False)
+    held = KeyValues(some(shape, dtype), some(shape, dtype))
+    queries = some((1, 1, config.num_q_heads, config.key_size), "float32")
+    step = jax.jit(functools.partial(attend, config=config)).lower(queries, held, window)
+    memory = step.compile({"xla_backend_optimization_level": "3"}).memory_analysis()
     assert memory.temp_size_in_bytes < np.prod(shape)
 
 
