@@ -1,4 +1,4 @@
-"""Steps compile for described weights as for placed ones, on the devices that are here."""
+"""Steps compile for described weights as for placed ones, on this machine's devices."""
 
 from __future__ import annotations
 

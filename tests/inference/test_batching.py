@@ -1,4 +1,4 @@
-"""Texts share the decoding step, and none of them can tell."""
+"""Texts share the decoding step without affecting each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch(shared):
 
 
 def finish(batch, jobs=()):
-    """All emissions of some texts, added at once, by number."""
+    """All emissions of some texts, which are added together, by number."""
     for number, job in enumerate(jobs):
         batch.add(number, job)
     told = {}
@@ -65,7 +65,7 @@ def test_prompts_of_different_lengths_are_continued_as_the_reference_does(batch)
 def test_texts_come_and_go_on_copies_of_the_weights_as_the_reference_has_them():
     batch = Batch(golden.engine(MeshShape(2, 2, data=2)), slots=3)
     assert batch.slots == 4
-    # Two begin with one slot on each copy, the third doubles the slots, and the last one waits.
+    # Two begin with one slot on each copy, the third doubles the slots, and the last waits.
     names = ["p1", "p0", "p2", "p0", "p1"]
     jobs = [Job(golden.prompt(name), 20 if number == 0 else 4) for number, name in enumerate(names)]
     told = finish(batch, jobs)
@@ -120,7 +120,7 @@ def test_a_long_prompt_holds_nobody_up(batch):
     batch.add(0, Job([9, 8, 7], 30))
     batch.step()
     batch.add(1, Job(list(range(3, 103)), 1))
-    # A chunk of the long prompt in each step, and a token of the short one all the same.
+    # Each step reads a chunk of the long prompt, and still generates a token of the short one.
     steps = [[emission.number for emission in batch.step()] for _ in range(7)]
     assert steps == [[0]] * 6 + [[1, 0]]
 
@@ -143,7 +143,7 @@ def test_a_free_slot_chooses_no_expert():
     choices = engine.count_experts()
     batch = Batch(engine, slots=2, chunk=16)
     finish(batch, [Job([5, 6], 3), Job([7, 8], 4)])
-    # Of what is generated the model reads all but the last token.
+    # The model reads every generated token except the last.
     tokens_read = (2 + 2) + (2 + 3)
     chosen = golden.CONFIG.num_selected_experts
     assert (

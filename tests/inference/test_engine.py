@@ -32,7 +32,7 @@ def wanted(name):
 
 @pytest.fixture(scope="module")
 def short():
-    """An engine whose context is 30 tokens, and whose texts end with 308."""
+    """An engine with a context of 30 tokens, whose texts end with token 308."""
     config = dataclasses.replace(golden.CONFIG, sequence_len=30, eos_token=308)
     mesh, params = golden.placed(golden.ONE)
     return Engine(config, params, mesh, "float32")
@@ -144,7 +144,7 @@ def test_what_float16_cannot_hold_is_the_largest_that_it_can():
 @pytest.mark.slow
 def test_cache_grows_without_changing_the_tokens(monkeypatch):
     mesh, params = golden.placed(golden.ONE)
-    # Two layers are enough here: each size of the cache is compiled by itself.
+    # Two layers are enough here, because each size of the cache is compiled separately.
     config = dataclasses.replace(golden.CONFIG, num_layers=2)
     params = dataclasses.replace(params, layers=params.layers[:2])
     engine = Engine(config, params, mesh, "float32")
@@ -365,7 +365,7 @@ DRAWN = jax.jit(draw)
 
 
 def shares(logits, step=0, **sampling):
-    """How often each token is drawn from one row of logits, by 20,000 seeds."""
+    """How often each token is drawn from one row of logits, with 20,000 seeds."""
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (20_000, 1))
     settings = [Sampling(**{"temperature": 1.0, "seed": seed} | sampling) for seed in range(20_000)]
     drawn = DRAWN(rows, Choice.of(settings, [step] * 20_000))
@@ -401,7 +401,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_the_share():
 
 
 def test_nucleus_is_taken_from_what_top_k_leaves():
-    # Of 4/7 and 3/7 the first alone reaches half; of all four it would take two.
+    # Of 4/7 and 3/7, the first alone reaches one half; of all four, two would be needed.
     assert shares(LOGITS, top_k=2, top_p=0.5).tolist() == [0, 1, 0, 0]
 
 

@@ -33,9 +33,9 @@ def one_token(shape):
 
 @functools.cache
 def operations(shape, tokens, dtype="float32"):
-    """What XLA counts in a device's program for the experts; it counts a loop's body once."""
+    """The operations that XLA counts in a device's program; it counts the body of a loop once."""
     mesh, params = golden.placed(shape)
-    # On accelerators each product is one operation; on CPUs it is loops of its own.
+    # On accelerators each product is one operation; on CPUs it consists of loops.
     weights = golden.for_accelerators(params.layers[3])
     held = jax.tree.map(lambda array: array.sharding.spec, weights)
     routed = Routed(
@@ -61,14 +61,14 @@ def test_the_loop_over_blocks_multiplies_one_block_with_one_expert(shape, tokens
     block = experts.block_size(tokens * CHOSEN, EXPERTS) * one_token(shape)
     everything = tokens * EXPERTS // shape.expert * one_token(shape)
     found = operations(shape, tokens)
-    # Routing, gates and the activation function are the rest; of a block, less than its products.
+    # The rest is routing, gates and the activation function; in a block, less than the products.
     assert block <= found < 2 * block
     if shape != EXPERT_PARALLEL or tokens > 1:  # There one token has one expert on a device anyway.
         assert found < everything / 2
 
 
 def test_a_prompt_in_bfloat16_takes_no_more_operations_than_in_float32():
-    """Where a prompt is long the experts multiply once; few tokens in two halves."""
+    """The experts multiply once for a long prompt, and in two halves for few tokens."""
     exact, found = (operations(TENSOR_PARALLEL, 128, it) for it in ("float32", "bfloat16"))
     assert found < 1.1 * exact
     exact, found = (operations(TENSOR_PARALLEL, 16, it) for it in ("float32", "bfloat16"))
@@ -76,7 +76,7 @@ def test_a_prompt_in_bfloat16_takes_no_more_operations_than_in_float32():
 
 
 def mixed(shape, weights, tokens, dtype="float32"):
-    """What the experts of a layer give random tokens, of which the last is padding if it can be."""
+    """The experts' output for random tokens, the last of which is padding if there are several."""
     mesh, _ = golden.placed(shape)
     random = np.random.default_rng(tokens)
     choices = random.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :CHOSEN]
@@ -114,7 +114,7 @@ def as_here(shape, tokens):
 )
 @pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.slow), 16, 40])
 def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, tokens):
-    """By pairs, by experts, by blocks; each as GPUs and as other accelerators have it."""
+    """By pairs, by experts and by blocks, each as on GPUs and as on other accelerators."""
     weights = golden.placed(shape)[1].layers[3]
     wanted = as_here(shape, tokens)
     monkeypatch.setattr(products, "GPUS", gpus)
@@ -179,7 +179,7 @@ def trips_for(choices, held, size):
 @settings(max_examples=30)
 @given(st.sampled_from([1, 2, 16, 77, 300]), st.sampled_from([1, 2, 8]), st.integers(0, 2**32 - 1))
 def test_blocks_that_are_run_hold_the_chosen_pairs_and_little_more(tokens, hosts, seed):
-    """The number of trips is known at run time alone: here for any choices of any tokens."""
+    """The number of iterations is only known at run time; here for any choices of any tokens."""
     random = np.random.default_rng(seed)
     choices = random.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :CHOSEN]
     size, held = experts.block_size(choices.size, EXPERTS), EXPERTS // hosts

@@ -1,4 +1,4 @@
-"""Attention finds no largest score and divides by its sums last; GPUs have a form of their own."""
+"""Attention needs no largest score and divides by its sums last; GPUs have a separate form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weight(scores):
 
 
 def on_a_gpu(queries, keys, values, allowed, places=PLACES):
-    """All but the last place as the cache, the last as the token itself."""
+    """Attention with all places but the last as the cache, and the last as the token itself."""
     held = [array[:, :places] for array in (keys, values)]
     step = [array[:, places:].astype(np.float32) for array in (keys, values)]
     given = (allowed[:, :, :places], allowed[:, 0, places:])
@@ -41,7 +41,7 @@ def attended(queries, keys, values, allowed):
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0], ids=["alike", "apart", "at the cap"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_one_token_on_a_gpu_attends_as_a_softmax_does(monkeypatch, dtype, size, at_once):
-    """Scores at the cap or at minus the cap, all of them too: no weight is lost below others."""
+    """Scores at plus or minus the cap, even all of them: no small weight is lost."""
     assert in_parts(PLACES, ROWS * HEADS * SIZE) > 1
     monkeypatch.setattr(heads, "AT_ONCE", at_once)
     monkeypatch.setattr(heads, "SHORTEST", 64)
@@ -62,7 +62,7 @@ def test_what_is_masked_has_no_part_in_the_result_and_a_row_of_nothing_is_zero()
     random = np.random.default_rng(12)
     queries = random.standard_normal((ROWS, 1, HEADS, GROUP, SIZE))
     keys, values = random.standard_normal((2, ROWS, PLACES + 1, HEADS, SIZE))
-    # Of the last row the token itself is masked too.
+    # In the last row the token itself is masked, too.
     allowed = np.arange(PLACES + 1) < np.array([0, 1, 700])[:, None, None]
     keys[2, 700:], values[2, 700:] = 100.0, 1e6
     given = [array.astype(np.float32) for array in (queries, keys, values)]
@@ -84,7 +84,7 @@ def test_a_token_that_may_see_nothing_else_sees_itself():
 
 
 PRECISION = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
-"""By how much of itself a share may be wrong: its rounding, and that of the sum."""
+"""The relative error that a share may have: its rounding, and that of the sum."""
 
 
 @pytest.mark.parametrize("dtype", PRECISION)

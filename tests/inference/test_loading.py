@@ -1,4 +1,4 @@
-"""One call makes a model ready as `run` does, and says what happens meanwhile."""
+"""One call makes a model ready as `run` does, and reports what happens meanwhile."""
 
 import shutil
 
@@ -125,7 +125,7 @@ def test_a_text_needs_the_tokenizer_of_the_model(demo, tmp_path):
         tokenizer.unlink()
         with pytest.raises(TokenizerMissing, match="not there"):
             engine.generate(TEXT, 8)
-        # One that the caller names is taken as it is.
+        # A tokenizer that the caller names is used as it is.
         named = loader.load_model(
             checkpoint,
             mesh=golden.ONE,

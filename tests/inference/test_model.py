@@ -34,7 +34,7 @@ from loader.weights.schema import GrokConfig
 from loader.weights.synthetic import write_checkpoint
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2), (8, 1)]
-"""The gate tries all, the ordinary suite the first; weights on both axes are tried below."""
+"""The gate tests all, the usual tests only the first; weights on both axes are tested below."""
 COPIES = [(1, 4, 2), (2, 2, 2), (1, 1, 8)]
 """Meshes with copies of the weights: along expert, model, data."""
 
@@ -86,7 +86,7 @@ def test_accelerators_products_equal_the_reference():
 
 
 def follow(engine, steps):
-    """Decode three texts at once as the reference did; the state at the end."""
+    """Decode three texts at once as the reference did; returns the final state."""
     wanted = golden.arrays()
     logits, state = engine.prefill([golden.prompt(name) for name in golden.CONTINUED])
     for step in range(steps):
@@ -110,7 +110,7 @@ def follow(engine, steps):
     ids=str,
 )
 def test_the_forms_for_gpus_and_tpus_equal_the_reference(monkeypatch, mesh):
-    """All heads, groups of scales or experts at once; the rows of a step one after the other."""
+    """All heads, groups of scales or experts at once; the rows of a step one after another."""
     monkeypatch.setattr(products, "GPUS", ("cpu",))
     monkeypatch.setattr(products, "TPUS", ("cpu",))
     monkeypatch.setattr(heads, "CPUS", ())
@@ -124,7 +124,7 @@ def test_the_forms_for_gpus_and_tpus_equal_the_reference(monkeypatch, mesh):
 def test_attention_in_blocks_of_places_is_that_of_all_places_at_once(
     monkeypatch, rows, tokens, dtype
 ):
-    """Rows of different lengths, with pads, the second row of nothing else."""
+    """Rows of different lengths, with pad ids; the second row has only pad ids."""
     random, config, places = np.random.default_rng(0), golden.CONFIG, 3 * heads.BLOCK
     shape = rows, places, config.num_kv_heads, config.key_size
     keys, values = (np.array(random.standard_normal(shape, np.float32)) for _ in "kv")
@@ -193,7 +193,7 @@ def test_attention_on_a_cpu_never_holds_the_cache_in_another_type(dtype):
     ("mesh", "steps"), [((2, 2, 2), 6), *((mesh, 32) for mesh in COPIES)], ids=str
 )
 def test_rows_dealt_out_to_copies_of_the_weights_equal_the_reference(mesh, steps):
-    """Three texts at once: their number divides by that of the copies in no case."""
+    """Three texts at once; their number is never divisible by that of the copies."""
     engine = golden.engine(MeshShape(*mesh))
     state = follow(engine, steps)
     rows = engine.rows(3) // engine.mesh.shape["data"]
@@ -208,7 +208,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_reference_is(mesh):
 
 
 def test_prompts_on_accelerators_are_no_further_from_float32_than_the_reference_as_written():
-    """All prompts at once are so many tokens that the experts round what they multiply."""
+    """All prompts together have so many tokens that the experts round what they multiply."""
     mesh, params = golden.placed(golden.ONE)
     engine = Engine(golden.CONFIG, golden.for_accelerators(params), mesh, "bfloat16")
     prompts, wanted = [golden.prompt(name) for name in golden.PROMPTS], golden.arrays()
@@ -268,7 +268,7 @@ def first_window(tokens, places):
 
 
 def whole_model(params, cache, tokens, window, config):
-    """All parts over one step, which the engine compiles one by one."""
+    """All parts of one step, which the engine compiles one by one."""
     dtype = cache[0].keys.dtype
     x = model.embed(params.embedding, tokens, config, dtype)
     filled = []
@@ -283,7 +283,7 @@ def test_without_padding_and_in_two_parts_the_logits_are_the_same():
     config = golden.CONFIG
     mesh, params = golden.placed(golden.ONE)
     tokens = np.array([golden.prompt("p1")], np.int32)
-    # Two layers are enough here, and all twelve take long to compile as one.
+    # Two layers are enough here; to compile all twelve as one program takes long.
     config = dataclasses.replace(config, num_layers=2)
     params = dataclasses.replace(params, layers=params.layers[:2])
     run = spread(lambda p, c, t, w: whole_model(p, c, t, w, config), mesh)
@@ -348,8 +348,8 @@ def break_number_of_experts(patch, config, params):
 def break_gate_weighting(patch, config, params):
     right = model.route
 
-    # Weights that are only made to sum to one would not show: the norm after the experts undoes
-    # any common factor. `test_hidden_states_and_router...` compares the weights themselves.
+    # Gates that are only normalised to sum to one would not be noticed: the norm after the experts
+    # undoes any common factor. `test_hidden_states_and_router...` compares the gates themselves.
     def equal(x, router, chosen):
         choices, gates = right(x, router, chosen)
         return choices, jnp.full_like(gates, 1 / chosen)
@@ -415,9 +415,9 @@ SMALL = GrokConfig(
     num_selected_experts=3,
 )
 CASES = {
-    # Grouped queries, a width that is no power of two, three of five experts.
+    # Grouped queries, a width that is not a power of two, three of five experts.
     "grouped": (SMALL, (1, 1)),
-    # Three devices: each scale group of eight is cut, and heads and experts come in threes.
+    # Three devices: each scale group of eight is divided, and heads and experts come in threes.
     "thirds": (
         dataclasses.replace(
             SMALL, emb_size=36, widening_factor=2, num_q_heads=6, num_kv_heads=3, num_experts=3,
@@ -455,7 +455,7 @@ def cases(tmp_path_factory):
 
 
 def check_case(reference, params, mesh):
-    """A batch of rows of different lengths, read and then continued, each as if it were alone."""
+    """Rows of different lengths are read and continued in a batch, each as if it were alone."""
     config = reference.config
     random = np.random.default_rng(7)
     rows = [random.integers(1, config.vocab_size, length).tolist() for length in (1, 9, 4)]

@@ -21,7 +21,7 @@ CHANGED = jax.jit(changed)
 
 
 def expected(logits, penalties, prompt, text):
-    """The formulas, a token at a time."""
+    """The formulas, applied to one token at a time."""
     made = np.array(logits, np.float64)
     for token in range(len(logits)):
         count = text.count(token)
@@ -101,7 +101,7 @@ def test_each_text_of_a_batch_has_its_own_penalties_and_the_models_logprobs(shap
     assert texts[0] == WANTED[:6]
     assert texts[1] == [9] * 6
     assert texts[2][0] != first
-    # What the model thought is told, not what was made of it.
+    # Reported are the model's log-probabilities, before penalties.
     assert told[2][0].best[0][0] == first
     assert told[2][0].best[0][1] == pytest.approx(told[0][0].logprob, abs=1e-5)
     assert len(set(texts[3])) == 12

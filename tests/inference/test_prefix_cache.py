@@ -1,4 +1,4 @@
-"""Prompts that begin as earlier ones did are not read again, and nobody can tell by the numbers."""
+"""A prompt that begins like an earlier one is not read again there, with the same numbers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from loader.weights.partition import MeshShape
 CHUNK = 16
 ROOM = 10**8
 TOKENS = np.random.default_rng(1).integers(3, 512, 60).tolist()
-# A pad id in what they have in common is not attended to, then or later.
+# A pad id in the common beginning is not attended to, then or later.
 TOKENS[5] = golden.CONFIG.pad_token
 OTHER = [*TOKENS[:40], *TOKENS[:15]]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_chunks():
-    """All read so few tokens in a step, whether they keep them or not."""
+    """Read only a few tokens in a step, with and without a prefix cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "SHARED_STEP", CHUNK)
         patch.setattr(engines, "LONGEST_STEP", CHUNK)
@@ -37,7 +37,7 @@ def _small_chunks():
 
 @pytest.fixture(scope="module")
 def tuning():
-    """The C program, which writes into the cache where it lies, if there is a compiler."""
+    """The C program, which writes into the cache in place, if there is a compiler."""
     return Tuning(native=c_program.build(lambda _: None))
 
 
@@ -77,7 +77,7 @@ def test_logits_are_the_same_bit_for_bit(placement, dtype, tuning):
         for room in (0, ROOM)
     )
     check_alike(plain, caching)
-    # Each prompt is read twice: three whole chunks of 60 and of 55 tokens, two of them in common.
+    # Each prompt is read twice: three complete chunks of 60 and of 55 tokens, two of them common.
     assert caching.prefix_cache.hits == 5
     assert caching.prefix_cache.tokens == (3 + 2 + 3 + 3 + 3) * CHUNK
 
@@ -97,7 +97,7 @@ def test_where_c_attends_prompts_share_whatever_the_size_of_their_caches(
     for prompt in prompts:
         for ours, wanted in zip(said(caching, prompt), said(plain, prompt), strict=True):
             np.testing.assert_array_equal(ours, wanted)
-    # By each prompt twice, but for what is new in it.
+    # Each prompt uses it twice, except for what is new.
     assert caching.prefix_cache.tokens == (1 + (1 + 3) + (2 + 5)) * CHUNK
 
 
@@ -137,7 +137,7 @@ def test_texts_of_a_batch_are_the_same_with_the_log_probabilities_of_their_promp
     plain, none = told(0)
     caching, cache = told(ROOM)
     assert caching == plain
-    # The second begins while the first is being read, and finds what is read by then.
+    # The second begins while the first is being read, and uses what has been read by then.
     assert (cache.hits, cache.tokens) == (3, (2 + 3 + 3) * CHUNK)
     assert (none.hits, none.tokens, none.nbytes) == (0, 0, 0)
 
@@ -152,7 +152,7 @@ def test_what_is_kept_is_bounded_and_begins_where_prompts_begin():
     assert cache.nbytes == 2 * chunk
     engine.prefill([TOKENS])
     assert cache.tokens == 2 * CHUNK
-    # Another beginning takes the place of what was not used for longest: the end of the first.
+    # Another beginning replaces what was unused for the longest time: the end of the first.
     engine.prefill([TOKENS[30:50]])
     assert cache.nbytes == 2 * chunk
     engine.prefill([TOKENS])

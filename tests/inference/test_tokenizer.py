@@ -1,4 +1,4 @@
-"""Text to ids, and ids to text that never shows half a character."""
+"""Text becomes ids, and ids become text that never shows half a character."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loader.inference.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """A small model of the real one's kind: byte pair encoding, byte fallback, no normaliser."""
+    """A small model like the real one: byte pair encoding, byte fallback, no normaliser."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "builtin type .*", DeprecationWarning)
         from sentencepiece import SentencePieceTrainer
