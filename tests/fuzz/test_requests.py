@@ -198,7 +198,7 @@ def test_treacherous_requests_and_a_few_variants_do_no_harm(attempt):
 
 
 @pytest.mark.slow
-def test_ten_seconds_of_new_requests_do_no_harm(attempt, tmp_path):
+def test_half_a_minute_of_new_requests_does_no_harm(attempt, tmp_path):
     try_for_a_while(attempt, "request", SEEDS, tmp_path, tokens=MARKS)
 
 
@@ -301,7 +301,7 @@ def bodies(dice):
 
 
 @pytest.mark.slow
-def test_ten_seconds_of_new_bodies_fail_no_step_of_the_model():
+def test_half_a_minute_of_new_bodies_fails_no_step_of_the_model():
     seed = time.time_ns()
     dice = random.Random(seed)
     deadline, statuses = time.monotonic() + SECONDS, Counter()

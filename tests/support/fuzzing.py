@@ -13,7 +13,7 @@ import psutil
 from support.mutation import mutated
 
 CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 FEW = 300
 MOST_GROWTH = 128 << 20
 """Bytes of memory that variants may take in addition to what the first hundred took."""
