@@ -121,8 +121,7 @@ class Engine:
         try:
             logits, state = self.prefill([prompt])
             token = self.sample(logits, sampling or Sampling(), 0)
-            # Taking it from its row is a program, too.
-            token[0].block_until_ready()
+            token.block_until_ready()
             if state.longest < self.config.sequence_len:
                 self.decode(state, token)[0].block_until_ready()
         finally:
@@ -268,7 +267,8 @@ class Engine:
         logits, state = self.prefill([prompt])
         for step in range(limit):
             token = self.sample(logits, sampling, step)
-            number = int(token[0])
+            # On the host: there, taking it from its row needs no program.
+            number = int(np.asarray(token)[0])
             if number == self.config.eos_token:
                 return
             yield number
@@ -303,7 +303,7 @@ class Engine:
             part: the latest chunk read.
             before: what this returned for the chunk before it, None for the first.
         """
-        picked: Array = self._pick(part.x, part.ends, part.x[:, :1] if before is None else before)
+        picked: Array = self._pick(part.x, part.ends, part.x if before is None else before)
         return picked
 
     @as_written

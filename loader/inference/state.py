@@ -58,8 +58,9 @@ def empty(
 
     return State(
         cache=tuple(KeyValues(zeros(), zeros()) for _ in range(layers)),
-        visible=jnp.zeros(shape, bool),
-        lengths=jnp.zeros(shape[0], jnp.int32),
+        # NumPy's: for them nothing is compiled.
+        visible=jax.device_put(np.zeros(shape, bool)),
+        lengths=jax.device_put(np.zeros(shape[0], np.int32)),
         longest=0,
     )
 
@@ -94,6 +95,6 @@ def window_after(
 
 
 def last_of(x: Array, ends: Array, before: Array) -> Array:
-    """Each row's last token if it is in this chunk: `[B, T, D]` to `[B, 1, D]`."""
+    """Each row's last token `[B, 1, D]`: of `[B, T, D]`, or of the first token before."""
     last = x[jnp.arange(x.shape[0]), jnp.maximum(ends, 0)][:, None]
-    return jnp.where(ends[:, None, None] < 0, before, last)
+    return jnp.where(ends[:, None, None] < 0, before[:, :1], last)
