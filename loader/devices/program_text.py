@@ -13,9 +13,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["Collective", "Cost", "cost", "written"]
+__all__ = ["Collective", "Cost", "cost", "remade"]
 
 _BITS: Mapping[str, int] = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
@@ -135,25 +135,33 @@ def cost(text: str, assumed_trips: int = 1) -> Cost:
     return of(entry)
 
 
-def written(text: str, at_least: int) -> Iterator[tuple[str, str, int]]:
-    """Large arrays that a program makes in main memory besides its arguments.
+def remade(text: str, matrices: Collection[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Weights that a program writes again: copied, transposed, or converted to another type.
+
+    A copy in the fast memory of a TPU core is one as well: it reads no more of the main memory, but
+    its product waits for it. What is fetched to there beside other work does not count.
 
     Args:
-        text: HLO, from `compiled.as_text()`.
-        at_least: bytes from which on an array is large.
+        text: HLO, from `compiled.as_text()`, of a program whose only int8 arrays are weights.
+        matrices: rows and columns of each weight on a device. A program whose activations have as
+            many rows and columns as a weight is not for this function.
 
     Yields:
-        The operation, its type and its bytes; results that are written in place of an argument,
-        like a cache, are among them.
+        The operation and its type, for each array that is int8, or has rows and columns of a
+        weight, in either order, and that is written by an operation outside a fusion.
     """
     computations, entry = _parsed(text)
+    sides = {tuple(sorted(matrix)) for matrix in matrices}
+    silent = _FREE | set(_FETCHING) | {"while", "conditional", "call", "async-start"}
     for name in _run(entry, computations):
         for one in computations[name].values():
-            arrays = list(_arrays(one.type))
-            made = [arrays[_FETCHING[one.operation]]] if one.operation in _FETCHING else arrays
-            size = sum(nbytes for nbytes, main in made if main)
-            if one.operation not in _FREE | {"while", "conditional", "call"} and size >= at_least:
-                yield one.operation, one.type, size
+            if one.operation in silent:
+                continue
+            for dtype, sizes, _ in _ARRAY.findall(one.type):
+                shape = [int(size) for size in sizes.split(",") if size not in {"", "1"}]
+                if dtype == "s8" or tuple(sorted(shape[-2:])) in sides:
+                    yield one.operation, one.type
+                    break
 
 
 # --- reading the text ----------------------------------------------------------------------------

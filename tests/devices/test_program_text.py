@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
-from loader.devices.program_text import cost, written
+from loader.devices.program_text import cost, remade
 
 SLICED = """HloModule sliced
 
@@ -109,11 +110,9 @@ ENTRY %main (a: s8[64,32], b: s8[64,32]) -> s8[16,32] {
 }
 """
     assert cost(text).read == 16 * 32 + 64 * 32
-    kind = "(s8[64,32]{1,0}, s8[64,32]{1,0:S(1)}, u32[]{:S(2)})"
-    assert list(written(text, 1)) == [("copy-start", kind, 64 * 32)]
 
 
-def test_a_copied_expert_is_read_twice_and_among_what_is_written():
+def test_a_copied_expert_is_read_twice_and_remade():
     copied = """
 %slice (p.0: s8[8,64,32], p.1: s32[]) -> s8[1,64,32] {
   %p.0 = s8[8,64,32]{2,1,0} parameter(0)
@@ -131,7 +130,28 @@ ENTRY %main (w: s8[8,64,32], i: s32[], x: f32[64]) -> f32[32] {
 }
 """
     assert cost(copied).read == 2 * 64 * 32 + 4 + 4 * 64
-    assert list(written(copied, 1000)) == [("fusion", "s8[1,64,32]{2,1,0}", 2048)]
+    assert list(remade(copied, [(64, 32)])) == [("fusion", "s8[1,64,32]{2,1,0}")]
+
+
+@pytest.mark.parametrize(
+    "made",
+    ["s8[64,32]{1,0:S(1)}", "s8[32,64]{1,0}", "s8[8,16,32]{2,1,0}", "bf16[2,64,32]{2,1,0}",
+     "f32[1,32,64]{2,1,0:T(8,128)S(1)}"],
+)  # fmt: skip
+def test_a_weight_is_remade_in_any_memory_order_and_type(made):
+    """Whole or in parts, one expert or some; a product of tokens is not a weight."""
+    text = f"""
+ENTRY %main (w: s8[8,64,32], x: f32[5,64]) -> f32[5,32] {{
+  %w = s8[8,64,32]{{2,1,0}} parameter(0)
+  %x = f32[5,64]{{1,0}} parameter(1)
+  %again = {made} copy(%w)
+  %fetched = (s8[64,32]{{1,0:S(1)}}, s8[64,32]{{1,0}}, u32[]{{:S(2)}}) copy-start(%w)
+  %here = s8[64,32]{{1,0:S(1)}} copy-done(%fetched)
+  ROOT %y = f32[5,32]{{1,0}} convolution(%x, %here), dim_labels=bf_io->bf
+}}
+"""
+    assert list(remade(text, [(64, 32), (32, 32)])) == [("copy", made)]
+    assert not list(remade(text.replace(made, "f32[5,64]{1,0}"), [(64, 32), (32, 32)]))
 
 
 def test_text_of_this_version_of_jax_is_understood():
