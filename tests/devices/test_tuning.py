@@ -10,6 +10,16 @@ from loader.devices import tuning
 from loader.devices.kernels import Tuning
 from loader.devices.tuning import WORTH_TUNING, decode, encode, measure, suited
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_matrices():
+    """Here times are invented, or do not matter; a matrix of 100 MB takes half a second to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "ROWS", 48)
+        patch.setattr(tuning, "COLUMNS", 64)
+        yield
+
+
 KNOWN = Tuning(256, 8, 16, 4, 1024, 1024, halves=True)
 
 
@@ -93,8 +103,6 @@ def test_kept_choice_of_the_c_program_is_measured_anew_where_it_cannot_be_built(
 
 @pytest.mark.slow
 def test_products_are_really_timed(monkeypatch):
-    monkeypatch.setattr(tuning, "ROWS", 48)
-    monkeypatch.setattr(tuning, "COLUMNS", 64)
     # The first device of several hosts is not ours on all of them.
     monkeypatch.setattr(tuning.jax, "devices", lambda: ["another host's"])
     assert measure() in {
