@@ -98,10 +98,8 @@ def test_every_sentence_beginning_is_followed_by_its_sentence_and_the_next():
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        pytest.param((1, 2), "float32", marks=pytest.mark.slow),
         pytest.param((2, 2), "bfloat16", marks=pytest.mark.slow),
         pytest.param((8, 1), "float32", marks=pytest.mark.slow),
-        pytest.param((1, 4), "float32", marks=pytest.mark.slow),
         pytest.param((1, 8), "float32", marks=pytest.mark.slow),
     ],
     ids=str,
@@ -111,7 +109,7 @@ def test_copied_weights_recite_on_any_mesh(shape, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_mapped_weights_recite_on_any_number_of_devices(devices):
     check_recitation(engine(share, MeshShape(1, devices)), [3, 12], 24)
 
