@@ -125,7 +125,7 @@ def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, toke
         assert not found[-1].any()
 
 
-@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, BOTH], ids=str)
+@pytest.mark.parametrize("shape", [TENSOR_PARALLEL, BOTH, MeshShape(1, 2)], ids=str)
 def test_experts_of_a_gpu_in_as_many_pieces_as_can_be_give_the_same(monkeypatch, shape):
     weights = golden.placed(shape)[1].layers[3]
     wanted = as_here(shape, 16)
