@@ -203,8 +203,8 @@ def published(tmp_path_factory):
     return root, *publish(root)
 
 
-SLOW = 100_000
-"""Bytes per second; the checkpoint then takes more than half a minute."""
+SLOW = 50_000
+"""Bytes per second; the checkpoint then takes more than a minute."""
 
 SECOND_LAYER = {spec.file for spec in parameters(golden.CONFIG) if "layer_1/" in spec.name}
 EVERYTHING = share_of_host(golden.ONE, 0, 1)
