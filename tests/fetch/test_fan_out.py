@@ -5,6 +5,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import libtorrent
 import pytest
@@ -13,8 +14,17 @@ from support.torrents import content
 
 from grokfetch.events import Outcome, Status
 from grokfetch.fetch import Limits, fetch
-from grokfetch.fetch.swarm import Swarm, SwarmSettings, seed
-from grokfetch.fetch.swarm.fan_out import Demanded, Patience, Peer, Share, priorities, share_of
+from grokfetch.fetch.demand import Demand
+from grokfetch.fetch.swarm import Swarm, SwarmSettings, fan_out, seed
+from grokfetch.fetch.swarm.fan_out import (
+    Demanded,
+    FanOut,
+    Patience,
+    Peer,
+    Share,
+    priorities,
+    share_of,
+)
 from grokfetch.fetch.swarm.session import session_settings
 from grokfetch.fetch.waiting_store import Arriving
 from grokfetch.folder.store import Store
@@ -113,6 +123,27 @@ def test_patience_is_two_seconds_and_longer_where_pieces_have_taken_longer_but_b
     assert not patience.lasts(8, 20.0)
     assert patience.lasts(8, 23.9)
     assert not patience.lasts(8, 24.1)
+
+
+def test_a_host_soon_looks_again_if_only_libtorrent_takes_long(monkeypatch):
+    now, looked = [0.0], []
+
+    def peers():
+        looked.append(now[0])
+        now[0] += 1.0
+        return []
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: 0.001 * len(looked))
+    monkeypatch.setattr(fan_out, "time", clock)
+    order = SimpleNamespace(demand=Demand(), urgency={}, layout=SimpleNamespace(piece_count=3))
+    alone = SimpleNamespace(heed=lambda *_: None)
+    session, handle = SimpleNamespace(peer_id=A), SimpleNamespace(get_peer_info=peers)
+    divided = FanOut(session, handle, order, alone)
+    divided.heed({0}, set())
+    divided.heed({0}, set())
+    now[0] += fan_out.TURN_S
+    divided.heed({0}, set())
+    assert looked == [0.0, 1.0 + fan_out.TURN_S]
 
 
 def test_what_is_wanted_earlier_comes_earlier_in_the_share_and_beside_it():

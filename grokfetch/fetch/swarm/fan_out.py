@@ -26,7 +26,8 @@ TURN_S = 0.1
 """How often to compute which pieces may be asked for; less often if that takes long."""
 
 BUSY = 0.02
-"""The share of the time that computing them may take."""
+"""The share of one core that computing them may take. Waiting for libtorrent does not count: if it
+is busy, that takes longer than computing, and hosts would learn too late what others have."""
 
 UNDER_WAY = 1
 """The seed is probably already sending an owner so many of its own pieces, the next to come."""
@@ -240,11 +241,12 @@ class FanOut:
         demanded = self._share is not None and not self._waited.issuperset(self._demand.waited)
         # A host that stays wants only what is read there.
         if not self._demand.stays and (demanded or start >= self._turn_at):
+            spent = time.thread_time()
             self._meet(left, start)
             if self._share is not None:
                 self._divide(self._share, left, start)
-            now = time.monotonic()
-            self._turn_at = now + max(TURN_S, (now - start) / BUSY)
+            spent = time.thread_time() - spent
+            self._turn_at = time.monotonic() + max(TURN_S, spent / BUSY)
         if self._share is None:
             self._alone.heed(left, arrived)
 
