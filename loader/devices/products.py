@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +18,23 @@ from jax import Array, lax
 from loader.devices import kernels
 from loader.devices.kernels import Rows, Tuning
 from loader.devices.mapped import LONGEST, Mapped, MappedTable
+from loader.devices.platforms import by_platform
 
 __all__ = [
     "Quantized",
     "Table",
     "Weights",
-    "by_platform",
-    "chosen",
     "cut",
     "dots",
     "each_product",
     "in_parts",
     "lookup",
-    "on_tpus",
     "product",
     "reads_decide",
     "select",
     "stack_product",
     "table_rows",
 ]
-
-R = TypeVar("R")
-
-GPUS = ("cuda", "rocm")
-"""Platforms whose compiler copies a matrix out of its stack before it multiplies with it."""
-
-TPUS = ("tpu",)
 
 PART, PARTIAL_SUMS = 128, 196_608
 """When a GPU sums over the rows of a matrix: the fewest rows in a part, and about how many sums."""
@@ -202,37 +192,6 @@ def _product(
         return multiplied(x, weights)
     # A GPU's compiler would hold the products of all groups in memory before it sums them.
     return by_platform(in_turn, multiplied, x, weights)
-
-
-def by_platform(on_gpus: Callable[..., R], elsewhere: Callable[..., R], *args: Any) -> R:
-    """One of two functions with the same result, for GPUs and for all other platforms."""
-    return chosen(GPUS, on_gpus, elsewhere, *args)
-
-
-def on_tpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
-    """The same for TPUs."""
-    return chosen(TPUS, there, elsewhere, *args)
-
-
-def chosen(
-    platforms: tuple[str, ...], there: Callable[..., R], elsewhere: Callable[..., R], *args: Any
-) -> R:
-    """One of two functions with the same result: the first on the platforms that are named.
-
-    Within a mesh only that one is traced, which is half of the time that tracing a layer takes.
-    Outside, and with JAX 0.9, whose meshes do not say what they consist of, both are traced, and
-    one is taken when the program is compiled.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    here = getattr(device, "platform", None)
-    if here is None:
-        result: R = lax.platform_dependent(
-            *args, default=elsewhere, **dict.fromkeys(platforms, there)
-        )
-        return result
-    # A mesh has one name for the GPUs of all makers.
-    names = ("cuda", "rocm") if here == "gpu" else (here,)
-    return there(*args) if set(names) & set(platforms) else elsewhere(*args)
 
 
 def reads_decide(weights: Weights, tokens: int) -> bool:

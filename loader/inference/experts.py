@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from loader.devices.placement import Layer
+from loader.devices.platforms import by_platform
 from loader.devices.products import (
     Quantized,
     Weights,
-    by_platform,
     in_parts,
     product,
     reads_decide,

@@ -7,18 +7,13 @@ d head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loader.devices.products import chosen, in_parts
+from loader.devices.products import in_parts
 
-__all__ = ["in_blocks", "mixed", "on_cpus", "one_token", "scores", "shares", "within"]
-
-CPUS = ("cpu",)
-"""Platforms whose compiler is slow at products of few queries with many keys of several heads, and
-writes out the whole cache in float32 for them."""
+__all__ = ["in_blocks", "mixed", "one_token", "scores", "shares", "within"]
 
 BLOCK = 64
 """Places whose keys and values a CPU converts and multiplies at once; they fit its caches."""
@@ -157,11 +152,6 @@ def within(array: Array, dtype: jnp.dtype) -> Array:
     if dtype == jnp.float16:
         array = jnp.clip(array, -LARGEST_HALF, LARGEST_HALF)
     return array.astype(dtype)
-
-
-def on_cpus(there: Callable[..., Array], elsewhere: Callable[..., Array], *args: Any) -> Array:
-    """One of two functions with the same result, for the compilers of CPUs and for all others."""
-    return chosen(CPUS, there, elsewhere, *args)
 
 
 def in_blocks(

@@ -27,13 +27,12 @@ from jax import Array, lax
 
 from loader.devices import native
 from loader.devices.placement import Layer
+from loader.devices.platforms import by_platform, on_cpus, on_tpus
 from loader.devices.products import (
     Table,
-    by_platform,
     dots,
     each_product,
     lookup,
-    on_tpus,
     product,
     table_rows,
 )
@@ -356,7 +355,7 @@ def _attend_block(
 
     if held.keys.shape[1] % heads.BLOCK:
         return at_once(queries, held, allowed)
-    return heads.on_cpus(in_blocks, at_once, queries, held, allowed)
+    return on_cpus(in_blocks, at_once, queries, held, allowed)
 
 
 def _allowed(positions: Array, window: Window, places: int) -> Array:

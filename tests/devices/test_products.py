@@ -14,14 +14,14 @@ import pytest
 from jax.sharding import PartitionSpec
 from support import golden
 
+from loader.devices import platforms
 from loader.devices import products as quantized
 from loader.devices.kernels import Tuning
+from loader.devices.platforms import by_platform, on_tpus
 from loader.devices.products import (
     Quantized,
-    by_platform,
     cut,
     each_product,
-    on_tpus,
     product,
     select,
     stack_product,
@@ -68,7 +68,7 @@ def test_product_is_that_of_the_dequantised_matrix(groups, dtype, tuning):
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("part", [2, 128])
 def test_a_gpus_sum_over_rows_is_the_product_of_one_token(monkeypatch, part, groups):
-    monkeypatch.setattr(quantized, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
     monkeypatch.setattr(quantized, "PART", part)
     weights, matrix = made(48, 7, groups)
     for x, found in products_of(weights, [(), (1,), (1, 1)], "bfloat16"):
@@ -83,7 +83,7 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
     monkeypatch, groups, dtype, gpus
 ):
     """In bfloat16 two halves hold nearly all of a number; a GPU's sums are of parts."""
-    monkeypatch.setattr(quantized, "GPUS", gpus)
+    monkeypatch.setattr(platforms, "GPUS", gpus)
     monkeypatch.setattr(quantized, "SHORTEST", 4)
     stack = [made(48, 7, groups, seed) for seed in range(3)]
     stacked = one_stack(weights for weights, _ in stack)
@@ -97,7 +97,7 @@ def test_stack_product_multiplies_each_matrix_with_rows_of_its_own(
 @pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
 def test_products_of_the_same_tokens_are_divided_alike_on_a_gpu(monkeypatch, gpus):
     """A wide matrix would have fewer parts than a narrow one, and the compiler two kernels."""
-    monkeypatch.setattr(quantized, "GPUS", gpus)
+    monkeypatch.setattr(platforms, "GPUS", gpus)
     monkeypatch.setattr(quantized, "SHORTEST", 4)
     monkeypatch.setattr(quantized, "BUSY", 100)
     matrices = [made(48, columns, 1) for columns in (30, 7)]
@@ -142,7 +142,7 @@ def test_a_gpu_sums_the_groups_of_a_large_product_one_after_the_other(monkeypatc
         return np.asarray(run(x, weights)), run.lower(x, weights).as_text()
 
     wanted, at_once = found()
-    monkeypatch.setattr(quantized, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
     monkeypatch.setattr(quantized, "LARGE", 4 * 2 * 40 * 7)
     in_turn, text = found()
     assert (at_once.count("optimization_barrier"), text.count("optimization_barrier")) == (0, 2)
@@ -166,7 +166,7 @@ def test_group_boundaries_are_contiguous_rows():
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("gpus", [(), ("cpu",)], ids=["tpu", "gpu"])
 def test_one_matrix_of_a_stack_is_chosen_at_run_time(monkeypatch, gpus, rows):
-    monkeypatch.setattr(quantized, "GPUS", gpus)
+    monkeypatch.setattr(platforms, "GPUS", gpus)
     stack = [made(48, 7, 3, seed) for seed in range(3)]
     stacked = one_stack(weights for weights, _ in stack)
     x = np.random.default_rng(1).standard_normal((rows, 48), np.float32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from support import golden
 
-from loader.devices import products
+from loader.devices import platforms
 from loader.devices.program_text import cost
 from loader.inference import experts
 from loader.inference.ahead import Load, compiled
@@ -117,7 +117,7 @@ def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, toke
     """By pairs, by experts and by blocks, each as on GPUs and as on other accelerators."""
     weights = golden.placed(shape)[1].layers[3]
     wanted = as_here(shape, tokens)
-    monkeypatch.setattr(products, "GPUS", gpus)
+    monkeypatch.setattr(platforms, "GPUS", gpus)
     found = mixed(shape, golden.for_accelerators(weights), tokens)
     assert np.abs(wanted).max() > 0.01
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
@@ -129,7 +129,7 @@ def test_every_form_of_the_experts_gives_the_same(monkeypatch, gpus, shape, toke
 def test_experts_of_a_gpu_in_as_many_pieces_as_can_be_give_the_same(monkeypatch, shape):
     weights = golden.placed(shape)[1].layers[3]
     wanted = as_here(shape, 16)
-    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
     monkeypatch.setattr(experts, "TOGETHER", 0)
     found = mixed(shape, golden.for_accelerators(weights), 16)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
@@ -140,7 +140,7 @@ def test_a_prompt_on_two_gpus_takes_an_expert_group_by_group_with_the_same_resul
     weights = golden.placed(shape)[1].layers[3]
     assert weights.down.scales.shape[1] // shape.model >= experts.MANY_GROUPS
     wanted = as_here(shape, 40)
-    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
     found = mixed(shape, golden.for_accelerators(weights), 40)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
@@ -153,7 +153,7 @@ def test_a_prompt_on_two_gpus_takes_an_expert_group_by_group_with_the_same_resul
 def test_no_loop_over_experts_has_a_length_that_a_gpu_must_tell_its_host(
     monkeypatch, shape, tokens
 ):
-    monkeypatch.setattr(products, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
     assert counted_loops(shape, tokens) == 0
 
 

@@ -19,7 +19,7 @@ from support.parity import TOLERANCE, check_bfloat16, check_parity, furthest
 from support.program import with_devices
 from support.reference import Reference
 
-from loader.devices import products
+from loader.devices import platforms
 from loader.devices.placement import load, make_mesh
 from loader.inference import heads, model
 from loader.inference.engine import Engine
@@ -111,9 +111,9 @@ def follow(engine, steps):
 )
 def test_the_forms_for_gpus_and_tpus_equal_the_reference(monkeypatch, mesh):
     """All heads, groups of scales or experts at once; the rows of a step one after another."""
-    monkeypatch.setattr(products, "GPUS", ("cpu",))
-    monkeypatch.setattr(products, "TPUS", ("cpu",))
-    monkeypatch.setattr(heads, "CPUS", ())
+    monkeypatch.setattr(platforms, "GPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "TPUS", ("cpu",))
+    monkeypatch.setattr(platforms, "CPUS", ())
     monkeypatch.setattr(model, "SCORES", 1)
     devices, params = golden.placed(MeshShape(*mesh))
     follow(Engine(golden.CONFIG, golden.for_accelerators(params), devices, "float32"), steps=4)
@@ -137,7 +137,7 @@ def test_attention_in_blocks_of_places_is_that_of_all_places_at_once(
     queries = 5 * random.standard_normal((rows, tokens, config.num_q_heads, config.key_size))
 
     def attended(cpus, keys, values):
-        monkeypatch.setattr(heads, "CPUS", cpus)
+        monkeypatch.setattr(platforms, "CPUS", cpus)
         held = KeyValues(jnp.asarray(keys), jnp.asarray(values))
         return jax.jit(lambda: attend(jnp.float32(queries), held, window, config))()
 
